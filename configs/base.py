@@ -1,0 +1,97 @@
+"""Every knob there is, with its unit and why it has this value. The other configs change a few.
+
+`placeholder(T)` is a knob that is derived where it isn't set.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+  config = ConfigDict()
+
+  # The model. Names and values are Hugging Face's; these are GPT-2 124M's.
+  config.model = ConfigDict(dict(
+      vocab_size=placeholder(int),  # default: the tokenizer's
+      n_positions=1024,
+      n_embd=768,
+      n_layer=12,
+      n_head=12,
+      n_inner=placeholder(int),  # MLP width; default 4·n_embd
+      activation_function='gelu_new',  # tanh GELU, as released
+      embd_pdrop=0.0,  # pretraining passes over the data about once: no dropout, as nanoGPT, llm.c
+      attn_pdrop=0.0,
+      resid_pdrop=0.0,
+      layer_norm_epsilon=1e-5,
+      initializer_range=0.02,
+      scale_attn_weights=True,
+      scale_attn_by_inverse_layer_idx=False,
+      reorder_and_upcast_attn=False,
+      tie_word_embeddings=True,
+      init_scheme='hf',  # or openai_release
+      vocab_multiple=128,  # the vocabulary is padded inside: 50257 = 29·1733 would not split
+      dtype='auto',  # of activations: bfloat16 on accelerators, float32 on CPU
+      remat='none',  # what the backward pass computes again: none, dots, full
+  ))
+
+  # The text.
+  config.data = ConfigDict(dict(
+      corpus='stdlib',  # stdlib, text:PATTERN, tfds:NAME, bin:FOLDER
+      tokenizer='gpt2',  # gpt2, bpe:N, byte, or a folder
+      text_field='text',  # of .jsonl and .parquet
+      store=placeholder(str),  # folder of the tokens; default: by name in `directory`
+      directory='data',
+      val_fraction=0.005,  # held out, of the documents
+      split='document',  # or tail: the end of each document
+      split_seed=0,
+      sequence_length=placeholder(int),  # tokens a row; default n_positions
+  ))
+
+  # AdamW as in GPT-3's paper (arXiv:2005.14165, appendix B), nanoGPT and llm.c.
+  config.optim = ConfigDict(dict(
+      peak_lr=6e-4,
+      schedule='cosine',  # cosine, linear, wsd, constant
+      warmup_steps=700,
+      decay_steps=placeholder(int),  # where the decay ends; default train.steps
+      end_lr_fraction=0.1,  # of peak_lr, for cosine and linear; wsd ends there too
+      wsd_decay_fraction=0.2,  # of the steps
+      b1=0.9,
+      b2=0.95,
+      eps=1e-8,
+      weight_decay=0.1,  # of matrices and embeddings, not of biases and layer norms
+      clip_norm=1.0,  # global norm of the gradient; 0: no clipping
+      ema_decay=0.0,  # moving average of the parameters, for evaluation and samples; 0: off
+  ))
+
+  config.train = ConfigDict(dict(
+      steps=600_000,
+      seed=0,  # of the initial weights, the order of the data, dropout and the sample
+      global_batch_tokens=2**19,  # tokens an update: part of the recipe, whatever the hardware
+      micro_batch_rows=placeholder(int),  # rows a device at a time; default: what fits its memory
+  ))
+
+  config.checkpoint = ConfigDict(dict(
+      every=1000,  # steps
+      keep=2,  # the newest ones
+  ))
+
+  # data: batch split; fsdp: batch and parameters split; tensor: heads, MLP and vocabulary split.
+  config.mesh = ConfigDict(dict(
+      data=1,
+      fsdp=-1,  # all devices that the others leave
+      tensor=1,
+  ))
+
+  config.evaluate = ConfigDict(dict(
+      every=1000,  # steps; always the whole held-out split
+      batch_rows=placeholder(int),  # default: as a micro-batch
+  ))
+
+  config.log = ConfigDict(dict(
+      tensorboard=True,
+      sample_prompt='\n',  # of the sample at the end
+      sample_tokens=128,
+      sample_temperature=0.8,
+      sample_top_k=200,
+  ))
+  return config

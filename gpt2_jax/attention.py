@@ -1,0 +1,51 @@
+"""Scaled dot-product attention.
+
+Letters: `B` batch, `T` query positions, `S` key positions, `N` heads, `H` head width.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def causal_mask(T: int, S: int, offset: jax.Array | int = 0) -> jax.Array:
+  """[1, T, S], true where key position s may be seen from query position `offset` + t."""
+  return (jnp.arange(S)[None, :] <= jnp.arange(T)[:, None] + offset)[None]
+
+
+def attention(
+    q_BTNH: jax.Array,
+    k_BSNH: jax.Array,
+    v_BSNH: jax.Array,
+    mask_BTS: jax.Array,
+    *,
+    scale: jax.Array | float,
+    upcast: bool = False,
+    keep_BNTS=None,
+    precision: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """softmax(scale · q kᵀ) v, with the softmax in float32.
+
+  Args:
+    q_BTNH, k_BSNH, v_BSNH: queries, keys and values.
+    mask_BTS: true where a query sees a key; an axis of size 1 is broadcast. A query that sees
+      nothing gets the mean of all values, as in Hugging Face's GPT-2.
+    scale: factor of the scores.
+    upcast: form the scores from float32 operands (Hugging Face's `reorder_and_upcast_attn`).
+    keep_BNTS: a function from the weights [B, N, T, S] to the weights after dropout.
+    precision: of the two products, as `jax.lax.Precision` names it.
+
+  Returns:
+    The attended values [B, T, N, H] in the dtype of `v_BSNH`, and the weights [B, N, T, S],
+    which the compiler drops where they are not used.
+  """
+  if upcast:
+    q_BTNH, k_BSNH = q_BTNH.astype(jnp.float32), k_BSNH.astype(jnp.float32)
+  scores_BNTS = scale * jnp.einsum(
+      'BTNH,BSNH->BNTS', q_BTNH, k_BSNH,
+      preferred_element_type=jnp.float32, precision='highest' if upcast else precision)
+  scores_BNTS = jnp.where(mask_BTS[:, None], scores_BNTS, jnp.finfo(jnp.float32).min)
+  weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(v_BSNH.dtype)
+  if keep_BNTS is not None:
+    weights_BNTS = keep_BNTS(weights_BNTS)
+  out_BTNH = jnp.einsum('BNTS,BSNH->BTNH', weights_BNTS, v_BSNH, precision=precision)
+  return out_BTNH, weights_BNTS

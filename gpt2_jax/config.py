@@ -1,0 +1,112 @@
+"""The configuration of a GPT-2, and what its names stand for."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from gpt2_jax.errors import UserError
+
+# Hugging Face's names (transformers `activations.py`, ACT2FN) -> function.
+ACTIVATIONS = {
+    'gelu_new': functools.partial(jax.nn.gelu, approximate=True),  # GPT-2's
+    'gelu_pytorch_tanh': functools.partial(jax.nn.gelu, approximate=True),
+    'gelu_python_tanh': functools.partial(jax.nn.gelu, approximate=True),
+    'gelu_fast': functools.partial(jax.nn.gelu, approximate=True),
+    'gelu_accurate': functools.partial(jax.nn.gelu, approximate=True),
+    'gelu': functools.partial(jax.nn.gelu, approximate=False),
+    'gelu_python': functools.partial(jax.nn.gelu, approximate=False),
+    'gelu_10': lambda x: jnp.clip(jax.nn.gelu(x, approximate=False), -10, 10),
+    'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),
+    'relu': jax.nn.relu,
+    'relu2': lambda x: jnp.square(jax.nn.relu(x)),
+    'relu6': jax.nn.relu6,
+    'leaky_relu': jax.nn.leaky_relu,
+    'silu': jax.nn.silu,
+    'swish': jax.nn.silu,
+    'mish': jax.nn.mish,
+    'sigmoid': jax.nn.sigmoid,
+    'tanh': jnp.tanh,
+    'linear': lambda x: x,
+}
+
+# What a block keeps for its backward pass; the rest is computed again.
+REMAT_POLICIES = {
+    'none': None,  # keeps everything
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # outputs of the projections
+    'full': jax.checkpoint_policies.nothing_saveable,  # the block's input alone
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTConfig:
+  """Sizes and options of a GPT-2. Names and defaults are those of Hugging Face's `GPT2Config`,
+  down to the empty line; below it are ours.
+  """
+
+  vocab_size: int = 50257
+  n_positions: int = 1024
+  n_embd: int = 768
+  n_layer: int = 12
+  n_head: int = 12
+  n_inner: int | None = None  # MLP width; None: 4·n_embd
+  activation_function: str = 'gelu_new'
+  embd_pdrop: float = 0.1
+  attn_pdrop: float = 0.1
+  resid_pdrop: float = 0.1
+  layer_norm_epsilon: float = 1e-5
+  initializer_range: float = 0.02
+  scale_attn_weights: bool = True  # by 1/sqrt(head width)
+  scale_attn_by_inverse_layer_idx: bool = False  # and by 1/(layer + 1)
+  reorder_and_upcast_attn: bool = False  # scores from float32 operands
+  tie_word_embeddings: bool = True
+
+  init_scheme: str = 'hf'  # 'hf' | 'openai_release', see `GPT2`
+  vocab_multiple: int = 128  # the vocabulary is padded inside to a multiple of this
+  dtype: str = 'float32'  # of activations: 'float32' | 'bfloat16'; parameters are float32
+  remat: str = 'none'  # a name of REMAT_POLICIES
+
+  def __post_init__(self):
+    for name in ('vocab_size', 'n_positions', 'n_embd', 'n_layer', 'n_head', 'vocab_multiple'):
+      if getattr(self, name) < 1:
+        raise UserError(f'model.{name} = {getattr(self, name)} must be positive.')
+    if self.n_embd % self.n_head:
+      raise UserError(f'model.n_embd = {self.n_embd} must be a multiple of n_head = {self.n_head}.')
+    for name in ('embd_pdrop', 'attn_pdrop', 'resid_pdrop'):
+      if not 0 <= getattr(self, name) < 1:
+        raise UserError(f'model.{name} = {getattr(self, name)} must lie in [0, 1).')
+    for name, known in (
+        ('activation_function', ACTIVATIONS), ('remat', REMAT_POLICIES),
+        ('init_scheme', ('hf', 'openai_release')), ('dtype', ('float32', 'bfloat16'))):
+      if getattr(self, name) not in known:
+        raise UserError(f'model.{name} = {getattr(self, name)!r} is not one of {sorted(known)}.')
+
+  @property
+  def H(self) -> int:
+    """Head width."""
+    return self.n_embd // self.n_head
+
+  @property
+  def F(self) -> int:
+    """MLP width."""
+    return self.n_inner if self.n_inner is not None else 4 * self.n_embd
+
+  @property
+  def padded_vocab_size(self) -> int:
+    """Rows of the embedding: `vocab_size` rounded up. The rows added are never seen outside."""
+    return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+  @property
+  def precision(self) -> str | None:
+    """float32 means float32: not TF32 on a GPU, not bfloat16 passes on a TPU."""
+    return 'highest' if self.dtype == 'float32' else None
+
+  def divisible(self) -> dict[str, tuple[int, str]]:
+    """Name -> (size, the mesh axis that must divide it), for `sharding.check_divisible`."""
+    return {
+        'model.n_head': (self.n_head, 'tensor'),
+        'model.n_inner': (self.F, 'tensor'),
+        'the padded vocabulary (model.vocab_multiple)': (self.padded_vocab_size, 'tensor'),
+        'model.n_embd': (self.n_embd, 'fsdp'),
+    }

@@ -1,0 +1,107 @@
+"""Batches from a token store.
+
+Training: the split's tokens are cut into windows of T + 1 at stride T (a window's last token is the
+next one's first, so that each token is predicted once). Grain shuffles the windows anew in each
+epoch. Row r of the batch of step s is number s·G + r of that endless order: a batch is a function
+of (seed, step), whatever the number of processes, and nothing but the step needs to be saved.
+
+Evaluation: all windows of the held-out split in order, each token counted once.
+"""
+
+from collections.abc import Iterator
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from gpt2_jax import sharding as sharding_lib
+from gpt2_jax.data import store
+from gpt2_jax.errors import UserError
+
+
+class TrainLoader:
+  """Batches of G rows of T + 1 tokens, as a function of (seed, step)."""
+
+  def __init__(self, split: store.Split, T: int, G: int, seed: int, vocab_size: int):
+    """
+    Args:
+      split: where the tokens come from.
+      T: tokens a row, the last target aside.
+      G: rows of a global batch.
+      seed: of the order.
+      vocab_size: ids are checked to lie below it.
+
+    Raises:
+      UserError: the split is shorter than one window.
+    """
+    self.split, self.T, self.G, self.vocab_size = split, T, G, vocab_size
+    self.windows = (len(split) - 1) // T
+    if self.windows < 1:
+      raise UserError(f'the split {split.name!r} has {len(split):,} tokens, too few for a window of '
+                      f'{T} + 1: shorten config.data.sequence_length, or add text.')
+    self._order = grain.MapDataset.range(self.windows).seed(seed).shuffle().repeat()
+
+  @property
+  def steps_per_epoch(self) -> float:
+    return self.windows / self.G
+
+  def _start(self, step: int, row: int) -> int:
+    return int(self._order[step * self.G + row]) * self.T  # pyright: ignore[reportArgumentType]
+
+  def row(self, step: int, row: int) -> np.ndarray:
+    """Row `row` of the batch of `step`: T + 1 tokens."""
+    start = self._start(step, row)
+    tokens = self.split.read(start, start + self.T + 1)
+    if tokens.max() >= self.vocab_size:
+      raise store.bad_token(int(tokens.max()), f'the split {self.split.name!r} of the data (tokens '
+                            f'{start} to {start + self.T})', self.vocab_size)
+    return tokens
+
+  def documents(self, step: int) -> list[list[str]]:
+    """Per row of a batch, the names of the documents in it."""
+    starts = [self._start(step, row) for row in range(self.G)]
+    return [self.split.documents_in(start, start + self.T + 1) for start in starts]
+
+  def batches(self, start: int, stop: int, A: int, sharding: NamedSharding) -> Iterator[jax.Array]:
+    """The batches of steps [start, stop) as global arrays [A, G/A, T + 1].
+
+    Rows are read ahead by threads; this process reads the rows of its own devices only.
+
+    Args:
+      start, stop: steps.
+      A: number of micro-batches.
+      sharding: of the arrays; splits axis 1.
+    """
+    shape = (A, self.G // A, self.T + 1)
+    rows = sharding_lib.local_rows(shape[:2], sharding)
+    load = lambda step: np.stack([self.row(start + step, row) for row in rows])
+    if stop <= start:
+      return
+    steps = grain.MapDataset.range(stop - start).map(load)
+    for local in steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)):
+      yield sharding_lib.place(dict(zip(rows, local)), shape, sharding)
+
+
+def eval_batches(
+    split: store.Split, T: int, R: int, sharding: NamedSharding
+) -> Iterator[tuple[jax.Array, jax.Array]]:
+  """All of a split: tokens [1, R, T + 1] and weights [1, R, T], 1 for targets that count, else 0."""
+  rows = sharding_lib.local_rows((1, R), sharding)
+  windows = -(-(len(split) - 1) // T)
+  for first in range(0, windows, R):
+    tokens = {row: np.zeros(T + 1, np.int32) for row in rows}
+    weights = {row: np.zeros(T, np.float32) for row in rows}
+    for row in rows:
+      start = (first + row) * T
+      if start < len(split) - 1:
+        window = split.read(start, min(start + T + 1, len(split)))
+        tokens[row][:len(window)] = window
+        weights[row][:len(window) - 1] = 1
+    yield (sharding_lib.place(tokens, (1, R, T + 1), sharding),
+           sharding_lib.place(weights, (1, R, T), sharding))
+
+
+def eval_size(split: store.Split, T: int, R: int) -> int:
+  """Number of batches of `eval_batches`."""
+  return -(-(len(split) - 1) // (T * R))

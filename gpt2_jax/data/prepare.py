@@ -1,0 +1,287 @@
+"""From a corpus to a token store: in parallel, resumable, and never half a store.
+
+The pieces of the corpus are grouped into parts; a worker turns a part into a shard of each split
+and then writes `part-00000.json`. A preparation that was killed goes on behind the last finished
+part. The manifest is written when all parts are there. Which documents are held out, and every
+byte of the store, depend on the corpus and the settings alone, not on the number of workers.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+import numpy as np
+
+from gpt2_jax import tokenizer as tokenizers
+from gpt2_jax.data import corpora, store
+from gpt2_jax.errors import UserError, saving
+from gpt2_jax.progress import track
+
+MIN_PART_BYTES, MAX_PART_BYTES, MAX_PARTS = 4 * 2**20, 256 * 2**20, 64
+BPE_TRAINING_BYTES = 64 * 2**20
+JOB = 'job.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What decides the content of a store, beside the corpus."""
+
+  corpus: str
+  tokenizer: str
+  val_fraction: float = 0.005
+  split_seed: int = 0
+  split: str = 'document'  # 'document': whole documents; 'tail': the end of each document
+  text_field: str = 'text'
+
+  def __post_init__(self):
+    if not 0 < self.val_fraction < 1:
+      raise UserError(f'val_fraction = {self.val_fraction} must lie between 0 and 1.')
+    if self.split not in ('document', 'tail'):
+      raise UserError(f'split = {self.split!r} is not one of: document, tail.')
+
+
+def store_name(settings: Settings) -> str:
+  """The usual name of a store's folder."""
+  return f'{corpora.slug(settings.corpus)}-{corpora.slug(settings.tokenizer)}'
+
+
+def _parts(pieces: list[corpora.Piece]) -> list[list[tuple[int, corpora.Piece]]]:
+  """Consecutive pieces with their numbers, grouped to parts of similar size."""
+  total = sum(piece.bytes for piece in pieces)
+  size = min(max(total // MAX_PARTS, MIN_PART_BYTES), MAX_PART_BYTES)
+  parts, room = [], 0
+  for numbered in enumerate(pieces):
+    if room <= 0:
+      parts.append([])
+      room = size
+    parts[-1].append(numbered)
+    room -= numbered[1].bytes
+  return parts
+
+
+def _held_out(settings: Settings, piece: int, document: int) -> bool:
+  key = f'{settings.split_seed}:{piece}:{document}'.encode()
+  draw = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), 'little') / 2**64
+  return draw < settings.val_fraction
+
+
+def _split(document: corpora.Document, settings: Settings, piece: int, number: int):
+  """Yields (split, text) for a document: one, or two where its tail is held out."""
+  text = document.text
+  if not len(text):
+    return
+  if document.split:
+    yield document.split, text
+  elif settings.split == 'tail':
+    cut = len(text) - max(1, round(len(text) * settings.val_fraction))
+    if isinstance(text, str):  # at the end of a line, where there is one
+      cut = text.rfind('\n', 0, cut) + 1 or cut
+    yield 'train', text[:cut]
+    yield 'val', text[cut:]
+  else:
+    yield 'val' if _held_out(settings, piece, number) else 'train', text
+
+
+# --- workers -------------------------------------------------------------------------------------
+
+_worker: dict = {}
+
+
+def _start_worker(folder: Path, settings: Settings) -> None:
+  parent = multiprocessing.parent_process()
+  if parent is not None:  # a worker must not outlive a killed parent
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+  _worker.update(folder=folder, settings=settings,
+                 tokenizer=tokenizers.load(folder / 'tokenizer'))
+
+
+def _encode_part(number: int, part: list[tuple[int, corpora.Piece]]) -> dict:
+  folder, settings, tokenizer = (_worker[key] for key in ('folder', 'settings', 'tokenizer'))
+  with saving('the token store', folder):
+    writers = {split: store.ShardWriter(folder, f'{split}-{number:05d}', _dtype(tokenizer))
+               for split in ('train', 'val')}
+    for piece_number, piece in part:
+      for i, document in enumerate(corpora.documents(piece, settings.text_field)):
+        for split, text in _split(document, settings, piece_number, i):
+          tokens = text if isinstance(text, np.ndarray) else tokenizer.encode_array(text)
+          writers[split].add(np.concatenate([[tokenizer.eot], tokens]))
+    record = {split: writer.finish() for split, writer in writers.items()}
+    store.write_whole(folder / _part_name(number), json.dumps(record))
+  return record
+
+
+def _part_name(number: int) -> str:
+  return f'part-{number:05d}.json'
+
+
+def _dtype(tokenizer: tokenizers.Tokenizer) -> str:
+  return '<u2' if tokenizer.vocab_size <= 2**16 else '<u4'
+
+
+# --- the whole -----------------------------------------------------------------------------------
+
+
+def _training_texts(pieces: list[corpora.Piece], settings: Settings) -> Iterator[str]:
+  """Texts of the training split to train a tokenizer on: all, or pieces spread over the corpus."""
+  total = sum(piece.bytes for piece in pieces)
+  stride = max(1, -(-total // BPE_TRAINING_BYTES))
+  with track('training the tokenizer: reading', total / stride, 'bytes') as advance:
+    for piece_number in range(0, len(pieces), stride):
+      piece = pieces[piece_number]
+      for i, document in enumerate(corpora.documents(piece, settings.text_field)):
+        for split, text in _split(document, settings, piece_number, i):
+          if isinstance(text, np.ndarray):
+            raise UserError('a corpus of tokens (bin:) can\'t train a tokenizer.')
+          if split == 'train':
+            yield text
+      advance(piece.bytes)
+
+
+def _make_tokenizer(settings: Settings, pieces: list[corpora.Piece]) -> tokenizers.Tokenizer:
+  size = tokenizers.trained_size(settings.tokenizer)
+  if settings.corpus.startswith('bin:') and settings.tokenizer != 'gpt2':
+    raise UserError(f'the tokens of {settings.corpus!r} are GPT-2\'s: tokenizer '
+                    f'{settings.tokenizer!r} can\'t be applied to them. Set it to gpt2.')
+  if size is None:
+    return tokenizers.load(settings.tokenizer)
+  return tokenizers.train_bpe(_training_texts(pieces, settings), size)
+
+
+def _manifest(settings, corpus, tokenizer, records) -> dict:
+  splits = {}
+  for split in ('train', 'val'):
+    shards = [record[split] for record in records if record[split]]
+    splits[split] = {'tokens': sum(s['tokens'] for s in shards),
+                     'documents': sum(s['documents'] for s in shards), 'shards': shards}
+  if not splits['train']['tokens']:
+    raise UserError(f'corpus {settings.corpus!r} holds no text: every document is empty.')
+  if not splits['val']['tokens']:
+    raise UserError(
+        f'corpus {settings.corpus!r} has {splits["train"]["documents"]} documents, and none of them '
+        f'fell into the held-out split of {settings.val_fraction:g}. Raise config.data.val_fraction '
+        '(--val-fraction), or hold out the end of each document: config.data.split=tail '
+        '(--split tail).')
+  content = [tokenizer.sha256] + [s['sha256'] for split in splits.values() for s in split['shards']]
+  return {
+      'version': store.VERSION, 'dtype': _dtype(tokenizer),
+      'sha256': hashlib.sha256('\n'.join(content).encode()).hexdigest(),
+      'tokenizer': {'spec': settings.tokenizer, 'vocab_size': tokenizer.vocab_size,
+                    'eot': tokenizer.eot, 'sha256': tokenizer.sha256},
+      'source': {'corpus': settings.corpus, 'licence': corpus.licence,
+                 'bytes': sum(piece.bytes for piece in corpus.pieces), **corpus.identity},
+      'settings': dataclasses.asdict(settings),
+      'made_with': {'gpt2_jax': importlib.metadata.version('gpt2_jax'),
+                    'python': platform.python_version()},
+      'splits': splits,
+  }
+
+
+def _json(value) -> object:
+  """`value` as it comes back from JSON."""
+  return json.loads(json.dumps(value))
+
+
+def _begin(folder: Path, job: dict) -> None:
+  """Makes the folder ready for this job, keeping the finished parts of an earlier try at it."""
+  path = folder / JOB
+  if path.exists() and json.loads(path.read_text()) == job:
+    return
+  if folder.exists() and any(folder.iterdir()):
+    if not path.exists():
+      raise UserError(f'{folder} exists and is no token store: choose another folder.')
+    print(f'{folder}: an unfinished preparation of something else is replaced.')
+    shutil.rmtree(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  store.write_whole(path, json.dumps(job))
+
+
+def _prepare(settings: Settings, folder: Path, corpus: corpora.Corpus, workers: int) -> None:
+  _begin(folder, _json({'settings': dataclasses.asdict(settings), 'corpus': corpus.identity}))
+  if not (folder / 'tokenizer' / 'done').exists():
+    _make_tokenizer(settings, corpus.pieces).save(folder / 'tokenizer')
+    store.write_whole(folder / 'tokenizer' / 'done', '')
+  parts = _parts(corpus.pieces)
+  size = lambda number: sum(piece.bytes for _, piece in parts[number])
+  finished = {n for n in range(len(parts)) if (folder / _part_name(n)).exists()}
+  todo = [n for n in range(len(parts)) if n not in finished]
+  with track(f'tokenizing {settings.corpus}', sum(map(size, range(len(parts)))), 'bytes',
+             done=sum(map(size, finished))) as advance:
+    if workers <= 1 or len(todo) <= 1:
+      _start_worker(folder, settings)
+      for n in todo:
+        _encode_part(n, parts[n])
+        advance(size(n))
+    else:
+      with concurrent.futures.ProcessPoolExecutor(
+          min(workers, len(todo)), multiprocessing.get_context('spawn'), _start_worker,
+          (folder, settings)) as pool:
+        futures = {pool.submit(_encode_part, n, parts[n]): n for n in todo}
+        try:
+          for future in concurrent.futures.as_completed(futures):
+            future.result()
+            advance(size(futures[future]))
+        except BaseException:
+          pool.shutdown(wait=False, cancel_futures=True)
+          raise
+  records = [json.loads((folder / _part_name(n)).read_text()) for n in range(len(parts))]
+  manifest = _manifest(settings, corpus, tokenizers.load(folder / 'tokenizer'), records)
+  store.write_whole(folder / store.MANIFEST, json.dumps(manifest, indent=1))
+  for name in [JOB, *(_part_name(n) for n in range(len(parts)))]:
+    (folder / name).unlink()
+
+
+def _check_same(opened: store.TokenStore, settings: Settings) -> None:
+  """Raises a UserError where a finished store is of another corpus, or of other settings."""
+  want, have = _json(dataclasses.asdict(settings)), opened.manifest['settings']
+  differ = [f'{k}: {have.get(k)!r} there, {v!r} asked for' for k, v in want.items()
+            if v != have.get(k)]
+  if differ:
+    raise UserError(f'{opened.path} is a token store of something else ({"; ".join(differ)}). Choose '
+                    'another folder, or remove this one.')
+  try:
+    now = _json(corpora.open_corpus(settings.corpus).identity)
+  except UserError:
+    return  # the text is gone; its tokens are here
+  source = opened.manifest['source']
+  changed = [key for key, value in now.items() if value != source.get(key)]  # pyright: ignore
+  if changed:
+    raise UserError(
+        f'the corpus {settings.corpus!r} has changed since {opened.path} was made from it ('
+        f'{", ".join(changed)} differ). Remove that folder to prepare it anew, or choose another '
+        'with config.data.store (--output).')
+
+
+def ensure_store(settings: Settings, folder: str | Path, workers: int | None = None):
+  """Opens the store at `folder`, preparing it first where it isn't there yet.
+
+  A lock beside the folder makes a second process wait for the first one's work.
+
+  Args:
+    settings: which corpus and tokenizer, and how to split.
+    folder: where the store is, or is to be.
+    workers: processes, default the number of cores.
+
+  Raises:
+    UserError: the corpus can't be read, another store is there, or the disk is full.
+  """
+  folder = Path(folder)
+  with saving('the token store', folder):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f'{folder}.lock'):
+      if store.is_store(folder):
+        opened = store.open_store(folder)
+        _check_same(opened, settings)
+        return opened
+      corpus = corpora.open_corpus(settings.corpus)
+      _prepare(settings, folder, corpus, workers or os.cpu_count() or 1)
+  return store.open_store(folder)

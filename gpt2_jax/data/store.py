@@ -1,0 +1,259 @@
+"""Token stores: tokens in files, memory-mapped, with a manifest that says what they are.
+
+A store is a folder:
+
+    manifest.json        written last; without it the folder is not a store
+    tokenizer/           in Hugging Face's files
+    train-00000.bin      tokens, little-endian uint16 (uint32 from 65,537 ids on)
+    train-00000.idx      where its documents begin, little-endian uint64
+    val-00000.bin …      the held-out documents
+
+Each document begins with <|endoftext|>. `manifest.json` lists, per split, the shards with their
+counts, largest id and sha256, and beside it the tokenizer, the source with its licence, and how the
+split was made.
+
+Folders of nanoGPT (`train.bin`, `val.bin`: uint16) and of llm.c (`*_train_*.bin`, `*_val_*.bin`:
+a header of 256 int32, magic 20240520, then uint16) open as stores too. They don't say which
+tokenizer made them: it is GPT-2's.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from gpt2_jax import tokenizer
+from gpt2_jax.errors import UserError
+
+MANIFEST = 'manifest.json'
+VERSION = 1
+GPT2_EOT = 50256
+LLMC_MAGIC, LLMC_HEADER_BYTES = 20240520, 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+  """A run of tokens in a file."""
+
+  path: Path
+  tokens: int
+  dtype: str
+  offset: int = 0  # bytes before the first token
+  index: Path | None = None
+  documents: int = 0
+  max_token: int | None = None
+
+  def array(self) -> np.ndarray:
+    return np.memmap(self.path, self.dtype, 'r', self.offset, (self.tokens,))
+
+  def check(self) -> None:
+    """Raises a UserError unless the file has exactly the bytes that it should have."""
+    want = self.offset + self.tokens * np.dtype(self.dtype).itemsize
+    have = self.path.stat().st_size if self.path.exists() else -1
+    if have != want:
+      raise UserError(
+          f'{self.path} ' + ('is missing' if have < 0 else f'has {have:,} bytes, not {want:,}') +
+          f': the token store is damaged. Remove the folder {self.path.parent} and prepare it again '
+          '(or restore the file).')
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """The shards of a split, as one run of `len(split)` tokens."""
+
+  name: str
+  shards: tuple[Shard, ...]
+
+  @functools.cached_property
+  def _ends(self) -> np.ndarray:
+    return np.cumsum([shard.tokens for shard in self.shards], dtype=np.int64)
+
+  @functools.cached_property
+  def _arrays(self) -> list[np.ndarray]:
+    return [shard.array() for shard in self.shards]
+
+  def __len__(self) -> int:
+    return int(self._ends[-1]) if self.shards else 0
+
+  @property
+  def documents(self) -> int:
+    """Number of documents, 0 where it isn't known."""
+    return sum(shard.documents for shard in self.shards)
+
+  def read(self, start: int, stop: int) -> np.ndarray:
+    """Tokens [start, stop) as int32, across shards."""
+    out, i = [], int(np.searchsorted(self._ends, start, 'right'))
+    while start < stop:
+      base = int(self._ends[i]) - self.shards[i].tokens
+      out.append(self._arrays[i][start - base:stop - base])
+      start, i = int(self._ends[i]), i + 1
+    return np.concatenate(out).astype(np.int32)
+
+  def documents_in(self, start: int, stop: int) -> list[str]:
+    """Names of the documents that tokens [start, stop) belong to: `shard:number`."""
+    names = []
+    for i, shard in enumerate(self.shards):
+      base = int(self._ends[i]) - shard.tokens
+      if shard.index is None or stop <= base or start >= int(self._ends[i]):
+        continue
+      begins = np.fromfile(shard.index, '<u8')
+      first = int(np.searchsorted(begins, max(0, start - base), 'right')) - 1
+      last = int(np.searchsorted(begins, stop - base, 'left'))
+      names += [f'{shard.path.stem}:{n}' for n in range(max(0, first), last)]
+    return names
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenStore:
+  """An open store."""
+
+  path: Path
+  manifest: dict
+  splits: dict[str, Split]
+
+  @property
+  def sha256(self) -> str:
+    """Names the content: equal for stores with equal tokens, documents and tokenizer."""
+    return self.manifest['sha256']
+
+  def tokenizer(self) -> tokenizer.Tokenizer:
+    folder = self.path / 'tokenizer'
+    return tokenizer.load(folder if folder.exists() else 'gpt2')
+
+  def check_vocabulary(self, vocab_size: int) -> None:
+    """Raises a UserError where a shard is known to hold an id of `vocab_size` or more."""
+    for split in self.splits.values():
+      for shard in split.shards:
+        if shard.max_token is not None and shard.max_token >= vocab_size:
+          raise bad_token(shard.max_token, shard.path, vocab_size)
+
+
+def bad_token(token: int, where, vocab_size: int) -> UserError:
+  return UserError(
+      f'{where} holds token id {token}, beyond the model\'s vocabulary of {vocab_size}. Set '
+      'config.model.vocab_size to the size of the tokenizer that made the data, or prepare the data '
+      'with the tokenizer of this model.')
+
+
+def foreign_files(folder: Path) -> dict[str, list[Path]]:
+  """nanoGPT's or llm.c's token files in a folder, by split; empty lists where there are none."""
+  splits = {}
+  for split in ('train', 'val'):
+    own = folder / f'{split}.bin'
+    splits[split] = [own] if own.exists() else sorted(folder.glob(f'*_{split}_*.bin'))
+  return splits
+
+
+def foreign_shard(path: Path) -> Shard:
+  """A token file of nanoGPT or llm.c, told apart by llm.c's magic number."""
+  header, size = np.fromfile(path, '<i4', 256), path.stat().st_size
+  if len(header) == 256 and header[0] == LLMC_MAGIC:
+    if header[1] != 1:
+      raise UserError(f'{path}: version {header[1]} of llm.c\'s token files is not known, only 1.')
+    shard = Shard(path, int(header[2]), '<u2', offset=LLMC_HEADER_BYTES)
+    shard.check()
+    return shard
+  if size == 0 or size % 2:
+    raise UserError(f'{path} has {size} bytes, which is no whole number of uint16 tokens: it is '
+                    'empty or cut short. Make it again.')
+  return Shard(path, size // 2, '<u2')
+
+
+def _open_foreign(folder: Path, files: dict[str, list[Path]]) -> TokenStore:
+  splits = {name: Split(name, tuple(foreign_shard(p) for p in paths))
+            for name, paths in files.items()}
+  sizes = {p.name: p.stat().st_size for paths in files.values() for p in paths}
+  manifest = {
+      'sha256': f'sizes {json.dumps(sizes, sort_keys=True)}',  # not read whole: may be 100 GB
+      'tokenizer': {'spec': 'gpt2', 'vocab_size': GPT2_EOT + 1},
+      'source': {'corpus': f'bin:{folder}', 'licence': 'unstated'},
+  }
+  return TokenStore(folder, manifest, splits)
+
+
+def is_store(folder: Path) -> bool:
+  """Whether the folder holds a whole store, of this project's kind."""
+  return (folder / MANIFEST).exists()
+
+
+def open_store(folder: str | Path) -> TokenStore:
+  """Opens a store and checks that its files have the sizes they should have.
+
+  Raises:
+    UserError: there is no store, it is unfinished, damaged, or of a newer version.
+  """
+  folder = Path(folder)
+  if not is_store(folder):
+    files = foreign_files(folder) if folder.is_dir() else {}
+    if files.get('train'):
+      return _open_foreign(folder, files)
+    raise UserError(
+        f'{folder} is not a token store: ' + (
+            f'it has no {MANIFEST}, so its preparation was not finished; run it again.'
+            if folder.is_dir() else 'there is no such folder. Make one with gpt2-jax prepare.'))
+  try:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    if manifest['version'] != VERSION:
+      raise UserError(f'{folder} is a token store of version {manifest["version"]}, this program '
+                      f'reads version {VERSION}: prepare it again.')
+    splits = {}
+    for name, split in manifest['splits'].items():
+      splits[name] = Split(name, tuple(
+          Shard(folder / s['file'], s['tokens'], manifest['dtype'], index=folder / s['index'],
+                documents=s['documents'], max_token=s['max_token']) for s in split['shards']))
+  except (json.JSONDecodeError, KeyError, TypeError) as e:
+    raise UserError(f'{folder / MANIFEST} is damaged ({e!r}): remove the folder and prepare it '
+                    'again.') from e
+  for split in splits.values():
+    for shard in split.shards:
+      shard.check()
+  return TokenStore(folder, manifest, splits)
+
+
+class ShardWriter:
+  """Writes a shard under a temporary name; `finish` gives it its own."""
+
+  def __init__(self, folder: Path, name: str, dtype: str):
+    self.folder, self.name, self.dtype = folder, name, dtype
+    self.file = open(folder / f'{name}.bin.tmp', 'wb')
+    self.begins: list[int] = []
+    self.tokens, self.max_token, self.hash = 0, 0, hashlib.sha256()
+
+  def add(self, tokens: np.ndarray) -> None:
+    self.begins.append(self.tokens)
+    content = tokens.astype(self.dtype).tobytes()
+    self.file.write(content)
+    self.hash.update(content)
+    self.tokens += len(tokens)
+    self.max_token = max(self.max_token, int(tokens.max()))
+
+  def finish(self) -> dict | None:
+    """The shard's entry for the manifest, None where nothing was added."""
+    bin_path, idx_path = (self.folder / f'{self.name}{suffix}' for suffix in ('.bin', '.idx'))
+    self.file.flush()
+    os.fsync(self.file.fileno())
+    self.file.close()
+    if not self.tokens:
+      os.remove(f'{bin_path}.tmp')
+      return None
+    index = np.asarray(self.begins, '<u8').tobytes()
+    self.hash.update(index)
+    write_whole(idx_path, index)
+    os.replace(f'{bin_path}.tmp', bin_path)
+    return {'file': bin_path.name, 'index': idx_path.name, 'tokens': self.tokens,
+            'documents': len(self.begins), 'max_token': self.max_token,
+            'sha256': self.hash.hexdigest()}
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+  """Writes a file whole or not at all."""
+  temporary = path.with_name(path.name + '.tmp')
+  with open(temporary, 'wb') as f:
+    f.write(content.encode() if isinstance(content, str) else content)
+    f.flush()
+    os.fsync(f.fileno())
+  os.replace(temporary, path)

@@ -1,0 +1,340 @@
+"""GPT-2, whole: its parameters, forward pass and counts.
+
+Paper: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Numerics and names
+are those of Hugging Face's `GPT2LMHeadModel`.
+
+Letters, here and everywhere in the package: `B` batch, `T` query positions, `S` key or cache
+positions, `D` width, `N` heads, `H` head width, `F` MLP width, `V` vocabulary, `L` layers, `C` = 3
+for query, key and value. An array that crosses a function carries them as a suffix: `x_BTD`.
+
+A `GPT2` is used functionally: `params = init_params(config, seed)` is a plain nested dict, and
+`bind(config, params)` the model over it, inside or outside of `jax.jit`. The L blocks are one block
+whose parameters have a leading axis L, run by `jax.lax.scan`.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gpt2_jax.attention import attention, causal_mask
+from gpt2_jax.config import ACTIVATIONS, REMAT_POLICIES, GPTConfig
+from gpt2_jax.errors import UserError
+from gpt2_jax.sharding import RULES, layout, reshard, unshard
+
+Params = dict[str, Any]  # nested; leaves are arrays
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+  """Keys and values of all layers, preallocated for S positions."""
+
+  k_LBSNH: jax.Array
+  v_LBSNH: jax.Array
+
+  @classmethod
+  def zeros(cls, config: GPTConfig, B: int, S: int) -> 'KVCache':
+    shape = (config.n_layer, B, S, config.n_head, config.H)
+    spec = layout(RULES.cache_lbsnh)
+    return cls(*(jnp.zeros(shape, config.dtype, out_sharding=spec) for _ in 'kv'))
+
+  def update(self, layer, slot, k_BTNH, v_BTNH) -> tuple['KVCache', jax.Array, jax.Array]:
+    """Writes T positions of a layer at `slot`; returns the cache and that layer's k and v."""
+    def put(all_LBSNH, new_BTNH):
+      all_LBSNH = jax.lax.dynamic_update_slice(all_LBSNH, new_BTNH[None], (layer, 0, slot, 0, 0))
+      return all_LBSNH, jax.lax.dynamic_index_in_dim(all_LBSNH, layer, keepdims=False)
+
+    (k_all, k), (v_all, v) = put(self.k_LBSNH, k_BTNH), put(self.v_LBSNH, v_BTNH)
+    return KVCache(k_all, v_all), k, v
+
+
+class Output(NamedTuple):
+  """What `GPT2.transformer` returns."""
+
+  x_BTD: jax.Array  # after the last layer norm
+  cache: KVCache | None
+  hidden_states: jax.Array | None  # [L+1, B, T, D]: embeddings, then each block; last after ln_f
+  attentions: jax.Array | None  # [L, B, N, T, S]
+
+
+def _normal(rngs, shape, std, spec):
+  return std * jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=layout(spec))
+
+
+def fold_in(keys_B: jax.Array | None, i: jax.Array | int) -> jax.Array | None:
+  """`jax.random.fold_in` for each of B keys; None (no dropout) stays None."""
+  return None if keys_B is None else jax.vmap(jax.random.fold_in, (0, None))(keys_B, i)
+
+
+def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
+  """Dropout with a key for each leading index of `x`, so that no mask depends on the batch, its
+  split into micro-batches, or the mesh. Off where `keys` is None.
+  """
+  if keys is None or rate == 0:
+    return x
+  draw = lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[keys.ndim:])
+  for _ in range(keys.ndim):
+    draw = jax.vmap(draw)
+  return jnp.where(draw(keys), x / (1 - rate), 0).astype(x.dtype)
+
+
+class Embed(nnx.Module):
+  """A table of vectors; rows from `rows` on are padding and zero."""
+
+  def __init__(self, shape, std, spec, *, rows: int, rngs: nnx.Rngs):
+    table = _normal(rngs, shape, std, spec)
+    self.weight = nnx.Param(jnp.where(jnp.arange(shape[0])[:, None] < rows, table, 0))
+
+
+class LayerNorm(nnx.Module):
+  """Layer normalisation over D, in float32."""
+
+  def __init__(self, config: GPTConfig):
+    self.epsilon = config.layer_norm_epsilon
+    self.weight = nnx.Param(jnp.ones(config.n_embd, out_sharding=layout(RULES.ln_d)))
+    self.bias = nnx.Param(jnp.zeros(config.n_embd, out_sharding=layout(RULES.ln_d)))
+
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    x = x_BTD.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
+    return (x * self.weight[...] + self.bias[...]).astype(x_BTD.dtype)
+
+
+class Linear(nnx.Module):
+  """`x @ weight + bias` as an einsum. Hugging Face's Conv1D has the same [in, out] order."""
+
+  def __init__(self, equation, shape, spec, bias_shape, bias_spec, out_spec, std, *, rngs):
+    self.equation, self.out_spec = equation, out_spec
+    self.weight = nnx.Param(_normal(rngs, shape, std, spec))
+    self.bias = nnx.Param(jnp.zeros(bias_shape, out_sharding=layout(bias_spec)))
+
+  def __call__(self, x: jax.Array, precision: str | None) -> jax.Array:
+    weight, bias = (unshard(p[...].astype(x.dtype)) for p in (self.weight, self.bias))
+    y = jnp.einsum(
+        self.equation, x, weight, precision=precision, out_sharding=layout(self.out_spec))
+    return y + (bias[:, None, None] if bias.ndim == 3 else bias)  # c_attn's bias is CNH
+
+
+class Attention(nnx.Module):
+  """Multi-head causal self-attention."""
+
+  def __init__(self, config: GPTConfig, proj_std: float, *, rngs: nnx.Rngs):
+    c, r = config, RULES
+    self.config = config
+    self.c_attn = Linear(
+        'BTD,DCNH->CBTNH', (c.n_embd, 3, c.n_head, c.H), r.c_attn_dcnh,
+        (3, c.n_head, c.H), r.c_attn_cnh, r.act_cbtnh, c.initializer_range, rngs=rngs)
+    self.c_proj = Linear(
+        'BTNH,NHD->BTD', (c.n_head, c.H, c.n_embd), r.attn_proj_nhd,
+        (c.n_embd,), r.proj_d, r.act_btd, proj_std, rngs=rngs)
+
+  def __call__(self, x_BTD, layer, mask_BTS, cache, slot, keys_B):
+    c = self.config
+    q_BTNH, k_BSNH, v_BSNH = self.c_attn(x_BTD, c.precision)
+    if cache is not None:
+      cache, k_BSNH, v_BSNH = cache.update(layer, slot, k_BSNH, v_BSNH)
+    scale = c.H**-0.5 if c.scale_attn_weights else 1.0
+    if c.scale_attn_by_inverse_layer_idx:
+      scale = scale / (layer + 1).astype(jnp.float32)
+    drop = None
+    if keys_B is not None and c.attn_pdrop:
+      heads_N = reshard(jnp.arange(c.n_head), RULES.heads_n)
+      keys_BN = jax.vmap(fold_in, (None, 0), 1)(fold_in(keys_B, 0), heads_N)
+      drop = lambda weights_BNTS: dropout(weights_BNTS, c.attn_pdrop, keys_BN)
+    out_BTNH, weights_BNTS = attention(
+        q_BTNH, k_BSNH, v_BSNH, mask_BTS, scale=scale, upcast=c.reorder_and_upcast_attn,
+        keep_BNTS=drop, precision=c.precision)
+    out_BTD = self.c_proj(out_BTNH, c.precision)
+    return dropout(out_BTD, c.resid_pdrop, fold_in(keys_B, 1)), weights_BNTS, cache
+
+
+class MLP(nnx.Module):
+  """Two linear layers around the activation function."""
+
+  def __init__(self, config: GPTConfig, proj_std: float, *, rngs: nnx.Rngs):
+    c, r = config, RULES
+    self.config = config
+    self.c_fc = Linear(
+        'BTD,DF->BTF', (c.n_embd, c.F), r.c_fc_df,
+        (c.F,), r.c_fc_f, r.act_btf, c.initializer_range, rngs=rngs)
+    self.c_proj = Linear(
+        'BTF,FD->BTD', (c.F, c.n_embd), r.mlp_proj_fd,
+        (c.n_embd,), r.proj_d, r.act_btd, proj_std, rngs=rngs)
+
+  def __call__(self, x_BTD, keys_B):
+    c = self.config
+    h_BTF = ACTIVATIONS[c.activation_function](self.c_fc(x_BTD, c.precision))
+    return dropout(self.c_proj(h_BTF, c.precision), c.resid_pdrop, fold_in(keys_B, 2))
+
+
+class Block(nnx.Module):
+  """Attention and MLP, each on a layer norm of the residual stream and added back to it."""
+
+  def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
+    std = config.initializer_range
+    proj_std = std if config.init_scheme == 'openai_release' else std / (2 * config.n_layer) ** 0.5
+    self.ln_1, self.ln_2 = LayerNorm(config), LayerNorm(config)
+    self.attn = Attention(config, proj_std, rngs=rngs)
+    self.mlp = MLP(config, proj_std, rngs=rngs)
+
+  def __call__(self, x_BTD, layer, mask_BTS, cache=None, slot=0, keys_B=None):
+    with jax.named_scope('attn'):
+      out_BTD, weights_BNTS, cache = self.attn(
+          self.ln_1(x_BTD), layer, mask_BTS, cache, slot, keys_B)
+      x_BTD = x_BTD + out_BTD
+    with jax.named_scope('mlp'):
+      x_BTD = x_BTD + self.mlp(self.ln_2(x_BTD), keys_B)
+    return x_BTD, weights_BNTS, cache
+
+
+class GPT2(nnx.Module):
+  """GPT-2 with its language-model head. `model(tokens_BT)` gives the logits.
+
+  Initialisation: N(0, `initializer_range`), biases 0, layer norms 1 and 0. Scheme 'hf' (also nanoGPT
+  and llm.c) divides the two projections into the residual stream by sqrt(2·n_layer), as the paper
+  describes; 'openai_release' does as the released code: no such division, and half the deviation
+  for wpe (openai/gpt-2 `src/model.py`).
+  """
+
+  def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
+    c, r, std = config, RULES, config.initializer_range
+    V = c.padded_vocab_size
+    self.config = config
+    self.wte = Embed((V, c.n_embd), std, r.wte_vd, rows=c.vocab_size, rngs=rngs)
+    wpe_std = std / 2 if c.init_scheme == 'openai_release' else std
+    self.wpe = Embed(
+        (c.n_positions, c.n_embd), wpe_std, r.wpe_td, rows=c.n_positions, rngs=rngs)
+    self.h = nnx.vmap(
+        lambda rngs: Block(config, rngs=rngs), in_axes=0, out_axes=0,
+        transform_metadata={nnx.PARTITION_NAME: None})(rngs.split(c.n_layer))
+    self.ln_f = LayerNorm(config)
+    if not c.tie_word_embeddings:
+      self.lm_head = Embed((V, c.n_embd), std, r.lm_head_vd, rows=c.vocab_size, rngs=rngs)
+
+  def __call__(self, tokens_BT: jax.Array, **options) -> jax.Array:
+    """Logits [B, T, V] in float32 over the true vocabulary. Options: see `transformer`."""
+    logits_BTV = self.logits(self.transformer(tokens_BT, **options).x_BTD)
+    return reshard(logits_BTV, RULES.act_btd)[..., :self.config.vocab_size]
+
+  def transformer(
+      self,
+      tokens_BT: jax.Array,
+      *,
+      positions_BT: jax.Array | None = None,
+      mask_BTS: jax.Array | None = None,
+      cache: KVCache | None = None,
+      slot: jax.Array | int = 0,
+      dropout_keys_B: jax.Array | None = None,
+      hidden_states: bool = False,
+      attentions: bool = False,
+  ) -> Output:
+    """The model up to the last layer norm.
+
+    Args:
+      tokens_BT: ids below `vocab_size`; an id beyond the table gives NaN.
+      positions_BT: positions, default `slot` + t.
+      mask_BTS: true where query t sees key s, default causal.
+      cache: where keys and values are kept; T of them are written from `slot` on, and S is the
+        cache's length. Without one, S = T.
+      slot: where in the cache the first token goes.
+      dropout_keys_B: a key for each row; None: no dropout.
+      hidden_states, attentions: whether to return them.
+
+    Raises:
+      UserError: more tokens than `n_positions`.
+    """
+    c, T = self.config, tokens_BT.shape[1]
+    if T > c.n_positions:
+      raise UserError(f'{T} tokens are more than the model has positions (n_positions = '
+                      f'{c.n_positions}): shorten the text.')
+    if positions_BT is None:
+      positions_BT = slot + jnp.arange(T)[None]
+    if mask_BTS is None:
+      mask_BTS = causal_mask(T, T if cache is None else cache.k_LBSNH.shape[2], slot)
+    keys_B = dropout_keys_B
+
+    def rows(table: Embed, indices, spec):
+      table_ND = unshard(table.weight[...].astype(c.dtype))
+      return table_ND.at[indices].get(out_sharding=layout(spec), mode='fill', fill_value=jnp.nan)
+
+    x_BTD = rows(self.wte, tokens_BT, RULES.act_btd)
+    if positions_BT.shape[0] == 1:  # the same for all rows
+      x_BTD = x_BTD + rows(self.wpe, positions_BT[0], None)
+    else:
+      x_BTD = x_BTD + rows(self.wpe, positions_BT, RULES.act_btd)
+    x_BTD = dropout(x_BTD, c.embd_pdrop, fold_in(keys_B, c.n_layer))
+
+    block, layers = nnx.split(self.h)
+
+    def body(carry, layer):
+      x_BTD, cache = carry
+      params, l = layer
+      layer_keys_B = fold_in(keys_B, l)
+      y_BTD, weights_BNTS, cache = nnx.merge(block, params)(
+          x_BTD, l, mask_BTS, cache, slot, layer_keys_B)
+      return (y_BTD, cache), (x_BTD if hidden_states else None,
+                              weights_BNTS if attentions else None)
+
+    if c.remat != 'none':
+      body = jax.checkpoint(body, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
+    (x_BTD, cache), (inputs_LBTD, weights_LBNTS) = jax.lax.scan(
+        body, (x_BTD, cache), (layers, jnp.arange(c.n_layer)))
+    x_BTD = self.ln_f(x_BTD)
+    states = jnp.concatenate([inputs_LBTD, x_BTD[None]]) if hidden_states else None
+    return Output(x_BTD, cache, states, weights_LBNTS)
+
+  def logits(self, x_BTD: jax.Array) -> jax.Array:
+    """Float32 logits over the padded vocabulary; those of padding are the lowest float32."""
+    c = self.config
+    table_VD = (self.wte if c.tie_word_embeddings else self.lm_head).weight[...]
+    with jax.named_scope('logits'):
+      logits_BTV = jnp.einsum(
+          'BTD,VD->BTV', x_BTD, unshard(table_VD.astype(x_BTD.dtype)), precision=c.precision,
+          preferred_element_type=jnp.float32, out_sharding=layout(RULES.logits_btv))
+      real_V = jnp.arange(c.padded_vocab_size) < c.vocab_size
+      return jnp.where(real_V, logits_BTV, jnp.finfo(jnp.float32).min)
+
+
+@functools.cache
+def _graphdef(config: GPTConfig):
+  return nnx.graphdef(nnx.eval_shape(lambda: GPT2(config, rngs=nnx.Rngs(0))))
+
+
+def bind(config: GPTConfig, params: Params) -> GPT2:
+  """The model over these parameters. Costs nothing under `jax.jit`."""
+  return nnx.merge(_graphdef(config), params)
+
+
+def make_params(config: GPTConfig, seed: int) -> Params:
+  """Initial parameters, as a nested dict. To be traced: see `init_params`."""
+  return nnx.to_pure_dict(nnx.state(GPT2(config, rngs=nnx.Rngs(seed)), nnx.Param))
+
+
+def init_params(config: GPTConfig, seed: int) -> Params:
+  """Initial parameters, in place on the mesh that is set. They don't depend on the mesh."""
+  return jax.jit(make_params, static_argnums=(0, 1))(config, seed)
+
+
+def num_params(config: GPTConfig) -> int:
+  """Number of parameters, without the padding of the vocabulary."""
+  shapes = jax.eval_shape(functools.partial(
+      make_params, dataclasses.replace(config, vocab_multiple=1), 0))
+  return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def flops_per_token(config: GPTConfig, T: int) -> int:
+  """FLOPs of a training step (forward and backward) per token: 6·P + 12·L·D·T.
+
+  P counts the parameters that a token is multiplied with: all but the look-up tables, that is
+  without wpe and with the head. The second term is attention over all T keys, the causal half not
+  taken off (the formula of PaLM's appendix B and of nanoGPT).
+  """
+  c = config
+  P = num_params(c) - c.n_positions * c.n_embd
+  if not c.tie_word_embeddings:
+    P -= c.vocab_size * c.n_embd
+  return 6 * P + 12 * c.n_layer * c.n_embd * T

@@ -1,0 +1,134 @@
+"""Checkpoints of a run, by Orbax: written in the background, whole or not at all.
+
+A checkpoint has the items `params`, `opt_state`, `ema` (where the run has one) and `meta`: a dict
+with the step, the model's config, the data's sha256 and the tree of shapes, which is compared before
+anything is restored. This is the only module that knows Orbax.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from gpt2_jax.config import GPTConfig
+from gpt2_jax.errors import UserError, saving
+from gpt2_jax.model import Params, make_params
+from gpt2_jax.training.step import TrainState
+
+FOLDER = 'checkpoints'
+VERSION = 1
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+  return {jax.tree_util.keystr(path, simple=True, separator='.'): f'{leaf.dtype}{[*leaf.shape]}'
+          for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def difference(have: dict, want: dict) -> str:
+  """What two flat dicts differ in, a line each: the first 12 lines."""
+  lines = [f'  {key}: {have.get(key, "absent")} there, {want.get(key, "absent")} here'
+           for key in sorted(have.keys() | want.keys()) if have.get(key) != want.get(key)]
+  return '\n'.join(lines[:12] + [f'  … and {len(lines) - 12} more'] * (len(lines) > 12))
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+  items = {'params': state.params, 'opt_state': state.opt_state, 'ema': state.ema}
+  return {name: tree for name, tree in items.items() if tree is not None}
+
+
+class Checkpoints:
+  """The checkpoints of a workdir."""
+
+  def __init__(self, workdir: str | Path, keep: int | None = None):
+    self.path = epath.Path(workdir).resolve() / FOLDER
+    self._manager = ocp.CheckpointManager(
+        self.path, options=ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=keep is not None, enable_async_checkpointing=True))
+
+  def latest_step(self) -> int | None:
+    """The newest step there is, None where there is none."""
+    return self._manager.latest_step()
+
+  def meta(self, step: int) -> dict:
+    return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
+
+  def save(self, step: int, state: TrainState, meta: dict) -> None:
+    """Begins to save; waits only for an earlier save and for the copy to the host's memory."""
+    items = _items(state)
+    meta = meta | {'version': VERSION, 'step': step, 'tree': _shapes(items)}
+    with saving('a checkpoint', str(self.path)):
+      self._manager.save(step, args=ocp.args.Composite(
+          meta=ocp.args.JsonSave(meta),
+          **{name: ocp.args.StandardSave(tree) for name, tree in items.items()}))
+
+  def restore(self, step: int, abstract: TrainState) -> TrainState:
+    """The state of a step, laid out as `abstract` says.
+
+    Raises:
+      UserError: the checkpoint is of another shape.
+    """
+    items = self._restore(step, _items(abstract))
+    return dataclasses.replace(
+        abstract, step=jax.device_put(np.int32(step), abstract.step.sharding), params=items['params'],
+        opt_state=items['opt_state'], ema=items.get('ema'))
+
+  def params(self, step: int, abstract: Params) -> Params:
+    """The parameters to use, without the rest: the moving average where the run has one."""
+    name = 'ema' if (self.path / str(step) / 'ema').exists() else 'params'
+    return self._restore(step, {name: abstract})[name]
+
+  def _restore(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
+    have, want = self.meta(step)['tree'], _shapes(items)
+    have = {key: value for key, value in have.items() if key.split('.')[0] in items}
+    if have != want:
+      raise UserError(f'the checkpoint of step {step} in {self.path} does not fit:\n'
+                      f'{difference(have, want)}\nUse the config it was made with, or another '
+                      'workdir.')
+    restored = self._manager.restore(step, args=ocp.args.Composite(
+        **{name: ocp.args.StandardRestore(tree) for name, tree in items.items()}))
+    return {name: restored[name] for name in items}
+
+  def wait(self) -> None:
+    """Returns when everything begun is on disk."""
+    with saving('a checkpoint', str(self.path)):
+      self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    self._manager.close()
+
+
+def is_workdir(path: str | Path) -> bool:
+  return (Path(path) / FOLDER).is_dir()
+
+
+def load_model(workdir: str | Path) -> tuple[GPTConfig, Params, dict]:
+  """Config, parameters and meta of a run's newest checkpoint, on the mesh that is set.
+
+  Raises:
+    UserError: the workdir has no finished checkpoint.
+  """
+  workdir = Path(workdir)
+  if not is_workdir(workdir):
+    raise UserError(f'{workdir} holds no checkpoints: is it the --workdir of a run?')
+  checkpoints = Checkpoints(workdir)
+  try:
+    step = checkpoints.latest_step()
+    if step is None:
+      raise UserError(f'{workdir} has no finished checkpoint yet: let the run go on until its first '
+                      '(config.checkpoint.every).')
+    meta = checkpoints.meta(step)
+    config = GPTConfig(**meta['model'])
+    abstract = jax.eval_shape(lambda: make_params(config, 0))
+    return config, checkpoints.params(step, abstract), meta
+  finally:
+    checkpoints.close()
+
+
+def write_json(path: Path, value: Any) -> None:
+  with saving(path.name, path):
+    path.write_text(json.dumps(value, indent=2) + '\n')

@@ -1,0 +1,276 @@
+"""Training, from a config to a trained model: read `train` from top to bottom."""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from gpt2_jax.data import loader as loader_lib
+from gpt2_jax.data import prepare, store
+from gpt2_jax.decoding.generate import generate_tokens
+from gpt2_jax.errors import UserError, saving
+from gpt2_jax.model import flops_per_token
+from gpt2_jax.progress import track
+from gpt2_jax.training import metrics, report
+from gpt2_jax.training.checkpoint import Checkpoints, difference, write_json
+from gpt2_jax.training.plan import Plan, make_plan, out_of_memory_advice
+
+# Fields of the model that may change between two starts of a run: they don't change what it is.
+FREE = ('dtype', 'remat', 'embd_pdrop', 'attn_pdrop', 'resid_pdrop')
+
+
+class StopSignal:
+  """Within this context the first SIGTERM or Ctrl-C asks the loop to stop, a second one kills."""
+
+  def __init__(self):
+    self.received: int | None = None
+
+  def _handle(self, number, _):
+    if self.received is not None:
+      os._exit(128 + number)
+    self.received = number
+    print(f'\n{signal.Signals(number).name}: saving and leaving after this step (once more to leave '
+          'at once)', file=sys.stderr, flush=True)
+
+  def __enter__(self):
+    self._before = {}
+    if threading.current_thread() is threading.main_thread():
+      for number in (signal.SIGTERM, signal.SIGINT):
+        self._before[number] = signal.signal(number, self._handle)
+    return self
+
+  def __exit__(self, *_):
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+
+def say(text: str) -> None:
+  if jax.process_index() == 0:
+    print(text, flush=True)
+
+
+def open_data(config: ConfigDict) -> store.TokenStore:
+  """The token store of a config, prepared first where it isn't there."""
+  data = config.data
+  if data.corpus.startswith('bin:'):
+    return store.open_store(data.corpus.removeprefix('bin:'))
+  settings = prepare.Settings(data.corpus, data.tokenizer, data.val_fraction, data.split_seed,
+                              data.split, data.text_field)
+  folder = data.store or Path(data.directory) / prepare.store_name(settings)
+  return prepare.ensure_store(settings, folder)
+
+
+def _environment(plan: Plan) -> dict:
+  packages = ('gpt2_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
+  try:
+    commit = subprocess.run(
+        ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
+        cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10).stdout.strip()
+  except (OSError, subprocess.TimeoutExpired):
+    commit = ''
+  return {
+      'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+      'command': sys.argv, 'python': platform.python_version(), 'platform': platform.platform(),
+      'versions': {name: importlib.metadata.version(name) for name in packages},
+      'git_commit': commit or None, 'processes': jax.process_count(),
+      'devices': f'{plan.mesh.size} x {plan.mesh.devices.flat[0].device_kind}',
+      'mesh': dict(plan.mesh.shape), 'micro_batches': plan.A,
+      'env': {k: os.environ[k] for k in ('XLA_FLAGS', 'JAX_PLATFORMS') if k in os.environ},
+  }
+
+
+def _identity(plan: Plan, data: store.TokenStore) -> dict:
+  """What must not change between two starts of a run, flat."""
+  model = {f'model.{k}': v for k, v in dataclasses.asdict(plan.model).items() if k not in FREE}
+  return model | {'data.sha256': data.sha256}
+
+
+def _begin_workdir(workdir: Path, plan: Plan, data: store.TokenStore) -> None:
+  """Leaves the record of this start; says what changed in the config since the last one."""
+  config = json.loads(plan.config.to_json_best_effort())
+  path, starts = workdir / 'config.json', workdir / 'env.json'
+  flat = lambda c: {f'{s}.{k}': v for s, keys in c.items() for k, v in keys.items()}
+  if path.exists() and (changed := difference(flat(json.loads(path.read_text())), flat(config))):
+    say(f'config changed since the last start:\n{changed}')
+  write_json(path, config)
+  earlier = json.loads(starts.read_text())['starts'] if starts.exists() else []
+  write_json(starts, {'starts': earlier + [_environment(plan)]})
+  data.tokenizer().save(workdir / 'tokenizer')
+
+
+def evaluate(eval_step, params, split: store.Split, plan: Plan, stop: StopSignal) -> float | None:
+  """Mean nll over a whole split, each token counted once; None where a signal cut it short."""
+  sums = []
+  with track('evaluating', loader_lib.eval_size(split, plan.T, plan.eval_rows), 'batches') as done:
+    for batch in loader_lib.eval_batches(split, plan.T, plan.eval_rows, plan.batch_sharding):
+      sums.append(eval_step(params, *batch))
+      done(1)
+      if len(sums) > 4:  # keeps the host from running ahead of the device
+        jax.block_until_ready(sums[-4])
+      if stop.received:
+        return None
+  total, count = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
+  return float(total / count)
+
+
+def train(config: ConfigDict, workdir: str | Path) -> int:
+  """Runs, or continues, the training that a config describes. Returns an exit status.
+
+  Raises:
+    UserError: for everything that the user can mend.
+  """
+  workdir = Path(workdir)
+
+  # --- Plan: sizes, mesh, micro-batches ---------------------------------------------------------
+  plan = make_plan(config)
+  say(plan.describe())
+  steps, tokens_a_step = config.train.steps, plan.G * plan.T
+  flops = flops_per_token(plan.model, plan.T)
+  peak = metrics.peak_flops(plan.mesh.devices.flat[0].device_kind)
+
+  # --- Data: a token store, and batch = f(seed, step) --------------------------------------------
+  data = open_data(config)
+  data.check_vocabulary(plan.model.vocab_size)
+  train_split, val_split = data.splits['train'], data.splits['val']
+  loader = loader_lib.TrainLoader(
+      train_split, plan.T, plan.G, config.train.seed, plan.model.vocab_size)
+  say(f'data     {data.path}: {len(train_split):,} tokens to train on '
+      f'({loader.steps_per_epoch:,.1f} steps an epoch), {len(val_split):,} held out')
+
+  with StopSignal() as stop, jax.set_mesh(plan.mesh):
+    # --- Workdir: new, or that of the same run ----------------------------------------------------
+    with saving('the workdir', workdir):
+      workdir.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+    start, identity = checkpoints.latest_step() or 0, _identity(plan, data)
+    if start and (other := difference(checkpoints.meta(start)['identity'], identity)):
+      raise UserError(f'{workdir} holds the run of another model or other data:\n{other}\n'
+                      'Choose another --workdir, or the config of that run.')
+    if start >= steps:
+      say(f'{workdir}: step {start} of {steps} is done already.')
+      checkpoints.close()
+      return 0
+    if jax.process_index() == 0:
+      _begin_workdir(workdir, plan, data)
+
+    # --- State: initial or restored -----------------------------------------------------------------
+    began = time.monotonic()
+    train_step, eval_step = plan.compile_train_step(), plan.eval_step()
+    say(f'compiled in {time.monotonic() - began:.1f} s')
+    with out_of_memory_advice(plan):
+      if start:
+        state = checkpoints.restore(start, plan.abstract_state())
+        say(f'resumed from step {start:,} of {steps:,}')
+      else:
+        state = plan.init_state()
+    writer = metrics.MetricsWriter(workdir, start, config.log.tensorboard)
+    in_use = lambda: state.params if state.ema is None else state.ema
+    due = lambda step, section: step % section.every == 0 or step == steps
+    held_out = len(val_split) > 1
+
+    def evaluation(step: int) -> dict:
+      loss = evaluate(eval_step, in_use(), val_split, plan, stop)
+      if loss is None:
+        return {}
+      say(f'step {step:,}: held-out loss {loss:.4f}')
+      return {'eval/loss': loss}
+
+    def save(step: int) -> None:
+      checkpoints.save(step, state, {
+          'identity': identity, 'model': dataclasses.asdict(plan.model),
+          'data': {'sha256': data.sha256, 'tokenizer': data.manifest['tokenizer']}})
+
+    last_line = metrics.read(workdir)[-1:] if start else []
+    if last_line and due(start, config.evaluate) and held_out and 'eval/loss' not in last_line[0]:
+      writer.amend_last(evaluation(start))  # the last start was stopped within this evaluation
+
+    # --- Loop -----------------------------------------------------------------------------------------
+    clock = time.monotonic()
+
+    def record(step: int, values: dict, evaluated: bool = False) -> None:
+      """Fetches a step's metrics, checks and writes them."""
+      nonlocal clock
+      with out_of_memory_advice(plan):
+        values = {key: float(value) for key, value in jax.device_get(values).items()}
+      seconds, clock = time.monotonic() - clock, time.monotonic()
+      if not math.isfinite(values['train/loss']) or not math.isfinite(values['train/grad_norm']):
+        checkpoints.wait()
+        raise UserError(_not_finite(step, values, loader, checkpoints.latest_step(), workdir))
+      rate = tokens_a_step / seconds
+      values |= {'train/tokens': step * tokens_a_step, 'perf/step_seconds': seconds,
+                 'perf/tokens_per_second': rate, 'perf/flops_per_second': rate * flops,
+                 'perf/memory_gib': metrics.peak_memory_gib()}
+      if peak:
+        values['perf/mfu'] = rate * flops / (peak * plan.mesh.size)
+      note = (f'loss {values["train/loss"]:.4f} lr {values["train/learning_rate"]:.2e} '
+              f'{rate:,.0f} tokens/s' + (f' mfu {values["perf/mfu"]:.1%}' if peak else ''))
+      if step == start + 1:
+        say(f'step {step:,}: {note}')
+      advance(1, note)
+      if evaluated and held_out:
+        values |= evaluation(step)
+        clock = time.monotonic()
+      writer.write({'step': step, **values})
+
+    with track('training', steps, 'steps', done=start) as advance:
+      batches = loader.batches(start, steps, plan.A, plan.batch_sharding)
+      pending, step = None, start
+      while step < steps and not stop.received:
+        tokens = next(batches)
+        with jax.profiler.StepTraceAnnotation('train', step_num=step):
+          state, values = train_step(state, tokens)
+        step += 1
+        if pending:  # one step late, so that the device never waits for the host
+          record(*pending)
+        pending = step, values
+        evaluated = due(step, config.evaluate)
+        saved = due(step, config.checkpoint) or bool(stop.received)
+        if evaluated or saved:
+          record(step, values, evaluated)
+          pending = None
+        if saved or stop.received:
+          save(step)
+          clock = time.monotonic()
+      if pending:  # a signal came after the step was dispatched
+        record(*pending)
+        save(step)
+    checkpoints.wait()
+    writer.close()
+
+    # --- End ------------------------------------------------------------------------------------------
+    if stop.received:
+      say(f'stopped and saved at step {step:,} of {steps:,}; the same command goes on from there')
+      checkpoints.close()
+      return 128 + stop.received
+    prompt = config.log.sample_prompt
+    sample, = generate_tokens(
+        plan.model, in_use(), prompt, tokenizer=data.tokenizer(), seed=config.train.seed,
+        max_new_tokens=config.log.sample_tokens, temperature=config.log.sample_temperature,
+        top_k=config.log.sample_top_k)
+    if jax.process_index() == 0:
+      report.plot_losses(workdir, f'{workdir.name}: {tokens_a_step:,} tokens a step')
+      say(report.summary(workdir, sample.text or '', prompt))
+    checkpoints.close()
+    return 0
+
+
+def _not_finite(step, values, loader, last_good, workdir) -> str:
+  rows = [f'  row {r}: {", ".join(names[:6])}' for r, names in enumerate(loader.documents(step - 1))]
+  rows = rows[:8] + [f'  … and {len(rows) - 8} more rows'] * (len(rows) > 8)
+  return (f'step {step}: loss {values["train/loss"]}, gradient norm {values["train/grad_norm"]}. '
+          'Nothing of it was saved. The documents of its batch (shard:number):\n' +
+          '\n'.join(rows) + f'\nThe last good checkpoint in {workdir} is ' +
+          (f'that of step {last_good}' if last_good else 'none') +
+          '. A lower optim.peak_lr, a longer optim.warmup_steps or model.dtype=float32 may help.')

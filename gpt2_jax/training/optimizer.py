@@ -1,0 +1,59 @@
+"""AdamW, its learning-rate schedules, and which parameters decay."""
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from gpt2_jax.errors import UserError
+from gpt2_jax.model import Params
+
+SCHEDULES = ('cosine', 'linear', 'wsd', 'constant')
+
+
+def make_schedule(optim: ConfigDict, steps: int) -> optax.Schedule:
+  """Step (from 0) -> learning rate: a linear warm-up to `peak_lr`, then one of
+
+  - cosine, linear: down to `end_lr_fraction` of the peak at `decay_steps` (default: `steps`);
+  - wsd: constant, then linear over the last `wsd_decay_fraction` of the steps (warm-up, stable,
+    decay; Hu et al. 2024, arXiv:2404.06395);
+  - constant.
+  """
+  peak, end, warmup = optim.peak_lr, optim.peak_lr * optim.end_lr_fraction, optim.warmup_steps
+  last = steps if optim.decay_steps is None else optim.decay_steps
+  if optim.schedule not in SCHEDULES:
+    raise UserError(f'optim.schedule = {optim.schedule!r} is not one of {SCHEDULES}.')
+  rest = max(1, last - warmup)
+  if optim.schedule == 'cosine':
+    after = optax.cosine_decay_schedule(peak, rest, alpha=optim.end_lr_fraction)
+  elif optim.schedule == 'linear':
+    after = optax.linear_schedule(peak, end, rest)
+  elif optim.schedule == 'wsd':
+    decay = max(1, round(last * optim.wsd_decay_fraction))
+    after = optax.linear_schedule(peak, end, decay, transition_begin=max(0, rest - decay))
+  else:
+    after = optax.constant_schedule(peak)
+  if not warmup:
+    return after
+  # the first update already moves: step 0 has peak / warmup
+  return optax.join_schedules(
+      [optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1)), after], [warmup])
+
+
+def decay_mask(params: Params) -> Params:
+  """True for what weight decay applies to: matrices and embeddings, not biases and layer norms.
+
+  By name: in the stacked layout biases and layer norms have two axes as well.
+  """
+  def decays(path, _):
+    names = [key.key for key in path]
+    return names[-1] == 'weight' and not any(name.startswith('ln_') for name in names)
+
+  return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def make_optimizer(optim: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+  """Clipping by the global norm, then AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101)."""
+  adamw = optax.adamw(
+      schedule, b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay,
+      mask=decay_mask)
+  return optax.chain(optax.clip_by_global_norm(optim.clip_norm), adamw) if optim.clip_norm else adamw

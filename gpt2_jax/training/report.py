@@ -1,0 +1,64 @@
+"""What a run leaves for its reader at the end: a picture of its losses, a sample, a summary."""
+
+from pathlib import Path
+
+import numpy as np
+
+from gpt2_jax.errors import saving
+from gpt2_jax.training import metrics
+
+PLOT = 'loss.png'
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+  """A moving average over about a fiftieth of the run."""
+  width = max(1, len(values) // 50)
+  padded = np.pad(values, (width // 2, width - 1 - width // 2), mode='edge')
+  return np.convolve(padded, np.ones(width) / width, mode='valid')
+
+
+def plot_losses(workdir: Path, title: str) -> Path:
+  """Draws training and held-out loss against the tokens seen, to `loss.png`."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+  lines = metrics.read(workdir)
+  tokens = np.array([line['train/tokens'] for line in lines])
+  losses = np.array([line['train/loss'] for line in lines])
+  held_out = [(line['train/tokens'], line['eval/loss']) for line in lines if 'eval/loss' in line]
+  figure = Figure(figsize=(7, 4), layout='constrained')
+  FigureCanvasAgg(figure)
+  axes = figure.add_subplot()
+  axes.plot(tokens, losses, color='tab:blue', alpha=0.25, linewidth=0.8)
+  axes.plot(tokens, _smooth(losses), color='tab:blue', label='training')
+  if held_out:
+    axes.plot(*zip(*held_out), color='tab:orange', marker='o', markersize=4, label='held out')
+    axes.annotate(f'{held_out[-1][1]:.3f}', held_out[-1], textcoords='offset points',
+                  xytext=(0, 8), ha='right', color='tab:orange')
+  axes.set(title=title, xlabel='tokens seen', ylabel='loss (nats a token)')
+  axes.grid(alpha=0.3)
+  axes.legend()
+  path = workdir / PLOT
+  with saving('the plot', path):
+    figure.savefig(path, dpi=120)
+  return path
+
+
+def summary(workdir: Path, sample: str, prompt: str) -> str:
+  """One screen: what came out, where it lies, what to try next."""
+  lines = metrics.read(workdir)
+  last, final = lines[-1], next((m for m in reversed(lines) if 'eval/loss' in m), {})
+  speed = np.median([m['perf/tokens_per_second'] for m in lines])
+  held_out = f', held-out loss {final["eval/loss"]:.4f}' if final else ''
+  rule = '-' * 78
+  return '\n'.join([
+      rule,
+      f'done: step {last["step"]:,}, {last["train/tokens"]:,} tokens, training loss '
+      f'{last["train/loss"]:.4f}{held_out}',
+      f'      {speed:,.0f} tokens/s, peak memory {last["perf/memory_gib"]:.1f} GiB',
+      rule, prompt + sample, rule,
+      f'record     {workdir / metrics.FILE}',
+      f'picture    {workdir / PLOT}',
+      'next',
+      f'  gpt2-jax sample --checkpoint {workdir} --prompt "{prompt.splitlines()[0]}"',
+      f'  tensorboard --logdir {workdir}          (pip install tensorboard)',
+      '  the same launch.py command with a larger --config.train.steps goes on from here'])

@@ -1,0 +1,59 @@
+"""Training's front door.
+
+    python launch.py --config=configs/small.py[:RECIPE] [--workdir=DIR] [--config.SECTION.KEY=VALUE …]
+
+The same command again continues a run that was stopped or killed.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file('config', help_string='Config file, with :RECIPE after it.')
+WORKDIR = flags.DEFINE_string(
+    'workdir', None, 'Folder of the run. Default: runs/NAME of the config and recipe.')
+DRY_RUN = flags.DEFINE_bool(
+    'dry_run', False, 'Compile, print parameters, FLOPs and bytes a device, and stop.')
+DISTRIBUTED = flags.DEFINE_enum(
+    'distributed', 'auto', ['auto', 'on', 'off'],
+    'Whether this is one process of several. auto: where the environment shows a cluster.')
+
+
+def parse_flags(argv: list[str]) -> None:
+  """Parses the flags; says in one line what is wrong with them."""
+  try:
+    rest = flags.FLAGS(argv)
+    if len(rest) > 1:
+      raise ValueError(f'what is {rest[1]!r}? Options begin with --')
+    if CONFIG.value is None:
+      raise ValueError('say which config: --config=configs/tiny.py')
+  except (flags.Error, ValueError, TypeError, KeyError, AttributeError, OSError) as e:
+    message = str(e.args[0]) if e.args else repr(e)
+    sys.exit(f'error: {message} (every knob with its meaning: configs/base.py)')
+
+
+def default_workdir() -> str:
+  """runs/small for configs/small.py, runs/small-openwebtext for configs/small.py:openwebtext."""
+  path, _, recipe = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
+  return os.path.join('runs', '-'.join(filter(None, [Path(path).stem, recipe])))
+
+
+def main(argv: list[str]) -> int:
+  parse_flags(argv)
+  from gpt2_jax.errors import UserError
+  from gpt2_jax.training import distributed, loop, plan
+  try:
+    distributed.initialize(DISTRIBUTED.value)
+    if DRY_RUN.value:
+      print(plan.dry_run(plan.make_plan(CONFIG.value)))
+      return 0
+    return loop.train(CONFIG.value, WORKDIR.value or default_workdir())
+  except UserError as e:
+    sys.exit(f'error: {e}')
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv))
