@@ -1,0 +1,44 @@
+"""GPT-2 in JAX and Flax.
+
+    model = gpt2_jax.from_pretrained('runs/tiny')
+    for result in gpt2_jax.generate(model, 'def ', max_new_tokens=60, seed=42):
+      print(result.text)
+
+Everything named here is loaded when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+  from gpt2_jax.config import GPTConfig
+  from gpt2_jax.decoding.generate import Generated, generate
+  from gpt2_jax.errors import UserError
+  from gpt2_jax.model import GPT2, bind, init_params
+  from gpt2_jax.pretrained import from_pretrained
+
+_PLACES = {
+    'GPT2': 'model',
+    'GPTConfig': 'config',
+    'Generated': 'decoding.generate',
+    'UserError': 'errors',
+    'bind': 'model',
+    'from_pretrained': 'pretrained',
+    'generate': 'decoding.generate',
+    'init_params': 'model',
+}
+
+__all__ = [
+    'GPT2', 'GPTConfig', 'Generated', 'UserError', 'bind', 'from_pretrained', 'generate',
+    'init_params',
+]
+
+
+def __getattr__(name: str):
+  if name in _PLACES:
+    return getattr(importlib.import_module(f'gpt2_jax.{_PLACES[name]}'), name)
+  raise AttributeError(f'module gpt2_jax has no attribute {name!r}')
+
+
+def __dir__():
+  return sorted(__all__)

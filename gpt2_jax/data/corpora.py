@@ -231,7 +231,8 @@ def _open_text(spec: str, pattern: str) -> Corpus:
 
 def _open_stdlib(spec: str, _: str) -> Corpus:
   root = Path(sysconfig.get_path('stdlib'))
-  skip = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__'}
+  skip = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__',
+          'encodings', 'pydoc_data'}  # the last two are tables
   paths = sorted(path for path in root.rglob('*.py')
                  if not skip & set(path.relative_to(root).parts[:-1]) and path.stat().st_size)
   corpus = _files(spec, [str(path) for path in paths], 'PSF-2.0')

@@ -1,0 +1,73 @@
+"""Eight simulated devices, compiled programs kept between runs, and small things to test with."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(ROOT / '.jax_cache'))
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
+os.environ['HF_HUB_OFFLINE'] = '1'
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from gpt2_jax.config import GPTConfig  # noqa: E402
+from gpt2_jax.sharding import make_mesh  # noqa: E402
+
+WORDS = ('the a of model token layer head width loss data mesh batch step seed cache key value query '
+         'norm scale gate sum mean train test held out big small red green').split()
+
+
+def make_text(rng: np.random.Generator, words: int) -> str:
+  lines = [' '.join(rng.choice(WORDS, 8)) for _ in range(max(1, words // 8))]
+  return '\n'.join(lines) + '\n'
+
+
+@pytest.fixture(scope='session')
+def text_folder(tmp_path_factory) -> Path:
+  """40 files of made-up text, about 130 kB."""
+  folder = tmp_path_factory.mktemp('text')
+  rng = np.random.default_rng(0)
+  for i in range(40):
+    (folder / f'{i:02d}.txt').write_text(make_text(rng, 600))
+  return folder
+
+
+@pytest.fixture
+def tiny() -> GPTConfig:
+  """Odd sizes on purpose; weights large enough that every part matters."""
+  return GPTConfig(vocab_size=97, n_positions=32, n_embd=32, n_layer=3, n_head=4, n_inner=80,
+                   vocab_multiple=8, initializer_range=0.3, embd_pdrop=0, attn_pdrop=0,
+                   resid_pdrop=0)
+
+
+def mesh_of(*sizes: int):
+  """A context with a mesh over the first devices."""
+  return jax.set_mesh(make_mesh(*sizes, devices=jax.devices()[:int(np.prod(sizes))]))
+
+
+def environment(devices: int = 1, **extra: str) -> dict[str, str]:
+  """The environment of a process of its own, with so many simulated devices."""
+  env = dict(os.environ, PYTHONPATH=str(ROOT), **extra)
+  env['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={devices}'
+  return env
+
+
+def run(*command: str, cwd: Path = ROOT, timeout: float = 300, **env) -> subprocess.CompletedProcess:
+  """Runs Python with these arguments, in a process of its own."""
+  return subprocess.run([sys.executable, *command], cwd=cwd, env=environment(**env),
+                        capture_output=True, text=True, timeout=timeout)
+
+
+def assert_close(have, want, tolerance: float = 1e-5) -> None:
+  """The largest difference, by the largest value: float32 sums in another order are fine."""
+  have, want = np.asarray(have, np.float64), np.asarray(want, np.float64)
+  assert have.shape == want.shape
+  assert np.isfinite(have).all() and np.isfinite(want).all()
+  error = np.abs(have - want).max() / np.abs(want).max()
+  assert error < tolerance, f'relative error {error:.2e}'

@@ -1,0 +1,172 @@
+"""The same numbers as transformers' GPT-2, on random models of odd shapes (`parity` extra)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import assert_close
+
+torch = pytest.importorskip('torch', reason='parity tests need the extra: pip install -e .[parity]')
+transformers = pytest.importorskip('transformers', reason='parity tests need the extra parity')
+
+from gpt2_jax.config import ACTIVATIONS  # noqa: E402
+from gpt2_jax.decoding.generate import generate_tokens  # noqa: E402
+from gpt2_jax.errors import UserError  # noqa: E402
+from gpt2_jax.interop import huggingface  # noqa: E402
+from gpt2_jax.model import bind  # noqa: E402
+from gpt2_jax.training.optimizer import decay_mask  # noqa: E402
+from gpt2_jax.training.step import nll  # noqa: E402
+
+KNOBS = {
+    'plain': {},
+    'n_inner': dict(n_inner=52),
+    'unscaled': dict(scale_attn_weights=False, initializer_range=0.1),  # 0.2 saturates the softmax
+    'inverse layer': dict(scale_attn_by_inverse_layer_idx=True),
+    'upcast': dict(reorder_and_upcast_attn=True),
+    'mistral': dict(reorder_and_upcast_attn=True, scale_attn_by_inverse_layer_idx=True),
+    'untied': dict(tie_word_embeddings=False),
+    'epsilon': dict(layer_norm_epsilon=1e-2),
+    'one head': dict(n_head=1),
+}
+
+
+def pair(seed=0, **fields):
+  """(their model, our config, our parameters): a random model with weights that matter.
+
+  Theirs computes in float64 where it can: what differs is our rounding, not the sum of both.
+  """
+  fields = dict(vocab_size=101, n_positions=40, n_embd=48, n_layer=3, n_head=3,
+                initializer_range=0.2, bos_token_id=0, eos_token_id=0) | fields
+  config = transformers.GPT2Config(**fields, attn_implementation='eager')
+  torch.manual_seed(seed)
+  theirs = transformers.GPT2LMHeadModel(config).eval()
+  with torch.no_grad():
+    for name, parameter in theirs.named_parameters():  # biases and layer norms matter too
+      if name.endswith('bias') or 'ln_' in name:
+        parameter.add_(0.1 * torch.randn_like(parameter))
+  ours = huggingface.config_from_dict(config.to_dict())
+  params = huggingface.params_from_tensors(ours, tensors(theirs))
+  return theirs if config.reorder_and_upcast_attn else theirs.double(), ours, params
+
+
+def tensors(model):
+  return {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
+
+
+def ids(B=2, T=17, seed=0):
+  return np.random.default_rng(seed).integers(0, 101, (B, T))
+
+
+@pytest.mark.parametrize('knobs', KNOBS)
+def test_logits_and_gradients(knobs):
+  theirs, config, params = pair(**KNOBS[knobs])
+  x = ids()
+  out = theirs(torch.tensor(x), labels=torch.tensor(x))
+  assert_close(jax.jit(lambda p: bind(config, p)(jnp.asarray(x)))(params), out.logits.detach())
+
+  out.loss.backward()
+  loss, gradients = jax.jit(jax.value_and_grad(
+      lambda p: nll(bind(config, p), jnp.asarray(x)).mean()))(params)
+  assert_close(loss, out.loss.item())
+  gradients = huggingface.tensors_from_params(config, gradients)
+  checked = 0
+  for name, parameter in theirs.named_parameters():
+    assert_close(gradients[name], parameter.grad)
+    checked += 1
+  assert checked == len(gradients)
+
+
+@pytest.mark.parametrize('name', sorted(ACTIVATIONS))
+def test_activations(name):
+  from transformers.activations import ACT2FN
+  x = np.linspace(-8, 8, 1001, dtype=np.float32)
+  want = ACT2FN[name](torch.tensor(x)).numpy()
+  np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x)), want, rtol=2e-5, atol=2e-6)
+
+
+def test_hidden_states_and_attentions():
+  theirs, config, params = pair()
+  x = ids()
+  want = theirs(torch.tensor(x), output_hidden_states=True, output_attentions=True)
+  out = jax.jit(lambda p: bind(config, p).transformer(
+      jnp.asarray(x), hidden_states=True, attentions=True))(params)
+  assert_close(out.hidden_states, torch.stack(want.hidden_states).detach())
+  assert_close(out.attentions, torch.stack(want.attentions).detach())
+
+
+def test_one_adamw_step():
+  theirs, config, params = pair()
+  x = ids()
+  decayed = {n for n, p in theirs.named_parameters() if n.endswith('weight') and 'ln_' not in n}
+  named = dict(theirs.named_parameters())
+  optimizer = torch.optim.AdamW(
+      [{'params': [p for n, p in named.items() if n in decayed], 'weight_decay': 0.1},
+       {'params': [p for n, p in named.items() if n not in decayed], 'weight_decay': 0.0}],
+      lr=1e-2, betas=(0.9, 0.95), eps=1e-4)
+  theirs(torch.tensor(x), labels=torch.tensor(x)).loss.backward()
+  torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+  optimizer.step()
+
+  tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(
+      1e-2, b1=0.9, b2=0.95, eps=1e-4, weight_decay=0.1, mask=decay_mask))
+  gradients = jax.jit(jax.grad(lambda p: nll(bind(config, p), jnp.asarray(x)).mean()))(params)
+  updates, _ = tx.update(gradients, tx.init(params), params)
+  ours = huggingface.tensors_from_params(config, optax.apply_updates(params, updates))
+  # eps = 1e-4, since with 1e-8 the first step is lr·sign(g), of which rounding decides where g is 0
+  for name, parameter in named.items():
+    np.testing.assert_allclose(
+        ours[name], parameter.detach().numpy(), rtol=1e-5, atol=2e-6, err_msg=name)
+
+
+def test_greedy_ids_of_ragged_prompts():
+  theirs, config, params = pair(seed=1, initializer_range=0.4)
+  prompts = [[5, 6, 7], list(range(20, 31)), [9]]
+  ours = generate_tokens(config, params, prompts, do_sample=False, max_new_tokens=20)
+  for prompt, result in zip(prompts, ours):
+    want = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=20,
+                           eos_token_id=None, pad_token_id=0)
+    assert result.tokens == want[0, len(prompt):].tolist()
+
+
+@pytest.mark.parametrize('k,p,t', [(5, None, 1.0), (None, 0.7, 1.0), (20, 0.9, 0.6)])
+def test_processors(k, p, t):
+  from gpt2_jax.decoding.processors import make_processors
+  logits = np.random.default_rng(0).normal(size=(6, 50)).astype(np.float32) * 3
+  want = torch.tensor(logits) / t
+  if k:
+    want = transformers.TopKLogitsWarper(k)(None, want)
+  if p:
+    want = transformers.TopPLogitsWarper(p)(None, want)
+  have = jnp.asarray(logits)
+  for processor in make_processors(t, k, p):
+    have = processor(have)
+  np.testing.assert_allclose(have, want, rtol=1e-6)
+
+
+def test_tensors_round_trip_with_a_padded_vocabulary():
+  theirs, config, params = pair(tie_word_embeddings=False)
+  config = dataclasses.replace(config, vocab_multiple=64)
+  want = tensors(theirs)
+  params = huggingface.params_from_tensors(config, want)
+  assert params['wte']['weight'].shape == (128, 48)
+  back = huggingface.tensors_from_params(config, params)
+  assert back.keys() == want.keys()
+  for name, tensor in want.items():
+    np.testing.assert_array_equal(back[name], tensor)
+
+
+def test_what_cannot_be_honoured_is_refused():
+  theirs, config, _ = pair()
+  with pytest.raises(UserError, match='add_cross_attention'):
+    huggingface.config_from_dict({'n_embd': 48, 'add_cross_attention': True})
+  with pytest.raises(UserError, match='rope_theta'):
+    huggingface.config_from_dict({'rope_theta': 1e4})
+  state = tensors(theirs)
+  with pytest.raises(UserError, match='extra.weight'):
+    huggingface.params_from_tensors(config, state | {'extra.weight': np.zeros(3)})
+  del state['transformer.h.1.mlp.c_fc.bias']
+  with pytest.raises(UserError, match=r'h\.1\.mlp\.c_fc\.bias'):
+    huggingface.params_from_tensors(config, state)

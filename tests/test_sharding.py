@@ -1,0 +1,84 @@
+"""Layouts: every mesh computes the same."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import assert_close, mesh_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gpt2_jax import sharding
+from gpt2_jax.config import GPTConfig
+from gpt2_jax.errors import UserError
+from gpt2_jax.model import init_params
+
+MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 2), (4, 1, 2), (1, 4, 2), (2, 2, 2), (2, 4, 1)]
+
+
+def test_parameters_lie_as_the_rules_say(tiny):
+  with mesh_of(2, 2, 2):
+    params = init_params(tiny, 0)
+  attn = params['h']['attn']
+  assert attn['c_attn']['weight'].sharding.spec == P(None, 'fsdp', None, 'tensor', None)
+  assert attn['c_proj']['weight'].sharding.spec == P(None, 'tensor', None, 'fsdp')
+  assert params['wte']['weight'].sharding.spec == P('tensor', 'fsdp')
+  shard = params['h']['mlp']['c_fc']['weight'].addressable_shards[0].data
+  assert shard.shape == (3, 32 // 2, 80 // 2)
+
+
+@pytest.mark.parametrize('mesh', MESHES)
+def test_initial_weights_do_not_depend_on_the_mesh(tiny, mesh):
+  want = init_params(tiny, 7)
+  with mesh_of(*mesh):
+    have = init_params(tiny, 7)
+  for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(have)):
+    assert_close(b, a, 1e-6) if a.any() else np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize('sizes,says', [
+    ((3, 1, 1), 'does not cover the 8 devices'), ((-1, -1, 1), 'at most one may be -1'),
+    ((0, 1, 8), 'sizes are positive'), ((-1, 1, 3), 'does not cover'),
+])
+def test_impossible_meshes_are_refused(sizes, says):
+  with pytest.raises(UserError, match=says):
+    sharding.make_mesh(*sizes)
+
+
+def test_one_size_is_inferred():
+  assert dict(sharding.make_mesh(2, -1, 2).shape) == {'data': 2, 'fsdp': 2, 'tensor': 2}
+
+
+def test_indivisible_sizes_are_named_with_what_works():
+  mesh = sharding.make_mesh(1, 2, 4)
+  xl = GPTConfig(n_embd=1600, n_head=25, n_layer=48)
+  with pytest.raises(UserError, match=r'n_head = 25 .* mesh.tensor = 4.*may be one of \[1\]'):
+    sharding.check_divisible(mesh, xl.divisible())
+  xl = dataclasses.replace(xl, vocab_multiple=640)
+  with pytest.raises(UserError, match=r'may be one of \[1, 5\]'):
+    sharding.check_divisible(mesh, xl.divisible())
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(MESHES), st.integers(1, 3), st.integers(1, 3))
+def test_placed_rows_are_the_rows(sizes, A, per):
+  M = 8 * per
+  mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:int(np.prod(sizes))])
+  layout = NamedSharding(mesh, P(None, sharding.BATCH))
+  rows = sharding.local_rows((A, M), layout)
+  assert rows == list(range(A * M))  # one process has all of them
+  want = np.arange(A * M * 5).reshape(A, M, 5)
+  have = sharding.place({r: want.reshape(-1, 5)[r] for r in rows}, want.shape, layout)
+  np.testing.assert_array_equal(have, want)
+
+
+def test_unshard_gathers_fsdp_alone():
+  with mesh_of(2, 2, 2):
+    w = jnp.zeros((4, 4), out_sharding=P('fsdp', 'tensor'))
+    assert jax.typeof(sharding.unshard(w)).sharding.spec == P(None, 'tensor')
+  w = jnp.zeros((4, 4))
+  assert sharding.unshard(w) is w
