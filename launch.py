@@ -30,9 +30,10 @@ def parse_flags(argv: list[str]) -> None:
       raise ValueError(f'what is {rest[1]!r}? Options begin with --')
     if CONFIG.value is None:
       raise ValueError('say which config: --config=configs/tiny.py')
-  except (flags.Error, ValueError, TypeError, KeyError, AttributeError, OSError) as e:
-    message = str(e.args[0]) if e.args else repr(e)
-    sys.exit(f'error: {message} (every knob with its meaning: configs/base.py)')
+    _ = CONFIG.value.model  # a file that can't be loaded is an error only now
+  except Exception as e:  # of many kinds, some with a traceback as their text
+    sys.exit(f'error: {(str(e) or repr(e)).strip().splitlines()[-1].strip()} (the knobs: '
+             'configs/base.py)')
 
 
 def default_workdir() -> str:

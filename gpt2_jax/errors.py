@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 
 
 class UserError(ValueError):
@@ -13,15 +14,26 @@ class UserError(ValueError):
   """
 
 
+NO_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def _errno(e: Exception) -> int | None:
+  """The operating system's error number, also where TensorStore hides it in a text."""
+  if isinstance(e, OSError):
+    return e.errno
+  found = re.search(r"os_error_code='(\d+)'", str(e))
+  return int(found[1]) if found else None
+
+
 @contextlib.contextmanager
 def saving(what: str, path: str | os.PathLike):
   """Turns the operating system's refusal to write `path` into a `UserError` with the way out."""
   try:
     yield
-  except OSError as e:
-    if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM,
-                       errno.EROFS):
+  except (OSError, ValueError) as e:
+    number = _errno(e)
+    if number not in NO_WRITE:
       raise
     raise UserError(
-        f'cannot write {what} to {path}: {os.strerror(e.errno)}. Make room there (or choose another '
+        f'cannot write {what} to {path}: {os.strerror(number)}. Make room there (or choose another '
         'place) and run the same command again: what was finished is kept.') from e

@@ -23,7 +23,7 @@ from flax import nnx
 from gpt2_jax.attention import attention, causal_mask
 from gpt2_jax.config import ACTIVATIONS, REMAT_POLICIES, GPTConfig
 from gpt2_jax.errors import UserError
-from gpt2_jax.sharding import RULES, layout, reshard, unshard
+from gpt2_jax.sharding import RULES, P, layout, reshard, unshard
 
 Params = dict[str, Any]  # nested; leaves are arrays
 
@@ -69,16 +69,15 @@ def fold_in(keys_B: jax.Array | None, i: jax.Array | int) -> jax.Array | None:
   return None if keys_B is None else jax.vmap(jax.random.fold_in, (0, None))(keys_B, i)
 
 
-def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
-  """Dropout with a key for each leading index of `x`, so that no mask depends on the batch, its
-  split into micro-batches, or the mesh. Off where `keys` is None.
+def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None, spec: P | None = None) -> jax.Array:
+  """Dropout with a key for each row of `x`, so that no mask depends on the batch, its split into
+  micro-batches, or the mesh. `spec` is the layout of a row. Off where `keys_B` is None.
   """
-  if keys is None or rate == 0:
+  if keys_B is None or rate == 0:
     return x
-  draw = lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[keys.ndim:])
-  for _ in range(keys.ndim):
-    draw = jax.vmap(draw)
-  return jnp.where(draw(keys), x / (1 - rate), 0).astype(x.dtype)
+  shape, spec = x.shape[1:], spec and layout(spec)
+  keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape, out_sharding=spec))(keys_B)
+  return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
 class Embed(nnx.Module):
@@ -142,9 +141,8 @@ class Attention(nnx.Module):
       scale = scale / (layer + 1).astype(jnp.float32)
     drop = None
     if keys_B is not None and c.attn_pdrop:
-      heads_N = reshard(jnp.arange(c.n_head), RULES.heads_n)
-      keys_BN = jax.vmap(fold_in, (None, 0), 1)(fold_in(keys_B, 0), heads_N)
-      drop = lambda weights_BNTS: dropout(weights_BNTS, c.attn_pdrop, keys_BN)
+      drop = lambda weights_BNTS: dropout(
+          weights_BNTS, c.attn_pdrop, fold_in(keys_B, 0), RULES.weights_nts)
     out_BTNH, weights_BNTS = attention(
         q_BTNH, k_BSNH, v_BSNH, mask_BTS, scale=scale, upcast=c.reorder_and_upcast_attn,
         keep_BNTS=drop, precision=c.precision)

@@ -47,7 +47,7 @@ class Rules:
   logits_btv: P = P(BATCH, None, 'tensor')
   cache_lbsnh: P = P(None, BATCH, None, 'tensor', None)
   rows_b: P = P(BATCH)
-  heads_n: P = P('tensor')
+  weights_nts: P = P('tensor', None, None)
 
 
 RULES = Rules()
@@ -117,6 +117,19 @@ def layout(spec: P) -> P | None:
 def reshard(x: jax.Array, spec: P) -> jax.Array:
   """`x` laid out as `spec` says."""
   return jax.sharding.reshard(x, spec) if in_mesh() else x
+
+
+def on_devices(tree):
+  """Abstract arrays, as `jax.eval_shape` gives them, with layouts on the real devices."""
+  def real(leaf):
+    if in_mesh():
+      spec = leaf.sharding.spec if leaf.sharding is not None else P()  # None: a constant
+      sharding = NamedSharding(jax.sharding.get_mesh(), spec)
+    else:
+      sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+  return jax.tree.map(real, tree)
 
 
 def unshard(w: jax.Array) -> jax.Array:

@@ -256,7 +256,7 @@ def _open_tfds(spec: str, name: str) -> Corpus:
   pieces = [Piece('tfds', name, start, min(start + step, examples),
                   int(mean * (min(start + step, examples) - start)))
             for start in range(0, examples, step)]
-  return Corpus(spec, str(builder.info.license or 'see the dataset\'s page'),
+  return Corpus(spec, 'see its page in the catalog of TensorFlow Datasets',
                 {'tfds': builder.info.full_name, 'examples': examples}, pieces)
 
 

@@ -7,6 +7,7 @@ byte of the store, depend on the corpus and the settings alone, not on the numbe
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -107,9 +108,10 @@ def _start_worker(folder: Path, settings: Settings) -> None:
 
 def _encode_part(number: int, part: list[tuple[int, corpora.Piece]]) -> dict:
   folder, settings, tokenizer = (_worker[key] for key in ('folder', 'settings', 'tokenizer'))
-  with saving('the token store', folder):
-    writers = {split: store.ShardWriter(folder, f'{split}-{number:05d}', _dtype(tokenizer))
-               for split in ('train', 'val')}
+  with saving('the token store', folder), contextlib.ExitStack() as open_files:
+    writers = {split: open_files.enter_context(
+        store.ShardWriter(folder, f'{split}-{number:05d}', _dtype(tokenizer)))
+        for split in ('train', 'val')}
     for piece_number, piece in part:
       for i, document in enumerate(corpora.documents(piece, settings.text_field)):
         for split, text in _split(document, settings, piece_number, i):

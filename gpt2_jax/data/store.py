@@ -215,13 +215,19 @@ def open_store(folder: str | Path) -> TokenStore:
 
 
 class ShardWriter:
-  """Writes a shard under a temporary name; `finish` gives it its own."""
+  """A context that writes a shard under a temporary name; `finish` gives it its own."""
 
   def __init__(self, folder: Path, name: str, dtype: str):
     self.folder, self.name, self.dtype = folder, name, dtype
     self.file = open(folder / f'{name}.bin.tmp', 'wb')
     self.begins: list[int] = []
     self.tokens, self.max_token, self.hash = 0, 0, hashlib.sha256()
+
+  def __enter__(self) -> 'ShardWriter':
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.file.close()
 
   def add(self, tokens: np.ndarray) -> None:
     self.begins.append(self.tokens)

@@ -7,6 +7,7 @@ anything is restored. This is the only module that knows Orbax.
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,15 @@ from etils import epath
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError, saving
 from gpt2_jax.model import Params, make_params
+from gpt2_jax.sharding import on_devices
 from gpt2_jax.training.step import TrainState
 
 FOLDER = 'checkpoints'
 VERSION = 1
+
+# Orbax logs a background thread's exception with its traceback, and then raises it in ours as well.
+logging.getLogger('absl').addFilter(
+    lambda record: not (record.exc_info and 'orbax' in record.pathname))
 
 
 def _shapes(tree: Any) -> dict[str, str]:
@@ -123,7 +129,7 @@ def load_model(workdir: str | Path) -> tuple[GPTConfig, Params, dict]:
                       '(config.checkpoint.every).')
     meta = checkpoints.meta(step)
     config = GPTConfig(**meta['model'])
-    abstract = jax.eval_shape(lambda: make_params(config, 0))
+    abstract = on_devices(jax.eval_shape(lambda: make_params(config, 0)))
     return config, checkpoints.params(step, abstract), meta
   finally:
     checkpoints.close()

@@ -43,7 +43,7 @@ class Plan:
 
   def abstract_state(self) -> TrainState:
     """Shapes and layouts of the state; nothing is allocated."""
-    return jax.eval_shape(self.init_state)
+    return sharding.on_devices(jax.eval_shape(self.init_state))
 
   def compile_train_step(self):
     """The compiled step: `(state, tokens [A, G/A, T + 1]) -> state, metrics`."""

@@ -86,9 +86,9 @@ def make_train_step(
     ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1 - ema_decay)
     metrics = {
         'train/loss': loss,
-        'train/grad_norm': optax.global_norm(grads),  # before clipping
-        'train/update_norm': optax.global_norm(updates),
-        'train/param_norm': optax.global_norm(params),
+        'train/grad_norm': optax.tree.norm(grads),  # before clipping
+        'train/update_norm': optax.tree.norm(updates),
+        'train/param_norm': optax.tree.norm(params),
         'train/learning_rate': jnp.asarray(schedule(state.step), jnp.float32),
     }
     return TrainState(state.step + 1, params, opt_state, ema), metrics

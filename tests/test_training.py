@@ -1,0 +1,237 @@
+"""The training step: the same numbers on every mesh and in every split, and it learns."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import assert_close, mesh_of
+from jax.sharding import PartitionSpec as P
+
+from configs import base
+from gpt2_jax.errors import UserError
+from gpt2_jax.model import bind, init_params
+from gpt2_jax.sharding import BATCH
+from gpt2_jax.training import metrics, plan
+from gpt2_jax.training.checkpoint import difference
+from gpt2_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
+from gpt2_jax.training.step import init_state, make_eval_step, make_train_step, nll
+
+
+def optim(**fields):
+  config = base.get_config().optim
+  config.update(peak_lr=1e-2, warmup_steps=2, **fields)
+  return config
+
+
+def run_steps(config, A, steps=4, G=8, T=12, mesh=None, **fields):
+  """The losses and gradient norms of some steps on random tokens, in A micro-batches."""
+  schedule = make_schedule(optim(**fields), 10)
+  tx = make_optimizer(optim(**fields), schedule)
+  rng = np.random.default_rng(0)
+  with mesh_of(*(mesh or (1, 1, 1))):
+    state = init_state(config, tx, 0, ema=False)
+    step = jax.jit(make_train_step(config, tx, schedule, seed=0, ema_decay=0))
+    out = []
+    for _ in range(steps):
+      tokens = rng.integers(0, config.vocab_size, (A, G // A, T + 1)).astype(np.int32)
+      state, values = step(state, jax.device_put(tokens, P(None, BATCH)))
+      out.append([float(values['train/loss']), float(values['train/grad_norm'])])
+    return np.array(out), jax.device_get(state.params)
+
+
+@pytest.fixture(scope='module')
+def dropped():
+  """A small model with dropout, and its run on one device in one batch."""
+  from gpt2_jax.config import GPTConfig
+  config = GPTConfig(vocab_size=97, n_positions=16, n_embd=32, n_layer=2, n_head=4,
+                     vocab_multiple=8, embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1)
+  return config, *run_steps(config, 1)
+
+
+@pytest.mark.parametrize('A', [2, 4, 8])
+def test_micro_batches_change_nothing(dropped, A):
+  config, want, params = dropped
+  have, have_params = run_steps(config, A)
+  assert_close(have, want)
+  for a, b in zip(jax.tree.leaves(have_params), jax.tree.leaves(params)):
+    np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize('mesh', [(8, 1, 1), (1, 8, 1), (1, 1, 2), (2, 1, 2), (1, 2, 2), (2, 2, 2)])
+def test_meshes_change_nothing(dropped, mesh):
+  config, want, _ = dropped
+  have, _ = run_steps(config, 1, mesh=mesh)
+  assert_close(have, want)
+
+
+def test_mesh_and_micro_batches_together(dropped):
+  config, want, _ = dropped
+  have, _ = run_steps(config, 2, mesh=(2, 2, 2))
+  assert_close(have, want)
+
+
+def test_a_step_is_bitwise_repeatable(dropped):
+  config, want, _ = dropped
+  have, _ = run_steps(config, 1)
+  np.testing.assert_array_equal(have, want)
+
+
+def test_no_mesh_makes_the_compiler_guess(dropped, capfd):
+  """The compiler warns where a layout forces it to gather whole arrays: CI fails on that line."""
+  config, *_ = dropped
+  run_steps(dataclasses.replace(config, n_embd=64), 2, steps=1, mesh=(2, 2, 2))
+  assert 'Involuntary full rematerialization' not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize('tie', [True, False])
+def test_overfits_one_batch(tiny, tie):
+  config = dataclasses.replace(tiny, initializer_range=0.02, tie_word_embeddings=tie)
+  schedule = optax.constant_schedule(1e-2)
+  tx = make_optimizer(optim(weight_decay=0.0), schedule)
+  step = jax.jit(make_train_step(config, tx, schedule, seed=0, ema_decay=0), donate_argnums=0)
+  tokens = np.random.default_rng(0).integers(0, 97, (1, 4, 17)).astype(np.int32)
+  state, losses = init_state(config, tx, 0, ema=False), []
+  for _ in range(120):
+    state, values = step(state, tokens)
+    losses.append(float(values['train/loss']))
+  assert abs(losses[0] - math.log(97)) < 0.1
+  assert losses[-1] < 0.02
+
+
+def test_nll_is_optax_cross_entropy(tiny):
+  params = init_params(tiny, 0)
+  tokens = jnp.asarray(np.random.default_rng(0).integers(0, 97, (3, 10)))
+  have, want = jax.jit(lambda p: (
+      nll(bind(tiny, p), tokens), optax.softmax_cross_entropy_with_integer_labels(
+          bind(tiny, p)(tokens[:, :-1]), tokens[:, 1:])))(params)
+  assert_close(have, want)
+
+
+def test_evaluation_weighs_tokens(tiny):
+  params = init_params(tiny, 0)
+  tokens = np.random.default_rng(0).integers(0, 97, (1, 3, 10)).astype(np.int32)
+  weights = np.ones((1, 3, 9), np.float32)
+  weights[0, 2, 4:] = 0
+  each = np.asarray(jax.jit(lambda p: nll(bind(tiny, p), jnp.asarray(tokens[0])))(params))
+  total, count = jax.jit(make_eval_step(tiny))(params, tokens, weights)
+  assert count == 22
+  assert_close(total / count, each[weights[0] == 1].mean())
+  tokens[0, 2, 5:] = 0  # what does not count may be anything
+  assert_close(jax.jit(make_eval_step(tiny))(params, tokens, weights)[0], total)
+
+
+def test_decay_is_for_matrices_and_embeddings(tiny):
+  params = jax.eval_shape(lambda: init_params(tiny, 0))
+  decayed = {jax.tree_util.keystr(path, simple=True, separator='.')
+             for path, on in jax.tree.leaves_with_path(decay_mask(params)) if on}
+  assert decayed == {'wte.weight', 'wpe.weight', 'h.attn.c_attn.weight', 'h.attn.c_proj.weight',
+                     'h.mlp.c_fc.weight', 'h.mlp.c_proj.weight'}
+
+
+@pytest.mark.parametrize('name,shape', [
+    ('cosine', {0: 0.1, 9: 1, 10: 1, 55: 0.55, 100: 0.1, 150: 0.1}),
+    ('linear', {0: 0.1, 9: 1, 10: 1, 55: 0.55, 100: 0.1, 150: 0.1}),
+    ('wsd', {0: 0.1, 10: 1, 80: 1, 90: 0.55, 100: 0.1}),
+    ('constant', {0: 0.1, 4: 0.5, 10: 1, 100: 1}),
+])
+def test_schedules(name, shape):
+  config = optim(schedule=name, end_lr_fraction=0.1)
+  config.update(peak_lr=2.0, warmup_steps=10)
+  schedule = make_schedule(config, 100)
+  for step, share in shape.items():
+    assert float(schedule(step)) == pytest.approx(2 * share, abs=1e-5), step
+
+
+def test_the_learning_rate_that_is_logged_is_the_one_applied(tiny):
+  config = optim(weight_decay=0.0, clip_norm=0.0, schedule='linear')
+  schedule = make_schedule(config, 10)
+  tx = make_optimizer(config, schedule)
+  step = jax.jit(make_train_step(tiny, tx, schedule, seed=0, ema_decay=0))
+  state = init_state(tiny, tx, 0, ema=False)
+  tokens = np.random.default_rng(0).integers(0, 97, (1, 2, 9)).astype(np.int32)
+  after, values = step(state, tokens)
+  # Adam's first step moves every weight with a gradient by lr
+  moved = np.abs(after.params['ln_f']['weight'] - state.params['ln_f']['weight'])
+  assert np.median(moved) == pytest.approx(float(values['train/learning_rate']), rel=1e-3)
+  assert float(values['train/learning_rate']) == pytest.approx(1e-2 / 2)
+
+
+def test_ema_follows(tiny):
+  schedule = optax.constant_schedule(1e-2)
+  tx = make_optimizer(optim(), schedule)
+  step = jax.jit(make_train_step(tiny, tx, schedule, seed=0, ema_decay=0.75))
+  state = init_state(tiny, tx, 0, ema=True)
+  tokens = np.random.default_rng(0).integers(0, 97, (1, 2, 9)).astype(np.int32)
+  want = state.params['wte']['weight']
+  for _ in range(3):
+    state, _ = step(state, tokens)
+    want = 0.75 * want + 0.25 * state.params['wte']['weight']
+  assert_close(state.ema['wte']['weight'], want)
+
+
+# --- plan ------------------------------------------------------------------------------------------
+
+
+def tiny_config(**fields):
+  config = base.get_config()
+  config.model.update(vocab_size=97, n_positions=32, n_embd=32, n_layer=2, n_head=4)
+  config.train.update(global_batch_tokens=32 * 16, steps=10)
+  for key, value in fields.items():
+    section, name = key.split('__')
+    config[section][name] = value
+  return config
+
+
+@pytest.mark.parametrize('fields,says', [
+    (dict(data__sequence_length=64), 'longer than the model\'s context'),
+    (dict(train__global_batch_tokens=500), 'no multiple of the row length 32; the nearest is 480'),
+    (dict(train__global_batch_tokens=32 * 4), r'4 rows .* split over mesh.data·mesh.fsdp = 8'),
+    (dict(train__micro_batch_rows=3), r'may be one of \[1, 2\]'),
+    (dict(mesh__tensor=3), 'does not cover the 8 devices'),
+    (dict(mesh__fsdp=1, mesh__tensor=8), r'n_head = 4 is not divisible .*may be one of \[1, 2, 4\]'),
+    (dict(optim__schedule='step'), "'step' is not one of"),
+    (dict(checkpoint__every=0), 'checkpoint.every = 0 must be at least 1'),
+])
+def test_plans_that_cannot_be(fields, says):
+  with pytest.raises(UserError, match=says):
+    plan.make_plan(tiny_config(**fields))
+
+
+def test_micro_batches_follow_the_memory(monkeypatch):
+  config = tiny_config(mesh__fsdp=8)
+  assert plan.make_plan(config).A == 1
+  whole = plan.make_plan(config)
+  need = lambda rows: plan.estimate_bytes(whole.model, whole.mesh, 32, rows, False)
+  monkeypatch.setattr(plan, 'memory_limit', lambda _: need(8))
+  assert plan.make_plan(config).A == 2
+  assert need(8) < need(16) < 2 * need(8)
+
+
+@pytest.mark.parametrize('remat', ['none', 'dots', 'full'])
+def test_the_memory_estimate_is_near_the_compilers(remat):
+  config = base.get_config()
+  config.model.update(vocab_size=1000, n_positions=256, n_embd=256, n_layer=6, n_head=4, remat=remat)
+  config.train.update(global_batch_tokens=16 * 256, steps=10, micro_batch_rows=16)
+  p = plan.make_plan(config, devices=jax.devices()[:1])
+  with jax.set_mesh(p.mesh):
+    memory = p.compile_train_step().memory_analysis()
+  actual = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+  estimate = plan.estimate_bytes(p.model, p.mesh, p.T, p.G, False)
+  assert 0.6 < estimate / actual < 1.7, (estimate / 2**20, actual / 2**20)
+
+
+def test_peak_flops_of_known_devices():
+  assert metrics.peak_flops('NVIDIA H100 80GB HBM3') == 989e12
+  assert metrics.peak_flops('NVIDIA H100 PCIe') == 756e12
+  assert metrics.peak_flops('TPU v5 lite') == 197e12
+  assert metrics.peak_flops('cpu') is None
+
+
+def test_differences_are_listed():
+  text = difference({'a': 1, 'b': 2}, {'a': 1, 'b': 3, 'c': 4})
+  assert text.splitlines() == ['  b: 2 there, 3 here', '  c: absent there, 4 here']
+  assert difference({'a': 1}, {'a': 1}) == ''
