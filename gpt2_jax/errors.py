@@ -32,8 +32,9 @@ def saving(what: str, path: str | os.PathLike):
     yield
   except (OSError, ValueError) as e:
     number = _errno(e)
-    if number not in NO_WRITE:
+    if number is None or number not in NO_WRITE:
       raise
+    reason = e if isinstance(e, OSError) else os.strerror(number)
     raise UserError(
-        f'cannot write {what} to {path}: {os.strerror(number)}. Make room there (or choose another '
-        'place) and run the same command again: what was finished is kept.') from e
+        f'cannot write {what} to {path}: {reason}. Make room there (or choose another place) and run '
+        'the same command again: what was finished is kept.') from e

@@ -270,10 +270,10 @@ class GPT2(nnx.Module):
 
     def body(carry, layer):
       x_BTD, cache = carry
-      params, l = layer
-      layer_keys_B = fold_in(keys_B, l)
+      params, number = layer
+      layer_keys_B = fold_in(keys_B, number)
       y_BTD, weights_BNTS, cache = nnx.merge(block, params)(
-          x_BTD, l, mask_BTS, cache, slot, layer_keys_B)
+          x_BTD, number, mask_BTS, cache, slot, layer_keys_B)
       return (y_BTD, cache), (x_BTD if hidden_states else None,
                               weights_BNTS if attentions else None)
 

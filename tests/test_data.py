@@ -45,7 +45,7 @@ def byte_store(text_folder, tmp_path_factory) -> store.TokenStore:
   return prepare.ensure_store(settings(text_folder), tmp_path_factory.mktemp('store') / 's')
 
 
-# --- prepare ---------------------------------------------------------------------------------------
+# --- prepare ----------------------------------------------------------------------------------
 
 
 def test_every_document_is_in_exactly_one_split(text_folder, byte_store):
@@ -168,7 +168,7 @@ def test_a_full_disk_is_said_and_loses_nothing(text_folder, tmp_path):
   assert prepare.ensure_store(s, folder).splits['val'].documents
 
 
-# --- corpora ---------------------------------------------------------------------------------------
+# --- corpora ----------------------------------------------------------------------------------
 
 LINES = [f'document {i}: ' + 'words ' * 20 for i in range(200)]
 
@@ -183,9 +183,9 @@ def write(folder: Path, suffix: str) -> str:
   elif suffix == '.jsonl.zst':
     path.write_bytes(pytest.importorskip('zstandard').compress(content))
   else:
-    pyarrow = pytest.importorskip('pyarrow')
-    import pyarrow.parquet
-    pyarrow.parquet.write_table(pyarrow.table({'body': LINES}), path, row_group_size=64)
+    parquet = pytest.importorskip('pyarrow.parquet')
+    import pyarrow
+    parquet.write_table(pyarrow.table({'body': LINES}), path, row_group_size=64)
   return str(path)
 
 
@@ -296,7 +296,7 @@ def test_damage_is_named(tmp_path, byte_store):
     store.open_store(tmp_path / 'odd')
 
 
-# --- loader ----------------------------------------------------------------------------------------
+# --- loader -----------------------------------------------------------------------------------
 
 
 def test_an_epoch_sees_each_window_once(byte_store):

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -153,15 +152,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(text_folder, tmp_path):
 
 
 @pytest.mark.parametrize('limit,every,says', [
-    (6_000, 100, 'cannot write metrics'), (200_000, 2, 'cannot write a checkpoint')])
+    (6_000, 100, 'error: cannot write metrics'), (200_000, 2, 'error: cannot write a checkpoint')])
 def test_a_full_disk_is_said(finished, text_folder, tmp_path, limit, every, says):
   """The system refuses files beyond a limit, as it would without room."""
   command = arguments(text_folder, tmp_path / 'run', checkpoint__every=every, log__tensorboard=False)
-  result = subprocess.run(
-      [sys.executable, *command], cwd=ROOT, env=environment(), capture_output=True, text=True,
-      preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-  assert result.returncode == 1 and 'Traceback' not in result.stderr, result.stderr
-  assert says in result.stderr and 'run the same command again' in result.stderr
+  limited = (f'import resource, runpy, sys; sys.argv = {command!r}\n'
+             f'resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n'
+             'runpy.run_path("launch.py", run_name="__main__")')
+  result = run('-c', limited)
+  message = result.stderr[result.stderr.index('error: '):].splitlines()[0]
+  assert result.returncode == 1 and message.startswith(says)
+  assert 'run the same command again' in message
   assert run(*command).returncode == 0
   assert plain(tmp_path / 'run') == plain(finished[0])
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,8 @@ from jax.sharding import PartitionSpec as P
 from configs import base
 from gpt2_jax.errors import UserError
 from gpt2_jax.model import bind, init_params
-from gpt2_jax.sharding import BATCH
-from gpt2_jax.training import metrics, plan
+from gpt2_jax.sharding import BATCH, on_devices
+from gpt2_jax.training import checkpoint, metrics, plan
 from gpt2_jax.training.checkpoint import difference
 from gpt2_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
 from gpt2_jax.training.step import init_state, make_eval_step, make_train_step, nll
@@ -52,7 +53,7 @@ def dropped():
   return config, *run_steps(config, 1)
 
 
-@pytest.mark.parametrize('A', [2, 4, 8])
+@pytest.mark.parametrize('A', [2, 8])
 def test_micro_batches_change_nothing(dropped, A):
   config, want, params = dropped
   have, have_params = run_steps(config, A)
@@ -61,30 +62,25 @@ def test_micro_batches_change_nothing(dropped, A):
     np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-@pytest.mark.parametrize('mesh', [(8, 1, 1), (1, 8, 1), (1, 1, 2), (2, 1, 2), (1, 2, 2), (2, 2, 2)])
+@pytest.mark.parametrize('mesh', [(8, 1, 1), (1, 8, 1), (1, 1, 2), (4, 1, 2)])
 def test_meshes_change_nothing(dropped, mesh):
   config, want, _ = dropped
   have, _ = run_steps(config, 1, mesh=mesh)
   assert_close(have, want)
 
 
-def test_mesh_and_micro_batches_together(dropped):
+def test_mesh_and_micro_batches_together(dropped, capfd):
   config, want, _ = dropped
   have, _ = run_steps(config, 2, mesh=(2, 2, 2))
   assert_close(have, want)
+  # what the compiler says where a layout makes it gather whole arrays
+  assert 'Involuntary full rematerialization' not in capfd.readouterr().err
 
 
 def test_a_step_is_bitwise_repeatable(dropped):
   config, want, _ = dropped
   have, _ = run_steps(config, 1)
   np.testing.assert_array_equal(have, want)
-
-
-def test_no_mesh_makes_the_compiler_guess(dropped, capfd):
-  """The compiler warns where a layout forces it to gather whole arrays: CI fails on that line."""
-  config, *_ = dropped
-  run_steps(dataclasses.replace(config, n_embd=64), 2, steps=1, mesh=(2, 2, 2))
-  assert 'Involuntary full rematerialization' not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize('tie', [True, False])
@@ -173,7 +169,7 @@ def test_ema_follows(tiny):
   assert_close(state.ema['wte']['weight'], want)
 
 
-# --- plan ------------------------------------------------------------------------------------------
+# --- plan -------------------------------------------------------------------------------------
 
 
 def tiny_config(**fields):
@@ -235,3 +231,44 @@ def test_differences_are_listed():
   text = difference({'a': 1, 'b': 2}, {'a': 1, 'b': 3, 'c': 4})
   assert text.splitlines() == ['  b: 2 there, 3 here', '  c: absent there, 4 here']
   assert difference({'a': 1}, {'a': 1}) == ''
+
+
+# --- checkpoints ------------------------------------------------------------------------------
+
+
+def test_checkpoints_need_room_and_the_right_shape(tiny, tmp_path, monkeypatch):
+  tx = make_optimizer(optim(), optax.constant_schedule(1e-2))
+  state = init_state(tiny, tx, 0, ema=True)
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+  full = shutil.disk_usage(tmp_path)._replace(free=1000)
+  with monkeypatch.context() as patched:
+    patched.setattr(shutil, 'disk_usage', lambda _: full)
+    with pytest.raises(UserError, match='cannot write a checkpoint .* bytes needed, 1,000 free'):
+      checkpoints.save(1, state, {})
+  assert checkpoints.latest_step() is None
+  checkpoints.save(2, state, {'model': dataclasses.asdict(tiny)})
+  checkpoints.wait()
+
+  abstract = on_devices(jax.eval_shape(lambda: state))
+  restored = checkpoints.restore(2, abstract)
+  assert int(restored.step) == 2
+  for have, want in zip(jax.tree.leaves(restored.opt_state), jax.tree.leaves(state.opt_state)):
+    np.testing.assert_array_equal(have, want)
+  wider = dataclasses.replace(tiny, n_inner=96)
+  other = on_devices(jax.eval_shape(lambda: init_state(wider, tx, 0, ema=True)))
+  with pytest.raises(UserError, match=r'h.mlp.c_fc.bias: float32\[3, 80\] there, .*\[3, 96\] here'):
+    checkpoints.restore(2, other)
+  without = dataclasses.replace(abstract, ema=None)
+  assert checkpoints.restore(2, without).ema is None
+  config, params, _ = checkpoint.load_model(tmp_path)
+  assert config == tiny
+  np.testing.assert_array_equal(params['wte']['weight'], state.ema['wte']['weight'])
+  checkpoints.close()
+
+
+def test_a_workdir_without_a_checkpoint_says_so(tmp_path):
+  with pytest.raises(UserError, match='holds no checkpoints'):
+    checkpoint.load_model(tmp_path)
+  (tmp_path / 'checkpoints' / '5.orbax-checkpoint-tmp').mkdir(parents=True)  # killed while saving
+  with pytest.raises(UserError, match='no finished checkpoint yet'):
+    checkpoint.load_model(tmp_path)

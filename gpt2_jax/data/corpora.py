@@ -65,7 +65,7 @@ def slug(spec: str) -> str:
   return ''.join(c if c.isalnum() or c in '.-' else '-' for c in spec).strip('-.').lower()
 
 
-# --- readers: Piece, field -> documents ----------------------------------------------------------
+# --- readers: Piece, field -> documents -------------------------------------------------------
 
 
 def _utf8(content: bytes, where: str) -> str:
@@ -187,7 +187,7 @@ def documents(piece: Piece, field: str) -> Iterator[Document]:
   return READERS[piece.reader](piece, field)
 
 
-# --- specs: which pieces there are ---------------------------------------------------------------
+# --- specs: which pieces there are ------------------------------------------------------------
 
 
 def _reader_of(path: str) -> str | None:

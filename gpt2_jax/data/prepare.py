@@ -93,7 +93,7 @@ def _split(document: corpora.Document, settings: Settings, piece: int, number: i
     yield 'val' if _held_out(settings, piece, number) else 'train', text
 
 
-# --- workers -------------------------------------------------------------------------------------
+# --- workers ----------------------------------------------------------------------------------
 
 _worker: dict = {}
 
@@ -130,7 +130,7 @@ def _dtype(tokenizer: tokenizers.Tokenizer) -> str:
   return '<u2' if tokenizer.vocab_size <= 2**16 else '<u4'
 
 
-# --- the whole -----------------------------------------------------------------------------------
+# --- the whole --------------------------------------------------------------------------------
 
 
 def _training_texts(pieces: list[corpora.Piece], settings: Settings) -> Iterator[str]:

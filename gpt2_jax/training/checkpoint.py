@@ -6,8 +6,10 @@ anything is restored. This is the only module that knows Orbax.
 """
 
 import dataclasses
+import errno
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,9 @@ class Checkpoints:
     items = _items(state)
     meta = meta | {'version': VERSION, 'step': step, 'tree': _shapes(items)}
     with saving('a checkpoint', str(self.path)):
+      need = sum(leaf.nbytes for leaf in jax.tree.leaves(items)) // jax.process_count()
+      if (free := shutil.disk_usage(self.path).free) < need:
+        raise OSError(errno.ENOSPC, f'{need:,} bytes needed, {free:,} free')
       self._manager.save(step, args=ocp.args.Composite(
           meta=ocp.args.JsonSave(meta),
           **{name: ocp.args.StandardSave(tree) for name, tree in items.items()}))

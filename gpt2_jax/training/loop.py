@@ -133,14 +133,14 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
   """
   workdir = Path(workdir)
 
-  # --- Plan: sizes, mesh, micro-batches ---------------------------------------------------------
+  # --- Plan: sizes, mesh, micro-batches --------------------------------------------------------
   plan = make_plan(config)
   say(plan.describe())
   steps, tokens_a_step = config.train.steps, plan.G * plan.T
   flops = flops_per_token(plan.model, plan.T)
   peak = metrics.peak_flops(plan.mesh.devices.flat[0].device_kind)
 
-  # --- Data: a token store, and batch = f(seed, step) --------------------------------------------
+  # --- Data: a token store, and batch = f(seed, step) ------------------------------------------
   data = open_data(config)
   data.check_vocabulary(plan.model.vocab_size)
   train_split, val_split = data.splits['train'], data.splits['val']
@@ -150,7 +150,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
       f'({loader.steps_per_epoch:,.1f} steps an epoch), {len(val_split):,} held out')
 
   with StopSignal() as stop, jax.set_mesh(plan.mesh):
-    # --- Workdir: new, or that of the same run ----------------------------------------------------
+    # --- Workdir: new, or that of the same run --------------------------------------------------
     with saving('the workdir', workdir):
       workdir.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
@@ -165,7 +165,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
     if jax.process_index() == 0:
       _begin_workdir(workdir, plan, data)
 
-    # --- State: initial or restored -----------------------------------------------------------------
+    # --- State: initial or restored ------------------------------------------------------------
     began = time.monotonic()
     train_step, eval_step = plan.compile_train_step(), plan.eval_step()
     say(f'compiled in {time.monotonic() - began:.1f} s')
@@ -196,7 +196,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
     if last_line and due(start, config.evaluate) and held_out and 'eval/loss' not in last_line[0]:
       writer.amend_last(evaluation(start))  # the last start was stopped within this evaluation
 
-    # --- Loop -----------------------------------------------------------------------------------------
+    # --- Loop ----------------------------------------------------------------------------------
     clock = time.monotonic()
 
     def record(step: int, values: dict, evaluated: bool = False) -> None:
@@ -249,7 +249,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
     checkpoints.wait()
     writer.close()
 
-    # --- End ------------------------------------------------------------------------------------------
+    # --- End -----------------------------------------------------------------------------------
     if stop.received:
       say(f'stopped and saved at step {step:,} of {steps:,}; the same command goes on from there')
       checkpoints.close()

@@ -1,0 +1,86 @@
+"""Every config loads, every knob can be set, and nothing has a hidden default."""
+
+import ast
+import dataclasses
+import importlib
+import re
+import sys
+
+import jax
+import pytest
+from absl import flags
+from conftest import ROOT, run
+from ml_collections import config_flags
+
+from configs import base, recipes
+from gpt2_jax.config import GPTConfig
+from gpt2_jax.model import num_params
+from gpt2_jax.training import plan
+
+SIZES = {'small': 124_439_808, 'medium': 354_823_168, 'large': 774_030_080, 'xl': 1_557_611_200}
+ALL = [(name, recipe) for name in (*SIZES, 'tiny') for recipe in recipes.RECIPES
+       if name != 'tiny' or recipe in ('stdlib', 'shakespeare')]
+
+
+@pytest.mark.parametrize('name,recipe', ALL)
+def test_every_config_makes_a_plan(name, recipe):
+  config = importlib.import_module(f'configs.{name}').get_config(recipe)
+  made = plan.make_plan(config, devices=jax.devices()[:1])
+  assert made.G * made.T == config.train.global_batch_tokens
+  if name in SIZES:
+    assert num_params(made.model) == SIZES[name]
+    assert made.model.vocab_size == 50257 and made.model.padded_vocab_size == 50304
+  assert config.keys() == base.get_config().keys()
+  for section in config:
+    assert config[section].keys() == base.get_config()[section].keys()
+
+
+def test_the_model_section_has_every_field():
+  assert set(base.get_config().model) == {f.name for f in dataclasses.fields(GPTConfig)}
+
+
+def test_every_knob_can_be_set_by_a_flag(monkeypatch):
+  values, arguments = {}, ['launch.py', f'--config={ROOT}/configs/small.py']
+  for section, knobs in base.get_config().items():
+    for knob in knobs:
+      kind = base.get_config()[section].get_type(knob)
+      value = {int: 3, float: 0.25, str: 'word', bool: False}[kind]
+      values[section, knob] = value
+      arguments.append(f'--config.{section}.{knob}={value}')
+  holder = flags.FlagValues()
+  config = config_flags.DEFINE_config_file('config', flag_values=holder)
+  monkeypatch.setattr(sys, 'argv', arguments)  # where config_flags looks for the overrides
+  holder(arguments)
+  for (section, knob), value in values.items():
+    assert config.value[section][knob] == value, (section, knob)
+
+
+def test_configs_are_data_alone():
+  for path in (ROOT / 'configs').glob('*.py'):
+    for node in ast.walk(ast.parse(path.read_text())):
+      names = [a.name for a in node.names] if isinstance(node, ast.Import) else [
+          node.module] if isinstance(node, ast.ImportFrom) else []
+      assert all(n.split('.')[0] in ('configs', 'ml_collections') for n in names), (path, names)
+
+
+def test_the_library_has_no_hidden_defaults():
+  for path in (ROOT / 'gpt2_jax').rglob('*.py'):
+    found = re.findall(r'(?:config|optim|data|train)\.get\(.*', path.read_text())
+    assert not found, (path, found)
+
+
+def test_dry_run_prints_what_a_run_needs(tmp_path):
+  result = run('launch.py', '--config=configs/tiny.py', '--dry_run', f'--workdir={tmp_path / "r"}')
+  assert result.returncode == 0, result.stderr
+  assert re.search(r'model +[\d,]+ parameters', result.stdout)
+  assert re.search(r'[\d,]+ FLOPs a token \(6·P \+ 12·L·D·T\)', result.stdout)
+  assert re.search(r'memory +[\d,]+ bytes a device', result.stdout)
+  assert not (tmp_path / 'r').exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', SIZES)
+def test_every_size_compiles(name):
+  result = run('launch.py', f'--config=configs/{name}.py', '--dry_run', timeout=900)
+  assert result.returncode == 0, result.stderr
+  assert f'{SIZES[name]:,} parameters' in result.stdout
