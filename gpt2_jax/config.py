@@ -2,11 +2,14 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from gpt2_jax.errors import UserError
+
+Config = Any  # a run's ml_collections.ConfigDict (configs/base.py), or a section of it: untyped
 
 # Hugging Face's names (transformers `activations.py`, ACT2FN) -> function.
 ACTIVATIONS = {

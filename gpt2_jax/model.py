@@ -179,7 +179,8 @@ class Block(nnx.Module):
     self.attn = Attention(config, proj_std, rngs=rngs)
     self.mlp = MLP(config, proj_std, rngs=rngs)
 
-  def __call__(self, x_BTD, layer, mask_BTS, cache=None, slot=0, keys_B=None):
+  def __call__(
+      self, x_BTD, layer, mask_BTS, cache=None, slot: jax.Array | int = 0, keys_B=None):
     with jax.named_scope('attn'):
       out_BTD, weights_BNTS, cache = self.attn(
           self.ln_1(x_BTD), layer, mask_BTS, cache, slot, keys_B)
@@ -202,6 +203,7 @@ class GPT2(nnx.Module):
     c, r, std = config, RULES, config.initializer_range
     V = c.padded_vocab_size
     self.config = config
+    self.tokenizer: Any = None  # from_pretrained sets it
     self.wte = Embed((V, c.n_embd), std, r.wte_vd, rows=c.vocab_size, rngs=rngs)
     wpe_std = std / 2 if c.init_scheme == 'openai_release' else std
     self.wpe = Embed(
@@ -282,7 +284,7 @@ class GPT2(nnx.Module):
     (x_BTD, cache), (inputs_LBTD, weights_LBNTS) = jax.lax.scan(
         body, (x_BTD, cache), (layers, jnp.arange(c.n_layer)))
     x_BTD = self.ln_f(x_BTD)
-    states = jnp.concatenate([inputs_LBTD, x_BTD[None]]) if hidden_states else None
+    states = None if inputs_LBTD is None else jnp.concatenate([inputs_LBTD, x_BTD[None]])
     return Output(x_BTD, cache, states, weights_LBNTS)
 
   def logits(self, x_BTD: jax.Array) -> jax.Array:

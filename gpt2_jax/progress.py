@@ -37,5 +37,5 @@ def track(what: str, total: float, unit: str = '', *, done: float = 0) -> Iterat
       '{task.description}', rich.progress.BarColumn(), rich.progress.TaskProgressColumn(),
       rich.progress.TimeElapsedColumn(), rich.progress.TimeRemainingColumn(), '{task.fields[note]}')
   with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True)) as bars:
-    task = bars.add_task(what, total=total, completed=done, note='')
+    task = bars.add_task(what, total=total, completed=int(done), note='')
     yield lambda amount, note='': bars.update(task, advance=amount, note=note)

@@ -20,6 +20,7 @@ import platform
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -142,7 +143,7 @@ def _read_parquet(piece: Piece, field: str) -> Iterator[Document]:
       yield Document(value.as_py() or '')
 
 
-def _tfds_builder(name: str):
+def _tfds_builder(name: str) -> Any:
   import tensorflow_datasets as tfds
   if Path(name).is_dir():
     return tfds.builder_from_directory(name)
@@ -151,7 +152,7 @@ def _tfds_builder(name: str):
 
 
 def _read_tfds(piece: Piece, field: str) -> Iterator[Document]:
-  source = _tfds_builder(piece.path).as_data_source(split='train')
+  source: Any = _tfds_builder(piece.path).as_data_source('train')
   for i in range(piece.start, piece.stop):
     try:
       text = source[i][field]

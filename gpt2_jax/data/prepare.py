@@ -188,7 +188,7 @@ def _manifest(settings, corpus, tokenizer, records) -> dict:
   }
 
 
-def _json(value) -> object:
+def _json(value: dict) -> dict:
   """`value` as it comes back from JSON."""
   return json.loads(json.dumps(value))
 
@@ -255,7 +255,7 @@ def _check_same(opened: store.TokenStore, settings: Settings) -> None:
   except UserError:
     return  # the text is gone; its tokens are here
   source = opened.manifest['source']
-  changed = [key for key, value in now.items() if value != source.get(key)]  # pyright: ignore
+  changed = [key for key, value in now.items() if value != source.get(key)]
   if changed:
     raise UserError(
         f'the corpus {settings.corpus!r} has changed since {opened.path} was made from it ('

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,7 +42,7 @@ def _bucket(n: int, most: int, least: int = 16) -> int:
   return min(most, max(least, 1 << (n - 1).bit_length()))
 
 
-def _encode(prompts, tokenizer: Tokenizer | None, config: GPTConfig) -> list[list[int]]:
+def _encode(prompts: Any, tokenizer: Tokenizer | None, config: GPTConfig) -> list[list[int]]:
   if isinstance(prompts, str):
     prompts = [prompts]
   elif len(prompts) and isinstance(prompts[0], (int, np.integer)):

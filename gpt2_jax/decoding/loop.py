@@ -4,7 +4,7 @@ Prompts of different lengths are padded on the right to P. A row's new tokens go
 P + 1, …, while their positions go on from the row's own length; padding is masked. So a row computes
 the same whatever it is batched with.
 
-The key of a draw is `fold_in(the row's key, position)`: a sample depends on its prompt and seed alone.
+The key of a draw is `fold_in(the row's key, position)`: a sample depends on its prompt and seed.
 """
 
 import functools
@@ -32,7 +32,7 @@ class Decoded(NamedTuple):
 
 class _Carry(NamedTuple):
   t: jax.Array  # how many tokens each row has drawn, finished rows aside
-  cache: KVCache
+  cache: KVCache | None
   out: Decoded
   done_B: jax.Array
 

@@ -79,9 +79,9 @@ def params_from_tensors(config: GPTConfig, tensors: Mapping[str, np.ndarray]) ->
     for key in path[:-1]:
       node = node.setdefault(key, {})
     node[path[-1]] = jnp.asarray(value)
-  left = {n for n in left if not n.endswith(('.attn.bias', '.attn.masked_bias'))}  # old buffers
-  if left:
-    raise UserError(f'the checkpoint has tensors that this GPT-2 does not: {sorted(left)[:5]}.')
+  buffers = ('.attn.bias', '.attn.masked_bias')  # in old files
+  if unknown := sorted(name for name in left if not name.endswith(buffers)):
+    raise UserError(f'the checkpoint has tensors that this GPT-2 does not: {unknown[:5]}.')
   return params
 
 

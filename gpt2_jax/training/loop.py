@@ -15,8 +15,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
+from gpt2_jax.config import Config
 from gpt2_jax.data import loader as loader_lib
 from gpt2_jax.data import prepare, store
 from gpt2_jax.decoding.generate import generate_tokens
@@ -61,7 +61,7 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def open_data(config: ConfigDict) -> store.TokenStore:
+def open_data(config: Config) -> store.TokenStore:
   """The token store of a config, prepared first where it isn't there."""
   data = config.data
   if data.corpus.startswith('bin:'):
@@ -125,7 +125,7 @@ def evaluate(eval_step, params, split: store.Split, plan: Plan, stop: StopSignal
   return float(total / count)
 
 
-def train(config: ConfigDict, workdir: str | Path) -> int:
+def train(config: Config, workdir: str | Path) -> int:
   """Runs, or continues, the training that a config describes. Returns an exit status.
 
   Raises:

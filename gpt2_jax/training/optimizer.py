@@ -2,15 +2,15 @@
 
 import jax
 import optax
-from ml_collections import ConfigDict
 
+from gpt2_jax.config import Config
 from gpt2_jax.errors import UserError
 from gpt2_jax.model import Params
 
 SCHEDULES = ('cosine', 'linear', 'wsd', 'constant')
 
 
-def make_schedule(optim: ConfigDict, steps: int) -> optax.Schedule:
+def make_schedule(optim: Config, steps: int) -> optax.Schedule:
   """Step (from 0) -> learning rate: a linear warm-up to `peak_lr`, then one of
 
   - cosine, linear: down to `end_lr_fraction` of the peak at `decay_steps` (default: `steps`);
@@ -51,7 +51,7 @@ def decay_mask(params: Params) -> Params:
   return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def make_optimizer(optim: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(optim: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
   """Clipping by the global norm, then AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101)."""
   adamw = optax.adamw(
       schedule, b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay,

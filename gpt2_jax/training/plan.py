@@ -3,16 +3,16 @@
 import dataclasses
 import functools
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
 
 from gpt2_jax import sharding, tokenizer
-from gpt2_jax.config import GPTConfig
+from gpt2_jax.config import Config, GPTConfig
 from gpt2_jax.errors import UserError
 from gpt2_jax.model import flops_per_token, num_params
 from gpt2_jax.training.optimizer import make_optimizer, make_schedule
@@ -23,7 +23,7 @@ from gpt2_jax.training.step import TrainState, init_state, make_eval_step, make_
 class Plan:
   """A run as its config and its devices determine it."""
 
-  config: ConfigDict
+  config: Config
   model: GPTConfig
   mesh: Mesh
   T: int  # tokens a row
@@ -93,7 +93,7 @@ class out_of_memory_advice:
           '--config.mesh.fsdp larger.') from error
 
 
-def memory_limit(device: jax.Device) -> int:
+def memory_limit(device: Any) -> int:
   """Bytes that a run may plan with on a device; of a CPU, its share of half the machine's RAM."""
   stats = device.memory_stats() if device.platform != 'cpu' else None
   if stats and 'bytes_limit' in stats:
@@ -118,7 +118,7 @@ def estimate_bytes(c: GPTConfig, mesh: Mesh, T: int, rows: int, ema: bool) -> in
   return int(state + per_device * T * (c.n_layer * kept + 2 * whole + logits))
 
 
-def _micro_batches(config: ConfigDict, model: GPTConfig, mesh: Mesh, T: int, G: int) -> int:
+def _micro_batches(config: Config, model: GPTConfig, mesh: Mesh, T: int, G: int) -> int:
   """The number A of micro-batches: as asked, or the fewest whose estimate fits the device."""
   split = mesh.shape['data'] * mesh.shape['fsdp']
   if G % split:
@@ -139,7 +139,7 @@ def _micro_batches(config: ConfigDict, model: GPTConfig, mesh: Mesh, T: int, G: 
   return next((A for A in fits if estimate_bytes(model, mesh, T, G // A, ema) <= limit), fits[-1])
 
 
-def make_plan(config: ConfigDict, devices=None) -> Plan:
+def make_plan(config: Config, devices=None) -> Plan:
   """Checks a config against the devices and derives the rest.
 
   Raises:
@@ -181,7 +181,7 @@ def make_plan(config: ConfigDict, devices=None) -> Plan:
 def dry_run(plan: Plan) -> str:
   """Compiles the training step without allocating anything; says what it would need."""
   with jax.set_mesh(plan.mesh):
-    memory = plan.compile_train_step().memory_analysis()
+    memory: Any = plan.compile_train_step().memory_analysis()
   gib = functools.partial('{:,.2f} GiB'.format)
   arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
   total = max(arguments + temporary, getattr(memory, 'peak_memory_in_bytes', 0))

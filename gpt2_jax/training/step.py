@@ -82,8 +82,10 @@ def make_train_step(
       (loss, grads), _ = jax.lax.scan(accumulate, zeros, (jnp.arange(A), tokens_AMT1))
 
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1 - ema_decay)
+    params: Any = optax.apply_updates(state.params, updates)
+    ema: Any = None
+    if state.ema is not None:
+      ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
     metrics = {
         'train/loss': loss,
         'train/grad_norm': optax.tree.norm(grads),  # before clipping
