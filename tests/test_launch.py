@@ -1,7 +1,9 @@
 """Real runs in processes of their own: started, killed, continued, refused."""
 
+import contextlib
 import json
 import os
+import pty
 import random
 import shutil
 import signal
@@ -165,6 +167,24 @@ def test_a_full_disk_is_said(finished, text_folder, tmp_path, limit, every, says
   assert 'run the same command again' in message
   assert run(*command).returncode == 0
   assert plain(tmp_path / 'run') == plain(finished[0])
+
+
+def test_a_terminal_shows_bars(finished, text_folder, tmp_path):
+  """In a pseudo-terminal: a bar for the training, and one inside it for each evaluation."""
+  outer, inner = pty.openpty()
+  command = arguments(text_folder, tmp_path / 'run', train__steps=10)
+  process = subprocess.Popen(
+      [sys.executable, *command], cwd=ROOT, env=environment(TERM='xterm', COLUMNS='150'),
+      stdout=inner, stderr=inner)
+  os.close(inner)
+  shown = b''
+  with contextlib.suppress(OSError):  # how Linux ends a pseudo-terminal
+    while chunk := os.read(outer, 4096):
+      shown += chunk
+  os.close(outer)
+  assert process.wait() == 0, shown.decode()
+  for text in ('━', 'training', 'evaluating', '100%', 'step 10: held-out loss', 'tokens/s'):
+    assert text.encode() in shown, text
 
 
 def test_sampling_from_a_run(finished, tmp_path):

@@ -1,0 +1,66 @@
+"""What README.md and docs/ tell a reader to type is typed here, in order, in a copy of the tree."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+BY_CI = ('pip install', 'pytest')  # .ci/run does these, in an environment of its own
+
+
+def commands(page: Path) -> list[str]:
+  """The lines of a page's bash blocks, a `\\` joining two."""
+  blocks = re.findall(r'^```bash\n(.*?)^```', page.read_text(), re.M | re.S)
+  lines = ''.join(blocks).replace('\\\n', ' ').splitlines()
+  return [line.split('  #')[0].strip() for line in lines if line.strip() and line[0] != '#']
+
+
+def test_the_two_commands_of_the_readme_are_what_ci_runs():
+  first = commands(ROOT / 'README.md')
+  assert 'pip install -e . && python launch.py --config=configs/tiny.py' in first
+  assert "pip install -e '.[test]' && pytest" in first
+  script = (ROOT / '.ci' / 'run').read_text()
+  assert "pip install -e '.[test]'" in script and '\npytest\n' in script
+
+
+def test_links_and_pictures_are_there():
+  for page in PAGES:
+    for target in re.findall(r'\]\(([^)#:]+)(?:#[^)]*)?\)', page.read_text()):
+      assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_python_examples_use_what_there_is():
+  import gpt2_jax
+  for page in PAGES:
+    for name in re.findall(r'gpt2_jax\.(\w+)\(', page.read_text()):
+      assert name in gpt2_jax.__all__, (page.name, name)
+
+
+@pytest.mark.slow
+def test_every_command_works(tmp_path):
+  tree = tmp_path / 'gpt2_jax'
+  files = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True,
+                         check=True).stdout.split('\0')
+  for name in filter(None, files):
+    (tree / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / name, tree / name)
+  env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+  env |= {'PATH': f'{Path(sys.executable).parent}:{env["PATH"]}', 'PYTHONPATH': str(tree)}
+  for page in PAGES:
+    for command in commands(page):
+      if command.startswith(BY_CI):
+        command = command.partition('&& ')[2]
+        if not command or command == 'pytest':
+          continue
+      result = subprocess.run(['bash', '-c', command], cwd=tree, env=env, capture_output=True,
+                              text=True, timeout=1200)
+      assert result.returncode == 0, f'{page.name}: {command}\n{result.stdout}\n{result.stderr}'
+      if 'configs/tiny.py' in command:
+        print(result.stdout)
+  assert 'held-out loss' in (tree / 'runs').as_posix() or (tree / 'runs/tiny/loss.png').exists()
