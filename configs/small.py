@@ -4,7 +4,9 @@
     python launch.py --config=configs/small.py:fineweb       others: configs/recipes.py
     python launch.py --config=configs/small.py --dry_run     what it needs, without running
 
-@@small@@
+Measured on 2 CPU cores (AMD EPYC, AVX-512), float32, jax 0.10.2, commit 9992cb3, with
+--config.train.steps=3: 132 tokens/s, a step of 8,192 tokens in 62 s, peak memory 9.3 GiB. Not yet
+measured on an accelerator.
 """
 
 from configs import base, recipes

@@ -187,7 +187,11 @@ def train(config: Config, workdir: str | Path) -> int:
       say(f'step {step:,}: held-out loss {loss:.4f}')
       return {'eval/loss': loss}
 
+    saved = start
+
     def save(step: int) -> None:
+      nonlocal saved
+      saved = step
       checkpoints.save(step, state, {
           'identity': identity, 'model': dataclasses.asdict(plan.model),
           'data': {'sha256': data.sha256, 'tokenizer': data.manifest['tokenizer']}})
@@ -202,8 +206,7 @@ def train(config: Config, workdir: str | Path) -> int:
     def record(step: int, values: dict, evaluated: bool = False) -> None:
       """Fetches a step's metrics, checks and writes them."""
       nonlocal clock
-      with out_of_memory_advice(plan):
-        values = {key: float(value) for key, value in jax.device_get(values).items()}
+      values = {key: float(value) for key, value in jax.device_get(values).items()}
       seconds, clock = time.monotonic() - clock, time.monotonic()
       if not math.isfinite(values['train/loss']) or not math.isfinite(values['train/grad_norm']):
         checkpoints.wait()
@@ -224,7 +227,7 @@ def train(config: Config, workdir: str | Path) -> int:
         clock = time.monotonic()
       writer.write({'step': step, **values})
 
-    with track('training', steps, 'steps', done=start) as advance:
+    with track('training', steps, 'steps', done=start) as advance, out_of_memory_advice(plan):
       batches = loader.batches(start, steps, plan.A, plan.batch_sharding)
       pending, step = None, start
       while step < steps and not stop.received:
@@ -235,23 +238,23 @@ def train(config: Config, workdir: str | Path) -> int:
         if pending:  # one step late, so that the device never waits for the host
           record(*pending)
         pending = step, values
-        evaluated = due(step, config.evaluate)
-        saved = due(step, config.checkpoint) or bool(stop.received)
-        if evaluated or saved:
+        evaluated, due_to_save = due(step, config.evaluate), due(step, config.checkpoint)
+        if evaluated or due_to_save:  # its metrics are on disk before its checkpoint is
           record(step, values, evaluated)
           pending = None
-        if saved or stop.received:
+        if due_to_save:
           save(step)
           clock = time.monotonic()
-      if pending:  # a signal came after the step was dispatched
+      if pending:  # a signal ended the loop
         record(*pending)
+      if step > saved:
         save(step)
     checkpoints.wait()
     writer.close()
 
     # --- End -----------------------------------------------------------------------------------
     if stop.received:
-      say(f'stopped and saved at step {step:,} of {steps:,}; the same command goes on from there')
+      say(f'stopped at step {step:,} of {steps:,}, which is saved; the same command goes on from it')
       checkpoints.close()
       return 128 + stop.received
     prompt = config.log.sample_prompt

@@ -21,6 +21,7 @@ def plot_losses(workdir: Path, title: str) -> Path:
   """Draws training and held-out loss against the tokens seen, to `loss.png`."""
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
+  from matplotlib.ticker import EngFormatter
   lines = metrics.read(workdir)
   tokens = np.array([line['train/tokens'] for line in lines])
   losses = np.array([line['train/loss'] for line in lines])
@@ -35,6 +36,7 @@ def plot_losses(workdir: Path, title: str) -> Path:
     axes.annotate(f'{held_out[-1][1]:.3f}', held_out[-1], textcoords='offset points',
                   xytext=(0, 8), ha='right', color='tab:orange')
   axes.set(title=title, xlabel='tokens seen', ylabel='loss (nats a token)')
+  axes.xaxis.set_major_formatter(EngFormatter())
   axes.grid(alpha=0.3)
   axes.legend()
   path = workdir / PLOT
