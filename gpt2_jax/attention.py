@@ -3,6 +3,8 @@
 Letters: `B` batch, `T` query positions, `S` key positions, `N` heads, `H` head width.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -20,7 +22,7 @@ def attention(
     *,
     scale: jax.Array | float,
     upcast: bool = False,
-    keep_BNTS=None,
+    drop: Callable[[jax.Array], jax.Array] | None = None,
     precision: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """softmax(scale · q kᵀ) v, with the softmax in float32.
@@ -31,7 +33,7 @@ def attention(
       nothing gets the mean of all values, as in Hugging Face's GPT-2.
     scale: factor of the scores.
     upcast: form the scores from float32 operands (Hugging Face's `reorder_and_upcast_attn`).
-    keep_BNTS: a function from the weights [B, N, T, S] to the weights after dropout.
+    drop: a function from the weights [B, N, T, S] to the weights after dropout.
     precision: of the two products, as `jax.lax.Precision` names it.
 
   Returns:
@@ -45,7 +47,7 @@ def attention(
       preferred_element_type=jnp.float32, precision='highest' if upcast else precision)
   scores_BNTS = jnp.where(mask_BTS[:, None], scores_BNTS, jnp.finfo(jnp.float32).min)
   weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(v_BSNH.dtype)
-  if keep_BNTS is not None:
-    weights_BNTS = keep_BNTS(weights_BNTS)
+  if drop is not None:
+    weights_BNTS = drop(weights_BNTS)
   out_BTNH = jnp.einsum('BNTS,BSNH->BTNH', weights_BNTS, v_BSNH, precision=precision)
   return out_BTNH, weights_BNTS

@@ -23,7 +23,8 @@ from flax import nnx
 from gpt2_jax.attention import attention, causal_mask
 from gpt2_jax.config import ACTIVATIONS, REMAT_POLICIES, GPTConfig
 from gpt2_jax.errors import UserError
-from gpt2_jax.sharding import RULES, P, layout, reshard, unshard
+from gpt2_jax.layers import Embed, LayerNorm, Linear, dropout, fold_in
+from gpt2_jax.sharding import RULES, layout, reshard, unshard
 
 Params = dict[str, Any]  # nested; leaves are arrays
 
@@ -60,64 +61,6 @@ class Output(NamedTuple):
   attentions: jax.Array | None  # [L, B, N, T, S]
 
 
-def _normal(rngs, shape, std, spec):
-  return std * jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=layout(spec))
-
-
-def fold_in(keys_B: jax.Array | None, i: jax.Array | int) -> jax.Array | None:
-  """`jax.random.fold_in` for each of B keys; None (no dropout) stays None."""
-  return None if keys_B is None else jax.vmap(jax.random.fold_in, (0, None))(keys_B, i)
-
-
-def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None, spec: P | None = None) -> jax.Array:
-  """Dropout with a key for each row of `x`, so that no mask depends on the batch, its split into
-  micro-batches, or the mesh. `spec` is the layout of a row. Off where `keys_B` is None.
-  """
-  if keys_B is None or rate == 0:
-    return x
-  shape, spec = x.shape[1:], spec and layout(spec)
-  keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape, out_sharding=spec))(keys_B)
-  return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
-
-
-class Embed(nnx.Module):
-  """A table of vectors; rows from `rows` on are padding and zero."""
-
-  def __init__(self, shape, std, spec, *, rows: int, rngs: nnx.Rngs):
-    table = _normal(rngs, shape, std, spec)
-    self.weight = nnx.Param(jnp.where(jnp.arange(shape[0])[:, None] < rows, table, 0))
-
-
-class LayerNorm(nnx.Module):
-  """Layer normalisation over D, in float32."""
-
-  def __init__(self, config: GPTConfig):
-    self.epsilon = config.layer_norm_epsilon
-    self.weight = nnx.Param(jnp.ones(config.n_embd, out_sharding=layout(RULES.ln_d)))
-    self.bias = nnx.Param(jnp.zeros(config.n_embd, out_sharding=layout(RULES.ln_d)))
-
-  def __call__(self, x_BTD: jax.Array) -> jax.Array:
-    x = x_BTD.astype(jnp.float32)
-    x = x - x.mean(-1, keepdims=True)
-    x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
-    return (x * self.weight[...] + self.bias[...]).astype(x_BTD.dtype)
-
-
-class Linear(nnx.Module):
-  """`x @ weight + bias` as an einsum. Hugging Face's Conv1D has the same [in, out] order."""
-
-  def __init__(self, equation, shape, spec, bias_shape, bias_spec, out_spec, std, *, rngs):
-    self.equation, self.out_spec = equation, out_spec
-    self.weight = nnx.Param(_normal(rngs, shape, std, spec))
-    self.bias = nnx.Param(jnp.zeros(bias_shape, out_sharding=layout(bias_spec)))
-
-  def __call__(self, x: jax.Array, precision: str | None) -> jax.Array:
-    weight, bias = (unshard(p[...].astype(x.dtype)) for p in (self.weight, self.bias))
-    y = jnp.einsum(
-        self.equation, x, weight, precision=precision, out_sharding=layout(self.out_spec))
-    return y + (bias[:, None, None] if bias.ndim == 3 else bias)  # c_attn's bias is CNH
-
-
 class Attention(nnx.Module):
   """Multi-head causal self-attention."""
 
@@ -145,7 +88,7 @@ class Attention(nnx.Module):
           weights_BNTS, c.attn_pdrop, fold_in(keys_B, 0), RULES.weights_nts)
     out_BTNH, weights_BNTS = attention(
         q_BTNH, k_BSNH, v_BSNH, mask_BTS, scale=scale, upcast=c.reorder_and_upcast_attn,
-        keep_BNTS=drop, precision=c.precision)
+        drop=drop, precision=c.precision)
     out_BTD = self.c_proj(out_BTNH, c.precision)
     return dropout(out_BTD, c.resid_pdrop, fold_in(keys_B, 1)), weights_BNTS, cache
 
@@ -175,7 +118,8 @@ class Block(nnx.Module):
   def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
     std = config.initializer_range
     proj_std = std if config.init_scheme == 'openai_release' else std / (2 * config.n_layer) ** 0.5
-    self.ln_1, self.ln_2 = LayerNorm(config), LayerNorm(config)
+    self.ln_1, self.ln_2 = (
+        LayerNorm(config.n_embd, config.layer_norm_epsilon) for _ in range(2))
     self.attn = Attention(config, proj_std, rngs=rngs)
     self.mlp = MLP(config, proj_std, rngs=rngs)
 
@@ -211,7 +155,7 @@ class GPT2(nnx.Module):
     self.h = nnx.vmap(
         lambda rngs: Block(config, rngs=rngs), in_axes=0, out_axes=0,
         transform_metadata={nnx.PARTITION_NAME: None})(rngs.split(c.n_layer))
-    self.ln_f = LayerNorm(config)
+    self.ln_f = LayerNorm(c.n_embd, c.layer_norm_epsilon)
     if not c.tie_word_embeddings:
       self.lm_head = Embed((V, c.n_embd), std, r.lm_head_vd, rows=c.vocab_size, rngs=rngs)
 
