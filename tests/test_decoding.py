@@ -60,6 +60,13 @@ def test_a_mesh_changes_no_token(tiny, params, mesh):
     assert have == want
 
 
+def test_one_row_on_a_mesh_of_one_device(tiny, params):
+  """Axes of size 1 are axes still."""
+  want = ids(generate_tokens(tiny, params, [1, 2, 3], **SAMPLED))
+  with mesh_of(1, 1, 1):
+    assert ids(generate_tokens(tiny, init_params(tiny, 0), [1, 2, 3], **SAMPLED)) == want
+
+
 def test_seeds(tiny, params):
   draw = lambda seed, n=1: ids(generate_tokens(
       tiny, params, [1, 2, 3], seed=seed, num_return_sequences=n, max_new_tokens=12))

@@ -61,6 +61,8 @@ def test_every_command_works(tmp_path):
       result = subprocess.run(['bash', '-c', command], cwd=tree, env=env, capture_output=True,
                               text=True, timeout=1200)
       assert result.returncode == 0, f'{page.name}: {command}\n{result.stdout}\n{result.stderr}'
-      if 'configs/tiny.py' in command:
-        print(result.stdout)
-  assert 'held-out loss' in (tree / 'runs').as_posix() or (tree / 'runs/tiny/loss.png').exists()
+    for block in re.findall(r'^```python\n(.*?)^```', page.read_text(), re.M | re.S):
+      result = subprocess.run([sys.executable, '-c', block], cwd=tree, env=env,
+                              capture_output=True, text=True, timeout=600)
+      assert result.returncode == 0, f'{page.name}: {block}\n{result.stderr}'
+  assert (tree / 'runs' / 'tiny' / 'loss.png').exists()

@@ -103,6 +103,20 @@ def test_a_killed_run_continues_bitwise(finished, text_folder, tmp_path):
   assert len(json.loads((workdir / 'env.json').read_text())['starts']) == 3
 
 
+def test_a_second_signal_leaves_at_once():
+  code = """
+import os, signal
+from gpt2_jax.training.loop import StopSignal
+with StopSignal() as stop:
+  os.kill(os.getpid(), signal.SIGINT)
+  print('first', stop.received, flush=True)
+  os.kill(os.getpid(), signal.SIGTERM)
+  print('second')"""
+  result = run('-c', code)
+  assert result.returncode == 128 + signal.SIGTERM
+  assert result.stdout == f'first {int(signal.SIGINT)}\n' and 'once more' in result.stderr
+
+
 @pytest.mark.parametrize('mesh', ['fsdp=8', 'data=2,tensor=2'])
 def test_a_run_continues_on_another_mesh(finished, text_folder, tmp_path, mesh):
   workdir = tmp_path / 'moved'

@@ -107,12 +107,11 @@ def generate_tokens(
     row[:len(ids)] = ids
   place = lambda x: jax.device_put(x, sharding.layout(sharding.P(
       sharding.BATCH, *(None for _ in x.shape[1:]))))
-  keys_B = None
-  if do_sample:
-    fold = jax.vmap(jax.random.fold_in, (None, 0))
-    keys_B = fold(jax.random.key(seed), place(np.array([k for _, _, k in padded], np.uint32)))
-  out = decode(config, params, place(prompts_BP), place(lengths_B), place(limits_B), keys_B,
-               processors, np.int32(eos), N=_bucket(int(limits_B.max()), config.n_positions))
+  samples_B = np.array([k for _, _, k in padded], np.int32)
+  key = jax.random.key(seed) if do_sample else None
+  out = decode(config, params, place(prompts_BP), place(lengths_B), place(limits_B),
+               place(samples_B), key, processors, np.int32(eos),
+               N=_bucket(int(limits_B.max()), config.n_positions))
   tokens_BN, logprobs_BN, counts_B = jax.device_get(
       jax.tree.map(lambda x: sharding.reshard(x, sharding.P()), tuple(out)))
 

@@ -4,7 +4,8 @@ Prompts of different lengths are padded on the right to P. A row's new tokens go
 P + 1, …, while their positions go on from the row's own length; padding is masked. So a row computes
 the same whatever it is batched with.
 
-The key of a draw is `fold_in(the row's key, position)`: a sample depends on its prompt and seed.
+The key of a draw is folded from (seed, which sample of its prompt, position): a sample depends on its
+prompt and seed alone.
 """
 
 import functools
@@ -68,7 +69,8 @@ def decode(
     prompts_BP: jax.Array,
     lengths_B: jax.Array,
     limits_B: jax.Array,
-    keys_B: jax.Array | None,
+    samples_B: jax.Array,
+    key: jax.Array | None,
     processors: tuple[Processor, ...],
     eos: jax.Array,
     *,
@@ -81,7 +83,8 @@ def decode(
     prompts_BP: ids, padded on the right.
     lengths_B: how many of them are the prompt, at least 1.
     limits_B: how many tokens a row may get, from 1 to N.
-    keys_B: a key for each row; None: the likeliest token is taken (greedy).
+    samples_B: which sample of its prompt a row is.
+    key: of the request; None: the likeliest token is taken (greedy).
     processors: applied to the logits in turn.
     eos: an id that ends a row; -1 for none.
     N: the most new tokens, static: the cache has P + N slots.
@@ -90,6 +93,7 @@ def decode(
   S = prompt_slots + N
   model = bind(config, params)
   rows_B = jnp.zeros_like(lengths_B)
+  keys_B = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, samples_B)
 
   def emit(out: Decoded, done_B, logits_BV, t):
     tokens_B, logprobs_B = _draw(logits_BV, processors, keys_B, lengths_B + t)
