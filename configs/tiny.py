@@ -27,7 +27,7 @@ def get_config(recipe: str = 'stdlib'):
   if recipe == 'stdlib':
     config.data.update(tokenizer='bpe:2048', val_fraction=0.02)
     config.train.update(steps=600, global_batch_tokens=8 * 256)
-    config.log.sample_prompt = 'def '
+    config.log.sample_prompt = 'import os\n\n\ndef main('
   if recipe == 'shakespeare':  # by bytes, as nanoGPT's shakespeare_char on a CPU
     config.data.update(tokenizer='byte', sequence_length=64)
     config.model.update(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
