@@ -5,12 +5,12 @@
 
 stdlib: 600 steps x 8 rows x 256 tokens = 1.2 M tokens of a 2,048-entry vocabulary trained on the
 text, 40 % of an epoch. Measured on 2 CPU cores (AMD EPYC, AVX-512), Python 3.11.7, jax 0.10.2, commit
-9992cb3: 7,400 tokens/s, 3 min 15 s in all, peak memory 1.0 GiB, held-out loss 5.05, 4.79, 4.62 at
+0d9796e: 7,400 tokens/s, 3 min 17 s in all, peak memory 1.0 GiB, held-out loss 5.05, 4.79, 4.62 at
 steps 200, 400, 600. The text is that of the running Python, so another version's loss differs a
 little; two runs on one machine give the same to the last bit.
 
-shakespeare: 2,000 steps x 12 rows x 64 bytes, the size of nanoGPT's example for a CPU. Measured as
-above: 10,200 tokens/s, held-out loss 2.04 and 1.8865 (nats a byte, over the whole last tenth of the
+shakespeare: 2,000 steps x 12 rows x 64 bytes, the size of nanoGPT's example for a CPU. Measured
+likewise at 9992cb3: 10,200 tokens/s, held-out loss 2.04 and 1.8865 (nats a byte, over the whole last tenth of the
 text) at steps 1,000 and 2,000.
 """
 
