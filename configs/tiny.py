@@ -10,8 +10,8 @@ steps 200, 400, 600. The text is that of the running Python, so another version'
 little; two runs on one machine give the same to the last bit.
 
 shakespeare: 2,000 steps x 12 rows x 64 bytes, the size of nanoGPT's example for a CPU. Measured
-likewise at 9992cb3: 10,200 tokens/s, held-out loss 2.04 and 1.8865 (nats a byte, over the whole last tenth of the
-text) at steps 1,000 and 2,000.
+likewise at 9992cb3: 10,200 tokens/s, held-out loss 2.04 and 1.8865 (nats a byte, over the whole last
+tenth of the text) at steps 1,000 and 2,000.
 """
 
 from configs import base, recipes
