@@ -10,6 +10,10 @@ from ml_collections.config_dict import placeholder
 def get_config() -> ConfigDict:
   config = ConfigDict()
 
+  # Where the parameters begin: a workdir, a folder or file of another format, a name on the hub.
+  # Default: drawn at random. What can be read: docs/conversion.md. For use: configs/finetune.py.
+  config.init_from = placeholder(str)
+
   # The model. Names and values are Hugging Face's; these are GPT-2 124M's.
   config.model = ConfigDict(dict(
       vocab_size=placeholder(int),  # default: the tokenizer's
@@ -32,19 +36,29 @@ def get_config() -> ConfigDict:
       vocab_multiple=128,  # the vocabulary is padded inside: 50257 = 29·1733 would not split
       dtype='auto',  # of activations: bfloat16 on accelerators, float32 on CPU
       remat='none',  # what the backward pass computes again: none, dots, full
+      head='lm',  # or sequence_classification
   ))
 
   # The text.
   config.data = ConfigDict(dict(
       corpus='stdlib',  # stdlib, text:PATTERN, tfds:NAME, bin:FOLDER
-      tokenizer='gpt2',  # gpt2, bpe:N, byte, or a folder
+      tokenizer=placeholder(str),  # gpt2, bpe:N, byte, or a folder; default: init_from's, or gpt2
       text_field='text',  # of .jsonl and .parquet
+      label_field='label',  # of .jsonl, for a classifier
       store=placeholder(str),  # folder of the tokens; default: by name in `directory`
       directory='data',
       val_fraction=0.005,  # held out, of the documents
       split='document',  # or tail: the end of each document
       split_seed=0,
       sequence_length=placeholder(int),  # tokens a row; default n_positions
+  ))
+
+  # Adapters that are trained in place of the weights (LoRA, arXiv:2106.09685). Names are PEFT's.
+  config.lora = ConfigDict(dict(
+      r=0,  # rank; 0: none, all parameters are trained
+      alpha=16.0,  # the adapters' product is scaled by alpha / r
+      target_modules=('c_attn',),  # of c_attn, c_proj, c_fc, or one of them: mlp.c_proj
+      dropout=0.0,  # of the adapters' input
   ))
 
   # AdamW as in GPT-3's paper (arXiv:2005.14165, appendix B), nanoGPT and llm.c.
@@ -85,6 +99,7 @@ def get_config() -> ConfigDict:
   config.evaluate = ConfigDict(dict(
       every=1000,  # steps; always the whole held-out split
       batch_rows=placeholder(int),  # default: as a micro-batch
+      patience=0,  # stop after so many evaluations without a lower loss, offer the best; 0: go on
   ))
 
   config.log = ConfigDict(dict(

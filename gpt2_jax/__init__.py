@@ -11,26 +11,35 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-  from gpt2_jax.config import GPTConfig
+  from gpt2_jax.config import GPTConfig, LoRA
   from gpt2_jax.decoding.generate import Generated, generate
   from gpt2_jax.errors import UserError
+  from gpt2_jax.inference import Classified, Features, classify, features
   from gpt2_jax.model import GPT2, bind, init_params
-  from gpt2_jax.pretrained import from_pretrained
+  from gpt2_jax.pretrained import from_pretrained, merge_adapters, save_pretrained
 
 _PLACES = {
+    'Classified': 'inference',
+    'Features': 'inference',
     'GPT2': 'model',
     'GPTConfig': 'config',
     'Generated': 'decoding.generate',
+    'LoRA': 'config',
     'UserError': 'errors',
     'bind': 'model',
+    'classify': 'inference',
+    'features': 'inference',
     'from_pretrained': 'pretrained',
     'generate': 'decoding.generate',
     'init_params': 'model',
+    'merge_adapters': 'pretrained',
+    'save_pretrained': 'pretrained',
 }
 
 __all__ = [
-    'GPT2', 'GPTConfig', 'Generated', 'UserError', 'bind', 'from_pretrained', 'generate',
-    'init_params',
+    'GPT2', 'Classified', 'Features', 'GPTConfig', 'Generated', 'LoRA', 'UserError', 'bind',
+    'classify', 'features', 'from_pretrained', 'generate', 'init_params', 'merge_adapters',
+    'save_pretrained',
 ]
 
 

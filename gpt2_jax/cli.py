@@ -46,7 +46,9 @@ class Sample:
   """Continues prompts with a trained model."""
 
   checkpoint: str
-  """Workdir of a run."""
+  """Workdir of a run, Hugging Face folder or hub name, or another checkpoint (docs/conversion.md)."""
+  tokenizer: str | None = None
+  """Where the checkpoint brings none: gpt2, byte, or a folder."""
   prompt: tuple[str, ...] = ('',)
   """Texts to continue; an empty one starts a new document."""
   max_new_tokens: int = 128
@@ -68,7 +70,10 @@ class Sample:
 
   def run(self) -> None:
     import gpt2_jax
+    from gpt2_jax import tokenizer
     model = gpt2_jax.from_pretrained(self.checkpoint)
+    if self.tokenizer is not None:
+      model.tokenizer = tokenizer.load(self.tokenizer)
     results = gpt2_jax.generate(
         model, self.prompt, max_new_tokens=self.max_new_tokens, do_sample=not self.greedy,
         temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
@@ -82,8 +87,35 @@ class Sample:
         print('-' * 78 + '\n' if i else '', prompt, result.text, sep='')
 
 
+@dataclasses.dataclass
+class Convert:
+  """Turns a checkpoint of any format into another. What is lost: docs/conversion.md."""
+
+  source: tyro.conf.Positional[str]
+  """Workdir of a run, Hugging Face folder or hub name, OpenAI's or nanoGPT's folder, llm.c's file."""
+  target: tyro.conf.Positional[str]
+  """A new folder; of nanogpt, llmc and gguf a new file."""
+  to: Literal['hf', 'nanogpt', 'llmc', 'openai', 'flax', 'peft', 'gguf', 'stablehlo']
+  """The format to write."""
+  dtype: Literal['float32', 'bfloat16', 'float16'] | None = None
+  """Of the tensors; default: as in the source."""
+  max_shard_size: int | None = None
+  """hf: bytes of a weights file; default 5 GB."""
+  approximate: bool = False
+  """nanogpt: allow a model with the tanh GELU, which nanoGPT computes with the exact one."""
+
+  def run(self) -> None:
+    from gpt2_jax import pretrained
+    options = {name: value for name, value in (
+        ('max_shard_size', self.max_shard_size), ('approximate', self.approximate)) if value}
+    source = pretrained.open_source(self.source)
+    pretrained.write(source, self.target, self.to, dtype=self.dtype, **options)
+    print(f'{self.target}: {self.to}, {self.dtype or source.dtype}, from {source.where}')
+
+
 Verb = (Annotated[Prepare, tyro.conf.subcommand('prepare')]
-        | Annotated[Sample, tyro.conf.subcommand('sample')])
+        | Annotated[Sample, tyro.conf.subcommand('sample')]
+        | Annotated[Convert, tyro.conf.subcommand('convert')])
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,12 @@ from gpt2_jax.errors import UserError
 
 Config = Any  # a run's ml_collections.ConfigDict (configs/base.py), or a section of it: untyped
 
+# Names of GPT-2's tanh form of the GELU, in Hugging Face's version first.
+TANH_GELU = ('gelu_new', 'gelu_pytorch_tanh', 'gelu_python_tanh', 'gelu_fast', 'gelu_accurate')
+
 # Hugging Face's names (transformers `activations.py`, ACT2FN) -> function.
 ACTIVATIONS = {
-    'gelu_new': functools.partial(jax.nn.gelu, approximate=True),  # GPT-2's
-    'gelu_pytorch_tanh': functools.partial(jax.nn.gelu, approximate=True),
-    'gelu_python_tanh': functools.partial(jax.nn.gelu, approximate=True),
-    'gelu_fast': functools.partial(jax.nn.gelu, approximate=True),
-    'gelu_accurate': functools.partial(jax.nn.gelu, approximate=True),
+    **dict.fromkeys(TANH_GELU, functools.partial(jax.nn.gelu, approximate=True)),
     'gelu': functools.partial(jax.nn.gelu, approximate=False),
     'gelu_python': functools.partial(jax.nn.gelu, approximate=False),
     'gelu_10': lambda x: jnp.clip(jax.nn.gelu(x, approximate=False), -10, 10),
@@ -43,6 +42,39 @@ REMAT_POLICIES = {
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # outputs of the projections
     'full': jax.checkpoint_policies.nothing_saveable,  # the block's input alone
 }
+
+
+HEADS = ('lm', 'sequence_classification', 'token_classification')
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA:
+  """Low-rank adapters beside frozen weights (Hu et al. 2021, arXiv:2106.09685). Names are PEFT's."""
+
+  r: int  # rank; a weight W becomes W + alpha/r · A·B
+  alpha: float
+  target_modules: tuple[str, ...] = ('c_attn',)  # ends of names: 'c_proj', or 'mlp.c_proj' alone
+  dropout: float = 0.0  # of the adapters' input
+  modules: ClassVar[tuple[str, ...]] = ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')
+
+  def __post_init__(self):
+    object.__setattr__(self, 'target_modules', tuple(self.target_modules))  # JSON has a list
+    if self.r < 1 or not 0 <= self.dropout < 1:
+      raise UserError(f'lora: r = {self.r} must be at least 1, dropout = {self.dropout} in [0, 1).')
+    for target in self.target_modules:
+      if not any(self._matches(module, target) for module in self.modules):
+        raise UserError(f'lora.target_modules: {target!r} is none of c_attn, c_proj, c_fc, or '
+                        f'{", ".join(self.modules)}.')
+    if not self.target_modules:
+      raise UserError('lora.target_modules is empty: nothing would be trained.')
+
+  @staticmethod
+  def _matches(module: str, target: str) -> bool:
+    return module == target or module.endswith('.' + target)
+
+  def adapts(self, module: str) -> bool:
+    """Whether a module, such as 'attn.c_attn', has an adapter."""
+    return any(self._matches(module, target) for target in self.target_modules)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,21 +104,35 @@ class GPTConfig:
   vocab_multiple: int = 128  # the vocabulary is padded inside to a multiple of this
   dtype: str = 'float32'  # of activations: 'float32' | 'bfloat16'; parameters are float32
   remat: str = 'none'  # a name of REMAT_POLICIES
+  head: str = 'lm'  # a name of HEADS
+  num_labels: int = 2  # of a classification head
+  classifier_dropout: float = 0.1  # before the head of token classification
+  lora: LoRA | None = None
 
   def __post_init__(self):
-    for name in ('vocab_size', 'n_positions', 'n_embd', 'n_layer', 'n_head', 'vocab_multiple'):
+    if self.lora is not None and not isinstance(self.lora, LoRA):  # as a checkpoint's JSON has it
+      object.__setattr__(self, 'lora', LoRA(**self.lora))
+    for name in ('vocab_size', 'n_positions', 'n_embd', 'n_layer', 'n_head', 'vocab_multiple',
+                 'num_labels'):
       if getattr(self, name) < 1:
         raise UserError(f'model.{name} = {getattr(self, name)} must be positive.')
     if self.n_embd % self.n_head:
       raise UserError(f'model.n_embd = {self.n_embd} must be a multiple of n_head = {self.n_head}.')
-    for name in ('embd_pdrop', 'attn_pdrop', 'resid_pdrop'):
+    if self.n_inner is not None and self.n_inner < 1:
+      raise UserError(f'model.n_inner = {self.n_inner} must be positive, or None for 4·n_embd.')
+    for name in ('embd_pdrop', 'attn_pdrop', 'resid_pdrop', 'classifier_dropout'):
       if not 0 <= getattr(self, name) < 1:
         raise UserError(f'model.{name} = {getattr(self, name)} must lie in [0, 1).')
     for name, known in (
         ('activation_function', ACTIVATIONS), ('remat', REMAT_POLICIES),
-        ('init_scheme', ('hf', 'openai_release')), ('dtype', ('float32', 'bfloat16'))):
+        ('init_scheme', ('hf', 'openai_release')), ('head', HEADS),
+        ('dtype', ('float32', 'bfloat16'))):
       if getattr(self, name) not in known:
         raise UserError(f'model.{name} = {getattr(self, name)!r} is not one of {sorted(known)}.')
+
+  def adapter(self, module: str) -> LoRA | None:
+    """The adapter of a module, such as 'attn.c_attn'; None where it has none."""
+    return self.lora if self.lora and self.lora.adapts(module) else None
 
   @property
   def H(self) -> int:

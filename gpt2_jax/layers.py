@@ -1,10 +1,13 @@
 """The parts that the model is put together from. Letters: see `model.py`."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gpt2_jax.sharding import RULES, P, layout, unshard
+from gpt2_jax.config import LoRA
+from gpt2_jax.sharding import RULES, P, in_mesh, layout, unshard
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, spec: P) -> jax.Array:
@@ -28,12 +31,32 @@ def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None, spec: P | None 
   return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
+def pick(x_BS: jax.Array, indices_B: jax.Array) -> jax.Array:
+  """`x[b, indices[b]]` for each row b, [B] or [B, D]: a masked sum, since a gather can't be split."""
+  found_BS = indices_B[:, None] == jnp.arange(x_BS.shape[1])
+  return jnp.where(found_BS.reshape(found_BS.shape + (1,) * (x_BS.ndim - 2)), x_BS, 0).sum(1)
+
+
 class Embed(nnx.Module):
   """A table of vectors; rows from `rows` on are padding and zero."""
 
   def __init__(self, shape, std, spec, *, rows: int, rngs: nnx.Rngs):
     table = normal(rngs, shape, std, spec)
     self.weight = nnx.Param(jnp.where(jnp.arange(shape[0])[:, None] < rows, table, 0))
+
+
+class Classifier(nnx.Module):
+  """Logits over K labels, in float32: [B, T, D] -> [B, T, K]."""
+
+  def __init__(self, D: int, K: int, std: float, *, bias: bool, rngs: nnx.Rngs):
+    self.weight = nnx.Param(normal(rngs, (D, K), std, RULES.head_dk))
+    self.bias = nnx.Param(jnp.zeros(K, out_sharding=layout(RULES.head_k))) if bias else None
+
+  def __call__(self, x_BTD: jax.Array, precision: str | None) -> jax.Array:
+    logits_BTK = jnp.einsum(
+        'BTD,DK->BTK', x_BTD, unshard(self.weight[...].astype(x_BTD.dtype)), precision=precision,
+        preferred_element_type=jnp.float32, out_sharding=layout(RULES.act_btd))
+    return logits_BTK if self.bias is None else logits_BTK + self.bias[...]
 
 
 class LayerNorm(nnx.Module):
@@ -52,15 +75,44 @@ class LayerNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-  """`x @ weight + bias` as an einsum. Hugging Face's Conv1D has the same [in, out] order."""
+  """`x @ weight + bias` as an einsum. Hugging Face's Conv1D has the same [in, out] order.
 
-  def __init__(self, equation, shape, spec, bias_shape, bias_spec, out_spec, std, *, rngs):
-    self.equation, self.out_spec = equation, out_spec
+  With `lora`, alpha/r · x·A·B is added: A's first axes are those that are contracted, B's last ones
+  the others. A begins as PEFT's, uniform within 1/sqrt(fan-in), B as zero.
+  """
+
+  def __init__(self, equation, shape, spec, bias_shape, bias_spec, out_spec, std, *, rngs,
+               lora: LoRA | None = None):
+    self.equation, self.out_spec, self.lora = equation, out_spec, lora
     self.weight = nnx.Param(normal(rngs, shape, std, spec))
     self.bias = nnx.Param(jnp.zeros(bias_shape, out_sharding=layout(bias_spec)))
+    if lora:
+      ins = len(_contracted(equation))
+      fan_in, spec = math.prod(shape[:ins]), tuple(spec)
+      self.lora_A = nnx.LoRAParam(jax.random.uniform(
+          rngs.params(), (*shape[:ins], lora.r), jnp.float32, -fan_in**-0.5, fan_in**-0.5,
+          out_sharding=layout(P(*spec[:ins], None))))
+      self.lora_B = nnx.LoRAParam(jnp.zeros(
+          (lora.r, *shape[ins:]), out_sharding=layout(P(None, *spec[ins:]))))
 
-  def __call__(self, x: jax.Array, precision: str | None) -> jax.Array:
-    weight, bias = (unshard(p[...].astype(x.dtype)) for p in (self.weight, self.bias))
-    y = jnp.einsum(
-        self.equation, x, weight, precision=precision, out_sharding=layout(self.out_spec))
-    return y + (bias[:, None, None] if bias.ndim == 3 else bias)  # c_attn's bias is CNH
+  def __call__(self, x: jax.Array, precision: str | None, keys_B: jax.Array | None = None):
+    product = lambda equation, x, w, spec: jnp.einsum(
+        equation, x, unshard(w[...].astype(x.dtype)), precision=precision, out_sharding=layout(spec))
+    y = product(self.equation, x, self.weight, self.out_spec)
+    bias = unshard(self.bias[...].astype(x.dtype))
+    y = y + (bias[:, None, None] if bias.ndim == 3 else bias)  # c_attn's bias is CNH
+    if self.lora:
+      (x_axes, w_axes), out = self.equation.split('->')[0].split(','), self.equation.split('->')[1]
+      ins = _contracted(self.equation)
+      spec = P(*jax.typeof(x).sharding.spec[1:]) if in_mesh() else None
+      x = dropout(x, self.lora.dropout, keys_B, spec)
+      x_BTR = product(f'{x_axes},{ins}R->BTR', x, self.lora_A, RULES.act_btd)
+      y += self.lora.alpha / self.lora.r * product(
+          f'BTR,R{w_axes.removeprefix(ins)}->{out}', x_BTR, self.lora_B, self.out_spec)
+    return y
+
+
+def _contracted(equation: str) -> str:
+  """Letters of the axes that `x` and `weight` share: the weight's first ones."""
+  x_axes, w_axes = equation.split('->')[0].split(',')
+  return ''.join(letter for letter in w_axes if letter in x_axes)

@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import flatten_dict
 
 from gpt2_jax.attention import attention, causal_mask
 from gpt2_jax.config import ACTIVATIONS, REMAT_POLICIES, GPTConfig
 from gpt2_jax.errors import UserError
-from gpt2_jax.layers import Embed, LayerNorm, Linear, dropout, fold_in
-from gpt2_jax.sharding import RULES, layout, reshard, unshard
+from gpt2_jax.layers import Classifier, Embed, LayerNorm, Linear, dropout, fold_in, pick
+from gpt2_jax.sharding import RULES, layout, reshard, unshard, without_mesh
 
 Params = dict[str, Any]  # nested; leaves are arrays
 
@@ -69,14 +70,15 @@ class Attention(nnx.Module):
     self.config = config
     self.c_attn = Linear(
         'BTD,DCNH->CBTNH', (c.n_embd, 3, c.n_head, c.H), r.c_attn_dcnh,
-        (3, c.n_head, c.H), r.c_attn_cnh, r.act_cbtnh, c.initializer_range, rngs=rngs)
+        (3, c.n_head, c.H), r.c_attn_cnh, r.act_cbtnh, c.initializer_range, rngs=rngs,
+        lora=c.adapter('attn.c_attn'))
     self.c_proj = Linear(
         'BTNH,NHD->BTD', (c.n_head, c.H, c.n_embd), r.attn_proj_nhd,
-        (c.n_embd,), r.proj_d, r.act_btd, proj_std, rngs=rngs)
+        (c.n_embd,), r.proj_d, r.act_btd, proj_std, rngs=rngs, lora=c.adapter('attn.c_proj'))
 
   def __call__(self, x_BTD, layer, mask_BTS, cache, slot, keys_B):
     c = self.config
-    q_BTNH, k_BSNH, v_BSNH = self.c_attn(x_BTD, c.precision)
+    q_BTNH, k_BSNH, v_BSNH = self.c_attn(x_BTD, c.precision, fold_in(keys_B, 3))
     if cache is not None:
       cache, k_BSNH, v_BSNH = cache.update(layer, slot, k_BSNH, v_BSNH)
     scale = c.H**-0.5 if c.scale_attn_weights else 1.0
@@ -89,7 +91,7 @@ class Attention(nnx.Module):
     out_BTNH, weights_BNTS = attention(
         q_BTNH, k_BSNH, v_BSNH, mask_BTS, scale=scale, upcast=c.reorder_and_upcast_attn,
         drop=drop, precision=c.precision)
-    out_BTD = self.c_proj(out_BTNH, c.precision)
+    out_BTD = self.c_proj(out_BTNH, c.precision, fold_in(keys_B, 4))
     return dropout(out_BTD, c.resid_pdrop, fold_in(keys_B, 1)), weights_BNTS, cache
 
 
@@ -101,15 +103,16 @@ class MLP(nnx.Module):
     self.config = config
     self.c_fc = Linear(
         'BTD,DF->BTF', (c.n_embd, c.F), r.c_fc_df,
-        (c.F,), r.c_fc_f, r.act_btf, c.initializer_range, rngs=rngs)
+        (c.F,), r.c_fc_f, r.act_btf, c.initializer_range, rngs=rngs, lora=c.adapter('mlp.c_fc'))
     self.c_proj = Linear(
         'BTF,FD->BTD', (c.F, c.n_embd), r.mlp_proj_fd,
-        (c.n_embd,), r.proj_d, r.act_btd, proj_std, rngs=rngs)
+        (c.n_embd,), r.proj_d, r.act_btd, proj_std, rngs=rngs, lora=c.adapter('mlp.c_proj'))
 
   def __call__(self, x_BTD, keys_B):
     c = self.config
-    h_BTF = ACTIVATIONS[c.activation_function](self.c_fc(x_BTD, c.precision))
-    return dropout(self.c_proj(h_BTF, c.precision), c.resid_pdrop, fold_in(keys_B, 2))
+    h_BTF = ACTIVATIONS[c.activation_function](self.c_fc(x_BTD, c.precision, fold_in(keys_B, 5)))
+    out_BTD = self.c_proj(h_BTF, c.precision, fold_in(keys_B, 6))
+    return dropout(out_BTD, c.resid_pdrop, fold_in(keys_B, 2))
 
 
 class Block(nnx.Module):
@@ -135,7 +138,7 @@ class Block(nnx.Module):
 
 
 class GPT2(nnx.Module):
-  """GPT-2 with its language-model head. `model(tokens_BT)` gives the logits.
+  """GPT-2 with its head, of language modelling or of classification. `model(tokens_BT)` gives logits.
 
   Initialisation: N(0, `initializer_range`), biases 0, layer norms 1 and 0. Scheme 'hf' (also nanoGPT
   and llm.c) divides the two projections into the residual stream by sqrt(2·n_layer), as the paper
@@ -147,7 +150,8 @@ class GPT2(nnx.Module):
     c, r, std = config, RULES, config.initializer_range
     V = c.padded_vocab_size
     self.config = config
-    self.tokenizer: Any = None  # from_pretrained sets it
+    self.tokenizer: Any = None  # from_pretrained sets these two
+    self.source: Any = None
     self.wte = Embed((V, c.n_embd), std, r.wte_vd, rows=c.vocab_size, rngs=rngs)
     wpe_std = std / 2 if c.init_scheme == 'openai_release' else std
     self.wpe = Embed(
@@ -156,13 +160,23 @@ class GPT2(nnx.Module):
         lambda rngs: Block(config, rngs=rngs), in_axes=0, out_axes=0,
         transform_metadata={nnx.PARTITION_NAME: None})(rngs.split(c.n_layer))
     self.ln_f = LayerNorm(c.n_embd, c.layer_norm_epsilon)
-    if not c.tie_word_embeddings:
+    if c.head == 'sequence_classification':
+      self.score = Classifier(c.n_embd, c.num_labels, std, bias=False, rngs=rngs)
+    elif c.head == 'token_classification':
+      self.classifier = Classifier(c.n_embd, c.num_labels, std, bias=True, rngs=rngs)
+    elif not c.tie_word_embeddings:
       self.lm_head = Embed((V, c.n_embd), std, r.lm_head_vd, rows=c.vocab_size, rngs=rngs)
 
-  def __call__(self, tokens_BT: jax.Array, **options) -> jax.Array:
-    """Logits [B, T, V] in float32 over the true vocabulary. Options: see `transformer`."""
-    logits_BTV = self.logits(self.transformer(tokens_BT, **options).x_BTD)
-    return reshard(logits_BTV, RULES.act_btd)[..., :self.config.vocab_size]
+  def __call__(
+      self, tokens_BT: jax.Array, *, lengths_B: jax.Array | None = None, **options) -> jax.Array:
+    """Logits in float32: [B, T, V] over the true vocabulary, or those of `classify`.
+
+    Options: see `transformer`.
+    """
+    x_BTD = self.transformer(tokens_BT, **options).x_BTD
+    if self.config.head != 'lm':
+      return self.classify(x_BTD, lengths_B)
+    return reshard(self.logits(x_BTD), RULES.act_btd)[..., :self.config.vocab_size]
 
   def transformer(
       self,
@@ -243,6 +257,21 @@ class GPT2(nnx.Module):
       return jnp.where(real_V, logits_BTV, jnp.finfo(jnp.float32).min)
 
 
+  def classify(
+      self, x_BTD: jax.Array, lengths_B: jax.Array | None = None,
+      dropout_keys_B: jax.Array | None = None) -> jax.Array:
+    """Float32 logits of a classification head over K labels: [B, T, K] of tokens, [B, K] of texts.
+
+    A text is judged by its last token, at `lengths_B` - 1; default T - 1.
+    """
+    c = self.config
+    if c.head == 'token_classification':
+      keys_B = fold_in(dropout_keys_B, c.n_layer + 1)
+      return self.classifier(dropout(x_BTD, c.classifier_dropout, keys_B), c.precision)
+    x_BD = x_BTD[:, -1] if lengths_B is None else pick(x_BTD, lengths_B - 1)
+    return self.score(x_BD[:, None], c.precision)[:, 0]
+
+
 @functools.cache
 def _graphdef(config: GPTConfig):
   return nnx.graphdef(nnx.eval_shape(lambda: GPT2(config, rngs=nnx.Rngs(0))))
@@ -263,11 +292,34 @@ def init_params(config: GPTConfig, seed: int) -> Params:
   return jax.jit(make_params, static_argnums=(0, 1))(config, seed)
 
 
+@functools.cache
+def trainable_paths(config: GPTConfig) -> frozenset[tuple[str, ...]]:
+  """Paths of the parameters that are trained: all, or with adapters, them and a classifier's head."""
+  with without_mesh():
+    config = dataclasses.replace(config, vocab_multiple=1)
+    model = nnx.eval_shape(lambda: GPT2(config, rngs=nnx.Rngs(0)))
+  beside = nnx.Any(nnx.LoRAParam, nnx.PathContains('score'), nnx.PathContains('classifier'))
+  state = nnx.to_pure_dict(nnx.state(model, beside if config.lora else nnx.Param))
+  return frozenset(flatten_dict(state))
+
+
+@functools.cache
+def param_shapes(config: GPTConfig) -> dict[tuple[str, ...], Any]:
+  """Path -> shape of each parameter, without the padding of the vocabulary."""
+  config = dataclasses.replace(config, vocab_multiple=1)
+  with without_mesh():
+    return flatten_dict(jax.eval_shape(functools.partial(make_params, config, 0)))
+
+
 def num_params(config: GPTConfig) -> int:
   """Number of parameters, without the padding of the vocabulary."""
-  shapes = jax.eval_shape(functools.partial(
-      make_params, dataclasses.replace(config, vocab_multiple=1), 0))
-  return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+  return sum(leaf.size for leaf in param_shapes(config).values())
+
+
+def num_trained(config: GPTConfig) -> int:
+  """Number of parameters that are trained: see `trainable_paths`."""
+  shapes = param_shapes(config)
+  return sum(shapes[path].size for path in trainable_paths(config))
 
 
 def flops_per_token(config: GPTConfig, T: int) -> int:

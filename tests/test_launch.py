@@ -258,7 +258,7 @@ def test_wrong_input_gets_one_message(tmp_path, arguments, says):
 
 
 @pytest.mark.parametrize('arguments,says', [
-    (['sample', '--checkpoint', '/nowhere'], '/nowhere is not the workdir of a run'),
+    (['sample', '--checkpoint', '/nowhere'], '/nowhere is neither a file or folder here nor a name'),
     (['prepare', '--corpus', 'text:/nowhere', '--output', 'OUT'], 'no such file or folder'),
     (['prepare', '--corpus', 'stdlib', '--output', 'OUT', '--tokenizer', 'bpe:9'], 'at least 257'),
 ])

@@ -13,11 +13,12 @@ from conftest import assert_close, mesh_of
 from jax.sharding import PartitionSpec as P
 
 from configs import base
+from gpt2_jax import checkpoint
+from gpt2_jax.checkpoint import difference
 from gpt2_jax.errors import UserError
 from gpt2_jax.model import bind, init_params
 from gpt2_jax.sharding import BATCH, on_devices
-from gpt2_jax.training import checkpoint, metrics, plan
-from gpt2_jax.training.checkpoint import difference
+from gpt2_jax.training import metrics, plan
 from gpt2_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
 from gpt2_jax.training.step import init_state, make_eval_step, make_train_step, nll
 
@@ -244,22 +245,22 @@ def test_checkpoints_need_room_and_the_right_shape(tiny, tmp_path, monkeypatch):
   with monkeypatch.context() as patched:
     patched.setattr(shutil, 'disk_usage', lambda _: full)
     with pytest.raises(UserError, match='cannot write a checkpoint .* bytes needed, 1,000 free'):
-      checkpoints.save(1, state, {})
+      checkpoints.save(1, state.items(), {})
   assert checkpoints.latest_step() is None
-  checkpoints.save(2, state, {'model': dataclasses.asdict(tiny)})
+  checkpoints.save(2, state.items(), {'model': dataclasses.asdict(tiny)})
   checkpoints.wait()
 
   abstract = on_devices(jax.eval_shape(lambda: state))
-  restored = checkpoints.restore(2, abstract)
+  restored = abstract.restored(2, checkpoints.restore(2, abstract.items()))
   assert int(restored.step) == 2
   for have, want in zip(jax.tree.leaves(restored.opt_state), jax.tree.leaves(state.opt_state)):
     np.testing.assert_array_equal(have, want)
   wider = dataclasses.replace(tiny, n_inner=96)
   other = on_devices(jax.eval_shape(lambda: init_state(wider, tx, 0, ema=True)))
   with pytest.raises(UserError, match=r'h.mlp.c_fc.bias: float32\[3, 80\] there, .*\[3, 96\] here'):
-    checkpoints.restore(2, other)
+    checkpoints.restore(2, other.items())
   without = dataclasses.replace(abstract, ema=None)
-  assert checkpoints.restore(2, without).ema is None
+  assert without.restored(2, checkpoints.restore(2, without.items())).ema is None
   config, params, _ = checkpoint.load_model(tmp_path)
   assert config == tiny
   np.testing.assert_array_equal(params['wte']['weight'], state.ema['wte']['weight'])

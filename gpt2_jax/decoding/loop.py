@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from gpt2_jax.attention import causal_mask
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.decoding.processors import Processor
+from gpt2_jax.layers import pick
 from gpt2_jax.model import KVCache, Params, bind
 from gpt2_jax.sharding import BATCH, P, reshard
 
@@ -43,12 +44,6 @@ def _next_logits(model, x_B1D: jax.Array) -> jax.Array:
   return logits_BV[:, :model.config.vocab_size]
 
 
-def _pick(x_BS: jax.Array, indices_B: jax.Array) -> jax.Array:
-  """`x[b, indices[b]]` for each row b, [B] or [B, D]: a masked sum, since a gather can't be split."""
-  found_BS = indices_B[:, None] == jnp.arange(x_BS.shape[1])
-  return jnp.where(found_BS.reshape(found_BS.shape + (1,) * (x_BS.ndim - 2)), x_BS, 0).sum(1)
-
-
 def _draw(logits_BV, processors, keys_B, positions_B):
   """The next token of each row, and its log-probability under the model."""
   processed_BV = logits_BV
@@ -59,7 +54,7 @@ def _draw(logits_BV, processors, keys_B, positions_B):
   else:
     keys_B = jax.vmap(jax.random.fold_in)(keys_B, positions_B)
     tokens_B = jax.vmap(jax.random.categorical)(keys_B, processed_BV)
-  return tokens_B.astype(jnp.int32), _pick(jax.nn.log_softmax(logits_BV, axis=-1), tokens_B)
+  return tokens_B.astype(jnp.int32), pick(jax.nn.log_softmax(logits_BV, axis=-1), tokens_B)
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'N'))
@@ -86,7 +81,7 @@ def decode(
     samples_B: which sample of its prompt a row is.
     key: of the request; None: the likeliest token is taken (greedy).
     processors: applied to the logits in turn.
-    eos: an id that ends a row; -1 for none.
+    eos: ids [E] that end a row; E may be 0.
     N: the most new tokens, static: the cache has P + N slots.
   """
   B, prompt_slots = prompts_BP.shape
@@ -101,11 +96,11 @@ def decode(
         all_BN, reshard(new_B[:, None], ROWS), (0, t))
     out = Decoded(put(out.tokens_BN, tokens_B), put(out.logprobs_BN, logprobs_B),
                   jnp.where(done_B, out.counts_B, t + 1))
-    return out, done_B | (tokens_B == eos) | (t + 1 >= limits_B)
+    return out, done_B | (tokens_B[:, None] == eos).any(-1) | (t + 1 >= limits_B)
 
   filled = model.transformer(
       prompts_BP, cache=KVCache.zeros(config, B, S), mask_BTS=causal_mask(prompt_slots, S))
-  x_B1D = _pick(filled.x_BTD, lengths_B - 1)[:, None]
+  x_B1D = pick(filled.x_BTD, lengths_B - 1)[:, None]
   wide = lambda dtype: jnp.zeros_like(rows_B, dtype)[:, None] + jnp.zeros((1, N), dtype)
   out = Decoded(wide(jnp.int32), wide(jnp.float32), rows_B)
   out, done_B = emit(out, rows_B > 0, _next_logits(model, x_B1D), 0)

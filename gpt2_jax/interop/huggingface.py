@@ -1,112 +1,328 @@
-"""Hugging Face's GPT-2: its config keys and tensor names, both ways.
+"""Hugging Face's folders, both ways: config.json, weights, tokenizer files, model card.
 
-Tensor names are the parameters' paths, with `h.{i}` in place of the stacked `h`; shapes differ only
-in that theirs merge axes (`c_attn.weight` is [D, 3·D], ours [D, C, N, H]). No tensor is transposed.
+Tensor names and shapes are those of `tensors.py`; a `GPT2Model` has them as they stand there, the
+models with a head have them behind `transformer.`.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import json
+import re
+import struct
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
+from gpt2_jax import tokenizer
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError
-from gpt2_jax.model import Params, make_params
+from gpt2_jax.interop import torch_files
+from gpt2_jax.interop.card import model_card
+from gpt2_jax.interop.tensors import (
+    Source,
+    Tensor,
+    check_tensors,
+    common_dtype,
+    shapes,
+    unreadable,
+)
 
-OURS = ('init_scheme', 'vocab_multiple', 'dtype', 'remat')  # fields that their config has not
+WEIGHTS = ('model.safetensors', 'model.safetensors.index.json',
+           'pytorch_model.bin', 'pytorch_model.bin.index.json')
+TOKENIZER = ('tokenizer.json', 'vocab.json', 'merges.txt', 'tokenizer_config.json',
+             'special_tokens_map.json', 'added_tokens.json')
+MAX_SHARD_SIZE = 5_000_000_000  # bytes
+ARCHITECTURES = {
+    'lm': 'GPT2LMHeadModel', 'sequence_classification': 'GPT2ForSequenceClassification',
+    'token_classification': 'GPT2ForTokenClassification'}
+
+# Fields of GPTConfig that their config.json has not.
+OURS = ('init_scheme', 'vocab_multiple', 'dtype', 'remat', 'head', 'num_labels', 'lora')
 CONFIG_KEYS = tuple(f.name for f in dataclasses.fields(GPTConfig) if f.name not in OURS)
-# Keys that don't change the numbers of a language model.
-IGNORED_KEYS = frozenset((
-    '_name_or_path', 'architectures', 'bos_token_id', 'chunk_size_feed_forward', 'dtype',
-    'eos_token_id', 'gradient_checkpointing', 'id2label', 'is_encoder_decoder', 'label2id',
-    'model_type', 'n_ctx', 'output_attentions', 'output_hidden_states', 'pad_token_id',
-    'problem_type', 'return_dict', 'summary_activation', 'summary_first_dropout',
-    'summary_proj_to_labels', 'summary_type', 'summary_use_proj', 'task_specific_params',
-    'torch_dtype', 'transformers_version', 'use_cache'))
+# Keys that we write anew.
+MADE_KEYS = ('model_type', 'architectures', 'dtype', 'torch_dtype', 'transformers_version',
+             'add_cross_attention', '_name_or_path', '_commit_hash')
+# Keys that change nothing in the numbers of a model, with the defaults of transformers' GPT2Config.
+# They are kept and written again.
+NEUTRAL_KEYS: dict[str, Any] = dict(
+    bos_token_id=50256, eos_token_id=50256, pad_token_id=None, use_cache=True,
+    summary_type='cls_index', summary_use_proj=True, summary_activation=None,
+    summary_proj_to_labels=True, summary_first_dropout=0.1)
+# The same, without defaults: what older versions and other tools wrote.
+KEPT_KEYS = frozenset((
+    'id2label', 'label2id', 'num_labels', 'problem_type', 'finetuning_task', 'task_specific_params',
+    'n_ctx', 'n_special', 'predict_special_tokens', 'gradient_checkpointing', 'is_decoder',
+    'is_encoder_decoder', 'chunk_size_feed_forward', 'output_attentions', 'output_hidden_states',
+    'output_past', 'return_dict', 'use_return_dict', 'torchscript', 'use_bfloat16',
+    'tf_legacy_loss', 'tokenizer_class', 'prefix', 'sep_token_id', 'cls_token_id', 'mask_token_id',
+    'unk_token_id', 'decoder_start_token_id', 'attn_implementation', '_attn_implementation',
+    '_attn_implementation_autoset', 'hidden_dropout', 'vocab_size_or_config_json_file',
+    # defaults of `generate`, which older files have here
+    'max_length', 'min_length', 'do_sample', 'early_stopping', 'num_beams', 'num_beam_groups',
+    'diversity_penalty', 'temperature', 'top_k', 'top_p', 'typical_p', 'repetition_penalty',
+    'length_penalty', 'no_repeat_ngram_size', 'encoder_no_repeat_ngram_size', 'bad_words_ids',
+    'num_return_sequences', 'output_scores', 'return_dict_in_generate', 'forced_bos_token_id',
+    'forced_eos_token_id', 'remove_invalid_values', 'exponential_decay_length_penalty',
+    'suppress_tokens', 'begin_suppress_tokens'))
+# Keys that mean something else unless they are empty.
+EMPTY_KEYS = ('add_cross_attention', 'pruned_heads', 'cross_attention_hidden_size')
 
 
-def config_from_dict(keys: Mapping[str, Any]) -> GPTConfig:
-  """The configuration that a `config.json` describes.
+def config_from_dict(keys: Mapping[str, Any], where: str = 'config.json') -> GPTConfig:
+  """The configuration that a `config.json` describes; of the language model, without another head.
 
   Raises:
-    UserError: names the keys that can't be honoured.
+    UserError: it is another model's, or names keys that can't be honoured.
   """
-  unknown = {k: v for k, v in keys.items() if k not in CONFIG_KEYS and k not in IGNORED_KEYS
-             and not (k == 'add_cross_attention' and not v)}
+  if keys.get('model_type', 'gpt2') != 'gpt2':
+    raise UserError(f'{where}: model_type is {keys["model_type"]!r}, but only gpt2 can be read.')
+  unknown = {k: v for k, v in keys.items()
+             if (k not in CONFIG_KEYS and k not in NEUTRAL_KEYS and k not in KEPT_KEYS
+             and k not in MADE_KEYS and k not in EMPTY_KEYS) or (k in EMPTY_KEYS and v)}
   if unknown:
-    raise UserError(f'config.json has keys that this GPT-2 can\'t honour: {unknown}.')
-  return GPTConfig(**{k: keys[k] for k in CONFIG_KEYS if k in keys})
+    raise UserError(f'{where} has keys that this GPT-2 can\'t honour: {unknown}. Remove them if they '
+                    'don\'t matter.')
+  fields = {k: keys[k] for k in CONFIG_KEYS if k in keys}
+  if fields.get('classifier_dropout', 0) is None:
+    del fields['classifier_dropout']
+  fields.setdefault('classifier_dropout', keys.get('hidden_dropout', 0.1))
+  for name, value in fields.items():
+    kind = type(getattr(GPTConfig, name)) if name != 'n_inner' else (int, type(None))
+    if not isinstance(value, (int, float) if kind is float else kind) or (
+        isinstance(value, bool) and kind is not bool):
+      raise UserError(f'{where}: {name} = {value!r} is of the wrong type.')
+  return GPTConfig(**fields)
 
 
-def _paths(config: GPTConfig):
-  """(path, our shape) of each parameter."""
-  shapes = jax.eval_shape(lambda: make_params(config, 0))
-  return [([key.key for key in path], leaf.shape)  # pyright: ignore[reportAttributeAccessIssue]
-          for path, leaf in jax.tree.leaves_with_path(shapes)]
+def config_to_dict(source: Source) -> dict[str, Any]:
+  """The `config.json` of a model, with every key that transformers' GPT2Config has."""
+  c = source.config
+  if source.tokenizer is not None:
+    ends = {'bos_token_id': source.tokenizer.eot, 'eos_token_id': source.tokenizer.eot}
+  else:
+    ends = {} if c.vocab_size > 50256 else {'bos_token_id': None, 'eos_token_id': None}
+  keys = NEUTRAL_KEYS | ends | dict(source.keys)
+  keys |= {key: getattr(c, key) for key in CONFIG_KEYS}
+  if c.head != 'token_classification':
+    del keys['classifier_dropout']
+  if c.head != 'lm' and 'id2label' not in keys:
+    keys['id2label'] = {str(i): f'LABEL_{i}' for i in range(c.num_labels)}
+    keys['label2id'] = {label: int(i) for i, label in keys['id2label'].items()}
+  made = {'model_type': 'gpt2', 'architectures': [ARCHITECTURES[c.head]], 'dtype': source.dtype,
+          'add_cross_attention': False}
+  return dict(sorted((keys | made).items()))
 
 
-def params_from_tensors(config: GPTConfig, tensors: Mapping[str, np.ndarray]) -> Params:
-  """Parameters from the tensors of a `GPT2LMHeadModel` (or `GPT2Model`: the same, unprefixed).
+def recognises(path: Path) -> bool:
+  return (path / 'config.json').is_file() and any((path / name).is_file() for name in WEIGHTS)
+
+
+def open_source(path: Path) -> Source:
+  """A folder as transformers' `save_pretrained` leaves it, in any version.
 
   Raises:
-    UserError: a tensor is missing, left over, or of another shape.
+    UserError: names the file, and what about it can't be read or honoured.
   """
-  left = {name.removeprefix('transformer.'): tensor for name, tensor in tensors.items()}
-  if config.tie_word_embeddings:
-    left.pop('lm_head.weight', None)
-
-  def take(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    if name not in left:
-      raise UserError(f'the checkpoint has no tensor {name}.')
-    tensor = np.asarray(left.pop(name), np.float32)
-    if name in ('wte.weight', 'lm_head.weight') and len(tensor) == config.vocab_size:
-      tensor = np.pad(tensor, ((0, config.padded_vocab_size - len(tensor)), (0, 0)))
-    if tensor.size != np.prod(shape):
-      raise UserError(f'the tensor {name} has the shape {tensor.shape}, which does not fit {shape}.')
-    return tensor.reshape(shape)
-
-  params: Params = {}
-  for path, shape in _paths(config):
-    if path[0] == 'h':
-      rest = '.'.join(path[1:])
-      value = np.stack([take(f'h.{i}.{rest}', shape[1:]) for i in range(config.n_layer)])
-    else:
-      value = take('.'.join(path), shape)
-    node = params
-    for key in path[:-1]:
-      node = node.setdefault(key, {})
-    node[path[-1]] = jnp.asarray(value)
-  buffers = ('.attn.bias', '.attn.masked_bias')  # in old files
-  if unknown := sorted(name for name in left if not name.endswith(buffers)):
-    raise UserError(f'the checkpoint has tensors that this GPT-2 does not: {unknown[:5]}.')
-  return params
+  keys = read_json(path / 'config.json')
+  found = {name: path / name for name in WEIGHTS if (path / name).is_file()}
+  name, file = next(iter(found.items()))
+  tensors = _indexed(path, file) if name.endswith('.index.json') else _tensors(file)
+  tensors = {name.removeprefix('transformer.'): tensor for name, tensor in tensors.items()
+             if not re.search(r'(^|\.)h\.\d+\.attn\.(bias|masked_bias)$', name)}  # causal masks
+  return assemble(path, keys, tensors)
 
 
-def tensors_from_params(config: GPTConfig, params: Params) -> dict[str, np.ndarray]:
-  """The tensors of a `GPT2LMHeadModel`, without the padding of the vocabulary."""
+def assemble(path: Path, keys: Mapping[str, Any], tensors: dict[str, Tensor]) -> Source:
+  """A `Source` of a folder from its config.json and its tensors."""
+  config = config_from_dict(keys, f'{path / "config.json"}')
+  for head, name in (('sequence_classification', 'score.weight'),
+                     ('token_classification', 'classifier.weight')):
+    if name in tensors:
+      config = dataclasses.replace(config, head=head, num_labels=tensors[name].shape[0])
+  if config.head != 'lm' or config.tie_word_embeddings:
+    _drop_tied_head(path, tensors)
+  check_tensors(config, {name: tensor.shape for name, tensor in tensors.items()}, path)
+  generation = path / 'generation_config.json'
+  kept = {k: v for k, v in keys.items() if k not in CONFIG_KEYS and k not in MADE_KEYS}
+  if config.vocab_size > 50256:  # what transformers takes where the file is silent
+    kept = {'bos_token_id': 50256, 'eos_token_id': 50256} | kept
+  return Source(
+      config, lambda name: tensors[name].read(), common_dtype(tensors.values(), path), str(path),
+      tokenizer=load_tokenizer(path), keys=kept,
+      generation=read_json(generation) if generation.is_file() else {})
+
+
+def _drop_tied_head(path: Path, tensors: dict[str, Tensor]) -> None:
+  """Drops `lm_head.weight` where it only repeats `wte.weight`, as old .bin files do."""
+  head, wte = tensors.pop('lm_head.weight', None), tensors.get('wte.weight')
+  if head and wte and not np.array_equal(head.read(), wte.read()):
+    raise UserError(f'{path}: lm_head.weight differs from wte.weight, but config.json ties them '
+                    '(tie_word_embeddings, true by default). Write false there to use both.')
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """A JSON object from a file, as a dict."""
+  try:
+    value = json.loads(path.read_text(encoding='utf-8'))
+  except (OSError, ValueError, RecursionError) as e:
+    raise unreadable(path, e) from e
+  if not isinstance(value, dict):
+    raise unreadable(path, 'it holds no JSON object')
+  return value
+
+
+def load_tokenizer(path: Path) -> tokenizer.Tokenizer | None:
+  """The tokenizer of a folder; None, with a warning, where it has one that we can't use."""
+  if not any((path / name).is_file() for name in TOKENIZER[:3]):
+    return None
+  try:
+    return tokenizer.load(path)
+  except UserError as e:
+    warnings.warn(f'the model is used without its tokenizer, with ids instead of texts: {e}',
+                  stacklevel=2)
+    return None
+
+
+def _indexed(folder: Path, index: Path) -> dict[str, Tensor]:
+  """Tensors of a sharded checkpoint."""
+  weight_map = read_json(index).get('weight_map')
+  if not isinstance(weight_map, dict) or not weight_map:
+    raise unreadable(index, 'it has no weight_map')
+  shards = {}
+  for name in sorted(set(map(str, weight_map.values()))):
+    if not re.fullmatch(r'[\w\-.]+', name) or name.startswith('.'):
+      raise UserError(f'{index} names a file outside of its folder: {name!r}. It can\'t be trusted.')
+    shards[name] = _tensors(folder / name)
   tensors = {}
-  for path, _ in _paths(config):
-    value: Any = params
-    for key in path:
-      value = value[key]
-    name, value = '.'.join(path[1:]), np.asarray(value)
-    if path[0] == 'h':
-      for i, layer in enumerate(value):
-        tensors[f'transformer.h.{i}.{name}'] = _merge_axes(name, layer)
-    elif path[0] == 'lm_head':
-      tensors['lm_head.weight'] = value[:config.vocab_size]
-    else:
-      tensors[f'transformer.{path[0]}.{name}'] = (
-          value[:config.vocab_size] if path[0] == 'wte' else value)
+  for name, shard in weight_map.items():
+    if name not in shards[shard]:
+      raise unreadable(folder / shard, f'it lacks {name}, which {index.name} promises')
+    tensors[name] = shards[shard][name]
+  if extra := sorted(set().union(*shards.values()) - weight_map.keys()):
+    raise unreadable(index, f'it does not list {extra[0]}, which a shard has')
   return tensors
 
 
-def _merge_axes(name: str, value: np.ndarray) -> np.ndarray:
-  if name == 'attn.c_attn.weight':
-    return value.reshape(value.shape[0], -1)
-  if name == 'attn.c_proj.weight':
-    return value.reshape(-1, value.shape[-1])
-  return value.reshape(-1) if name.endswith('bias') else value
+def _tensors(path: Path) -> dict[str, Tensor]:
+  """Tensors of a file, unread."""
+  check_place(path)
+  if path.suffix == '.safetensors':
+    return read_safetensors(path)
+  state = torch_files.read(path)
+  if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    raise unreadable(path, 'it holds no state dict')
+  return state
+
+
+def check_place(path: Path) -> None:
+  """Checks that a file is there, and is no link to somewhere else.
+
+  The hub's cache is made of links, from models--NAME/snapshots/COMMIT/FILE to models--NAME/blobs/.
+  """
+  if not path.exists():
+    raise UserError(f'{path} is missing: fetch the checkpoint again.')
+  folder, real = path.parent.resolve(), path.resolve()
+  home = folder.parent.parent if folder.parent.name == 'snapshots' else folder
+  if not real.is_relative_to(home):
+    raise UserError(f'{path} is a link to {real}, outside of its folder: such a checkpoint can\'t be '
+                    'trusted. Copy the file in place of the link if you mean it.')
+
+
+SAFETENSORS_DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+  """Tensors of a .safetensors file, unread. It is opened anew for each, lest it stay mapped."""
+  @contextlib.contextmanager
+  def opened() -> Iterator[Any]:
+    try:
+      with safe_open(path, 'np') as file:
+        yield file
+    except (SafetensorError, OSError) as e:
+      raise unreadable(path, e) from e
+
+  def reader(name: str):
+    def read() -> np.ndarray:
+      with opened() as file:
+        return file.get_tensor(name)
+    return read
+
+  with opened() as file:
+    headers = {name: file.get_slice(name) for name in file.keys()}
+    return {name: Tensor(tuple(header.get_shape()),
+                         SAFETENSORS_DTYPES.get(header.get_dtype(), str(header.get_dtype())),
+                         reader(name))
+            for name, header in headers.items()}
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> int:
+  """Writes tensors one by one, where the library wants all of them at once; returns their bytes.
+
+  Format: an 8-byte length, a JSON header, the tensors (github.com/huggingface/safetensors, README).
+  """
+  names = {ours: theirs for theirs, ours in SAFETENSORS_DTYPES.items()}
+  header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+  offset = 0
+  for name, tensor in tensors.items():
+    size = nbytes(tensor)
+    header[name] = {'dtype': names[tensor.dtype], 'shape': list(tensor.shape),
+                    'data_offsets': [offset, offset + size]}
+    offset += size
+  text = json.dumps(header).encode()
+  text += b' ' * (-len(text) % 8)
+  with open(path, 'wb') as file:
+    file.write(struct.pack('<Q', len(text)) + text)
+    for tensor in tensors.values():
+      file.write(np.ascontiguousarray(tensor.read()).view(np.uint8).data)
+  return offset
+
+
+def nbytes(tensor: Tensor) -> int:
+  return int(np.prod(tensor.shape)) * (4 if tensor.dtype == 'float32' else 2)
+
+
+def write(source: Source, target: Path, *, max_shard_size: int = MAX_SHARD_SIZE) -> None:
+  """Writes a folder that `transformers` loads: config, weights, tokenizer, model card.
+
+  Args:
+    source: the model.
+    target: the folder, not there yet.
+    max_shard_size: bytes of a weights file; a single tensor may be larger.
+  """
+  target.mkdir()
+  config = config_to_dict(source)
+  generation = dict(source.generation) or {
+      '_from_model_config': True, 'bos_token_id': config['bos_token_id'],
+      'eos_token_id': config['eos_token_id'], 'pad_token_id': config['pad_token_id']}
+  for name, value in (('config.json', config), ('generation_config.json', generation)):
+    (target / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + '\n', 'utf-8')
+  if source.tokenizer is not None:
+    source.tokenizer.save(target, model_max_length=source.config.n_positions)
+  (target / 'README.md').write_text(model_card(source), encoding='utf-8')
+
+  heads = ('lm_head.', 'score.', 'classifier.')
+  tensors = {}
+  for name, shape in shapes(source.config).items():
+    full = name if name.startswith(heads) else f'transformer.{name}'
+    tensors[full] = Tensor(shape, source.dtype, lambda name=name: source.tensor(name))
+  shards: list[dict[str, Tensor]] = [{}]
+  for name, tensor in tensors.items():
+    if shards[-1] and sum(map(nbytes, shards[-1].values())) + nbytes(tensor) > max_shard_size:
+      shards.append({})
+    shards[-1][name] = tensor
+  if len(shards) == 1:
+    write_safetensors(target / 'model.safetensors', tensors)
+    return
+  weight_map, size = {}, 0
+  for i, shard in enumerate(shards):
+    file = f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors'
+    size += write_safetensors(target / file, shard)
+    weight_map |= dict.fromkeys(shard, file)
+  parameters = sum(int(np.prod(tensor.shape)) for tensor in tensors.values())
+  (target / 'model.safetensors.index.json').write_text(json.dumps(
+      {'metadata': {'total_parameters': parameters, 'total_size': size},
+       'weight_map': weight_map}, indent=2) + '\n')

@@ -1,59 +1,29 @@
 """Training, from a config to a trained model: read `train` from top to bottom."""
 
 import dataclasses
-import importlib.metadata
-import json
 import math
-import os
-import platform
-import signal
-import subprocess
-import sys
-import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
+from gpt2_jax import tokenizer
+from gpt2_jax.checkpoint import Checkpoints, difference
 from gpt2_jax.config import Config
+from gpt2_jax.data import labelled, prepare, store
 from gpt2_jax.data import loader as loader_lib
-from gpt2_jax.data import prepare, store
 from gpt2_jax.decoding.generate import generate_tokens
 from gpt2_jax.errors import UserError, saving
 from gpt2_jax.model import flops_per_token
 from gpt2_jax.progress import track
 from gpt2_jax.training import metrics, report
-from gpt2_jax.training.checkpoint import Checkpoints, difference, write_json
+from gpt2_jax.training import record as record_lib
 from gpt2_jax.training.plan import Plan, make_plan, out_of_memory_advice
+from gpt2_jax.training.stopping import Patience, StopSignal
 
-# Fields of the model that may change between two starts of a run: they don't change what it is.
-FREE = ('dtype', 'remat', 'embd_pdrop', 'attn_pdrop', 'resid_pdrop')
-
-
-class StopSignal:
-  """Within this context the first SIGTERM or Ctrl-C asks the loop to stop, a second one kills."""
-
-  def __init__(self):
-    self.received: int | None = None
-
-  def _handle(self, number, _):
-    if self.received is not None:
-      os._exit(128 + number)
-    self.received = number
-    print(f'\n{signal.Signals(number).name}: saving and leaving after this step (once more to leave '
-          'at once)', file=sys.stderr, flush=True)
-
-  def __enter__(self):
-    self._before = {}
-    if threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGTERM, signal.SIGINT):
-        self._before[number] = signal.signal(number, self._handle)
-    return self
-
-  def __exit__(self, *_):
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
+LOADERS = {'lm': loader_lib, 'sequence_classification': labelled}  # two modules with the same names
 
 
 def say(text: str) -> None:
@@ -61,68 +31,35 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def open_data(config: Config) -> store.TokenStore:
-  """The token store of a config, prepared first where it isn't there."""
-  data = config.data
+def open_data(plan: Plan) -> Any:
+  """The data of a run: a token store, prepared first where it isn't there, or labelled texts."""
+  data = plan.config.data
+  if plan.model.head != 'lm':
+    return labelled.open_labelled(data, tokenizer.load(plan.tokenizer), plan.T)
   if data.corpus.startswith('bin:'):
     return store.open_store(data.corpus.removeprefix('bin:'))
-  settings = prepare.Settings(data.corpus, data.tokenizer, data.val_fraction, data.split_seed,
+  settings = prepare.Settings(data.corpus, plan.tokenizer, data.val_fraction, data.split_seed,
                               data.split, data.text_field)
   folder = data.store or Path(data.directory) / prepare.store_name(settings)
   return prepare.ensure_store(settings, folder)
 
 
-def _environment(plan: Plan) -> dict:
-  packages = ('gpt2_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
-  try:
-    commit = subprocess.run(
-        ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
-        cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10).stdout.strip()
-  except (OSError, subprocess.TimeoutExpired):
-    commit = ''
-  return {
-      'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
-      'command': sys.argv, 'python': platform.python_version(), 'platform': platform.platform(),
-      'versions': {name: importlib.metadata.version(name) for name in packages},
-      'git_commit': commit or None, 'processes': jax.process_count(),
-      'devices': f'{plan.mesh.size} x {plan.mesh.devices.flat[0].device_kind}',
-      'mesh': dict(plan.mesh.shape), 'micro_batches': plan.A,
-      'env': {k: os.environ[k] for k in ('XLA_FLAGS', 'JAX_PLATFORMS') if k in os.environ},
-  }
-
-
-def _identity(plan: Plan, data: store.TokenStore) -> dict:
-  """What must not change between two starts of a run, flat."""
-  model = {f'model.{k}': v for k, v in dataclasses.asdict(plan.model).items() if k not in FREE}
-  return model | {'data.sha256': data.sha256}
-
-
-def _begin_workdir(workdir: Path, plan: Plan, data: store.TokenStore) -> None:
-  """Leaves the record of this start; says what changed in the config since the last one."""
-  config = json.loads(plan.config.to_json_best_effort())
-  path, starts = workdir / 'config.json', workdir / 'env.json'
-  flat = lambda c: {f'{s}.{k}': v for s, keys in c.items() for k, v in keys.items()}
-  if path.exists() and (changed := difference(flat(json.loads(path.read_text())), flat(config))):
-    say(f'config changed since the last start:\n{changed}')
-  write_json(path, config)
-  earlier = json.loads(starts.read_text())['starts'] if starts.exists() else []
-  write_json(starts, {'starts': earlier + [_environment(plan)]})
-  data.tokenizer().save(workdir / 'tokenizer')
-
-
-def evaluate(eval_step, params, split: store.Split, plan: Plan, stop: StopSignal) -> float | None:
-  """Mean nll over a whole split, each token counted once; None where a signal cut it short."""
-  sums = []
-  with track('evaluating', loader_lib.eval_size(split, plan.T, plan.eval_rows), 'batches') as done:
-    for batch in loader_lib.eval_batches(split, plan.T, plan.eval_rows, plan.batch_sharding):
+def evaluate(eval_step, params, split: Any, plan: Plan, stop: StopSignal) -> dict[str, float]:
+  """Means over a whole split, each target counted once: of the loss, and of a classifier how many
+  labels are right. Empty where a signal cut it short.
+  """
+  sums, loader = [], LOADERS[plan.model.head]
+  with track('evaluating', loader.eval_size(split, plan.T, plan.eval_rows), 'batches') as done:
+    for batch in loader.eval_batches(split, plan.T, plan.eval_rows, plan.batch_sharding):
       sums.append(eval_step(params, *batch))
       done(1)
       if len(sums) > 4:  # keeps the host from running ahead of the device
         jax.block_until_ready(sums[-4])
       if stop.received:
-        return None
-  total, count = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
-  return float(total / count)
+        return {}
+  total, count, *right = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
+  means = {'eval/loss': float(total / count)}
+  return means | ({'eval/accuracy': float(right[0] / count)} if right else {})
 
 
 def train(config: Config, workdir: str | Path) -> int:
@@ -141,20 +78,24 @@ def train(config: Config, workdir: str | Path) -> int:
   peak = metrics.peak_flops(plan.mesh.devices.flat[0].device_kind)
 
   # --- Data: a token store, and batch = f(seed, step) ------------------------------------------
-  data = open_data(config)
+  data = open_data(plan)
   data.check_vocabulary(plan.model.vocab_size)
   train_split, val_split = data.splits['train'], data.splits['val']
-  loader = loader_lib.TrainLoader(
+  loader = LOADERS[plan.model.head].TrainLoader(
       train_split, plan.T, plan.G, config.train.seed, plan.model.vocab_size)
-  say(f'data     {data.path}: {len(train_split):,} tokens to train on '
+  unit = 'tokens' if plan.model.head == 'lm' else 'texts'
+  say(f'data     {data.path}: {len(train_split):,} {unit} to train on '
       f'({loader.steps_per_epoch:,.1f} steps an epoch), {len(val_split):,} held out')
+  if plan.model.head != 'lm':
+    say(f'         labels {", ".join(data.labels[:12])}' + ', …' * (len(data.labels) > 12) +
+        f'; {data.cut:,} texts are cut to {plan.T} tokens' * bool(data.cut))
 
   with StopSignal() as stop, jax.set_mesh(plan.mesh):
     # --- Workdir: new, or that of the same run --------------------------------------------------
     with saving('the workdir', workdir):
       workdir.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-    start, identity = checkpoints.latest_step() or 0, _identity(plan, data)
+    start, identity = checkpoints.latest_step() or 0, record_lib.identity(plan, data)
     if start and (other := difference(checkpoints.meta(start)['identity'], identity)):
       raise UserError(f'{workdir} holds the run of another model or other data:\n{other}\n'
                       'Choose another --workdir, or the config of that run.')
@@ -162,8 +103,14 @@ def train(config: Config, workdir: str | Path) -> int:
       say(f'{workdir}: step {start} of {steps} is done already.')
       checkpoints.close()
       return 0
+    patience = Patience(config.evaluate.patience, metrics.read(workdir) if start else [], start)
+    if patience.over:
+      say(f'{workdir}: stopped early at step {start} of {steps}; its best is step {patience.best}.')
+      checkpoints.close()
+      return 0
     if jax.process_index() == 0:
-      _begin_workdir(workdir, plan, data)
+      if changed := record_lib.begin(workdir, plan, data):
+        say(f'config changed since the last start:\n{changed}')
 
     # --- State: initial or restored ------------------------------------------------------------
     began = time.monotonic()
@@ -171,29 +118,31 @@ def train(config: Config, workdir: str | Path) -> int:
     say(f'compiled in {time.monotonic() - began:.1f} s')
     with out_of_memory_advice(plan):
       if start:
-        state = checkpoints.restore(start, plan.abstract_state())
+        abstract = plan.abstract_state()
+        state = abstract.restored(start, checkpoints.restore(start, abstract.items()))
         say(f'resumed from step {start:,} of {steps:,}')
       else:
-        state = plan.init_state()
+        state = plan.init_state(plan.load_source() if plan.source else None)
     writer = metrics.MetricsWriter(workdir, start, config.log.tensorboard)
     in_use = lambda: state.params if state.ema is None else state.ema
     due = lambda step, section: step % section.every == 0 or step == steps
     held_out = len(val_split) > 1
 
     def evaluation(step: int) -> dict:
-      loss = evaluate(eval_step, in_use(), val_split, plan, stop)
-      if loss is None:
-        return {}
-      say(f'step {step:,}: held-out loss {loss:.4f}')
-      return {'eval/loss': loss}
+      means = evaluate(eval_step, in_use(), val_split, plan, stop)
+      if means:
+        right = f', {means["eval/accuracy"]:.2%} right' if 'eval/accuracy' in means else ''
+        say(f'step {step:,}: held-out loss {means["eval/loss"]:.4f}{right}')
+        patience.add(step, means['eval/loss'])
+      return means
 
     saved = start
 
     def save(step: int) -> None:
       nonlocal saved
       saved = step
-      checkpoints.save(step, state, {
-          'identity': identity, 'model': dataclasses.asdict(plan.model),
+      checkpoints.save(step, state.items(), {
+          'identity': identity, 'best': patience.best, 'model': dataclasses.asdict(plan.model),
           'data': {'sha256': data.sha256, 'tokenizer': data.manifest['tokenizer']}})
 
     last_line = metrics.read(workdir)[-1:] if start else []
@@ -230,7 +179,7 @@ def train(config: Config, workdir: str | Path) -> int:
     with track('training', steps, 'steps', done=start) as advance, out_of_memory_advice(plan):
       batches = loader.batches(start, steps, plan.A, plan.batch_sharding)
       pending, step = None, start
-      while step < steps and not stop.received:
+      while step < steps and not stop.received and not patience.over:
         tokens = next(batches)
         with jax.profiler.StepTraceAnnotation('train', step_num=step):
           state, values = train_step(state, tokens)
@@ -257,14 +206,20 @@ def train(config: Config, workdir: str | Path) -> int:
       say(f'stopped at step {step:,} of {steps:,}, which is saved; the same command goes on from it')
       checkpoints.close()
       return 128 + stop.received
-    prompt = config.log.sample_prompt
-    sample, = generate_tokens(
-        plan.model, in_use(), prompt, tokenizer=data.tokenizer(), seed=config.train.seed,
-        max_new_tokens=config.log.sample_tokens, temperature=config.log.sample_temperature,
-        top_k=config.log.sample_top_k)
+    if patience.over:
+      say(f'stopped early: no lower held-out loss since step {patience.best:,}, which is offered')
+    sample = None
+    if plan.model.head == 'lm':
+      params = in_use()
+      if patience.best not in (None, step):
+        params = checkpoints.params(patience.best, plan.abstract_state().params)
+      sample, = generate_tokens(
+          plan.model, params, config.log.sample_prompt, tokenizer=data.tokenizer(),
+          seed=config.train.seed, max_new_tokens=config.log.sample_tokens,
+          temperature=config.log.sample_temperature, top_k=config.log.sample_top_k)
     if jax.process_index() == 0:
       report.plot_losses(workdir, f'{workdir.name}: {tokens_a_step:,} tokens a step')
-      say(report.summary(workdir, sample.text or '', prompt))
+      say(report.summary(workdir, config.log.sample_prompt, sample and sample.text))
     checkpoints.close()
     return 0
 

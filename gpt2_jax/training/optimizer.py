@@ -40,13 +40,13 @@ def make_schedule(optim: Config, steps: int) -> optax.Schedule:
 
 
 def decay_mask(params: Params) -> Params:
-  """True for what weight decay applies to: matrices and embeddings, not biases and layer norms.
+  """True for what weight decay applies to: matrices, embeddings, adapters; not biases, layer norms.
 
   By name: in the stacked layout biases and layer norms have two axes as well.
   """
   def decays(path, _):
     names = [key.key for key in path]
-    return names[-1] == 'weight' and not any(name.startswith('ln_') for name in names)
+    return names[-1] != 'bias' and not any(name.startswith('ln_') for name in names)
 
   return jax.tree_util.tree_map_with_path(decays, params)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,11 +13,18 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax import sharding, tokenizer
-from gpt2_jax.config import Config, GPTConfig
-from gpt2_jax.errors import UserError
-from gpt2_jax.model import flops_per_token, num_params
+from gpt2_jax.config import Config, GPTConfig, LoRA
+from gpt2_jax.data import labelled
+from gpt2_jax.errors import UserError, saving
+from gpt2_jax.interop import peft
+from gpt2_jax.interop.tensors import Source, load_params, whole
+from gpt2_jax.model import Params, flops_per_token, num_params, num_trained
+from gpt2_jax.pretrained import open_source
 from gpt2_jax.training.optimizer import make_optimizer, make_schedule
 from gpt2_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
+
+# Fields of the model that a run may choose anew where its parameters come from elsewhere.
+FREE = ('dtype', 'remat', 'embd_pdrop', 'attn_pdrop', 'resid_pdrop', 'vocab_multiple', 'head')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +32,8 @@ class Plan:
   """A run as its config and its devices determine it."""
 
   config: Config
+  source: Source | None  # of the parameters that it begins with
+  tokenizer: str  # its spec
   model: GPTConfig
   mesh: Mesh
   T: int  # tokens a row
@@ -37,23 +47,41 @@ class Plan:
   def batch_sharding(self) -> NamedSharding:
     return NamedSharding(self.mesh, P(None, sharding.BATCH))
 
-  def init_state(self) -> TrainState:
+  def init_state(self, given: Params | None = None) -> TrainState:
+    """The state before the first step; `given` replaces initial parameters, and is used up."""
     optim = self.config.optim
-    return init_state(self.model, self.tx, self.config.train.seed, optim.ema_decay > 0)
+    return init_state(self.model, self.tx, self.config.train.seed, optim.ema_decay > 0, given)
+
+  def load_source(self) -> Params:
+    """The parameters that the run begins with, as far as the model has them."""
+    assert self.source is not None
+    source = peft.merged(self.source)
+    kept = self.model.head == source.config.head
+    config = dataclasses.replace(source.config, vocab_multiple=self.model.vocab_multiple)
+    params = load_params(dataclasses.replace(source, config=config))
+    return params if kept else {k: v for k, v in params.items() if k in ('wte', 'wpe', 'h', 'ln_f')}
 
   def abstract_state(self) -> TrainState:
     """Shapes and layouts of the state; nothing is allocated."""
     return sharding.on_devices(jax.eval_shape(self.init_state))
 
+  def abstract_batch(self):
+    """Shapes and layouts of a global batch."""
+    rows = self.A, self.G // self.A
+    array = lambda *shape: jax.ShapeDtypeStruct(
+        (*rows, *shape), jnp.int32, sharding=self.batch_sharding)
+    if self.model.head == 'lm':
+      return array(self.T + 1)
+    return {'tokens': array(self.T), 'lengths': array(), 'labels': array()}
+
   def compile_train_step(self):
-    """The compiled step: `(state, tokens [A, G/A, T + 1]) -> state, metrics`."""
+    """The compiled step: `(state, batch) -> state, metrics`."""
     c = self.config
     step = make_train_step(self.model, self.tx, self.schedule,
                            seed=c.train.seed, ema_decay=c.optim.ema_decay)
-    tokens = jax.ShapeDtypeStruct(
-        (self.A, self.G // self.A, self.T + 1), jnp.int32, sharding=self.batch_sharding)
     with out_of_memory_advice(self):
-      return jax.jit(step, donate_argnums=0).lower(self.abstract_state(), tokens).compile()
+      return jax.jit(step, donate_argnums=0).lower(
+          self.abstract_state(), self.abstract_batch()).compile()
 
   def eval_step(self):
     return jax.jit(make_eval_step(self.model))
@@ -63,11 +91,15 @@ class Plan:
     c, shape = self.model, 'x'.join(f'{name}={size}' for name, size in self.mesh.shape.items())
     device = self.mesh.devices.flat[0]
     rows = self.G // self.A
+    tuned = []
+    if self.source is not None:
+      whole, part = num_params(c), num_trained(c)
+      tuned = [f'from     {self.source.where}: {part:,} parameters are trained ({part / whole:.2%})']
     return '\n'.join([
         f'model    {num_params(c):,} parameters: {c.n_layer} layers, width {c.n_embd}, '
         f'{c.n_head} heads, vocabulary {c.vocab_size:,} (inside {c.padded_vocab_size:,})',
         f'         {flops_per_token(c, self.T):,} FLOPs a token (6·P + 12·L·D·T), {c.dtype}, '
-        f'remat {c.remat}',
+        f'remat {c.remat}', *tuned,
         f'mesh     {shape} of {self.mesh.size} x {device.device_kind}',
         f'batch    {self.G * self.T:,} tokens a step = {self.A} micro-batches x {rows} rows x '
         f'{self.T} tokens, {self.config.train.steps:,} steps, '
@@ -109,7 +141,7 @@ def estimate_bytes(c: GPTConfig, mesh: Mesh, T: int, rows: int, ema: bool) -> in
   """
   tensor, split = mesh.shape['tensor'], mesh.shape['fsdp'] * mesh.shape['tensor']
   b, D, F = jnp.dtype(c.dtype).itemsize, c.n_embd, c.F // tensor
-  state = num_params(c) * 4 * (6 if ema else 5) / split
+  state = 4 * ((2 if ema else 1) * num_params(c) + 4 * num_trained(c)) / split
   attention = (c.n_head // tensor) * T * (4 + 2 * b)  # scores and weights, a token
   whole = b * (8 * D + 3 * F) + 8 * D + attention
   kept = {'none': whole, 'dots': b * (6 * D + F), 'full': b * D}[c.remat]
@@ -139,18 +171,53 @@ def _micro_batches(config: Config, model: GPTConfig, mesh: Mesh, T: int, G: int)
   return next((A for A in fits if estimate_bytes(model, mesh, T, G // A, ema) <= limit), fits[-1])
 
 
+def _tokenizer(config: Config, source: Source | None) -> str:
+  """The spec of the tokenizer: as the config says, or the source's own, kept in a folder."""
+  if config.data.tokenizer is not None or source is None:
+    return config.data.tokenizer or 'gpt2'
+  if source.tokenizer is None:
+    raise UserError(f'{source.where} has no tokenizer that can be used: set config.data.tokenizer.')
+  folder = Path(config.data.directory) / 'tokenizers' / source.tokenizer.sha256[:16]
+  if not folder.exists():
+    with saving('the tokenizer', folder), whole(folder) as path:
+      source.tokenizer.save(path)
+  return str(folder)
+
+
+def _model(config: Config, source: Source | None, spec: str) -> GPTConfig:
+  fields = dict(config.model)
+  if fields['dtype'] == 'auto':
+    fields['dtype'] = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+  lora = dict(config.lora)
+  fields['lora'] = LoRA(**lora) if lora['r'] else None
+  if fields['head'] == 'token_classification':
+    raise UserError('model.head = token_classification can be loaded and converted, not trained.')
+  if fields['head'] == 'sequence_classification':
+    fields['num_labels'] = len(labelled.label_names(config.data))
+  if source is None:
+    if fields['lora']:
+      raise UserError('lora.r trains adapters of a model that is there: say which, in init_from.')
+    if fields['vocab_size'] is None:
+      fields['vocab_size'] = tokenizer.vocab_size(spec)
+    return GPTConfig(**fields)
+  other = {k: v for k, v in fields.items() if k not in (*FREE, 'lora', 'num_labels')
+           and v is not None and v != getattr(source.config, k)}
+  if other:
+    raise UserError(f'the config says model = {other}, but init_from = {config.init_from} is of '
+                    'another shape: use configs/finetune.py, which takes its sizes from there.')
+  fields = {k: v for k, v in fields.items() if k in (*FREE, 'lora', 'num_labels')}
+  return dataclasses.replace(source.config, **fields)
+
+
 def make_plan(config: Config, devices=None) -> Plan:
   """Checks a config against the devices and derives the rest.
 
   Raises:
     UserError: the config contradicts itself or doesn't fit the devices.
   """
-  fields = dict(config.model)
-  if fields['vocab_size'] is None:
-    fields['vocab_size'] = tokenizer.vocab_size(config.data.tokenizer)
-  if fields['dtype'] == 'auto':
-    fields['dtype'] = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
-  model = GPTConfig(**fields)
+  source = open_source(config.init_from) if config.init_from else None
+  spec = _tokenizer(config, source)
+  model = _model(config, source, spec)
   mesh = sharding.make_mesh(**config.mesh, devices=devices)
   sharding.check_divisible(mesh, model.divisible())
   T = model.n_positions if config.data.sequence_length is None else config.data.sequence_length
@@ -174,7 +241,12 @@ def make_plan(config: Config, devices=None) -> Plan:
     raise UserError(f'evaluate.batch_rows = {eval_rows} must be a multiple of mesh.data·mesh.fsdp '
                     f'= {split}.')
   schedule = make_schedule(config.optim, config.train.steps)
-  return Plan(config, model, mesh, T, G, A, eval_rows,
+  every, patience = config.evaluate.every, config.evaluate.patience
+  if patience and every % config.checkpoint.every:
+    raise UserError(f'evaluate.patience = {patience} offers the best evaluated step, so each must be '
+                    f'saved: make evaluate.every = {every} a multiple of checkpoint.every = '
+                    f'{config.checkpoint.every}.')
+  return Plan(config, source, spec, model, mesh, T, G, A, eval_rows,
               make_optimizer(config.optim, schedule), schedule)
 
 

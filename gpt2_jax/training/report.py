@@ -45,22 +45,25 @@ def plot_losses(workdir: Path, title: str) -> Path:
   return path
 
 
-def summary(workdir: Path, sample: str, prompt: str) -> str:
+def summary(workdir: Path, prompt: str, sample: str | None) -> str:
   """One screen: what came out, where it lies, what to try next."""
   lines = metrics.read(workdir)
   last, final = lines[-1], next((m for m in reversed(lines) if 'eval/loss' in m), {})
   speed = np.median([m['perf/tokens_per_second'] for m in lines])
   held_out = f', held-out loss {final["eval/loss"]:.4f}' if final else ''
+  if 'eval/accuracy' in final:
+    held_out += f', {final["eval/accuracy"]:.2%} right'
   rule = '-' * 78
   return '\n'.join([
       rule,
       f'done: step {last["step"]:,}, {last["train/tokens"]:,} tokens, training loss '
       f'{last["train/loss"]:.4f}{held_out}',
       f'      {speed:,.0f} tokens/s, peak memory {last["perf/memory_gib"]:.1f} GiB',
-      rule, prompt + sample, rule,
+      rule, *([] if sample is None else [prompt + sample, rule]),
       f'record     {workdir / metrics.FILE}',
       f'picture    {workdir / PLOT}',
       'next',
-      f'  gpt2-jax sample --checkpoint {workdir} --prompt "{prompt.splitlines()[0]}"',
+      f'  gpt2_jax.classify(gpt2_jax.from_pretrained({str(workdir)!r}), \'a text\')' if sample is None
+      else f'  gpt2-jax sample --checkpoint {workdir} --prompt "{prompt.splitlines()[0]}"',
       f'  tensorboard --logdir {workdir}          (pip install tensorboard)',
       '  the same launch.py command with a larger --config.train.steps goes on from here'])

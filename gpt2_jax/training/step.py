@@ -1,4 +1,4 @@
-"""The loss, one training step, one evaluation step. Pure functions of arrays."""
+"""The losses, one training step, one evaluation step. Pure functions of arrays."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,10 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gpt2_jax.config import GPTConfig
-from gpt2_jax.model import GPT2, Params, bind, make_params
+from gpt2_jax.model import GPT2, Params, bind, make_params, trainable_paths
 from gpt2_jax.sharding import RULES, reshard
 
 
@@ -23,14 +25,46 @@ class TrainState:
   opt_state: Any
   ema: Params | None  # moving average of the parameters, None where it is off
 
+  def items(self) -> dict[str, Any]:
+    """What a checkpoint keeps, the step aside."""
+    items = {'params': self.params, 'opt_state': self.opt_state, 'ema': self.ema}
+    return {name: tree for name, tree in items.items() if tree is not None}
 
-def init_state(config: GPTConfig, tx: optax.GradientTransformation, seed: int, ema: bool):
-  """The state before the first step, in place on the mesh that is set."""
-  def make():
-    params = make_params(config, seed)
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), params if ema else None)
+  def restored(self, step: int, items: dict[str, Any]) -> 'TrainState':
+    """The state of a step from its items; `self` is abstract and says where its number lies."""
+    return TrainState(jax.device_put(np.int32(step), self.step.sharding), items['params'],
+                      items['opt_state'], items.get('ema'))
 
-  return jax.jit(make)()
+
+def trained(config: GPTConfig, params: Params) -> Params:
+  """The part of the parameters that is trained: with adapters, them and a classifier's head."""
+  paths = trainable_paths(config)
+  return unflatten_dict({k: v for k, v in flatten_dict(params).items() if k in paths})
+
+
+def replaced(params: Params, part: Params) -> Params:
+  """`params` with the leaves of `part` in place of its own."""
+  return unflatten_dict(flatten_dict(params) | flatten_dict(part))
+
+
+def init_state(
+    config: GPTConfig, tx: optax.GradientTransformation, seed: int, ema: bool,
+    given: Params | None = None) -> TrainState:
+  """The state before the first step, in place on the mesh that is set.
+
+  Args:
+    config: of the model.
+    tx: the optimizer, of the parameters that are trained.
+    seed: of the initial parameters.
+    ema: whether to keep a moving average.
+    given: parameters that are there already, in place of initial ones. Their buffers are used.
+  """
+  def make(given: Params):
+    params = replaced(make_params(config, seed), given)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(trained(config, params)),
+                      params if ema else None)
+
+  return jax.jit(make, donate_argnums=0)(given or {})
 
 
 def nll(model: GPT2, tokens_BT1: jax.Array, dropout_keys_B: jax.Array | None = None) -> jax.Array:
@@ -41,6 +75,25 @@ def nll(model: GPT2, tokens_BT1: jax.Array, dropout_keys_B: jax.Array | None = N
   is_target_BTV = targets_BT[..., None] == jnp.arange(logits_BTV.shape[-1])
   target_BT = jnp.where(is_target_BTV, logits_BTV, 0).sum(-1)
   return jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT
+
+
+def label_logits(model: GPT2, batch: dict, dropout_keys_B: jax.Array | None = None) -> jax.Array:
+  """A classifier's logits [B, K] of a batch of `data.labelled`."""
+  x_BTD = model.transformer(batch['tokens'], dropout_keys_B=dropout_keys_B).x_BTD
+  return model.classify(x_BTD, batch['lengths'], dropout_keys_B)
+
+
+def label_nll(logits_BK: jax.Array, labels_B: jax.Array) -> jax.Array:
+  """-log p of each text's label: [B], float32, in nats."""
+  is_label_BK = labels_B[:, None] == jnp.arange(logits_BK.shape[-1])
+  return jax.nn.logsumexp(logits_BK, -1) - jnp.where(is_label_BK, logits_BK, 0).sum(-1)
+
+
+def losses(model: GPT2, batch, dropout_keys_B: jax.Array | None = None) -> jax.Array:
+  """The loss of each target of a batch: [B, T] of next tokens, or [B] of labels."""
+  if model.config.head == 'lm':
+    return nll(model, batch, dropout_keys_B)
+  return label_nll(label_logits(model, batch, dropout_keys_B), batch['labels'])
 
 
 def row_keys(seed: int, step: jax.Array, first: jax.Array | int, rows: int) -> jax.Array:
@@ -58,31 +111,35 @@ def make_train_step(
     seed: int,
     ema_decay: float,
 ) -> Callable:
-  """`step(state, tokens) -> state, metrics` over tokens [A, M, T + 1] in A micro-batches.
+  """`step(state, batch) -> state, metrics` over a batch in A micro-batches of M rows.
 
-  The loss is the mean over all A·M·T targets; so are the gradients, however they are split.
+  A batch is tokens [A, M, T + 1], or a dict of `data.labelled`. The loss is the mean over all
+  targets; so are the gradients, however they are split.
   """
-  drops = any((config.embd_pdrop, config.attn_pdrop, config.resid_pdrop))
+  drops = any((config.embd_pdrop, config.attn_pdrop, config.resid_pdrop,
+               config.lora and config.lora.dropout))
 
-  def step(state: TrainState, tokens_AMT1: jax.Array):
-    A, M, T1 = tokens_AMT1.shape
+  def step(state: TrainState, batch):
+    A, M = jax.tree.leaves(batch)[0].shape[:2]
+    part = trained(config, state.params)
 
-    def loss_fn(params, a, tokens_MT1):
+    def loss_fn(part, a, micro):
       keys_M = row_keys(seed, state.step, a * M, M) if drops else None
-      return nll(bind(config, params), tokens_MT1, keys_M).sum() / (A * M * (T1 - 1))
+      each = losses(bind(config, replaced(state.params, part)), micro, keys_M)
+      return each.sum() / (A * each.size)
 
     def accumulate(carry, micro):
-      loss_and_grads = jax.value_and_grad(loss_fn)(state.params, *micro)
+      loss_and_grads = jax.value_and_grad(loss_fn)(part, *micro)
       return jax.tree.map(jnp.add, carry, loss_and_grads), None
 
     if A == 1:
-      loss, grads = jax.value_and_grad(loss_fn)(state.params, 0, tokens_AMT1[0])
+      loss, grads = jax.value_and_grad(loss_fn)(part, 0, jax.tree.map(lambda x: x[0], batch))
     else:
-      zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)
-      (loss, grads), _ = jax.lax.scan(accumulate, zeros, (jnp.arange(A), tokens_AMT1))
+      zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, part)
+      (loss, grads), _ = jax.lax.scan(accumulate, zeros, (jnp.arange(A), batch))
 
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params: Any = optax.apply_updates(state.params, updates)
+    updates, opt_state = tx.update(grads, state.opt_state, part)
+    params: Any = replaced(state.params, optax.apply_updates(part, updates))  # pyright: ignore
     ema: Any = None
     if state.ema is not None:
       ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
@@ -99,8 +156,16 @@ def make_train_step(
 
 
 def make_eval_step(config: GPTConfig) -> Callable:
-  """`step(params, tokens [1, R, T + 1], weights [1, R, T]) -> (summed nll, summed weights)`."""
-  def step(params: Params, tokens_1RT1: jax.Array, weights_1RT: jax.Array):
-    return (nll(bind(config, params), tokens_1RT1[0]) * weights_1RT[0]).sum(), weights_1RT.sum()
+  """`step(params, batch [1, R, …], weights [1, R, …]) -> sums`, each over what the weights count.
+
+  Sums: of the losses, of the weights; of a classifier, of the texts judged rightly.
+  """
+  def step(params: Params, batch, weights):
+    model, batch = bind(config, params), jax.tree.map(lambda x: x[0], batch)
+    if config.head == 'lm':
+      return (losses(model, batch) * weights[0]).sum(), weights.sum()
+    logits_RK = label_logits(model, batch)
+    right_R = (logits_RK.argmax(-1) == batch['labels']) * weights[0]
+    return ((label_nll(logits_RK, batch['labels']) * weights[0]).sum(), weights.sum(), right_R.sum())
 
   return step

@@ -1,20 +1,17 @@
 """Checkpoints of a run, by Orbax: written in the background, whole or not at all.
 
-A checkpoint has the items `params`, `opt_state`, `ema` (where the run has one) and `meta`: a dict
-with the step, the model's config, the data's sha256 and the tree of shapes, which is compared before
+A checkpoint has items: `params`, `opt_state`, `ema` (where the run has one) and `meta`: a dict with
+the step, the model's config, the data's sha256 and the tree of shapes, which is compared before
 anything is restored. This is the only module that knows Orbax.
 """
 
-import dataclasses
 import errno
-import json
 import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -22,7 +19,6 @@ from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError, saving
 from gpt2_jax.model import Params, make_params
 from gpt2_jax.sharding import on_devices
-from gpt2_jax.training.step import TrainState
 
 FOLDER = 'checkpoints'
 VERSION = 1
@@ -44,19 +40,30 @@ def difference(have: dict, want: dict) -> str:
   return '\n'.join(lines[:12] + [f'  … and {len(lines) - 12} more'] * (len(lines) > 12))
 
 
-def _items(state: TrainState) -> dict[str, Any]:
-  items = {'params': state.params, 'opt_state': state.opt_state, 'ema': state.ema}
-  return {name: tree for name, tree in items.items() if tree is not None}
+class _Best(ocp.checkpoint_managers.PreservationPolicy):
+  """Keeps the checkpoint that `meta` calls the best so far."""
+
+  step: int | None = None
+
+  def should_preserve(self, checkpoints, *, context):
+    return [checkpoint.step == self.step for checkpoint in checkpoints]
 
 
 class Checkpoints:
   """The checkpoints of a workdir."""
 
   def __init__(self, workdir: str | Path, keep: int | None = None):
-    self.path = epath.Path(workdir).resolve() / FOLDER
+    """
+    Args:
+      workdir: of the run.
+      keep: how many of the newest to keep, and the best one; None: to read only.
+    """
+    self.path, self._best = epath.Path(workdir).resolve() / FOLDER, _Best()
+    managers = ocp.checkpoint_managers
+    policy = managers.AnyPreservationPolicy([managers.LatestN(keep), self._best]) if keep else None
     self._manager = ocp.CheckpointManager(
         self.path, options=ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=keep is not None, enable_async_checkpointing=True))
+            preservation_policy=policy, create=keep is not None, enable_async_checkpointing=True))
 
   def latest_step(self) -> int | None:
     """The newest step there is, None where there is none."""
@@ -65,10 +72,15 @@ class Checkpoints:
   def meta(self, step: int) -> dict:
     return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
 
-  def save(self, step: int, state: TrainState, meta: dict) -> None:
+  def step_to_use(self) -> int | None:
+    """The step whose parameters a run offers: its best one where it stops early, else the newest."""
+    step = self.latest_step()
+    return None if step is None else self.meta(step).get('best') or step
+
+  def save(self, step: int, items: dict[str, Any], meta: dict) -> None:
     """Begins to save; waits only for an earlier save and for the copy to the host's memory."""
-    items = _items(state)
     meta = meta | {'version': VERSION, 'step': step, 'tree': _shapes(items)}
+    self._best.step = meta.get('best')
     with saving('a checkpoint', str(self.path)):
       need = sum(leaf.nbytes for leaf in jax.tree.leaves(items)) // jax.process_count()
       if (free := shutil.disk_usage(self.path).free) < need:
@@ -77,23 +89,17 @@ class Checkpoints:
           meta=ocp.args.JsonSave(meta),
           **{name: ocp.args.StandardSave(tree) for name, tree in items.items()}))
 
-  def restore(self, step: int, abstract: TrainState) -> TrainState:
-    """The state of a step, laid out as `abstract` says.
+  def params(self, step: int, abstract: Params) -> Params:
+    """The parameters to use, without the rest: the moving average where the run has one."""
+    name = 'ema' if (self.path / str(step) / 'ema').exists() else 'params'
+    return self.restore(step, {name: abstract})[name]
+
+  def restore(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
+    """Items of a step, laid out as the abstract arrays in `items` say.
 
     Raises:
       UserError: the checkpoint is of another shape.
     """
-    items = self._restore(step, _items(abstract))
-    return dataclasses.replace(
-        abstract, step=jax.device_put(np.int32(step), abstract.step.sharding), params=items['params'],
-        opt_state=items['opt_state'], ema=items.get('ema'))
-
-  def params(self, step: int, abstract: Params) -> Params:
-    """The parameters to use, without the rest: the moving average where the run has one."""
-    name = 'ema' if (self.path / str(step) / 'ema').exists() else 'params'
-    return self._restore(step, {name: abstract})[name]
-
-  def _restore(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
     have, want = self.meta(step)['tree'], _shapes(items)
     have = {key: value for key, value in have.items() if key.split('.')[0] in items}
     if have != want:
@@ -118,7 +124,7 @@ def is_workdir(path: str | Path) -> bool:
 
 
 def load_model(workdir: str | Path) -> tuple[GPTConfig, Params, dict]:
-  """Config, parameters and meta of a run's newest checkpoint, on the mesh that is set.
+  """Config, parameters and meta of the checkpoint that a run offers, on the mesh that is set.
 
   Raises:
     UserError: the workdir has no finished checkpoint.
@@ -128,7 +134,7 @@ def load_model(workdir: str | Path) -> tuple[GPTConfig, Params, dict]:
     raise UserError(f'{workdir} holds no checkpoints: is it the --workdir of a run?')
   checkpoints = Checkpoints(workdir)
   try:
-    step = checkpoints.latest_step()
+    step = checkpoints.step_to_use()
     if step is None:
       raise UserError(f'{workdir} has no finished checkpoint yet: let the run go on until its first '
                       '(config.checkpoint.every).')
@@ -139,7 +145,3 @@ def load_model(workdir: str | Path) -> tuple[GPTConfig, Params, dict]:
   finally:
     checkpoints.close()
 
-
-def write_json(path: Path, value: Any) -> None:
-  with saving(path.name, path):
-    path.write_text(json.dumps(value, indent=2) + '\n')

@@ -1,0 +1,87 @@
+"""Texts to batches, for everything that is not training: generation, features, classification."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from gpt2_jax import sharding
+from gpt2_jax.config import GPTConfig
+from gpt2_jax.errors import UserError
+from gpt2_jax.tokenizer import Tokenizer
+
+Texts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+
+
+def bucket(n: int, most: int, least: int = 16) -> int:
+  """n rounded up to a power of two, so that few lengths are compiled; at most `most`."""
+  return min(most, max(least, 1 << (n - 1).bit_length()))
+
+
+def encode(
+    texts: Texts, tokenizer: Tokenizer | None, config: GPTConfig, *, room: int = 0
+) -> list[list[int]]:
+  """Ids of a text, of texts, of ids or of lists of ids. An empty text becomes the end-of-text id.
+
+  Args:
+    texts: what to encode.
+    tokenizer: for texts.
+    config: its vocabulary and context bound the ids.
+    room: how many positions must be left.
+
+  Raises:
+    UserError: names the text that can't be used.
+  """
+  items: Any = texts
+  if isinstance(items, str) or (len(items) and isinstance(items[0], (int, np.integer))):
+    items = [items]
+  rows = []
+  for i, text in enumerate(items):
+    if isinstance(text, str):
+      if tokenizer is None:
+        raise UserError('a text needs a tokenizer: pass tokenizer=, or ids in place of texts.')
+      ids = tokenizer.encode(text) or [tokenizer.eot]  # an empty prompt: a document begins
+    else:
+      ids = [int(token) for token in text]
+      if not ids:
+        raise UserError(f'prompt {i} has no ids: begin with the end-of-text id for a free text.')
+    bad = next((token for token in ids if not 0 <= token < config.vocab_size), None)
+    if bad is not None:
+      raise UserError(f'prompt {i} holds token id {bad}, but the vocabulary has '
+                      f'{config.vocab_size} ids.')
+    if len(ids) + room > config.n_positions:
+      raise UserError(f'prompt {i} has {len(ids)} tokens; the model\'s context of '
+                      f'{config.n_positions} (n_positions) has no room for '
+                      f'{"more" if room else "them"}. Shorten it.')
+    rows.append(ids)
+  if not rows:
+    raise UserError('there is no prompt.')
+  return rows
+
+
+def pad(rows: Sequence[Sequence[int]], most: int) -> tuple[np.ndarray, np.ndarray]:
+  """Rows padded on the right to a bucket of at most `most`, [B, P], and their lengths, [B]."""
+  lengths_B = np.array([len(ids) for ids in rows], np.int32)
+  padded_BP = np.zeros((len(rows), bucket(int(lengths_B.max()), most)), np.int32)
+  for row, ids in zip(padded_BP, rows):
+    row[:len(ids)] = ids
+  return padded_BP, lengths_B
+
+
+def split() -> int:
+  """What the number of rows must be a multiple of: the parts that the mesh cuts a batch into."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else mesh.shape['data'] * mesh.shape['fsdp']
+
+
+def place(x: np.ndarray) -> jax.Array:
+  """An array [B, …] on the devices, its rows split."""
+  return jax.device_put(x, sharding.layout(sharding.P(sharding.BATCH, *(None for _ in x.shape[1:]))))
+
+
+def fetch(tree):
+  """Arrays back on the host, whole."""
+  if sharding.in_mesh():
+    tree = jax.tree.map(lambda x: sharding.reshard(x, sharding.P()), tree)
+  return jax.device_get(tree)

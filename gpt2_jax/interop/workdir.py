@@ -1,0 +1,50 @@
+"""The workdir of a run of `launch.py`, read like any other format."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gpt2_jax import checkpoint, tokenizer
+from gpt2_jax.interop.tensors import Source, source_of
+
+LABELS = 'labels.json'  # names of a classifier's labels, in order
+
+
+def recognises(path: Path) -> bool:
+  return (path / checkpoint.FOLDER).is_dir()
+
+
+def open_source(path: Path) -> Source:
+  """A run's checkpoint, its best one where the run stops early. The parameters are read at once."""
+  config, params, meta = checkpoint.load_model(path)
+  known = record(path, meta['step'])
+  return source_of(config, params, str(path), tokenizer=tokenizer.load(path / 'tokenizer'),
+                   keys=keys(path), record=known, base=known['config'].get('init_from'))
+
+
+def keys(path: Path) -> dict[str, Any]:
+  """What a config.json says of a run's model beside its sizes."""
+  if not (path / LABELS).exists():
+    return {}
+  labels = json.loads((path / LABELS).read_text())
+  return {'id2label': {str(i): label for i, label in enumerate(labels)},
+          'label2id': {label: i for i, label in enumerate(labels)}}
+
+
+def record(path: Path, step: int) -> dict[str, Any]:
+  """What a run has left about itself, for a model card.
+
+  Keys: step, config, env (of the last start), data (corpus, tokens, sha256, licence) and losses: the
+  lines of metrics.jsonl with a held-out loss, at most 20 of them, and the last line.
+  """
+  read = lambda name: json.loads((path / name).read_text())
+  lines = [json.loads(line) for line in (path / 'metrics.jsonl').read_text().splitlines()]
+  lines = [line for line in lines if line['step'] <= step]
+  losses = [line for line in lines if 'eval/loss' in line]
+  if len(losses) > 20:
+    losses = losses[::-(-len(losses) // 20)]
+  if lines and lines[-1] not in losses:
+    losses.append(lines[-1])
+  env = read('env.json')['starts'][-1]
+  return {'step': step, 'config': read('config.json'), 'env': env, 'data': env['data'],
+          'losses': losses}

@@ -1,0 +1,71 @@
+"""What a run says about itself: which run it is, where and on what it ran."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gpt2_jax.checkpoint import difference
+from gpt2_jax.errors import saving
+from gpt2_jax.interop.workdir import LABELS
+from gpt2_jax.training.plan import Plan
+
+# Fields of the model that may change between two starts of a run: they don't change what it is.
+FREE = ('dtype', 'remat', 'embd_pdrop', 'attn_pdrop', 'resid_pdrop')
+
+
+def environment(plan: Plan, data: Any) -> dict:
+  packages = ('gpt2_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
+  try:
+    commit = subprocess.run(
+        ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
+        cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10).stdout.strip()
+  except (OSError, subprocess.TimeoutExpired):
+    commit = ''
+  return {
+      'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+      'command': sys.argv, 'python': platform.python_version(), 'platform': platform.platform(),
+      'versions': {name: importlib.metadata.version(name) for name in packages},
+      'git_commit': commit or None, 'processes': jax.process_count(),
+      'devices': f'{plan.mesh.size} x {plan.mesh.devices.flat[0].device_kind}',
+      'mesh': dict(plan.mesh.shape), 'micro_batches': plan.A,
+      'data': {'corpus': plan.config.data.corpus, 'tokens': len(data.splits['train']),
+               'sha256': data.sha256, 'licence': data.manifest['source']['licence']},
+      'env': {k: os.environ[k] for k in ('XLA_FLAGS', 'JAX_PLATFORMS') if k in os.environ},
+  }
+
+
+def identity(plan: Plan, data: Any) -> dict:
+  """What must not change between two starts of a run, flat and as JSON gives it back."""
+  model = {f'model.{k}': v for k, v in dataclasses.asdict(plan.model).items() if k not in FREE}
+  rest = {'data.sha256': data.sha256, 'init_from': plan.config.init_from}
+  return json.loads(json.dumps(model | rest))
+
+
+def begin(workdir: Path, plan: Plan, data: Any) -> str:
+  """Leaves the record of this start; returns what changed in the config since the last one."""
+  config = json.loads(plan.config.to_json_best_effort())
+  path, starts = workdir / 'config.json', workdir / 'env.json'
+  flat = lambda c: {f'{s}.{k}': v for s, keys in c.items() if isinstance(keys, dict)
+                    for k, v in keys.items()} | {'init_from': c.get('init_from')}
+  changed = difference(flat(json.loads(path.read_text())), flat(config)) if path.exists() else ''
+  write_json(path, config)
+  earlier = json.loads(starts.read_text())['starts'] if starts.exists() else []
+  write_json(starts, {'starts': earlier + [environment(plan, data)]})
+  data.tokenizer().save(workdir / 'tokenizer')
+  if plan.model.head != 'lm':
+    write_json(workdir / LABELS, data.labels)
+  return changed
+
+
+def write_json(path: Path, value: Any) -> None:
+  with saving(path.name, path):
+    path.write_text(json.dumps(value, indent=2) + '\n')

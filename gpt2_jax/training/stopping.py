@@ -1,0 +1,59 @@
+"""Why a run ends before its last step: a signal, or a held-out loss that no longer falls."""
+
+import math
+import os
+import signal
+import sys
+import threading
+
+
+class StopSignal:
+  """Within this context the first SIGTERM or Ctrl-C asks the loop to stop, a second one kills."""
+
+  def __init__(self):
+    self.received: int | None = None
+
+  def _handle(self, number, _):
+    if self.received is not None:
+      os._exit(128 + number)
+    self.received = number
+    print(f'\n{signal.Signals(number).name}: saving and leaving after this step (once more to leave '
+          'at once)', file=sys.stderr, flush=True)
+
+  def __enter__(self):
+    self._before = {}
+    if threading.current_thread() is threading.main_thread():
+      for number in (signal.SIGTERM, signal.SIGINT):
+        self._before[number] = signal.signal(number, self._handle)
+    return self
+
+  def __exit__(self, *_):
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+
+class Patience:
+  """Early stopping: watches the held-out loss."""
+
+  def __init__(self, limit: int, lines: list[dict], step: int):
+    """
+    Args:
+      limit: how many evaluations in a row may pass without a lower loss; 0: any number.
+      lines: the record of the run so far.
+      step: where it goes on; what was recorded beyond does not count.
+    """
+    self.limit, self._lowest, self._since = limit, math.inf, 0
+    self.best: int | None = None
+    for line in lines:
+      if 'eval/loss' in line and line['step'] <= step:
+        self.add(line['step'], line['eval/loss'])
+
+  def add(self, step: int, loss: float) -> None:
+    self._since += 1
+    if self.limit and loss < self._lowest:
+      self.best, self._lowest, self._since = step, loss, 0
+
+  @property
+  def over(self) -> bool:
+    """Whether it is time to stop."""
+    return bool(self.limit) and self._since >= self.limit
