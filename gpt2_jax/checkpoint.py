@@ -123,8 +123,8 @@ def is_workdir(path: str | Path) -> bool:
   return (Path(path) / FOLDER).is_dir()
 
 
-def load_model(workdir: str | Path) -> tuple[GPTConfig, Params, dict]:
-  """Config, parameters and meta of the checkpoint that a run offers, on the mesh that is set.
+def read_meta(workdir: str | Path) -> dict:
+  """Meta of the checkpoint that a run offers, its `step` among it.
 
   Raises:
     UserError: the workdir has no finished checkpoint.
@@ -138,10 +138,17 @@ def load_model(workdir: str | Path) -> tuple[GPTConfig, Params, dict]:
     if step is None:
       raise UserError(f'{workdir} has no finished checkpoint yet: let the run go on until its first '
                       '(config.checkpoint.every).')
-    meta = checkpoints.meta(step)
-    config = GPTConfig(**meta['model'])
-    abstract = on_devices(jax.eval_shape(lambda: make_params(config, 0)))
-    return config, checkpoints.params(step, abstract), meta
+    return checkpoints.meta(step)
   finally:
     checkpoints.close()
 
+
+def load_params(workdir: str | Path, meta: dict) -> Params:
+  """The parameters of the checkpoint that `read_meta` described, on the mesh that is set."""
+  checkpoints = Checkpoints(workdir)
+  try:
+    config = GPTConfig(**meta['model'])
+    abstract = on_devices(jax.eval_shape(lambda: make_params(config, 0)))
+    return checkpoints.params(meta['step'], abstract)
+  finally:
+    checkpoints.close()

@@ -106,7 +106,7 @@ def _source(model: GPT2) -> Source:
   if model.source is None:
     return made
   return dataclasses.replace(
-      model.source, config=model.config, read=made.read, tokenizer=model.tokenizer)
+      model.source, config=model.config, read=made.read, load=None, tokenizer=model.tokenizer)
 
 
 def merge_adapters(model: GPT2) -> GPT2:

@@ -10,8 +10,8 @@ CACHE = os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(ROOT / '.jax_cach
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # less optimised code: a third less time to compile, which is most of the time these tests take
-os.environ['XLA_FLAGS'] = (
-    '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0')
+QUICK = '--xla_backend_optimization_level=0'
+os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count=8 {QUICK}'
 os.environ['HF_HUB_OFFLINE'] = '1'
 
 import jax  # noqa: E402
@@ -56,7 +56,7 @@ def mesh_of(*sizes: int):
 def environment(devices: int = 1, **extra: str) -> dict[str, str]:
   """The environment of a process of its own, with so many simulated devices."""
   env = dict(os.environ, PYTHONPATH=str(ROOT), **extra)
-  env['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={devices}'
+  env['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={devices} {QUICK}'
   return env
 
 

@@ -27,6 +27,7 @@ def arguments(text: Path, workdir: Path, **overrides) -> list[str]:
       'data.tokenizer': 'byte', 'data.val_fraction': 0.05, 'data.store': text.parent / 'store',
       'train.steps': STEPS, 'train.global_batch_tokens': 64 * 8, 'train.micro_batch_rows': 4,
       'optim.warmup_steps': 4, 'checkpoint.every': 5, 'evaluate.every': 8, 'log.sample_tokens': 20,
+      'log.tensorboard': False,
   } | {key.replace('__', '.'): value for key, value in overrides.items()}
   return ['launch.py', '--config=configs/tiny.py', f'--workdir={workdir}',
           *(f'--config.{key}={value}' for key, value in values.items())]
@@ -44,7 +45,7 @@ def plain(workdir: Path) -> list[dict]:
 def finished(text_folder, tmp_path_factory):
   """An uninterrupted run: (workdir, what it printed)."""
   workdir = tmp_path_factory.mktemp('runs') / 'whole'
-  result = run(*arguments(text_folder, workdir))
+  result = run(*arguments(text_folder, workdir, log__tensorboard=True))
   assert result.returncode == 0, result.stdout + result.stderr
   return workdir, result.stdout
 
@@ -190,7 +191,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(text_folder, tmp_path):
     (6_000, 100, 'error: cannot write metrics'), (200_000, 2, 'error: cannot write a checkpoint')])
 def test_a_full_disk_is_said(finished, text_folder, tmp_path, limit, every, says):
   """The system refuses files beyond a limit, as it would without room."""
-  command = arguments(text_folder, tmp_path / 'run', checkpoint__every=every, log__tensorboard=False)
+  command = arguments(text_folder, tmp_path / 'run', checkpoint__every=every)
   limited = (f'import resource, runpy, sys; sys.argv = {command!r}\n'
              f'resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n'
              'runpy.run_path("launch.py", run_name="__main__")')

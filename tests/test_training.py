@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from configs import base
 from gpt2_jax import checkpoint
 from gpt2_jax.checkpoint import difference
+from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError
 from gpt2_jax.model import bind, init_params
 from gpt2_jax.sharding import BATCH, on_devices
@@ -48,7 +49,6 @@ def run_steps(config, A, steps=4, G=8, T=12, mesh=None, **fields):
 @pytest.fixture(scope='module')
 def dropped():
   """A small model with dropout, and its run on one device in one batch."""
-  from gpt2_jax.config import GPTConfig
   config = GPTConfig(vocab_size=97, n_positions=16, n_embd=32, n_layer=2, n_head=4,
                      vocab_multiple=8, embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1)
   return config, *run_steps(config, 1)
@@ -261,15 +261,16 @@ def test_checkpoints_need_room_and_the_right_shape(tiny, tmp_path, monkeypatch):
     checkpoints.restore(2, other.items())
   without = dataclasses.replace(abstract, ema=None)
   assert without.restored(2, checkpoints.restore(2, without.items())).ema is None
-  config, params, _ = checkpoint.load_model(tmp_path)
-  assert config == tiny
+  meta = checkpoint.read_meta(tmp_path)
+  assert GPTConfig(**meta['model']) == tiny and meta['step'] == 2
+  params = checkpoint.load_params(tmp_path, meta)
   np.testing.assert_array_equal(params['wte']['weight'], state.ema['wte']['weight'])
   checkpoints.close()
 
 
 def test_a_workdir_without_a_checkpoint_says_so(tmp_path):
   with pytest.raises(UserError, match='holds no checkpoints'):
-    checkpoint.load_model(tmp_path)
+    checkpoint.read_meta(tmp_path)
   (tmp_path / 'checkpoints' / '5.orbax-checkpoint-tmp').mkdir(parents=True)  # killed while saving
   with pytest.raises(UserError, match='no finished checkpoint yet'):
-    checkpoint.load_model(tmp_path)
+    checkpoint.read_meta(tmp_path)

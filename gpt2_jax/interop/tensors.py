@@ -59,6 +59,8 @@ class Source:
     generation: what its generation_config.json says.
     record: of the run that made it.
     base: the model that its adapters were made for.
+    load: where a format has a way of its own onto the mesh: config -> parameters, or None where it
+      can't make them for that config.
   """
 
   config: GPTConfig
@@ -70,6 +72,7 @@ class Source:
   generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   record: Mapping[str, Any] | None = None
   base: str | None = None
+  load: Callable[[GPTConfig], Params | None] | None = None
 
   def tensor(self, name: str) -> np.ndarray:
     """A tensor, of the dtype `dtype`.
@@ -205,6 +208,8 @@ def load_params(source: Source, dtype: str = 'float32') -> Params:
   Raises:
     UserError: a tensor holds NaN, or can't be read.
   """
+  if source.load and (loaded := source.load(source.config)) is not None:
+    return jax.tree.map(lambda x: x.astype(dtype), loaded)
   params = {}
   leaves = on_devices(flatten_dict(jax.eval_shape(lambda: make_params(source.config, 0))))
   total = sum(leaf.size for leaf in leaves.values())

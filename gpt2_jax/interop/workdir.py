@@ -1,25 +1,44 @@
 """The workdir of a run of `launch.py`, read like any other format."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 from gpt2_jax import checkpoint, tokenizer
+from gpt2_jax.config import GPTConfig
 from gpt2_jax.interop.tensors import Source, source_of
+from gpt2_jax.model import Params
+from gpt2_jax.sharding import without_mesh
 
 LABELS = 'labels.json'  # names of a classifier's labels, in order
 
 
 def recognises(path: Path) -> bool:
-  return (path / checkpoint.FOLDER).is_dir()
+  return checkpoint.is_workdir(path)
 
 
 def open_source(path: Path) -> Source:
-  """A run's checkpoint, its best one where the run stops early. The parameters are read at once."""
-  config, params, meta = checkpoint.load_model(path)
-  known = record(path, meta['step'])
-  return source_of(config, params, str(path), tokenizer=tokenizer.load(path / 'tokenizer'),
-                   keys=keys(path), record=known, base=known['config'].get('init_from'))
+  """A run's checkpoint, its best one where the run stops early.
+
+  Orbax puts the parameters straight onto the mesh (`load`). To be converted, they are read at once,
+  when the first tensor is asked for.
+  """
+  meta = checkpoint.read_meta(path)
+  config, known = GPTConfig(**meta['model']), record(path, meta['step'])
+
+  def load(wanted: GPTConfig) -> Params | None:
+    same = (wanted.padded_vocab_size, wanted.lora) == (config.padded_vocab_size, config.lora)
+    return checkpoint.load_params(path, meta) if same else None
+
+  @functools.cache
+  def held() -> Source:
+    with without_mesh():
+      return source_of(config, checkpoint.load_params(path, meta), str(path))
+
+  return Source(config, lambda name: held().read(name), 'float32', str(path), load=load,
+                tokenizer=tokenizer.load(path / 'tokenizer'), keys=keys(path), record=known,
+                base=known['config'].get('init_from'))
 
 
 def keys(path: Path) -> dict[str, Any]:
@@ -41,8 +60,7 @@ def record(path: Path, step: int) -> dict[str, Any]:
   lines = [json.loads(line) for line in (path / 'metrics.jsonl').read_text().splitlines()]
   lines = [line for line in lines if line['step'] <= step]
   losses = [line for line in lines if 'eval/loss' in line]
-  if len(losses) > 20:
-    losses = losses[::-(-len(losses) // 20)]
+  losses = losses[::-(-len(losses) // 20) or 1]
   if lines and lines[-1] not in losses:
     losses.append(lines[-1])
   env = read('env.json')['starts'][-1]

@@ -20,7 +20,6 @@ import sys
 from pathlib import Path
 
 import jax
-import tensorboardX
 
 from gpt2_jax.errors import saving
 
@@ -76,6 +75,7 @@ class MetricsWriter:
       self._rewrite(kept)
       self._file = open(self.path, 'a')
     if tensorboard:
+      import tensorboardX  # over a second
       self._board = tensorboardX.SummaryWriter(
           str(workdir / 'tensorboard'), purge_step=step + 1 if step else None)
 
