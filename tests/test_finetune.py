@@ -136,9 +136,9 @@ def train_steps(config, mesh, A=1, steps=3):
 
 
 @pytest.mark.parametrize('fields', [
-    dict(lora=ADAPTERS), dict(head='sequence_classification', num_labels=3),
-    dict(head='sequence_classification', num_labels=3, lora=ADAPTERS)],
-    ids=['lora', 'classifier', 'both'])
+    pytest.param(dict(lora=ADAPTERS), marks=pytest.mark.slow, id='lora'),
+    pytest.param(dict(head='sequence_classification', num_labels=3), marks=pytest.mark.slow, id='head'),
+    pytest.param(dict(head='sequence_classification', num_labels=3, lora=ADAPTERS), id='both')])
 def test_meshes_and_micro_batches_change_nothing(tiny, fields):
   config = dataclasses.replace(tiny, resid_pdrop=0.1, initializer_range=0.1, **fields)
   want, params = train_steps(config, (1, 1, 1))
@@ -198,7 +198,8 @@ def test_a_run_stops_when_the_loss_rises_and_offers_its_best(pretrained, tmp_pat
   assert max(line['step'] for line in lines(tmp_path / 'run')) == last
 
 
-@pytest.mark.parametrize('recipe', ['lora', 'classification'])
+@pytest.mark.parametrize('recipe', [
+    'lora', pytest.param('classification', marks=pytest.mark.slow)])
 def test_a_resumed_run_is_the_same_run(pretrained, tmp_path, recipe):
   text = (reviews(tmp_path / 'r.jsonl') if recipe == 'classification'
           else other_text(tmp_path / 'o.txt'))
@@ -235,7 +236,7 @@ def reviews(path, count=120):
   return path
 
 
-@pytest.mark.parametrize('r', [0, 4])
+@pytest.mark.parametrize('r', [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_classifier_learns_and_says_its_labels(pretrained, tmp_path, r):
   config = tuning(pretrained, reviews(tmp_path / 'r.jsonl'), 'classification', lora__r=r,
                   train__steps=40, train__global_batch_tokens=32 * 32, data__sequence_length=32,

@@ -118,7 +118,8 @@ with StopSignal() as stop:
   assert result.stdout == f'first {int(signal.SIGINT)}\n' and 'once more' in result.stderr
 
 
-@pytest.mark.parametrize('mesh', ['fsdp=8', 'data=2,tensor=2'])
+@pytest.mark.parametrize('mesh', [
+    'fsdp=8', pytest.param('data=2,tensor=2', marks=pytest.mark.slow)])
 def test_a_run_continues_on_another_mesh(finished, text_folder, tmp_path, mesh):
   workdir = tmp_path / 'moved'
   shutil.copytree(finished[0], workdir)
@@ -135,6 +136,7 @@ def test_a_run_continues_on_another_mesh(finished, text_folder, tmp_path, mesh):
     assert have == pytest.approx(want, rel=2e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_run(finished, text_folder, tmp_path):
   """Started as Open MPI would start them: found by --distributed=auto, on a mesh across both."""
   job = random.randrange(1, 4000) << 16
