@@ -137,7 +137,8 @@ def train_steps(config, mesh, A=1, steps=3):
 
 @pytest.mark.parametrize('fields', [
     pytest.param(dict(lora=ADAPTERS), marks=pytest.mark.slow, id='lora'),
-    pytest.param(dict(head='sequence_classification', num_labels=3), marks=pytest.mark.slow, id='head'),
+    pytest.param(dict(head='sequence_classification', num_labels=3), marks=pytest.mark.slow,
+                 id='head'),
     pytest.param(dict(head='sequence_classification', num_labels=3, lora=ADAPTERS), id='both')])
 def test_meshes_and_micro_batches_change_nothing(tiny, fields):
   config = dataclasses.replace(tiny, resid_pdrop=0.1, initializer_range=0.1, **fields)

@@ -238,7 +238,8 @@ def _load(source: Source, path: tuple[str, ...], leaf, dtype) -> jax.Array:
     tensor = tensor.reshape(shape)
     for k, index in indices.items():
       shards[k][layer if stacked else ...] = tensor[index[1:] if stacked else index]
-  return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: shards[key(index)])
+  made = jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: shards[key(index)])
+  return jax.block_until_ready(made)  # lest the shards be kept while the next ones are read
 
 
 def source_of(config: GPTConfig, params: Params, where: str, **fields) -> Source:
