@@ -133,7 +133,8 @@ def train(config: Config, workdir: str | Path) -> int:
       if means:
         right = f', {means["eval/accuracy"]:.2%} right' if 'eval/accuracy' in means else ''
         say(f'step {step:,}: held-out loss {means["eval/loss"]:.4f}{right}')
-        patience.add(step, means['eval/loss'])
+        if step:
+          patience.add(step, means['eval/loss'])
       return means
 
     saved = start
@@ -148,6 +149,9 @@ def train(config: Config, workdir: str | Path) -> int:
     last_line = metrics.read(workdir)[-1:] if start else []
     if last_line and due(start, config.evaluate) and held_out and 'eval/loss' not in last_line[0]:
       writer.amend_last(evaluation(start))  # the last start was stopped within this evaluation
+
+    if plan.source and not start and held_out:
+      evaluation(0)  # what it is to be better than
 
     # --- Loop ----------------------------------------------------------------------------------
     clock = time.monotonic()

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from gpt2_jax import sharding, tokenizer
 from gpt2_jax.config import Config, GPTConfig, LoRA
 from gpt2_jax.data import labelled
-from gpt2_jax.errors import UserError, saving
+from gpt2_jax.errors import UserError
 from gpt2_jax.interop import peft
 from gpt2_jax.interop.tensors import Source, load_params, whole
 from gpt2_jax.model import Params, flops_per_token, num_params, num_trained
@@ -178,9 +178,12 @@ def _tokenizer(config: Config, source: Source | None) -> str:
   if source.tokenizer is None:
     raise UserError(f'{source.where} has no tokenizer that can be used: set config.data.tokenizer.')
   folder = Path(config.data.directory) / 'tokenizers' / source.tokenizer.sha256[:16]
-  if not folder.exists():
-    with saving('the tokenizer', folder), whole(folder) as path:
+  try:
+    with whole(folder) as path:
       source.tokenizer.save(path)
+  except (OSError, UserError):
+    if not folder.exists():  # else it is there already, by an earlier run or another process
+      raise
   return str(folder)
 
 
