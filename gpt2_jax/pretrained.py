@@ -51,7 +51,8 @@ def open_source(source: str | os.PathLike) -> Source:
   if not path.exists():
     if not hub.is_name(str(source)):
       raise UserError(f'{source} is neither a file or folder here nor a name of the hub.')
-    path = hub.fetch(str(source))
+    opened = open_source(hub.fetch(str(source)))
+    return dataclasses.replace(opened, where=str(source))
   if peft.recognises(path):
     return peft.open_source(path, open_source)
   for reader in READERS:

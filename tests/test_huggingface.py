@@ -24,7 +24,7 @@ import gpt2_jax
 from gpt2_jax import pretrained
 from gpt2_jax.config import GPTConfig, LoRA
 from gpt2_jax.errors import UserError
-from gpt2_jax.interop import huggingface, tensors
+from gpt2_jax.interop import huggingface, peft, tensors
 from gpt2_jax.model import bind
 from gpt2_jax.training.optimizer import decay_mask
 from gpt2_jax.training.step import nll
@@ -390,6 +390,20 @@ def test_adapters_that_cannot_be_honoured(tmp_path, keys, match):
   folder = broken(tmp_path, 'lora')
   edit(folder / 'adapter_config.json', **keys)
   refused(folder, tmp_path, match)
+
+
+def test_adapters_on_adapters(tmp_path):
+  """A base that has adapters is merged; one that is the adapters themselves is refused."""
+  first = pretrained.open_source(GOLDEN / 'lora')
+  gpt2_jax.save_pretrained(gpt2_jax.from_pretrained(GOLDEN / 'lora'), tmp_path / 'a', to='peft')
+  edit(tmp_path / 'a' / 'adapter_config.json', base_model_name_or_path=str(GOLDEN / 'lora'))
+  both = pretrained.open_source(tmp_path / 'a')
+  name = 'h.0.attn.c_attn.weight'
+  once = peft.merged(first).read(name) - first.read(name)
+  assert_close(peft.merged(both).read(name) - first.read(name), 2 * once, 1e-5)
+  edit(tmp_path / 'a' / 'adapter_config.json', base_model_name_or_path=str(tmp_path / 'a'))
+  with pytest.raises(UserError, match='names itself'):
+    pretrained.open_source(tmp_path / 'a')
 
 
 def test_what_adapters_may_be():

@@ -54,7 +54,8 @@ NEUTRAL_KEYS: dict[str, Any] = dict(
     summary_proj_to_labels=True, summary_first_dropout=0.1)
 # The same, without defaults: what older versions and other tools wrote.
 KEPT_KEYS = frozenset((
-    'id2label', 'label2id', 'num_labels', 'problem_type', 'finetuning_task', 'task_specific_params',
+    'id2label', 'label2id', 'num_labels', '_num_labels', 'author', 'created_date', 'language',
+    'license', 'problem_type', 'finetuning_task', 'task_specific_params',
     'n_ctx', 'n_special', 'predict_special_tokens', 'gradient_checkpointing', 'is_decoder',
     'is_encoder_decoder', 'chunk_size_feed_forward', 'output_attentions', 'output_hidden_states',
     'output_past', 'return_dict', 'use_return_dict', 'torchscript', 'use_bfloat16',
@@ -84,8 +85,8 @@ def config_from_dict(keys: Mapping[str, Any], where: str = 'config.json') -> GPT
              if (k not in CONFIG_KEYS and k not in NEUTRAL_KEYS and k not in KEPT_KEYS
              and k not in MADE_KEYS and k not in EMPTY_KEYS) or (k in EMPTY_KEYS and v)}
   if unknown:
-    raise UserError(f'{where} has keys that this GPT-2 can\'t honour: {unknown}. Remove them if they '
-                    'don\'t matter.')
+    raise UserError(f'{where} has keys that this GPT-2 can\'t honour: {unknown}. If they don\'t '
+                    'matter, remove them in a copy of the folder and name that.')
   fields = {k: keys[k] for k in CONFIG_KEYS if k in keys}
   if fields.get('classifier_dropout', 0) is None:
     del fields['classifier_dropout']

@@ -1,5 +1,6 @@
 """What follows from a config before any data is read: sizes, mesh, micro-batches, memory."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -177,6 +178,9 @@ def _tokenizer(config: Config, source: Source | None) -> str:
     return config.data.tokenizer or 'gpt2'
   if source.tokenizer is None:
     raise UserError(f'{source.where} has no tokenizer that can be used: set config.data.tokenizer.')
+  with contextlib.suppress(UserError):  # GPT-2's own may not be at hand
+    if source.tokenizer.sha256 == tokenizer.load('gpt2').sha256:
+      return 'gpt2'  # so that its stores are found
   folder = Path(config.data.directory) / 'tokenizers' / source.tokenizer.sha256[:16]
   try:
     with whole(folder) as path:
