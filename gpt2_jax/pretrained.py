@@ -28,7 +28,8 @@ from gpt2_jax.interop import (
     stablehlo,
     workdir,
 )
-from gpt2_jax.interop.tensors import Source, load_params, source_of, whole
+from gpt2_jax.interop.files import whole
+from gpt2_jax.interop.tensors import Source, load_params, source_of
 from gpt2_jax.model import GPT2, bind
 
 READERS = (workdir, huggingface, flax_msgpack, openai, nanogpt, llmc)

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_flags
 
 from configs import base, finetune, recipes
 from gpt2_jax.config import GPTConfig, LoRA
-from gpt2_jax.model import num_params
+from gpt2_jax.counts import num_params
 from gpt2_jax.training import plan
 
 SIZES = {'small': 124_439_808, 'medium': 354_823_168, 'large': 774_030_080, 'xl': 1_557_611_200}

@@ -17,9 +17,10 @@ import gpt2_jax
 from configs import base, finetune
 from gpt2_jax import checkpoint
 from gpt2_jax.config import LoRA
+from gpt2_jax.counts import num_params, num_trained, trainable_paths
 from gpt2_jax.data import labelled
 from gpt2_jax.errors import UserError
-from gpt2_jax.model import bind, init_params, num_params, num_trained, trainable_paths
+from gpt2_jax.model import bind, init_params
 from gpt2_jax.training import loop, plan
 from gpt2_jax.training.optimizer import make_optimizer, make_schedule
 from gpt2_jax.training.step import init_state, make_eval_step, make_train_step

@@ -399,8 +399,10 @@ def test_adapters_on_adapters(tmp_path):
   edit(tmp_path / 'a' / 'adapter_config.json', base_model_name_or_path=str(GOLDEN / 'lora'))
   both = pretrained.open_source(tmp_path / 'a')
   name = 'h.0.attn.c_attn.weight'
-  once = peft.merged(first).read(name) - first.read(name)
-  assert_close(peft.merged(both).read(name) - first.read(name), 2 * once, 1e-5)
+  A, B = (first.read(f'h.0.attn.c_attn.lora_{x}').astype(np.float64) for x in 'AB')
+  want = first.read(name) + 2 * 7 / 3 * (B @ A).T
+  assert np.abs(want - first.read(name)).max() > 0.1
+  assert_close(peft.merged(both).read(name), want, 1e-6)
   edit(tmp_path / 'a' / 'adapter_config.json', base_model_name_or_path=str(tmp_path / 'a'))
   with pytest.raises(UserError, match='names itself'):
     pretrained.open_source(tmp_path / 'a')

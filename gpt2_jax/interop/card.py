@@ -5,8 +5,8 @@ import textwrap
 
 import yaml
 
+from gpt2_jax.counts import num_params
 from gpt2_jax.interop.tensors import Source
-from gpt2_jax.model import num_params
 
 
 def _table(rows: list[tuple]) -> str:

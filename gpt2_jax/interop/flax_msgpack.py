@@ -19,7 +19,8 @@ import numpy as np
 
 from gpt2_jax.errors import UserError
 from gpt2_jax.interop import huggingface
-from gpt2_jax.interop.tensors import DTYPES, Source, Tensor, shapes, unreadable
+from gpt2_jax.interop.files import check_place, read_json, unreadable
+from gpt2_jax.interop.tensors import DTYPES, Source, Tensor, shapes
 
 FILE = 'flax_model.msgpack'
 CHUNK = 2**30  # bytes of an array that is written in one piece
@@ -70,8 +71,8 @@ def open_source(path: Path) -> Source:
   """
   folder = path if path.is_dir() else path.parent
   for name in ('config.json', FILE):
-    huggingface.check_place(folder / name)
-  keys = huggingface.read_json(folder / 'config.json')
+    check_place(folder / name)
+  keys = read_json(folder / 'config.json')
   tensors = {}
   for place, array in _arrays(folder / FILE).items():
     name = '.'.join(place).removeprefix('transformer.')

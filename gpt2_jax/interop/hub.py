@@ -12,6 +12,7 @@ from huggingface_hub import constants, errors
 
 from gpt2_jax.errors import UserError
 from gpt2_jax.interop import flax_msgpack, huggingface, peft
+from gpt2_jax.interop.files import read_json
 
 WEIGHTS = (*huggingface.WEIGHTS, flax_msgpack.FILE)
 
@@ -62,7 +63,7 @@ def fetch(source: str) -> Path:
   if found is None:
     raise UserError(f'{source!r} has none of {", ".join(weights)}.')
   if found.name.endswith('.index.json'):
-    for shard in sorted(set(huggingface.read_json(found).get('weight_map', {}).values())):
+    for shard in sorted(set(read_json(found).get('weight_map', {}).values())):
       if not re.fullmatch(r'[\w\-][\w\-.]*', str(shard)):
         raise UserError(f'{source!r}: {found.name} names a file outside of its folder: {shard!r}.')
       if get(shard) is None:

@@ -4,31 +4,28 @@ Tensor names and shapes are those of `tensors.py`; a `GPT2Model` has them as the
 models with a head have them behind `transformer.`.
 """
 
-import contextlib
 import dataclasses
 import json
 import re
-import struct
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from gpt2_jax import tokenizer
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError
-from gpt2_jax.interop import torch_files
+from gpt2_jax.interop import safetensors_files, torch_files
 from gpt2_jax.interop.card import model_card
+from gpt2_jax.interop.files import check_place, read_json, unreadable
 from gpt2_jax.interop.tensors import (
     Source,
     Tensor,
     check_tensors,
     common_dtype,
     shapes,
-    unreadable,
 )
 
 WEIGHTS = ('model.safetensors', 'model.safetensors.index.json',
@@ -165,17 +162,6 @@ def _drop_tied_head(path: Path, tensors: dict[str, Tensor]) -> None:
                     '(tie_word_embeddings, true by default). Write false there to use both.')
 
 
-def read_json(path: Path) -> dict[str, Any]:
-  """A JSON object from a file, as a dict."""
-  try:
-    value = json.loads(path.read_text(encoding='utf-8'))
-  except (OSError, ValueError, RecursionError) as e:
-    raise unreadable(path, e) from e
-  if not isinstance(value, dict):
-    raise unreadable(path, 'it holds no JSON object')
-  return value
-
-
 def load_tokenizer(path: Path) -> tokenizer.Tokenizer | None:
   """The tokenizer of a folder; None, with a warning, where it has one that we can't use."""
   if not any((path / name).is_file() for name in TOKENIZER[:3]):
@@ -212,78 +198,11 @@ def _tensors(path: Path) -> dict[str, Tensor]:
   """Tensors of a file, unread."""
   check_place(path)
   if path.suffix == '.safetensors':
-    return read_safetensors(path)
+    return safetensors_files.read(path)
   state = torch_files.read(path)
   if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
     raise unreadable(path, 'it holds no state dict')
   return state
-
-
-def check_place(path: Path) -> None:
-  """Checks that a file is there, and is no link to somewhere else.
-
-  The hub's cache is made of links, from models--NAME/snapshots/COMMIT/FILE to models--NAME/blobs/.
-  """
-  if not path.exists():
-    raise UserError(f'{path} is missing: fetch the checkpoint again.')
-  folder, real = path.parent.resolve(), path.resolve()
-  home = folder.parent.parent if folder.parent.name == 'snapshots' else folder
-  if not real.is_relative_to(home):
-    raise UserError(f'{path} is a link to {real}, outside of its folder: such a checkpoint can\'t be '
-                    'trusted. Copy the file in place of the link if you mean it.')
-
-
-SAFETENSORS_DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-  """Tensors of a .safetensors file, unread. It is opened anew for each, lest it stay mapped."""
-  @contextlib.contextmanager
-  def opened() -> Iterator[Any]:
-    try:
-      with safe_open(path, 'np') as file:
-        yield file
-    except (SafetensorError, OSError) as e:
-      raise unreadable(path, e) from e
-
-  def reader(name: str):
-    def read() -> np.ndarray:
-      with opened() as file:
-        return file.get_tensor(name)
-    return read
-
-  with opened() as file:
-    headers = {name: file.get_slice(name) for name in file.keys()}
-    return {name: Tensor(tuple(header.get_shape()),
-                         SAFETENSORS_DTYPES.get(header.get_dtype(), str(header.get_dtype())),
-                         reader(name))
-            for name, header in headers.items()}
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> int:
-  """Writes tensors one by one, where the library wants all of them at once; returns their bytes.
-
-  Format: an 8-byte length, a JSON header, the tensors (github.com/huggingface/safetensors, README).
-  """
-  names = {ours: theirs for theirs, ours in SAFETENSORS_DTYPES.items()}
-  header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
-  offset = 0
-  for name, tensor in tensors.items():
-    size = nbytes(tensor)
-    header[name] = {'dtype': names[tensor.dtype], 'shape': list(tensor.shape),
-                    'data_offsets': [offset, offset + size]}
-    offset += size
-  text = json.dumps(header).encode()
-  text += b' ' * (-len(text) % 8)
-  with open(path, 'wb') as file:
-    file.write(struct.pack('<Q', len(text)) + text)
-    for tensor in tensors.values():
-      file.write(np.ascontiguousarray(tensor.read()).view(np.uint8).data)
-  return offset
-
-
-def nbytes(tensor: Tensor) -> int:
-  return int(np.prod(tensor.shape)) * (4 if tensor.dtype == 'float32' else 2)
 
 
 def write(source: Source, target: Path, *, max_shard_size: int = MAX_SHARD_SIZE) -> None:
@@ -312,16 +231,16 @@ def write(source: Source, target: Path, *, max_shard_size: int = MAX_SHARD_SIZE)
     tensors[full] = Tensor(shape, source.dtype, lambda name=name: source.tensor(name))
   shards: list[dict[str, Tensor]] = [{}]
   for name, tensor in tensors.items():
-    if shards[-1] and sum(map(nbytes, shards[-1].values())) + nbytes(tensor) > max_shard_size:
+    if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > max_shard_size:
       shards.append({})
     shards[-1][name] = tensor
   if len(shards) == 1:
-    write_safetensors(target / 'model.safetensors', tensors)
+    safetensors_files.write(target / 'model.safetensors', tensors)
     return
   weight_map, size = {}, 0
   for i, shard in enumerate(shards):
     file = f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors'
-    size += write_safetensors(target / file, shard)
+    size += safetensors_files.write(target / file, shard)
     weight_map |= dict.fromkeys(shard, file)
   parameters = sum(int(np.prod(tensor.shape)) for tensor in tensors.values())
   (target / 'model.safetensors.index.json').write_text(json.dumps(

@@ -22,6 +22,7 @@ from gpt2_jax import tokenizer
 from gpt2_jax.config import TANH_GELU, GPTConfig
 from gpt2_jax.errors import UserError
 from gpt2_jax.interop import torch_files
+from gpt2_jax.interop.files import unreadable
 from gpt2_jax.interop.tensors import (
     CONV1D,
     Source,
@@ -30,7 +31,6 @@ from gpt2_jax.interop.tensors import (
     check_tensors,
     common_dtype,
     shapes,
-    unreadable,
 )
 
 FILE = 'ckpt.pt'

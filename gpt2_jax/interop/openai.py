@@ -20,6 +20,7 @@ from gpt2_jax import tokenizer
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError
 from gpt2_jax.interop import tensor_bundle
+from gpt2_jax.interop.files import unreadable
 from gpt2_jax.interop.tensors import (
     Source,
     Tensor,
@@ -27,7 +28,6 @@ from gpt2_jax.interop.tensors import (
     check_tensors,
     common_dtype,
     shapes,
-    unreadable,
 )
 
 PREFIX = 'model.ckpt'

@@ -13,7 +13,8 @@ import numpy as np
 
 from gpt2_jax.config import LoRA
 from gpt2_jax.errors import UserError
-from gpt2_jax.interop import huggingface
+from gpt2_jax.interop import safetensors_files
+from gpt2_jax.interop.files import check_place, read_json
 from gpt2_jax.interop.tensors import Source, Tensor, adapter_shapes, check_shapes, common_dtype
 
 CONFIG, FILE = 'adapter_config.json', 'adapter_model.safetensors'
@@ -42,7 +43,7 @@ def open_source(path: Path, open_base: Callable[[str], Source]) -> Source:
   Raises:
     UserError: names what can't be read or honoured.
   """
-  keys = huggingface.read_json(path / CONFIG)
+  keys = read_json(path / CONFIG)
   if keys.get('peft_type') != 'LORA':
     raise UserError(f'{path / CONFIG}: peft_type is {keys.get("peft_type")!r}; LORA can be read.')
   unknown = {k: v for k, v in keys.items()
@@ -66,8 +67,8 @@ def open_source(path: Path, open_base: Callable[[str], Source]) -> Source:
     base = merged(open_base(base_name))
   except RecursionError as e:
     raise UserError(f'{path / CONFIG} names itself as the model that it belongs to.') from e
-  huggingface.check_place(path / FILE)
-  tensors = huggingface.read_safetensors(path / FILE)
+  check_place(path / FILE)
+  tensors = safetensors_files.read(path / FILE)
   tensors = {name.removeprefix(PREFIX).removeprefix('transformer.').removesuffix('.weight')
              if 'lora_' in name else name.removeprefix(PREFIX): tensor
              for name, tensor in tensors.items()}
@@ -106,7 +107,7 @@ def write(source: Source, target: Path) -> None:
                           'token_classification': ['classifier']}.get(head)}
   (target / CONFIG).write_text(json.dumps(config, indent=2) + '\n')
   inner = lambda name: name if name.startswith(('score', 'classifier')) else f'transformer.{name}'
-  huggingface.write_safetensors(target / FILE, {
+  safetensors_files.write(target / FILE, {
       PREFIX + inner(name) + ('.weight' if 'lora_' in name else ''):
           Tensor(shape, source.dtype, lambda name=name: source.tensor(name))
       for name, shape in _shapes(source.config).items()})

@@ -32,7 +32,7 @@ from jax import export
 
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError
-from gpt2_jax.interop.huggingface import write_safetensors
+from gpt2_jax.interop import safetensors_files
 from gpt2_jax.interop.tensors import Source, Tensor
 from gpt2_jax.layers import pick
 from gpt2_jax.model import KVCache, bind, make_params
@@ -90,7 +90,7 @@ def write(source: Source, target: Path) -> None:
   target.mkdir()
   for name, content in contents.items():
     (target / name).write_bytes(content)
-  write_safetensors(target / 'model.safetensors', {
+  safetensors_files.write(target / 'model.safetensors', {
       name: Tensor(x.shape, source.dtype, functools.partial(_parameter, source, name, x.shape))
       for name, x in params.items()})
   if source.tokenizer is not None:

@@ -20,7 +20,8 @@ import numpy as np
 
 from gpt2_jax.errors import UserError
 from gpt2_jax.interop.crc32c import masked_crc32c
-from gpt2_jax.interop.tensors import Tensor, unreadable
+from gpt2_jax.interop.files import unreadable
+from gpt2_jax.interop.tensors import Tensor
 
 # tensorflow `core/framework/types.proto`; tensors of other types can be listed, not read
 DTYPES = {1: 'float32', 2: 'float64', 3: 'int32', 9: 'int64', 14: 'bfloat16', 19: 'float16'}

@@ -8,14 +8,10 @@ stacked, merged axes are apart (`c_attn.weight` is [L, D, 3, N, H]) and the voca
 Nothing is ever whole in memory but the parameters themselves.
 """
 
-import contextlib
 import dataclasses
 import math
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,8 +20,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gpt2_jax.config import TANH_GELU, GPTConfig
-from gpt2_jax.errors import UserError, saving
-from gpt2_jax.model import Params, make_params, param_shapes
+from gpt2_jax.counts import param_shapes
+from gpt2_jax.errors import UserError
+from gpt2_jax.model import Params, make_params
 from gpt2_jax.progress import track
 from gpt2_jax.sharding import P, mesh_of, on_devices, reshard
 from gpt2_jax.tokenizer import Tokenizer
@@ -43,6 +40,10 @@ class Tensor:
   shape: tuple[int, ...]
   dtype: str
   read: Callable[[], np.ndarray]
+
+  @property
+  def nbytes(self) -> int:
+    return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -289,31 +290,3 @@ def check_plain(
   if wrong:
     raise UserError(f'{kind} can\'t express {", ".join(wrong)}: it would compute another function. '
                     'Write Hugging Face\'s format instead (hf).')
-
-
-def unreadable(path: str | os.PathLike, why: object) -> UserError:
-  """The error for a file that is not what its name says."""
-  return UserError(f'{path} can\'t be read: {why}. It is cut short or broken, or of another kind: '
-                   'fetch or write it again.')
-
-
-@contextlib.contextmanager
-def whole(target: str | os.PathLike) -> Iterator[Path]:
-  """Yields a path to write a new file or folder to, which becomes `target` if all goes well.
-
-  Raises:
-    UserError: the target is there already, or can't be written.
-  """
-  target = Path(target)
-  if target.is_dir() and not any(target.iterdir()):
-    target.rmdir()
-  if target.exists():
-    raise UserError(f'{target} is there already: name a new place, or remove it.')
-  with saving(target.name, target.parent):
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f'.{target.name}.', dir=target.parent))
-    try:
-      yield scratch / target.name
-      (scratch / target.name).rename(target)
-    finally:
-      shutil.rmtree(scratch)

@@ -25,7 +25,8 @@ from typing import Any, BinaryIO, ClassVar
 import numpy as np
 
 from gpt2_jax.errors import UserError
-from gpt2_jax.interop.tensors import Tensor, unreadable
+from gpt2_jax.interop.files import unreadable
+from gpt2_jax.interop.tensors import Tensor
 
 STORAGES = {
     'FloatStorage': 'float32', 'HalfStorage': 'float16', 'BFloat16Storage': 'bfloat16',

@@ -12,11 +12,11 @@ import numpy as np
 from gpt2_jax import tokenizer
 from gpt2_jax.checkpoint import Checkpoints, difference
 from gpt2_jax.config import Config
+from gpt2_jax.counts import flops_per_token
 from gpt2_jax.data import labelled, prepare, store
 from gpt2_jax.data import loader as loader_lib
 from gpt2_jax.decoding.generate import generate_tokens
 from gpt2_jax.errors import UserError, saving
-from gpt2_jax.model import flops_per_token
 from gpt2_jax.progress import track
 from gpt2_jax.training import metrics, report
 from gpt2_jax.training import record as record_lib

@@ -15,11 +15,13 @@ from jax.sharding import PartitionSpec as P
 
 from gpt2_jax import sharding, tokenizer
 from gpt2_jax.config import Config, GPTConfig, LoRA
+from gpt2_jax.counts import flops_per_token, num_params, num_trained
 from gpt2_jax.data import labelled
 from gpt2_jax.errors import UserError
 from gpt2_jax.interop import peft
-from gpt2_jax.interop.tensors import Source, load_params, whole
-from gpt2_jax.model import Params, flops_per_token, num_params, num_trained
+from gpt2_jax.interop.files import whole
+from gpt2_jax.interop.tensors import Source, load_params
+from gpt2_jax.model import Params
 from gpt2_jax.pretrained import open_source
 from gpt2_jax.training.optimizer import make_optimizer, make_schedule
 from gpt2_jax.training.step import TrainState, init_state, make_eval_step, make_train_step

@@ -11,7 +11,8 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gpt2_jax.config import GPTConfig
-from gpt2_jax.model import GPT2, Params, bind, make_params, trainable_paths
+from gpt2_jax.counts import trainable_paths
+from gpt2_jax.model import GPT2, Params, bind, make_params
 from gpt2_jax.sharding import RULES, reshard
 
 
