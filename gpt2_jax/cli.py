@@ -91,9 +91,9 @@ class Sample:
 class Convert:
   """Turns a checkpoint of any format into another. What is lost: docs/conversion.md."""
 
-  source: tyro.conf.Positional[str]
+  source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar='SRC')]
   """Workdir of a run, Hugging Face folder or hub name, OpenAI's or nanoGPT's folder, llm.c's file."""
-  target: tyro.conf.Positional[str]
+  target: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar='DST')]
   """A new folder; of nanogpt, llmc and gguf a new file."""
   to: Literal['hf', 'nanogpt', 'llmc', 'openai', 'flax', 'peft', 'gguf', 'stablehlo']
   """The format to write."""

@@ -119,7 +119,7 @@ def _read_jsonl_packed(piece: Piece, field: str) -> Iterator[Document]:
 
 
 def _missing(package: str, path: str) -> UserError:
-  return UserError(f'{path} needs the package {package}: pip install "gpt2_jax[data]".')
+  return UserError(f'{path} needs the package {package}: pip install {package}.')
 
 
 def _parquet(path: str):

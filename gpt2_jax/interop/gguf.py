@@ -3,7 +3,7 @@
 The file is laid out as llama.cpp's own `convert_hf_to_gguf.py` lays out a GPT-2: architecture `gpt2`,
 its tensor names, matrices as [out, in], the position table and everything one-dimensional in float32.
 What cannot be computed there is refused. Format: ggml's `docs/gguf.md`; names come from the package
-gguf (`pip install gpt2_jax[gguf]`).
+gguf (`pip install gguf`).
 """
 
 import json
@@ -74,7 +74,7 @@ def _package() -> Any:
     import gguf
   except ImportError as e:
     raise UserError(
-        f'GGUF files need the package gguf ({e}): pip install gpt2_jax[gguf].') from e
+        f'GGUF files need the package gguf ({e}): pip install gguf.') from e
   return gguf
 
 

@@ -183,7 +183,7 @@ def _serialized(program: export.Exported) -> bytearray:
   try:
     return program.serialize()
   except ImportError as e:
-    raise UserError('StableHLO files need the package flatbuffers: pip install gpt2_jax[stablehlo] '
+    raise UserError('StableHLO files need the package flatbuffers: pip install flatbuffers '
                     f'({e}).') from e
 
 
