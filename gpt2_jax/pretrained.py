@@ -48,14 +48,21 @@ def open_source(source: str | os.PathLike) -> Source:
   Raises:
     UserError: it is none of these, or names what about it can't be read or honoured.
   """
+  return _open(source, ())
+
+
+def _open(source: str | os.PathLike, above: tuple[Path, ...]) -> Source:
+  """`above`: the adapters whose base this is."""
   path = Path(source)
   if not path.exists():
     if not hub.is_name(str(source)):
       raise UserError(f'{source} is neither a file or folder here nor a name of the hub.')
-    opened = open_source(hub.fetch(str(source)))
+    opened = _open(hub.fetch(str(source)), above)
     return dataclasses.replace(opened, where=str(source))
   if peft.recognises(path):
-    return peft.open_source(path, open_source)
+    if path.resolve() in above:
+      raise UserError(f'{path}: these adapters name themselves as the model that they belong to.')
+    return peft.open_source(path, lambda base: _open(base, (*above, path.resolve())))
   for reader in READERS:
     if reader.recognises(path):
       return reader.open_source(path)

@@ -404,7 +404,7 @@ def test_adapters_on_adapters(tmp_path):
   assert np.abs(want - first.read(name)).max() > 0.1
   assert_close(peft.merged(both).read(name), want, 1e-6)
   edit(tmp_path / 'a' / 'adapter_config.json', base_model_name_or_path=str(tmp_path / 'a'))
-  with pytest.raises(UserError, match='names itself'):
+  with pytest.raises(UserError, match='name themselves'):
     pretrained.open_source(tmp_path / 'a')
 
 

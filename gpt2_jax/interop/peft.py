@@ -63,10 +63,7 @@ def open_source(path: Path, open_base: Callable[[str], Source]) -> Source:
                 keys.get('lora_dropout', 0.0))
   except (KeyError, TypeError) as e:
     raise UserError(f'{path / CONFIG} can\'t be read: {e!r}.') from e
-  try:
-    base = merged(open_base(base_name))
-  except RecursionError as e:
-    raise UserError(f'{path / CONFIG} names itself as the model that it belongs to.') from e
+  base = merged(open_base(base_name))
   check_place(path / FILE)
   tensors = safetensors_files.read(path / FILE)
   tensors = {name.removeprefix(PREFIX).removeprefix('transformer.').removesuffix('.weight')
