@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
   from gpt2_jax.config import GPTConfig, LoRA
-  from gpt2_jax.decoding.generate import Generated, generate
+  from gpt2_jax.decoding.generate import Generated, generate, stream
+  from gpt2_jax.decoding.processors import Processor
   from gpt2_jax.errors import UserError
+  from gpt2_jax.forms import quantize
   from gpt2_jax.inference import Classified, Features, classify, features
   from gpt2_jax.model import GPT2, bind, init_params
   from gpt2_jax.pretrained import from_pretrained, merge_adapters, save_pretrained
@@ -25,6 +27,7 @@ _PLACES = {
     'GPTConfig': 'config',
     'Generated': 'decoding.generate',
     'LoRA': 'config',
+    'Processor': 'decoding.processors',
     'UserError': 'errors',
     'bind': 'model',
     'classify': 'inference',
@@ -33,13 +36,15 @@ _PLACES = {
     'generate': 'decoding.generate',
     'init_params': 'model',
     'merge_adapters': 'pretrained',
+    'quantize': 'forms',
     'save_pretrained': 'pretrained',
+    'stream': 'decoding.generate',
 }
 
 __all__ = [
-    'GPT2', 'Classified', 'Features', 'GPTConfig', 'Generated', 'LoRA', 'UserError', 'bind',
-    'classify', 'features', 'from_pretrained', 'generate', 'init_params', 'merge_adapters',
-    'save_pretrained',
+    'GPT2', 'Classified', 'Features', 'GPTConfig', 'Generated', 'LoRA', 'Processor', 'UserError',
+    'bind', 'classify', 'features', 'from_pretrained', 'generate', 'init_params', 'merge_adapters',
+    'quantize', 'save_pretrained', 'stream',
 ]
 
 

@@ -10,8 +10,11 @@ import jax.numpy as jnp
 
 
 def causal_mask(T: int, S: int, offset: jax.Array | int = 0) -> jax.Array:
-  """[1, T, S], true where key position s may be seen from query position `offset` + t."""
-  return (jnp.arange(S)[None, :] <= jnp.arange(T)[:, None] + offset)[None]
+  """[1, T, S], true where key position s may be seen from query position `offset` + t.
+
+  An `offset` for each row, [B], gives [B, T, S].
+  """
+  return jnp.arange(S) <= jnp.arange(T)[:, None] + jnp.reshape(offset, (-1, 1, 1))
 
 
 def attention(

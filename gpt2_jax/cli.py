@@ -1,13 +1,19 @@
 """The command line: `gpt2-jax VERB`, the same as `python -m gpt2_jax VERB`."""
 
 import dataclasses
+import io
 import json
+import os
 import sys
 from typing import Annotated, Literal
 
 import tyro
 
+from gpt2_jax import inputs
+from gpt2_jax.decoding.options import Options
 from gpt2_jax.errors import UserError
+
+RULE = '-' * 78 + '\n'
 
 
 @dataclasses.dataclass
@@ -49,42 +55,87 @@ class Sample:
   """Workdir of a run, Hugging Face folder or hub name, or another checkpoint (docs/conversion.md)."""
   tokenizer: str | None = None
   """Where the checkpoint brings none: gpt2, byte, or a folder."""
-  prompt: tuple[str, ...] = ('',)
-  """Texts to continue; an empty one starts a new document."""
-  max_new_tokens: int = 128
-  """The most new tokens."""
+  prompt: tuple[str, ...] = ()
+  """Texts to continue; '' starts a new document. None: standard input, unless it is a terminal."""
+  prompt_file: Annotated[str | None, tyro.conf.arg(metavar='FILE')] = None
+  """More: lines that are not blank, of a .jsonl file their "prompt". - is standard input."""
+  batch_size: int = 32
+  """Prompts that are continued at a time. The texts do not depend on it."""
   greedy: bool = False
-  """Always take the likeliest token."""
-  temperature: float = 1.0
-  """Below 1 the likely tokens become likelier."""
-  top_k: int | None = None
-  """Draw from the k likeliest tokens only."""
-  top_p: float | None = None
-  """Draw from the fewest tokens whose probability reaches p."""
-  num_return_sequences: int = 1
-  """Continuations of each prompt."""
-  seed: int = 0
-  """The same prompt and seed give the same text."""
+  """The same as --no-do-sample."""
   json: bool = False
-  """Print one JSON object a continuation, with ids and log-probabilities."""
+  """Print one JSON object a continuation, with ids, log-probabilities and all that repeats it."""
+  stream: bool = False
+  """Print each text as it is written, one prompt after another."""
+  interactive: bool = False
+  """Type the prompts in a session, whose settings the options below are."""
+  assistant: str | None = None
+  """Checkpoint of a smaller model with the same vocabulary, to guess ahead."""
+  int8: bool = False
+  """Keep the weights in 8 bits."""
+  options: Annotated[Options, tyro.conf.arg(name='generation')] = Options()
 
   def run(self) -> None:
+    if self.json + self.stream + self.interactive > 1:
+      raise UserError('--json, --stream and --interactive exclude each other.')
+    if self.interactive and (self.prompt or self.prompt_file):
+      raise UserError('--interactive asks for prompts: leave --prompt and --prompt-file out.')
+    if self.batch_size < 1:
+      raise UserError(f'--batch-size {self.batch_size} must be at least 1.')
+    if self.greedy:
+      self.options = dataclasses.replace(self.options, do_sample=False)
+    prompts = [inputs.typed(text, f'--prompt {text[:40]!r}') for text in self.prompt]
+    if self.prompt_file is not None:
+      prompts += inputs.read_prompts(self.prompt_file)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # an odd character ends no long work
+      sys.stdout.reconfigure(encoding='utf-8' if self.json else None, errors='replace')
+
     import gpt2_jax
-    from gpt2_jax import tokenizer
+    from gpt2_jax import forms, tokenizer
     model = gpt2_jax.from_pretrained(self.checkpoint)
     if self.tokenizer is not None:
       model.tokenizer = tokenizer.load(self.tokenizer)
-    results = gpt2_jax.generate(
-        model, self.prompt, max_new_tokens=self.max_new_tokens, do_sample=not self.greedy,
-        temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
-        num_return_sequences=self.num_return_sequences, seed=self.seed)
-    for i, result in enumerate(results):
-      prompt = self.prompt[result.prompt]
-      if self.json:
-        fields = dataclasses.asdict(result) | {'prompt': prompt}
-        print(json.dumps(fields, ensure_ascii=False))
-      else:
-        print('-' * 78 + '\n' if i else '', prompt, result.text, sep='')
+    if model.tokenizer is None:
+      raise UserError(f'{self.checkpoint} brings no tokenizer: name one with --tokenizer.')
+    if self.int8:
+      model = forms.quantize(model)
+    assistant = None if self.assistant is None else gpt2_jax.from_pretrained(self.assistant)
+    if self.interactive:
+      from gpt2_jax.interactive import Session
+      return Session(model, self.options, assistant).run()
+    if not prompts:
+      prompts = ['' if sys.stdin.isatty() else inputs.piped().removesuffix('\n')]
+    (self.write if self.stream else self.show)(model, assistant, prompts)
+
+  def write(self, model, assistant, prompts: list[str]) -> None:
+    """Prints texts while they are written."""
+    from gpt2_jax.decoding.generate import stream
+    for i, prompt in enumerate(prompts):
+      pieces = stream(model, prompt, assistant_model=assistant, **inputs.given(self.options))
+      print(RULE if i else '', prompt, sep='', end='', flush=True)
+      for piece in pieces:
+        print(piece, end='', flush=True)
+      print(flush=True)
+
+  def show(self, model, assistant, prompts: list[str]) -> None:
+    """Prints texts that are done."""
+    from gpt2_jax import batching
+    from gpt2_jax.decoding.generate import generate
+    ids = batching.encode(prompts, model.tokenizer, model.config, room=1)
+    asked = {name: getattr(self, name) for name in ('checkpoint', 'tokenizer', 'assistant', 'int8')}
+    asked['options'] = vars(self.options)
+    rule = ''
+    for first in range(0, len(ids), self.batch_size):
+      for result in generate(model, ids[first:first + self.batch_size], assistant_model=assistant,
+                             **inputs.given(self.options)):
+        i = first + result.prompt
+        if self.json:
+          fields = dataclasses.asdict(result) | {
+              'prompt': prompts[i], 'prompt_index': i, 'prompt_tokens': ids[i], **asked}
+          print(json.dumps(fields, ensure_ascii=False), flush=True)
+        else:
+          print(rule, prompts[i], result.text, sep='', flush=True)
+          rule = RULE
 
 
 @dataclasses.dataclass
@@ -120,13 +171,16 @@ Verb = (Annotated[Prepare, tyro.conf.subcommand('prepare')]
 
 def main(argv: list[str] | None = None) -> None:
   """Runs a verb. Exit status 1 and one message where the input can't be used."""
-  verb = tyro.cli(Verb, args=argv, prog='gpt2-jax', config=(tyro.conf.OmitArgPrefixes,))
   try:
-    verb.run()
+    tyro.cli(Verb, args=argv, prog='gpt2-jax', registry=inputs.registry,
+             config=(tyro.conf.OmitArgPrefixes,)).run()
   except UserError as e:
     sys.exit(f'error: {e}')
   except KeyboardInterrupt:
     sys.exit(130)
+  except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
 
 
 if __name__ == '__main__':

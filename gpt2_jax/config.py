@@ -43,8 +43,12 @@ REMAT_POLICIES = {
     'full': jax.checkpoint_policies.nothing_saveable,  # the block's input alone
 }
 
-
 HEADS = ('lm', 'sequence_classification', 'token_classification')
+
+# How parameters lie. 'train': the blocks' stacked, one array for all layers, weights [in, out],
+# float32. 'decode': a block after another, weights [out, in], in `dtype`. 'int8': so, with weights in
+# steps of 1/127 of the largest in their output channel. See `forms.py`.
+FORMS = ('train', 'decode', 'int8')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +112,7 @@ class GPTConfig:
   num_labels: int = 2  # of a classification head
   classifier_dropout: float = 0.1  # before the head of token classification
   lora: LoRA | None = None
+  form: str = 'train'  # of the parameters, a name of FORMS
 
   def __post_init__(self):
     if self.lora is not None and not isinstance(self.lora, LoRA):  # as a checkpoint's JSON has it
@@ -125,7 +130,7 @@ class GPTConfig:
         raise UserError(f'model.{name} = {getattr(self, name)} must lie in [0, 1).')
     for name, known in (
         ('activation_function', ACTIVATIONS), ('remat', REMAT_POLICIES),
-        ('init_scheme', ('hf', 'openai_release')), ('head', HEADS),
+        ('init_scheme', ('hf', 'openai_release')), ('head', HEADS), ('form', FORMS),
         ('dtype', ('float32', 'bfloat16'))):
       if getattr(self, name) not in known:
         raise UserError(f'model.{name} = {getattr(self, name)!r} is not one of {sorted(known)}.')

@@ -1,12 +1,13 @@
 """The parts that the model is put together from. Letters: see `model.py`."""
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gpt2_jax.config import LoRA
+from gpt2_jax.config import GPTConfig, LoRA
 from gpt2_jax.sharding import RULES, P, in_mesh, layout, unshard
 
 
@@ -37,12 +38,76 @@ def pick(x_BS: jax.Array, indices_B: jax.Array) -> jax.Array:
   return jnp.where(found_BS.reshape(found_BS.shape + (1,) * (x_BS.ndim - 2)), x_BS, 0).sum(1)
 
 
-class Embed(nnx.Module):
-  """A table of vectors; rows from `rows` on are padding and zero."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+  """Keys and values of L layers, preallocated for S positions."""
 
-  def __init__(self, shape, std, spec, *, rows: int, rngs: nnx.Rngs):
+  k_LBNSH: jax.Array  # heads before positions, as the products of attention read them
+  v_LBNSH: jax.Array
+
+  @classmethod
+  def zeros(cls, config: GPTConfig, B: int, S: int) -> 'Cache':
+    """An empty cache of a model: in the form 'train' one, else one for each layer."""
+    def empty(L):
+      shape, spec = (L, B, config.n_head, S, config.H), layout(RULES.cache_lbnsh)
+      return cls(*(jnp.zeros(shape, config.dtype, out_sharding=spec) for _ in 'kv'))
+
+    return empty(config.n_layer) if config.form == 'train' else (
+        tuple(empty(1) for _ in range(config.n_layer)))
+
+  def update(self, layer, slot, k_BTNH, v_BTNH) -> tuple['KVCache', jax.Array, jax.Array]:
+    """Writes T positions of a layer at `slot`, one for all rows or one a row; returns the cache and
+    that layer's k and v, [B, S, N, H].
+    """
+    layer = layer if self.k_LBNSH.shape[0] > 1 else 0
+
+    def put(all_LBNSH, new_BTNH):
+      new_BNTH = new_BTNH.swapaxes(1, 2)
+      if jnp.ndim(slot) == 0:
+        all_LBNSH = jax.lax.dynamic_update_slice(all_LBNSH, new_BNTH[None], (layer, 0, 0, slot, 0))
+        return all_LBNSH, jax.lax.dynamic_index_in_dim(all_LBNSH, layer, keepdims=False)
+      rows_BNSH = jax.lax.dynamic_index_in_dim(all_LBNSH, layer, keepdims=False)
+      write = lambda row_NSH, new_NTH, s: jax.lax.dynamic_update_slice(row_NSH, new_NTH, (0, s, 0))
+      rows_BNSH = jax.vmap(write)(rows_BNSH, new_BNTH, slot)
+      return jax.lax.dynamic_update_index_in_dim(all_LBNSH, rows_BNSH, layer, 0), rows_BNSH
+
+    (k_all, k_BNSH), (v_all, v_BNSH) = put(self.k_LBNSH, k_BTNH), put(self.v_LBNSH, v_BTNH)
+    return KVCache(k_all, v_all), k_BNSH.swapaxes(1, 2), v_BNSH.swapaxes(1, 2)
+
+
+Cache = KVCache | tuple[KVCache, ...]
+
+
+def room(cache: Cache) -> int:
+  """For how many positions a cache has room."""
+  return (cache if isinstance(cache, KVCache) else cache[0]).k_LBNSH.shape[3]
+
+
+class Embed(nnx.Module):
+  """A table of vectors; rows from `rows` on are padding and zero. Of int8 it has a scale a row."""
+
+  def __init__(self, shape, std, spec, *, rows: int, rngs: nnx.Rngs, int8: bool = False):
     table = normal(rngs, shape, std, spec)
     self.weight = nnx.Param(jnp.where(jnp.arange(shape[0])[:, None] < rows, table, 0))
+    self.scale = nnx.Param(jnp.ones(shape[0], out_sharding=layout(P(spec[0])))) if int8 else None
+
+  def rows(self, indices: jax.Array, dtype, spec: P) -> jax.Array:
+    """The vectors at some indices, laid out as `spec` says; NaN for one beyond the table."""
+    if self.scale is None:
+      return unshard(self.weight[...].astype(dtype)).at[indices].get(
+          out_sharding=layout(spec), mode='fill', fill_value=jnp.nan)
+    steps = unshard(self.weight[...]).at[indices].get(out_sharding=layout(spec))
+    scale = unshard(self.scale[...]).at[indices].get(
+        out_sharding=layout(P(*spec[:-1])), mode='fill', fill_value=jnp.nan)
+    return (steps * scale[..., None]).astype(dtype)
+
+  def logits(self, x_BTD: jax.Array, precision: str | None) -> jax.Array:
+    """Products with all vectors, in float32, [B, T, V]."""
+    y_BTV = jnp.einsum(
+        'BTD,VD->BTV', x_BTD, unshard(self.weight[...].astype(x_BTD.dtype)), precision=precision,
+        preferred_element_type=jnp.float32, out_sharding=layout(RULES.logits_btv))
+    return y_BTV if self.scale is None else y_BTV * unshard(self.scale[...])
 
 
 class Classifier(nnx.Module):
@@ -75,17 +140,20 @@ class LayerNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-  """`x @ weight + bias` as an einsum. Hugging Face's Conv1D has the same [in, out] order.
+  """`x @ weight + bias` as an einsum. Hugging Face's Conv1D has the same [in, out] order, in the form
+  'train'. In the others the order is [out, in], which a matrix times one vector reads fastest; of
+  int8, each output channel has a scale (`forms.py`).
 
   With `lora`, alpha/r · x·A·B is added: A's first axes are those that are contracted, B's last ones
   the others. A begins as PEFT's, uniform within 1/sqrt(fan-in), B as zero.
   """
 
   def __init__(self, equation, shape, spec, bias_shape, bias_spec, out_spec, std, *, rngs,
-               lora: LoRA | None = None):
-    self.equation, self.out_spec, self.lora = equation, out_spec, lora
+               form: str, lora: LoRA | None = None):
+    self.equation, self.out_spec, self.lora, self.form = equation, out_spec, lora, form
     self.weight = nnx.Param(normal(rngs, shape, std, spec))
     self.bias = nnx.Param(jnp.zeros(bias_shape, out_sharding=layout(bias_spec)))
+    self.scale = nnx.Param(jnp.ones_like(self.bias[...])) if form == 'int8' else None
     if lora:
       ins = len(_contracted(equation))
       fan_in, spec = math.prod(shape[:ins]), tuple(spec)
@@ -96,19 +164,31 @@ class Linear(nnx.Module):
           (lora.r, *shape[ins:]), out_sharding=layout(P(None, *spec[ins:]))))
 
   def __call__(self, x: jax.Array, precision: str | None, keys_B: jax.Array | None = None):
+    (x_axes, w_axes), out = self.equation.split('->')[0].split(','), self.equation.split('->')[1]
+    ins, dtype = _contracted(self.equation), x.dtype
+    # a training step adds up in the activations' dtype, as its gradient does
+    wide = dtype if self.form == 'train' else jnp.float32
     product = lambda equation, x, w, spec: jnp.einsum(
-        equation, x, unshard(w[...].astype(x.dtype)), precision=precision, out_sharding=layout(spec))
-    y = product(self.equation, x, self.weight, self.out_spec)
-    bias = unshard(self.bias[...].astype(x.dtype))
-    y = y + (bias[:, None, None] if bias.ndim == 3 else bias)  # c_attn's bias is CNH
+        equation, x, unshard(w.astype(dtype)), precision=precision,
+        preferred_element_type=wide, out_sharding=layout(spec))
+    over_rows = lambda b: b[:, None, None] if b.ndim == 3 else b  # c_attn's are CNH
+    if self.form == 'train':
+      y = product(self.equation, x, self.weight[...], self.out_spec)
+    else:  # one axis K is summed over: XLA on CPU would copy a weight with two, N and H, every time
+      flat = lambda z: z.reshape(*z.shape[:z.ndim - len(ins)], -1)
+      outs = w_axes.removeprefix(ins)
+      y = product(f'{x_axes.removesuffix(ins)}K,{outs}K->{out}', flat(x), flat(self.weight[...]),
+                  self.out_spec)
+    if self.scale is not None:
+      y = y * over_rows(unshard(self.scale[...]))
+    y = (y + over_rows(unshard(self.bias[...].astype(wide)))).astype(dtype)
     if self.lora:
-      (x_axes, w_axes), out = self.equation.split('->')[0].split(','), self.equation.split('->')[1]
-      ins = _contracted(self.equation)
       spec = P(*jax.typeof(x).sharding.spec[1:]) if in_mesh() else None
       x = dropout(x, self.lora.dropout, keys_B, spec)
-      x_BTR = product(f'{x_axes},{ins}R->BTR', x, self.lora_A, RULES.act_btd)
-      y += self.lora.alpha / self.lora.r * product(
-          f'BTR,R{w_axes.removeprefix(ins)}->{out}', x_BTR, self.lora_B, self.out_spec)
+      x_BTR = product(f'{x_axes},{ins}R->BTR', x, self.lora_A[...], RULES.act_btd).astype(dtype)
+      y += (self.lora.alpha / self.lora.r * product(
+          f'BTR,R{w_axes.removeprefix(ins)}->{out}', x_BTR, self.lora_B[...], self.out_spec)
+           ).astype(dtype)
     return y
 
 

@@ -12,7 +12,6 @@ A `GPT2` is used functionally: `params = init_params(config, seed)` is a plain n
 whose parameters have a leading axis L, run by `jax.lax.scan`.
 """
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -23,40 +22,17 @@ from flax import nnx
 from gpt2_jax.attention import attention, causal_mask
 from gpt2_jax.config import ACTIVATIONS, REMAT_POLICIES, GPTConfig
 from gpt2_jax.errors import UserError
-from gpt2_jax.layers import Classifier, Embed, LayerNorm, Linear, dropout, fold_in, pick
-from gpt2_jax.sharding import RULES, layout, reshard, unshard
+from gpt2_jax.layers import Classifier, Embed, LayerNorm, Linear, dropout, fold_in, pick, room
+from gpt2_jax.sharding import RULES, P, reshard
 
 Params = dict[str, Any]  # nested; leaves are arrays
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-  """Keys and values of all layers, preallocated for S positions."""
-
-  k_LBSNH: jax.Array
-  v_LBSNH: jax.Array
-
-  @classmethod
-  def zeros(cls, config: GPTConfig, B: int, S: int) -> 'KVCache':
-    shape = (config.n_layer, B, S, config.n_head, config.H)
-    spec = layout(RULES.cache_lbsnh)
-    return cls(*(jnp.zeros(shape, config.dtype, out_sharding=spec) for _ in 'kv'))
-
-  def update(self, layer, slot, k_BTNH, v_BTNH) -> tuple['KVCache', jax.Array, jax.Array]:
-    """Writes T positions of a layer at `slot`; returns the cache and that layer's k and v."""
-    def put(all_LBSNH, new_BTNH):
-      all_LBSNH = jax.lax.dynamic_update_slice(all_LBSNH, new_BTNH[None], (layer, 0, slot, 0, 0))
-      return all_LBSNH, jax.lax.dynamic_index_in_dim(all_LBSNH, layer, keepdims=False)
-
-    (k_all, k), (v_all, v) = put(self.k_LBSNH, k_BTNH), put(self.v_LBSNH, v_BTNH)
-    return KVCache(k_all, v_all), k, v
 
 
 class Output(NamedTuple):
   """What `GPT2.transformer` returns."""
 
   x_BTD: jax.Array  # after the last layer norm
-  cache: KVCache | None
+  cache: Any  # as it came, None or a `Cache`
   hidden_states: jax.Array | None  # [L+1, B, T, D]: embeddings, then each block; last after ln_f
   attentions: jax.Array | None  # [L, B, N, T, S]
 
@@ -70,10 +46,11 @@ class Attention(nnx.Module):
     self.c_attn = Linear(
         'BTD,DCNH->CBTNH', (c.n_embd, 3, c.n_head, c.H), r.c_attn_dcnh,
         (3, c.n_head, c.H), r.c_attn_cnh, r.act_cbtnh, c.initializer_range, rngs=rngs,
-        lora=c.adapter('attn.c_attn'))
+        form=c.form, lora=c.adapter('attn.c_attn'))
     self.c_proj = Linear(
         'BTNH,NHD->BTD', (c.n_head, c.H, c.n_embd), r.attn_proj_nhd,
-        (c.n_embd,), r.proj_d, r.act_btd, proj_std, rngs=rngs, lora=c.adapter('attn.c_proj'))
+        (c.n_embd,), r.proj_d, r.act_btd, proj_std, rngs=rngs,
+        form=c.form, lora=c.adapter('attn.c_proj'))
 
   def __call__(self, x_BTD, layer, mask_BTS, cache, slot, keys_B):
     c = self.config
@@ -82,7 +59,7 @@ class Attention(nnx.Module):
       cache, k_BSNH, v_BSNH = cache.update(layer, slot, k_BSNH, v_BSNH)
     scale = c.H**-0.5 if c.scale_attn_weights else 1.0
     if c.scale_attn_by_inverse_layer_idx:
-      scale = scale / (layer + 1).astype(jnp.float32)
+      scale = scale / jnp.asarray(layer + 1, jnp.float32)
     drop = None
     if keys_B is not None and c.attn_pdrop:
       drop = lambda weights_BNTS: dropout(
@@ -102,10 +79,12 @@ class MLP(nnx.Module):
     self.config = config
     self.c_fc = Linear(
         'BTD,DF->BTF', (c.n_embd, c.F), r.c_fc_df,
-        (c.F,), r.c_fc_f, r.act_btf, c.initializer_range, rngs=rngs, lora=c.adapter('mlp.c_fc'))
+        (c.F,), r.c_fc_f, r.act_btf, c.initializer_range, rngs=rngs,
+        form=c.form, lora=c.adapter('mlp.c_fc'))
     self.c_proj = Linear(
         'BTF,FD->BTD', (c.F, c.n_embd), r.mlp_proj_fd,
-        (c.n_embd,), r.proj_d, r.act_btd, proj_std, rngs=rngs, lora=c.adapter('mlp.c_proj'))
+        (c.n_embd,), r.proj_d, r.act_btd, proj_std, rngs=rngs,
+        form=c.form, lora=c.adapter('mlp.c_proj'))
 
   def __call__(self, x_BTD, keys_B):
     c = self.config
@@ -151,20 +130,25 @@ class GPT2(nnx.Module):
     self.config = config
     self.tokenizer: Any = None  # from_pretrained sets these two
     self.source: Any = None
-    self.wte = Embed((V, c.n_embd), std, r.wte_vd, rows=c.vocab_size, rngs=rngs)
+    table: Any = dict(rows=c.vocab_size, rngs=rngs, int8=c.form == 'int8')
+    self.wte = Embed((V, c.n_embd), std, r.wte_vd, **table)
     wpe_std = std / 2 if c.init_scheme == 'openai_release' else std
     self.wpe = Embed(
         (c.n_positions, c.n_embd), wpe_std, r.wpe_td, rows=c.n_positions, rngs=rngs)
-    self.h = nnx.vmap(
-        lambda rngs: Block(config, rngs=rngs), in_axes=0, out_axes=0,
-        transform_metadata={nnx.PARTITION_NAME: None})(rngs.split(c.n_layer))
+    self.h: Any  # blocks
+    if c.form == 'train':
+      self.h = nnx.vmap(
+          lambda rngs: Block(config, rngs=rngs), in_axes=0, out_axes=0,
+          transform_metadata={nnx.PARTITION_NAME: None})(rngs.split(c.n_layer))
+    else:
+      self.h = nnx.List([Block(config, rngs=rngs) for _ in range(c.n_layer)])
     self.ln_f = LayerNorm(c.n_embd, c.layer_norm_epsilon)
     if c.head == 'sequence_classification':
       self.score = Classifier(c.n_embd, c.num_labels, std, bias=False, rngs=rngs)
     elif c.head == 'token_classification':
       self.classifier = Classifier(c.n_embd, c.num_labels, std, bias=True, rngs=rngs)
     elif not c.tie_word_embeddings:
-      self.lm_head = Embed((V, c.n_embd), std, r.lm_head_vd, rows=c.vocab_size, rngs=rngs)
+      self.lm_head = Embed((V, c.n_embd), std, r.lm_head_vd, **table)
 
   def __call__(
       self, tokens_BT: jax.Array, *, lengths_B: jax.Array | None = None, **options) -> jax.Array:
@@ -183,7 +167,7 @@ class GPT2(nnx.Module):
       *,
       positions_BT: jax.Array | None = None,
       mask_BTS: jax.Array | None = None,
-      cache: KVCache | None = None,
+      cache: Any = None,
       slot: jax.Array | int = 0,
       dropout_keys_B: jax.Array | None = None,
       hidden_states: bool = False,
@@ -195,9 +179,9 @@ class GPT2(nnx.Module):
       tokens_BT: ids below `vocab_size`; an id beyond the table gives NaN.
       positions_BT: positions, default `slot` + t.
       mask_BTS: true where query t sees key s, default causal.
-      cache: where keys and values are kept; T of them are written from `slot` on, and S is the
-        cache's length. Without one, S = T.
-      slot: where in the cache the first token goes.
+      cache: a `Cache`, where keys and values are kept; T of them are written from `slot` on, and S
+        is the cache's length. Without one, S = T.
+      slot: where in the cache the first token goes, for all rows or [B].
       dropout_keys_B: a key for each row; None: no dropout.
       hidden_states, attentions: whether to return them.
 
@@ -209,37 +193,43 @@ class GPT2(nnx.Module):
       raise UserError(f'{T} tokens are more than the model has positions (n_positions = '
                       f'{c.n_positions}): shorten the text.')
     if positions_BT is None:
-      positions_BT = slot + jnp.arange(T)[None]
+      positions_BT = jnp.reshape(slot, (-1, 1)) + jnp.arange(T)
     if mask_BTS is None:
-      mask_BTS = causal_mask(T, T if cache is None else cache.k_LBSNH.shape[2], slot)
+      mask_BTS = causal_mask(T, T if cache is None else room(cache), slot)
     keys_B = dropout_keys_B
 
-    def rows(table: Embed, indices, spec):
-      table_ND = unshard(table.weight[...].astype(c.dtype))
-      return table_ND.at[indices].get(out_sharding=layout(spec), mode='fill', fill_value=jnp.nan)
-
-    x_BTD = rows(self.wte, tokens_BT, RULES.act_btd)
+    x_BTD = self.wte.rows(tokens_BT, c.dtype, RULES.act_btd)
     if positions_BT.shape[0] == 1:  # the same for all rows
-      x_BTD = x_BTD + rows(self.wpe, positions_BT[0], None)
+      x_BTD = x_BTD + self.wpe.rows(positions_BT[0], c.dtype, P(None, None))
     else:
-      x_BTD = x_BTD + rows(self.wpe, positions_BT, RULES.act_btd)
+      x_BTD = x_BTD + self.wpe.rows(positions_BT, c.dtype, RULES.act_btd)
     x_BTD = dropout(x_BTD, c.embd_pdrop, fold_in(keys_B, c.n_layer))
 
-    block, layers = nnx.split(self.h)
+    def run(block, x_BTD, number, cache):
+      """A block; its output, its cache, and what was asked for."""
+      y_BTD, weights_BNTS, cache = block(
+          x_BTD, number, mask_BTS, cache, slot, fold_in(keys_B, number))
+      return y_BTD, cache, (x_BTD if hidden_states else None, weights_BNTS if attentions else None)
 
-    def body(carry, layer):
-      x_BTD, cache = carry
-      params, number = layer
-      layer_keys_B = fold_in(keys_B, number)
-      y_BTD, weights_BNTS, cache = nnx.merge(block, params)(
-          x_BTD, number, mask_BTS, cache, slot, layer_keys_B)
-      return (y_BTD, cache), (x_BTD if hidden_states else None,
-                              weights_BNTS if attentions else None)
+    if c.form == 'train':
+      block, layers = nnx.split(self.h)
 
-    if c.remat != 'none':
-      body = jax.checkpoint(body, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
-    (x_BTD, cache), (inputs_LBTD, weights_LBNTS) = jax.lax.scan(
-        body, (x_BTD, cache), (layers, jnp.arange(c.n_layer)))
+      def body(carry, layer):
+        *carry, kept = run(nnx.merge(block, layer[0]), carry[0], layer[1], carry[1])
+        return tuple(carry), kept
+
+      if c.remat != 'none':
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
+      (x_BTD, cache), kept = jax.lax.scan(body, (x_BTD, cache), (layers, jnp.arange(c.n_layer)))
+    else:  # one after another, each with its own weights and cache: nothing is sliced or copied
+      caches: list[Any] = [None] * c.n_layer if cache is None else [*cache]
+      kept = []
+      for number, block in enumerate(self.h):
+        x_BTD, caches[number], features = run(block, x_BTD, number, caches[number])
+        kept.append(features)
+      cache = None if cache is None else tuple(caches)
+      kept = jax.tree.map(lambda *layers: jnp.stack(layers), *kept)
+    inputs_LBTD, weights_LBNTS = kept
     x_BTD = self.ln_f(x_BTD)
     states = None if inputs_LBTD is None else jnp.concatenate([inputs_LBTD, x_BTD[None]])
     return Output(x_BTD, cache, states, weights_LBNTS)
@@ -247,14 +237,11 @@ class GPT2(nnx.Module):
   def logits(self, x_BTD: jax.Array) -> jax.Array:
     """Float32 logits over the padded vocabulary; those of padding are the lowest float32."""
     c = self.config
-    table_VD = (self.wte if c.tie_word_embeddings else self.lm_head).weight[...]
+    table = self.wte if c.tie_word_embeddings else self.lm_head
     with jax.named_scope('logits'):
-      logits_BTV = jnp.einsum(
-          'BTD,VD->BTV', x_BTD, unshard(table_VD.astype(x_BTD.dtype)), precision=c.precision,
-          preferred_element_type=jnp.float32, out_sharding=layout(RULES.logits_btv))
+      logits_BTV = table.logits(x_BTD, c.precision)
       real_V = jnp.arange(c.padded_vocab_size) < c.vocab_size
       return jnp.where(real_V, logits_BTV, jnp.finfo(jnp.float32).min)
-
 
   def classify(
       self, x_BTD: jax.Array, lengths_B: jax.Array | None = None,

@@ -13,7 +13,7 @@ import collections
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -49,7 +49,7 @@ class Rules:
   act_btnh: P = P(BATCH, None, 'tensor', None)
   act_cbtnh: P = P(None, BATCH, None, 'tensor', None)
   logits_btv: P = P(BATCH, None, 'tensor')
-  cache_lbsnh: P = P(None, BATCH, None, 'tensor', None)
+  cache_lbnsh: P = P(None, BATCH, 'tensor', None, None)
   rows_b: P = P(BATCH)
   weights_nts: P = P('tensor', None, None)
 
@@ -122,6 +122,11 @@ def mesh_of(tree: Any) -> Iterator[None]:
     yield
 
 
+def devices_of(tree: Any) -> frozenset:
+  """The devices that some arrays lie on."""
+  return frozenset(jax.tree.leaves(tree)[0].sharding.device_set)
+
+
 def without_mesh():
   """A context without a mesh, for shapes that needn't divide by it."""
   return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
@@ -135,6 +140,20 @@ def layout(spec: P) -> P | None:
 def reshard(x: jax.Array, spec: P) -> jax.Array:
   """`x` laid out as `spec` says."""
   return jax.sharding.reshard(x, spec) if in_mesh() else x
+
+
+def by_rows(f: Callable[[Any, Any], Any], shared, rows):
+  """`f(shared, rows)`, by each device for its own rows: inside, there is no mesh to think of.
+
+  Args:
+    f: keeps rows apart: row b of what it returns depends on row b alone.
+    shared: what every device has whole.
+    rows: a tree of arrays [B, …], None among them; so is what `f` returns.
+  """
+  if not in_mesh():
+    return f(shared, rows)
+  rows = jax.tree.map(lambda x: jax.sharding.reshard(x, P(BATCH)), rows)
+  return jax.shard_map(f, in_specs=(P(), P(BATCH)), out_specs=P(BATCH))(shared, rows)
 
 
 def on_devices(tree):

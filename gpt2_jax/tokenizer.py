@@ -149,13 +149,13 @@ class Tokenizer:
   def decode_bytes(self, tokens: Iterable[int]) -> bytes:
     """The bytes of some ids; of added tokens, the text."""
     tokens = [operator.index(token) for token in tokens]
-    bad = next((t for t in tokens if t not in self._bytes), None)
+    bad = next((t for t in tokens if t not in self.token_bytes), None)
     if bad is not None:
       raise UserError(f'token id {bad} is not in the vocabulary of {self.vocab_size} ids.')
-    return b''.join(self._bytes[t] for t in tokens)
+    return b''.join(self.token_bytes[t] for t in tokens)
 
   @functools.cached_property
-  def _bytes(self) -> dict[int, bytes]:
+  def token_bytes(self) -> dict[int, bytes]:
     """The bytes of each id."""
     table = {id: token for token, id in zip(self._ranks, self._ids.tolist()) if id != NO_ID}
     added = {token.content for token in self._tables.added}

@@ -1,6 +1,7 @@
 """Decoding equals the full forward pass, and a sample depends on its prompt and seed alone."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2_jax import tokenizer
+from gpt2_jax.config import GPTConfig
 from gpt2_jax.decoding import loop
-from gpt2_jax.decoding.generate import generate, generate_tokens
-from gpt2_jax.decoding.processors import TopK, TopP, make_processors
+from gpt2_jax.decoding.generate import generate, generate_tokens, stream
 from gpt2_jax.errors import UserError
 from gpt2_jax.model import bind, init_params
 
@@ -24,6 +25,14 @@ SAMPLED = dict(temperature=0.9, top_k=40, top_p=0.95, seed=3, max_new_tokens=12)
 @pytest.fixture
 def params(tiny):
   return init_params(tiny, 0)
+
+
+@pytest.fixture(scope='module')
+def tiny_params():
+  """`tiny` and its parameters, for tests that hypothesis repeats."""
+  config = GPTConfig(vocab_size=97, n_positions=32, n_embd=32, n_layer=3, n_head=4, n_inner=80,
+                     vocab_multiple=8, initializer_range=0.3)
+  return config, init_params(config, 0)
 
 
 def ids(results):
@@ -89,30 +98,6 @@ def test_samples_have_the_models_distribution(tiny, params):
   assert chi2 < freedom + 5 * np.sqrt(2 * freedom)
 
 
-def test_top_p_keeps_the_crossing_token():
-  logits_BV = jnp.log(jnp.array([[0.1, 0.5, 0.15, 0.25]]))
-  kept = lambda p: np.isfinite(TopP(p)(logits_BV))[0].tolist()
-  assert kept(0.4) == [False, True, False, False]
-  assert kept(0.6) == [False, True, False, True]  # 0.25 crosses
-  assert kept(0.8) == [False, True, True, True]
-  assert kept(0.95) == [True, True, True, True]
-  assert kept(1e-6) == [False, True, False, False]  # the likeliest always stays
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 60), st.floats(0.01, 0.99), st.integers(0, 1000))
-def test_processors_keep_what_they_say(k, p, seed):
-  logits_BV = jnp.asarray(np.random.default_rng(seed).normal(size=(2, 50)) * 2, jnp.float32)
-  probs_BV = np.asarray(jax.nn.softmax(logits_BV))
-  kept = np.isfinite(TopK(k)(logits_BV))
-  assert (kept.sum(-1) == min(k, 50)).all()
-  assert (np.where(kept, probs_BV, 1).min(-1) >= np.where(kept, 0, probs_BV).max(-1)).all()
-  kept = np.isfinite(TopP(p)(logits_BV))
-  mass = np.where(kept, probs_BV, 0).sum(-1)
-  least = np.where(kept, probs_BV, 1).min(-1)
-  assert (mass >= p - 1e-5).all() and (mass - least < p + 1e-5).all()
-
-
 def test_the_end_of_text_ends_a_row(tiny, params):
   free = generate_tokens(tiny, params, PROMPTS[:3], do_sample=False, max_new_tokens=10)
   eos = free[0].tokens[4]
@@ -128,12 +113,12 @@ def test_the_end_of_text_ends_a_row(tiny, params):
 
 def test_other_prompts_and_numbers_compile_nothing(tiny, params):
   generate_tokens(tiny, params, [1, 2, 3], **SAMPLED)
-  compiled = loop.decode._cache_size()
+  compiled = loop.start._cache_size(), loop.advance._cache_size()
   for prompt in ([1], [4] * 14):
     for temperature, k, p, n in ((0.5, 3, 0.5, 9), (2.0, 90, 0.8, 15)):
       generate_tokens(tiny, params, prompt, temperature=temperature, top_k=k, top_p=p, seed=9,
                       max_new_tokens=n)
-  assert loop.decode._cache_size() == compiled
+  assert (loop.start._cache_size(), loop.advance._cache_size()) == compiled
 
 
 def test_texts_in_and_out(tiny):
@@ -155,12 +140,192 @@ def test_texts_in_and_out(tiny):
     ([1], dict(top_k=0), 'top_k = 0'), ([1], dict(top_p=1.5), 'top_p = 1.5'),
     ([1], dict(max_new_tokens=0), 'max_new_tokens = 0'),
     ([1], dict(do_sample=False, num_return_sequences=2), 'needs do_sample'),
+    ([1], dict(temperatur=0.5), "no option 'temperatur' .* do you mean temperature"),
+    ([1], dict(temperature=-1), 'temperature = -1 must be positive'),
+    ([1], dict(top_p=0), 'top_p = 0'), ([1], dict(stop_strings='x'), 'need a tokenizer'),
+    ([1], dict(context='wrap'), "context = 'wrap'"), ([1], dict(top_logprobs=-1), 'top_logprobs'),
+    ([1], dict(max_time=0), 'max_time = 0'), ([1], dict(eos_token_id=97), 'eos_token_id'),
+    ([1], dict(stop_token_ids=[-1]), 'stop_token_ids'),
 ])
 def test_what_cannot_be_is_refused(tiny, params, prompts, options, says):
   with pytest.raises(UserError, match=says):
     generate_tokens(tiny, params, prompts, **options)
 
 
-def test_processors_are_only_those_asked_for():
-  assert make_processors() == ()
-  assert [type(p).__name__ for p in make_processors(0.5, 3, 0.9)] == ['Temperature', 'TopK', 'TopP']
+def test_every_position_of_the_whole_context(tiny):
+  """Prompts of 1, 2, 1022 and 1023 ids, continued to the 1024th: as one full forward pass has it."""
+  config = dataclasses.replace(tiny, n_positions=1024, n_embd=16, n_layer=2, n_inner=24)
+  params, rng = init_params(config, 0), np.random.default_rng(0)
+  prompts = [rng.integers(0, 97, n).tolist() for n in (1, 2, 1022, 1023)]
+  results = generate_tokens(config, params, prompts, do_sample=False, max_new_tokens=2000)
+  whole = np.array([prompt + result.tokens for prompt, result in zip(prompts, results)])
+  assert whole.shape == (4, 1024)
+  assert {result.finish_reason for result in results} == {'context'}
+  logits_BTV = np.asarray(jax.jit(lambda x_BT: bind(config, params)(x_BT))(whole))
+  for prompt, result, logits_TV in zip(prompts, results, logits_BTV):
+    want_TV = logits_TV[len(prompt) - 1:-1]
+    assert result.tokens == want_TV.argmax(-1).tolist()
+    logprobs = np.asarray(jax.nn.log_softmax(want_TV))[range(len(result.tokens)), result.tokens]
+    np.testing.assert_allclose(result.logprobs, logprobs, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 96), min_size=1, max_size=16), min_size=4, max_size=4),
+       st.integers(0, 2**31), st.sampled_from([{}, dict(repetition_penalty=1.3, top_p=0.8)]))
+def test_any_batch_is_its_rows(tiny_params, prompts, seed, options):
+  """Composition of the batch: each of four random prompts as if it were alone."""
+  tiny, params = tiny_params
+  options = dict(seed=seed, max_new_tokens=9) | options
+  together = ids(generate_tokens(tiny, params, prompts, **options))
+  for i in (seed % 4, (seed + 1) % 4):
+    assert ids(generate_tokens(tiny, params, prompts[i], **options)) == [together[i]]
+
+
+def test_several_results_read_the_prompt_once(tiny, params, monkeypatch):
+  read = []
+  monkeypatch.setattr(loop, 'prefill', lambda model, request, N, real=loop.prefill: (
+      read.append(request.prompts_AP.shape[0]), real(model, request, N))[1])
+  several = ids(generate_tokens(tiny, params, [[1, 2], [3]], num_return_sequences=7, seed=5,
+                                max_new_tokens=11))
+  assert read == [2]
+  alone = ids(generate_tokens(tiny, params, [3], num_return_sequences=2, seed=5, max_new_tokens=11))
+  assert several[7:9] == alone
+
+
+def test_a_sliding_context_reads_its_last_half_again(tiny, params):
+  """Window after window, greedily, by full forward passes."""
+  prompts = [[1, 2, 3], [7] * 29]
+  options = dict(do_sample=False, max_new_tokens=45, context='slide')
+  results = generate_tokens(tiny, params, prompts, **options)
+  forward = jax.jit(lambda x_1S: bind(tiny, params)(x_1S)[0])
+  for prompt, result in zip(prompts, results):
+    assert result.finish_reason == 'length' and len(result.logprobs) == 45
+    sequence, window = list(prompt), list(prompt)
+    while len(sequence) < len(prompt) + 45:
+      if len(window) == 32:
+        window = window[-16:]
+      logits_SV = np.asarray(forward(jnp.asarray([window + [0] * (32 - len(window))])))
+      token = int(logits_SV[len(window) - 1].argmax())
+      sequence.append(token)
+      window.append(token)
+    assert result.tokens == sequence[len(prompt):]
+  assert ids(generate_tokens(tiny, params, prompts[1], **options)) == [results[1].tokens]
+
+
+def test_top_logprobs_are_the_models(tiny, params):
+  [result] = generate_tokens(tiny, params, [4, 5], seed=2, max_new_tokens=6, top_logprobs=3, top_k=9)
+  logprobs = jax.nn.log_softmax(bind(tiny, params)(jnp.asarray([[4, 5, *result.tokens]]))[0])
+  for place, (top, token, logprob) in enumerate(zip(
+      result.top_logprobs, result.tokens, result.logprobs)):
+    row = np.asarray(logprobs[1 + place])
+    assert list(top) == np.argsort(-row)[:3].tolist()
+    np.testing.assert_allclose(list(top.values()), np.sort(row)[::-1][:3], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(logprob, row[token], rtol=1e-4, atol=1e-5)
+
+
+def test_logits_that_are_nan_are_named(tiny, params):
+  bad = params | {'ln_f': {**params['ln_f'], 'bias': params['ln_f']['bias'] + jnp.nan}}
+  with pytest.raises(UserError, match='prompt 0, position 3: the logits are NaN'):
+    generate_tokens(tiny, bad, [1, 2, 3], max_new_tokens=3)
+  with pytest.raises(UserError, match='position 3: the options forbid every token'):
+    generate_tokens(tiny, params, [1, 2, 3], max_new_tokens=3, suppress_tokens=range(97))
+
+
+@pytest.fixture(scope='module')
+def writer():
+  """A model that writes bytes."""
+  config = GPTConfig(vocab_size=257, n_positions=64, n_embd=32, n_layer=2, n_head=4,
+                     initializer_range=0.3)
+  model = bind(config, init_params(config, 0))
+  model.tokenizer = tokenizer.load('byte')
+  return model
+
+
+def test_a_stream_is_the_text_in_valid_pieces(writer):
+  favoured = dict.fromkeys(writer.tokenizer.encode('añ日本🎉'), 4.0)  # characters of several bytes
+  whole = 0
+  for seed in range(6):
+    options = dict(max_new_tokens=40, seed=seed, sequence_bias=favoured, stop_strings=['a日', 'ñ'])
+    [want] = generate(writer, 'ab', **options)
+    pieces, shown = stream(writer, 'ab', **options), []
+    while True:
+      try:
+        shown.append(next(pieces))
+      except StopIteration as end:
+        assert end.value == want
+        break
+    assert ''.join(shown) == want.text
+    for i in range(1, len(shown)):  # a cut never falls into a character
+      assert not shown[i - 1].endswith('\ufffd') or want.text.count('\ufffd')
+    whole += len(shown) > 3
+  assert whole > 2
+
+
+def test_stop_strings_end_a_text_before_them(writer):
+  letters = dict.fromkeys(writer.tokenizer.encode('abcdefgh'), 9.0)
+  options = dict(max_new_tokens=40, seed=1, sequence_bias=letters)
+  [free] = generate(writer, 'ab', **options)
+  wanted = free.text[5:8]  # three tokens
+  [stopped] = generate(writer, 'ab', stop_strings=['never to be seen', wanted], **options)
+  assert stopped.finish_reason == 'stop' and stopped.text == free.text[:free.text.index(wanted)]
+  assert stopped.tokens == free.tokens[:len(stopped.tokens)] and len(stopped.tokens) < 40
+  assert writer.tokenizer.decode(stopped.tokens).endswith(wanted)
+
+
+def test_ids_and_budgets_stop(writer):
+  [free] = generate(writer, 'ab', max_new_tokens=40, seed=1)
+  [stopped] = generate(writer, 'ab', max_new_tokens=40, seed=1, stop_token_ids=[free.tokens[7]])
+  first = free.tokens.index(free.tokens[7])
+  assert stopped.tokens == free.tokens[:first] and stopped.finish_reason == 'stop'
+  [late] = generate(writer, 'ab', max_new_tokens=40, seed=1, stop_token_ids=[free.tokens[7]],
+                    min_new_tokens=first + 1)
+  assert len(late.tokens) > first and late.tokens[:first] == free.tokens[:first]
+  [timed] = generate(writer, 'ab', max_new_tokens=40, seed=1, max_time=1e-9)
+  assert timed.finish_reason == 'time' and timed.tokens == free.tokens[:1]
+
+
+def test_a_regular_expression_is_matched(writer):
+  pytest.importorskip('outlines_core')
+  for seed in range(3):
+    [result] = generate(writer, 'ab', max_new_tokens=40, seed=seed, regex=r'(\d{2,3}-)+é[a-c]+!')
+    assert result.finish_reason in ('stop', 'length')
+    if result.finish_reason == 'stop':
+      assert re.fullmatch(r'(\d{2,3}-)+é[a-c]+!', result.text)
+  assert result.text[:2].isdigit()
+  [empty] = generate(writer, 'ab', max_new_tokens=4, regex='', eos_token_id=())
+  assert empty.tokens == [] and empty.finish_reason == 'stop'
+
+
+def test_processors_of_ones_own(tiny, params):
+  @jax.tree_util.register_dataclass
+  @dataclasses.dataclass(frozen=True)
+  class Odd:  # only ids that are odd, and none twice
+    lift: float
+
+    def __call__(self, scores_BV, history):
+      V = scores_BV.shape[-1]
+      wanted_BV = (jnp.arange(V) % 2 == 1) & (history.counts(V) == 0)
+      return jnp.where(wanted_BV, scores_BV + self.lift, -jnp.inf)
+
+  options = dict(seed=1, max_new_tokens=10, logits_processor=[Odd(0.5)])
+  want = generate_tokens(tiny, params, PROMPTS, **options)
+  for result, prompt in zip(want, PROMPTS):
+    everything = prompt + result.tokens
+    assert all(token % 2 for token in result.tokens)
+    assert len(set(result.tokens)) == len(result.tokens) and not set(prompt) & set(result.tokens)
+    assert len(everything) == len(prompt) + 10
+  with mesh_of(2, 2, 2):
+    have = generate_tokens(tiny, init_params(tiny, 0), PROMPTS, **options)
+  assert ids(have) == ids(want)
+
+
+def test_the_parameters_are_prepared_once_and_anew_when_they_change(writer):
+  from gpt2_jax.decoding.generate import _prepare
+  before = _prepare(writer)
+  assert _prepare(writer) is before
+  [one] = generate(writer, 'ab', max_new_tokens=8, do_sample=False)
+  weight = writer.wte.weight[...]
+  writer.wte.weight[...] = weight[::-1]
+  [other] = generate(writer, 'ab', max_new_tokens=8, do_sample=False)
+  writer.wte.weight[...] = weight
+  assert one != other and generate(writer, 'ab', max_new_tokens=8, do_sample=False) == [one]

@@ -316,7 +316,7 @@ def test_stablehlo_folder_says_what_it_holds(tmp_path, flatbuffers):
       'name': 'tokens', 'shape': ['b', 't'], 'dtype': 'int32'}
   assert manifest['programs']['decode_step']['outputs'] == [
       {'name': 'logits', 'shape': ['b', 257], 'dtype': 'float32'},
-      *({'name': n, 'shape': [2, 'b', 8, 3, 4], 'dtype': 'float32'} for n in 'kv')]
+      *({'name': n, 'shape': [2, 'b', 3, 8, 4], 'dtype': 'float32'} for n in 'kv')]
   assert GPTConfig(**manifest['config']) == dataclasses.replace(BYTES, vocab_multiple=1)
   assert tokenizer.load(tmp_path / 'out/tokenizer').vocab_size == 257
   for name in manifest['programs']:

@@ -3,6 +3,8 @@
 import hashlib
 import http.server
 import json
+import re
+import shlex
 import shutil
 import threading
 from pathlib import Path
@@ -10,7 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run
 
+import gpt2_jax
 from gpt2_jax import tokenizer
+from gpt2_jax.config import GPTConfig
 
 GOLDEN = ROOT / 'tests' / 'golden' / 'huggingface'
 COMMIT = 'c0ffee' * 6 + 'c0ff'
@@ -29,10 +33,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
     self.respond(body=True)
 
   def respond(self, body):
-    owner, name, resolve, revision, file = self.path.lstrip('/').split('/', 4)
-    assert resolve == 'resolve'
+    name, rest = self.path.lstrip('/').split('/resolve/')
+    revision, file = rest.split('/', 1)
     self.asked.append(f'{self.command} {file} @{revision}')
-    model = self.folder / owner / name
+    model = self.folder / name
     problem = ('RepoNotFound' if not model.is_dir() else
                'RevisionNotFound' if revision not in ('main', COMMIT) else
                'EntryNotFound' if not (model / file).is_file() else None)
@@ -95,7 +99,24 @@ def test_a_model_is_fetched_by_name_and_then_works_offline(hub):
   assert again.stdout == first.stdout and not asked
 
   pinned = run(*SAMPLE, f'some/name@{COMMIT}', **env)
-  assert pinned.stdout == first.stdout, pinned.stderr
+  assert json.loads(pinned.stdout) == json.loads(first.stdout) | {
+      'checkpoint': f'some/name@{COMMIT}'}, pinned.stderr
+
+
+def test_the_model_cards_example(hub):
+  """https://huggingface.co/gpt2, "How to use", as docs/decoding.md has it in one command."""
+  folder, env, _ = hub
+  config = GPTConfig(vocab_size=257, n_positions=64, n_embd=24, n_layer=2, n_head=2)
+  model = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))
+  model.tokenizer = tokenizer.load('byte')
+  gpt2_jax.save_pretrained(model, folder / 'gpt2')
+  page = (ROOT / 'docs' / 'decoding.md').read_text()
+  [command] = re.findall(r'^gpt2-jax (sample --checkpoint gpt2 .*)$', page, re.M)
+  result = run('-m', 'gpt2_jax', *shlex.split(command), '--json', **env)
+  assert result.returncode == 0, result.stderr
+  texts = [json.loads(line) for line in result.stdout.splitlines()]
+  assert len(texts) == 5 and {text['prompt'] for text in texts} == {"Hello, I'm a language model,"}
+  assert len({text['text'] for text in texts}) > 1 and texts[0]['options']['seed'] == 42
 
 
 def make_wider(path, keys, vocab_size):

@@ -14,8 +14,8 @@ from gpt2_jax.attention import causal_mask
 from gpt2_jax.config import REMAT_POLICIES, GPTConfig
 from gpt2_jax.counts import flops_per_token, num_params
 from gpt2_jax.errors import UserError
-from gpt2_jax.layers import dropout, fold_in
-from gpt2_jax.model import KVCache, bind, init_params
+from gpt2_jax.layers import KVCache, dropout, fold_in
+from gpt2_jax.model import bind, init_params
 from gpt2_jax.training.step import nll, row_keys
 
 SIZES = {

@@ -189,7 +189,7 @@ def test_greedy_ids_of_ragged_prompts():
 
 @pytest.mark.parametrize('k,p,t', [(5, None, 1.0), (None, 0.7, 1.0), (20, 0.9, 0.6)])
 def test_processors(k, p, t):
-  from gpt2_jax.decoding.processors import make_processors
+  from gpt2_jax.decoding.assemble import make_processors
   logits = np.random.default_rng(0).normal(size=(6, 50)).astype(np.float32) * 3
   want = torch.tensor(logits) / t
   if k:

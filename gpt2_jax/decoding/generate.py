@@ -1,19 +1,38 @@
 """Text in, text out."""
 
+import codecs
 import dataclasses
-from collections.abc import Sequence
+import functools
+import time
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from gpt2_jax import batching, sharding
 from gpt2_jax.config import GPTConfig
-from gpt2_jax.decoding.loop import decode
-from gpt2_jax.decoding.processors import make_processors
+from gpt2_jax.decoding import automaton
+from gpt2_jax.decoding import history as h
+from gpt2_jax.decoding.assemble import make_processors
+from gpt2_jax.decoding.driver import Job, Row, run
+from gpt2_jax.decoding.history import Endings
+from gpt2_jax.decoding.loop import Rules
+from gpt2_jax.decoding.options import Options
+from gpt2_jax.decoding.processors import Processor
+from gpt2_jax.decoding.searches import make_search
 from gpt2_jax.errors import UserError
+from gpt2_jax.forms import for_decoding
 from gpt2_jax.model import GPT2, Params
 from gpt2_jax.tokenizer import Tokenizer
+
+_stop_strings, _regex = map(functools.lru_cache(8), (automaton.stop_strings, automaton.regex))
+PrefixFunction = Callable[[int, np.ndarray], Sequence[int]]
+REASONS = {h.END_ID: 'stop', h.STOP_STRING: 'stop', h.GUIDE: 'stop', h.LIMIT: 'length',
+           h.CONTEXT: 'context'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +41,14 @@ class Generated:
 
   Attributes:
     prompt: index of its prompt.
-    tokens: the new ids; an end-of-sequence id is not among them.
-    text: their text, None without a tokenizer.
-    finish_reason: 'stop' (the end-of-sequence id came), 'length' (`max_new_tokens`) or 'context'
-      (the model has no more positions).
-    logprobs: log-probability of each new id under the model, in nats.
+    tokens: the new ids; an id that ended it is not among them, a stop string's are.
+    text: their text up to a stop string, None without a tokenizer.
+    finish_reason: 'stop' (an id or a string that ends the text came, or the regular expression is
+      done), 'length' (`max_new_tokens`), 'context' (the model has no more positions) or 'time'
+      (`max_time`).
+    logprobs: log-probability of each new id under the model, in nats, before any processor.
+    top_logprobs: id -> log-probability of the likeliest ids at each place, if asked for.
+    score: of a beam, what it was ranked by.
   """
 
   prompt: int
@@ -34,79 +56,197 @@ class Generated:
   text: str | None
   finish_reason: str
   logprobs: list[float]
+  top_logprobs: list[dict[int, float]] | None = None
+  score: float | None = None
+
+
+class Decoder:
+  """One request: its rows, and what they have come to."""
+
+  def __init__(
+      self, config: GPTConfig, params: Params, prompts: batching.Texts, options: Options, *,
+      tokenizer: Tokenizer | None = None, logits_processor: Sequence[Processor] = (),
+      prefix_allowed_tokens_fn: PrefixFunction | None = None,
+      assistant: tuple[GPTConfig, Params] | None = None):
+    began = time.monotonic()
+    options.check_stopping(config.vocab_size)
+    self.config, self.options, self.tokenizer = config, options, tokenizer
+    self.stop_strings = ([options.stop_strings] if isinstance(options.stop_strings, str)
+                         else list(options.stop_strings))
+    eos = options.eos_token_id
+    if eos is None:
+      eos = () if tokenizer is None else tokenizer.eot
+    eos = np.atleast_1d(np.asarray(eos, np.int32))
+    self.ends = np.concatenate([eos, np.asarray(options.stop_token_ids, np.int32)])
+    stop = guide = None
+    V = config.vocab_size
+    if tokenizer is None and (self.stop_strings or options.regex is not None):
+      raise UserError('stop_strings and regex need a tokenizer: pass tokenizer=.')
+    if self.stop_strings:
+      stop = _stop_strings(tuple(self.stop_strings), tokenizer, V)
+    if options.regex is not None:
+      guide = _regex(options.regex, tokenizer, V, frozenset(self.ends.tolist()))
+    search, width, results = make_search(config, options, ends=len(self.ends), assistant=assistant)
+    made = make_processors(
+        options, V=V, eos=eos, ends=self.ends, guide=guide, extra=tuple(logits_processor),
+        prefix_allowed_tokens_fn=prefix_allowed_tokens_fn)
+    ids = batching.encode(prompts, tokenizer, config, room=1)
+    # what only an empty text matches is done
+    done = guide is not None and guide.complete(jnp.zeros(1, jnp.int32))[0]
+    reason = h.GUIDE if done else h.RUNNING
+    self.rows = [Row(i, k, list(prompt), len(prompt), reason)
+                 for i, prompt in enumerate(ids) for k in range(results)]
+    self.job = Job(
+        *for_decoding(config, params), search,
+        Rules(made, Endings(jnp.asarray(self.ends), stop, guide)),
+        jax.random.key(options.seed) if options.do_sample else None,
+        options.max_new_tokens, options.top_logprobs, options.context == 'slide',
+        None if options.max_time is None else began + options.max_time, width)
+
+  def run(self, steps: int | None = None) -> Iterator[None]:
+    """Writes; yields after every so many steps."""
+    return run(self.job, self.rows, steps)
+
+  def results(self) -> list[Generated]:
+    return [self._result(row) for row in self.rows]
+
+  def text(self, row: Row) -> bytes:
+    """What a row shows."""
+    assert self.tokenizer is not None
+    data = self.tokenizer.decode_bytes(self._shown(row))
+    if row.reason == h.STOP_STRING:
+      data = data[:automaton.cut(data, self.stop_strings)]
+    return data
+
+  def _shown(self, row: Row) -> list[int]:
+    return row.new[:-1] if row.reason == h.END_ID else row.new
+
+  def _result(self, row: Row) -> Generated:
+    tokens = self._shown(row)
+    text = self.text(row).decode('utf-8', 'replace') if self.tokenizer else None
+    top = row.top[:len(tokens)] if self.options.top_logprobs else None
+    reason = 'time' if row.out_of_time else REASONS[row.reason]
+    return Generated(row.which, tokens, text, reason, row.logprobs[:len(tokens)], top, row.score)
 
 
 def generate_tokens(
-    config: GPTConfig,
-    params: Params,
-    prompts: batching.Texts,
-    *,
-    tokenizer: Tokenizer | None = None,
-    max_new_tokens: int = 128,
-    do_sample: bool = True,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    num_return_sequences: int = 1,
-    seed: int = 0,
-    eos_token_id: int | Sequence[int] | None = None,
-) -> list[Generated]:
+    config: GPTConfig, params: Params, prompts: batching.Texts, *,
+    tokenizer: Tokenizer | None = None, logits_processor: Sequence[Processor] = (),
+    prefix_allowed_tokens_fn: PrefixFunction | None = None,
+    assistant: tuple[GPTConfig, Params] | None = None, **options: Any) -> list[Generated]:
   """As `generate`, for a config and parameters, on the mesh that is set or on one device."""
-  if max_new_tokens < 1 or num_return_sequences < 1:
-    raise UserError(f'max_new_tokens = {max_new_tokens} and num_return_sequences = '
-                    f'{num_return_sequences} must be at least 1.')
-  if not do_sample and num_return_sequences > 1:
-    raise UserError('greedy decoding has one result: num_return_sequences > 1 needs do_sample.')
-  rows = [(i, ids, k) for i, ids in enumerate(batching.encode(prompts, tokenizer, config, room=1))
-          for k in range(num_return_sequences)]
-  processors = make_processors(temperature, top_k, top_p) if do_sample else ()
-  if eos_token_id is None:
-    eos_token_id = tokenizer.eot if tokenizer else ()
-  eos = np.atleast_1d(np.asarray(eos_token_id, np.int32))
-  padded = rows + [rows[0]] * (-len(rows) % batching.split())
-  prompts_BP, lengths_B = batching.pad([ids for _, ids, _ in padded], config.n_positions)
-  limits_B = np.minimum(max_new_tokens, config.n_positions - lengths_B)
-  samples_B = np.array([k for _, _, k in padded], np.int32)
-  key = jax.random.key(seed) if do_sample else None
-  out = decode(config, params, *map(batching.place, (prompts_BP, lengths_B, limits_B, samples_B)),
-               key, processors, eos, N=batching.bucket(int(limits_B.max()), config.n_positions))
-  tokens_BN, logprobs_BN, counts_B = batching.fetch(tuple(out))
-
-  results = []
-  for r, (i, ids, _) in enumerate(rows):
-    tokens, logprobs = (x[r, :counts_B[r]].tolist() for x in (tokens_BN, logprobs_BN))
-    if stopped := tokens[-1] in eos:
-      tokens, logprobs = tokens[:-1], logprobs[:-1]
-    full = len(ids) + len(tokens) >= config.n_positions and len(tokens) < max_new_tokens
-    reason = 'stop' if stopped else 'context' if full else 'length'
-    text = tokenizer.decode(tokens) if tokenizer else None
-    results.append(Generated(i, tokens, text, reason, logprobs))
-  return results
+  decoder = Decoder(
+      config, params, prompts, Options.of(**options), tokenizer=tokenizer, assistant=assistant,
+      logits_processor=logits_processor, prefix_allowed_tokens_fn=prefix_allowed_tokens_fn)
+  for _ in decoder.run():
+    pass
+  return decoder.results()
 
 
-def generate(model: GPT2, prompts: batching.Texts, *, tokenizer: Tokenizer | None = None, **options):
+_prepared: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> (its leaves, prepared)
+
+
+def _prepare(model: GPT2) -> tuple[GPTConfig, Params]:
+  """A model's config and parameters in a form to decode with; made once for the same parameters."""
+  if model.config.head != 'lm':
+    raise UserError(
+        f'this model has a head for {model.config.head}: it can\'t write. Use classify.')
+  params: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  leaves = jax.tree.leaves(params)
+  known, prepared = _prepared.get(model, ([], None))
+  if len(known) != len(leaves) or any(one is not other for one, other in zip(known, leaves)):
+    with sharding.mesh_of(params):
+      prepared = for_decoding(model.config, params)
+    _prepared[model] = leaves, prepared
+  assert prepared is not None
+  return prepared
+
+
+def _decoder(
+    model: GPT2, prompts, tokenizer, assistant_model, inputs: dict, options: dict) -> Decoder:
+  if model.source is not None and options.get('eos_token_id') is None:
+    options = options | {'eos_token_id': model.source.eos_token_id}
+  prepared, assistant = _prepare(model), None
+  if assistant_model is not None:
+    assistant = _prepare(assistant_model)
+    if len({sharding.devices_of(params) for _, params in (prepared, assistant)}) > 1:
+      raise UserError('the assistant model lies on other devices than the model: load both with the '
+                      'same mesh.')
+  return Decoder(*prepared, prompts, Options.of(**options), assistant=assistant,
+                 tokenizer=tokenizer or model.tokenizer, **inputs)
+
+
+def generate(
+    model: GPT2, prompts: batching.Texts, *, tokenizer: Tokenizer | None = None,
+    assistant_model: GPT2 | None = None, logits_processor: Sequence[Processor] = (),
+    prefix_allowed_tokens_fn: PrefixFunction | None = None, **options: Any) -> list[Generated]:
   """Continues a text, texts, or lists of ids.
+
+  The parameters are kept a second time in the form 'decode' as long as the model lives.
 
   Args:
     model: a model; one from `gpt2_jax.from_pretrained` brings its tokenizer along.
     prompts: a text, texts, ids, or lists of ids. An empty text starts a new document.
     tokenizer: for texts, where the model has none.
-    **options: named as in Hugging Face's `generate`: `max_new_tokens` (128), `do_sample` (True;
-      False takes the likeliest token), `temperature`, `top_k`, `top_p`, `num_return_sequences`,
-      `eos_token_id` (one or several; default: the model's own, or the tokenizer's); and `seed`: the
-      same prompt and seed give the same text, alone or in a batch.
+    assistant_model: a smaller model with the same vocabulary, to guess ahead (speculative decoding).
+    logits_processor: processors of your own, `Processor` says what they are.
+    prefix_allowed_tokens_fn: (index of the prompt, ids so far) -> ids that may come next.
+    **options: the fields of `Options`, as docs/decoding.md explains them: `max_new_tokens` (128),
+      `do_sample` (True; False takes the likeliest token), `temperature`, `top_k`, `top_p`,
+      `num_return_sequences`, `num_beams`, `stop_strings`, …; and `seed`: the same prompt and seed
+      give the same text, alone or in a batch.
 
   Returns:
     A list of `Generated`, `num_return_sequences` for each prompt in turn.
 
   Raises:
-    UserError: a prompt fills the context, an id is not in the vocabulary, an option is out of range.
+    UserError: a prompt fills the context, an id is not in the vocabulary, an option is unknown, out
+      of range or does not go with another, or no token can be chosen.
   """
-  if model.config.head != 'lm':
-    raise UserError(f'this model has a head for {model.config.head}: it can\'t write. Use classify.')
-  params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-  tokenizer = tokenizer or model.tokenizer
-  if model.source is not None:
-    options = {'eos_token_id': model.source.eos_token_id} | options
-  with sharding.mesh_of(params):
-    return generate_tokens(model.config, params, prompts, tokenizer=tokenizer, **options)
+  decoder = _decoder(model, prompts, tokenizer, assistant_model, dict(
+      logits_processor=logits_processor, prefix_allowed_tokens_fn=prefix_allowed_tokens_fn), options)
+  with sharding.mesh_of(decoder.job.params):
+    for _ in decoder.run():
+      pass
+  return decoder.results()
+
+
+def stream(
+    model: GPT2, prompt: str | Sequence[int], *, tokenizer: Tokenizer | None = None,
+    assistant_model: GPT2 | None = None, logits_processor: Sequence[Processor] = (),
+    prefix_allowed_tokens_fn: PrefixFunction | None = None, **options: Any
+) -> Generator[str, None, Generated]:
+  """Continues one text, and yields it piece by piece as it is written.
+
+  The pieces joined are the text of `generate`. Each is valid Unicode: a character is shown when its
+  last byte has come, and nothing is shown that may turn out to be part of a stop string.
+
+  Args: as in `generate`, for one prompt with one result.
+
+  Returns:
+    The `Generated`, as the generator's value (`result = yield from stream(…)`).
+
+  Raises:
+    UserError: as in `generate`; or there is more than one text, no tokenizer, or beam search, whose
+      text is not known before its end.
+  """
+  decoder = _decoder(model, prompt, tokenizer, assistant_model, dict(
+      logits_processor=logits_processor, prefix_allowed_tokens_fn=prefix_allowed_tokens_fn), options)
+  if len(decoder.rows) != 1 or decoder.options.num_beams > 1 or decoder.tokenizer is None:
+    raise UserError('stream writes one text as it is made: it takes one prompt, '
+                    'num_return_sequences = 1, num_beams = 1, and a tokenizer.')
+  return _pieces(decoder)
+
+
+def _pieces(decoder: Decoder) -> Generator[str, None, Generated]:
+  [row], shown, utf8 = decoder.rows, 0, codecs.getincrementaldecoder('utf-8')('replace')
+  steps, going = decoder.run(steps=1), True
+  while going:
+    with sharding.mesh_of(decoder.job.params):  # not while the caller has its turn
+      going = next(steps, steps) is None
+    data = decoder.text(row)
+    held = automaton.held_back(data, decoder.stop_strings) if going and decoder.stop_strings else 0
+    if piece := utf8.decode(data[shown:len(data) - held], final=not going):
+      yield piece
+    shown = max(shown, len(data) - held)
+  return decoder.results()[0]

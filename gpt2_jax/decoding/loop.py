@@ -1,4 +1,4 @@
-"""The compiled decoding loop: prefill, then one token after another over a preallocated cache.
+"""The compiled decoding loop: prefill, then step after step over a preallocated cache.
 
 Prompts of different lengths are padded on the right to P. A row's new tokens go to cache slots P,
 P + 1, …, while their positions go on from the row's own length; padding is masked. So a row computes
@@ -6,115 +6,248 @@ the same whatever it is batched with.
 
 The key of a draw is folded from (seed, which sample of its prompt, position): a sample depends on its
 prompt and seed alone.
+
+What happens to the model's output is a matter of each row alone. It runs in `sharding.by_rows`: each
+device with its own rows, so processors and searches are written as for one device.
 """
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from gpt2_jax.attention import causal_mask
 from gpt2_jax.config import GPTConfig
+from gpt2_jax.decoding.history import RUNNING, Endings, History
 from gpt2_jax.decoding.processors import Processor
-from gpt2_jax.layers import pick
-from gpt2_jax.model import KVCache, Params, bind
-from gpt2_jax.sharding import BATCH, P, reshard
-
-ROWS = P(BATCH, None)
-
-
-class Decoded(NamedTuple):
-  """What `decode` returns, one row a prompt."""
-
-  tokens_BN: jax.Array  # new ids; beyond `counts_B` they mean nothing
-  logprobs_BN: jax.Array  # log-probability of each under the model itself, before the processors
-  counts_B: jax.Array  # how many are new, an end-of-sequence id included
+from gpt2_jax.decoding.pytree import register
+from gpt2_jax.layers import Cache, KVCache, pick, room
+from gpt2_jax.model import GPT2, Output, Params, bind
+from gpt2_jax.sharding import BATCH, P, by_rows, reshard
 
 
-class _Carry(NamedTuple):
-  t: jax.Array  # how many tokens each row has drawn, finished rows aside
-  cache: KVCache | None
-  out: Decoded
-  done_B: jax.Array
+@register
+@dataclasses.dataclass(frozen=True)
+class Rules:
+  """What holds for all rows."""
+
+  processors: tuple[Processor, ...]
+  endings: Endings
 
 
-def _next_logits(model, x_B1D: jax.Array) -> jax.Array:
-  logits_BV = reshard(model.logits(x_B1D), P(BATCH, None, None))[:, 0]
-  return logits_BV[:, :model.config.vocab_size]
+@register
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """What is to be continued: A prompts, by B = A·C rows, those of one prompt side by side."""
+
+  prompts_AP: jax.Array  # ids that the model reads first, padded on the right
+  windows_A: jax.Array  # how many, at least 1
+  history: History  # of the rows; longer than the window where the context has slid on
+  samples_B: jax.Array  # which sample of its prompt a row is
+  key: jax.Array | None  # of the request; None: greedy
+  rules: Rules
 
 
-def _draw(logits_BV, processors, keys_B, positions_B):
-  """The next token of each row, and its log-probability under the model."""
-  processed_BV = logits_BV
-  for processor in processors:
-    processed_BV = processor(processed_BV)
-  if keys_B is None:
-    tokens_B = jnp.argmax(processed_BV, axis=-1)
-  else:
-    keys_B = jax.vmap(jax.random.fold_in)(keys_B, positions_B)
-    tokens_B = jax.vmap(jax.random.categorical)(keys_B, processed_BV)
-  return tokens_B.astype(jnp.int32), pick(jax.nn.log_softmax(logits_BV, axis=-1), tokens_B)
+@register
+@dataclasses.dataclass(frozen=True)
+class Record:
+  """Log-probabilities under the model itself, before the processors; places are `History`'s."""
+
+  logprobs_BS: jax.Array
+  top_ids_BSK: jax.Array  # the K likeliest ids
+  top_logprobs_BSK: jax.Array
+
+  @classmethod
+  def zeros(cls, history: History, K: int) -> 'Record':
+    zero_BS = jnp.zeros_like(history.tokens_BS, jnp.float32)
+    zero_BSK = zero_BS[..., None] + jnp.zeros(K)
+    return cls(zero_BS, zero_BSK.astype(jnp.int32), zero_BSK)
+
+  def put(self, places_B: jax.Array, tokens_B: jax.Array, logits_BV: jax.Array) -> 'Record':
+    """With what `logits_BV` say of the tokens at some places."""
+    total_B1 = jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
+    chosen_B1 = jnp.take_along_axis(logits_BV, tokens_B[:, None], axis=-1) - total_B1
+    here_BS = jnp.arange(self.logprobs_BS.shape[1]) == places_B[:, None]
+    record = dataclasses.replace(self, logprobs_BS=jnp.where(here_BS, chosen_B1, self.logprobs_BS))
+    if not self.top_ids_BSK.shape[-1]:
+      return record
+    top_BK, ids_BK = jax.lax.top_k(logits_BV, self.top_ids_BSK.shape[-1])
+    put = lambda all_BSK, new_BK: jnp.where(here_BS[..., None], new_BK[:, None], all_BSK)
+    return dataclasses.replace(record, top_ids_BSK=put(self.top_ids_BSK, ids_BK),
+                               top_logprobs_BSK=put(self.top_logprobs_BSK, top_BK - total_B1))
 
 
-@functools.partial(jax.jit, static_argnames=('config', 'N'))
-def decode(
-    config: GPTConfig,
-    params: Params,
-    prompts_BP: jax.Array,
-    lengths_B: jax.Array,
-    limits_B: jax.Array,
-    samples_B: jax.Array,
-    key: jax.Array | None,
-    processors: tuple[Processor, ...],
-    eos: jax.Array,
-    *,
-    N: int,
-) -> Decoded:
-  """Continues prompts.
+class Search(Protocol):
+  """How tokens are chosen: what `start` and `advance` compile. Registered as a JAX dataclass.
+
+  Its state is a pytree with a `t`, how many steps were made, and a `cache`.
+  """
+
+  def start(self, model: GPT2, request: Request, N: int, K: int) -> Any:
+    """The state after the first step, with room for N new tokens and K top log-probabilities."""
+    ...
+
+  def step(self, model: GPT2, request: Request, state: Any) -> Any:
+    """The state after one more step."""
+    ...
+
+  def running(self, state: Any) -> jax.Array:
+    """Whether any row wants one."""
+    ...
+
+  def results(self, state: Any) -> tuple[History, Record, jax.Array | None]:
+    """What has been found, as many rows for each prompt, and the rows' scores if they have any."""
+    ...
+
+
+def expand(x: jax.Array, C: int, axis: int = 0) -> jax.Array:
+  """Each index of an axis C times, side by side. On a mesh nothing moves."""
+  before, n, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1:]
+  wide = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), (*before, n, C, *after))
+  # a reshape forgets how an axis of one row is laid out
+  return reshard(wide.reshape(*before, n * C, *after), jax.typeof(x).sharding.spec)
+
+
+def expand_cache(cache: Cache, C: int) -> Cache:
+  return jax.tree.map(lambda x_LANSH: expand(x_LANSH, C, axis=1), cache)
+
+
+def next_logits(model: GPT2, x_BTD: jax.Array) -> jax.Array:
+  """Logits over the true vocabulary, [B, T, V], each row whole on its devices."""
+  return reshard(model.logits(x_BTD), P(BATCH, None, None))[..., :model.config.vocab_size]
+
+
+def prefill(model: GPT2, request: Request, N: int):
+  """Reads the prompts, into a cache with room for N tokens more.
+
+  Returns:
+    The model's `Output` [A, P, …], and the hidden state of each prompt's last token, [A, 1, D].
+  """
+  A, prompt_slots = request.prompts_AP.shape
+  S = prompt_slots + N
+  filled = model.transformer(
+      request.prompts_AP, cache=KVCache.zeros(model.config, A, S),
+      mask_BTS=causal_mask(prompt_slots, S))
+  return filled, pick(filled.x_BTD, request.windows_A - 1)[:, None]
+
+
+def read(
+    model: GPT2, request: Request, tokens_BT: jax.Array, t, cache: Cache, *, alone: bool = False
+) -> Output:
+  """The model's `Output` for T tokens, the first of which is each row's new one number t (from 0).
 
   Args:
-    config, params: the model.
-    prompts_BP: ids, padded on the right.
-    lengths_B: how many of them are the prompt, at least 1.
-    limits_B: how many tokens a row may get, from 1 to N.
-    samples_B: which sample of its prompt a row is.
-    key: of the request; None: the likeliest token is taken (greedy).
-    processors: applied to the logits in turn.
-    eos: ids [E] that end a row; E may be 0.
-    N: the most new tokens, static: the cache has P + N slots.
+    tokens_BT: the tokens; they follow each other, or are T alternatives that don't see each other,
+      if `alone`.
+    t: how many new tokens the cache has already, for all rows or [B].
   """
-  B, prompt_slots = prompts_BP.shape
-  S = prompt_slots + N
+  B, T = tokens_BT.shape
+  prompt_slots = request.prompts_AP.shape[1]
+  windows_B1 = expand(request.windows_A, B // request.windows_A.shape[0])[:, None]
+  t_B1 = jnp.reshape(t, (-1, 1))
+  slots = jnp.arange(room(cache))
+  old_BS = (slots < windows_B1) | ((slots >= prompt_slots) & (slots < prompt_slots + t_B1))
+  own_BTS = slots - prompt_slots - t_B1[..., None]
+  among = jnp.arange(T)[:, None]
+  own_BTS = (own_BTS == among) if alone else (own_BTS >= 0) & (own_BTS <= among)
+  positions_BT = windows_B1 + t_B1 + (0 if alone else jnp.arange(T))
+  # beyond the context nothing is asked for, but a NaN there would spoil the row: 0 · NaN is NaN
+  return model.transformer(
+      tokens_BT, positions_BT=jnp.minimum(positions_BT, model.config.n_positions - 1),
+      mask_BTS=old_BS[:, None] | own_BTS, cache=cache, slot=prompt_slots + t)
+
+
+def process(rules: Rules, scores_BV: jax.Array, history: History) -> jax.Array:
+  for processor in rules.processors:
+    scores_BV = processor(scores_BV, history)
+  return scores_BV
+
+
+def row_keys(key: jax.Array | None, samples_B: jax.Array) -> jax.Array | None:
+  return None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, samples_B)
+
+
+def choose(scores_BV: jax.Array, keys_B: jax.Array | None, history: History) -> jax.Array:
+  """The next token of each row: drawn, or the likeliest."""
+  if keys_B is None:
+    return jnp.argmax(scores_BV, axis=-1).astype(jnp.int32)
+  keys_B = jax.vmap(jax.random.fold_in)(keys_B, history.lengths_B)
+  return jax.vmap(jax.random.categorical)(keys_B, scores_BV).astype(jnp.int32)
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """State of `Sample`."""
+
+  t: jax.Array
+  cache: Cache
+  history: History
+  record: Record
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """Each row for itself: the likeliest token, or one drawn where the request has a key."""
+
+  def _push(self, model: GPT2, request: Request, x_B1D, history: History, record: Record):
+    logits_BV = next_logits(model, x_B1D)[:, 0]
+    keys_B = row_keys(request.key, request.samples_B)
+
+    def each(rules: Rules, rows):
+      logits_BV, keys_B, history, record = rows
+      scores_BV = process(rules, logits_BV, history)
+      tokens_B = choose(scores_BV, keys_B, history)
+      record = record.put(history.lengths_B, tokens_B, logits_BV)
+      return history.refuse(scores_BV).push(tokens_B, rules.endings), record
+
+    return by_rows(each, request.rules, (logits_BV, keys_B, history, record))
+
+  def start(self, model: GPT2, request: Request, N: int, K: int) -> Sampling:
+    filled, x_A1D = prefill(model, request, N)
+    C = request.samples_B.shape[0] // request.windows_A.shape[0]
+    history, record = self._push(
+        model, request, expand(x_A1D, C), request.history, Record.zeros(request.history, K))
+    return Sampling(jnp.asarray(1), expand_cache(filled.cache, C), history, record)
+
+  def step(self, model: GPT2, request: Request, state: Sampling) -> Sampling:
+    last_B1 = pick(state.history.tokens_BS, state.history.lengths_B - 1)[:, None]
+    out = read(model, request, last_B1, state.t - 1, state.cache)
+    history, record = self._push(model, request, out.x_BTD, state.history, state.record)
+    return Sampling(state.t + 1, out.cache, history, record)
+
+  def running(self, state: Sampling) -> jax.Array:
+    return (state.history.reason_B == RUNNING).any()
+
+  def results(self, state: Sampling):
+    return state.history, state.record, None
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'N', 'K'))
+def start(config: GPTConfig, params: Params, search: Search, request: Request, *, N: int, K: int):
+  """Reads the prompts and makes the first step.
+
+  Args:
+    config, params: the model, best in the form 'decode'.
+    search: how tokens are chosen.
+    request: what is continued.
+    N: the most new tokens, static: the cache has P + N slots.
+    K: how many likeliest tokens are recorded, static.
+
+  Returns:
+    The state, and whether any row goes on.
+  """
+  state = search.start(bind(config, params), request, N, K)
+  return state, search.running(state)
+
+
+@functools.partial(jax.jit, static_argnames=('config',), donate_argnames=('state',))
+def advance(config: GPTConfig, params: Params, search: Search, request: Request, state, until):
+  """Makes steps until all rows have stopped, or `until` steps were made in all."""
   model = bind(config, params)
-  rows_B = jnp.zeros_like(lengths_B)
-  keys_B = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, samples_B)
-
-  def emit(out: Decoded, done_B, logits_BV, t):
-    tokens_B, logprobs_B = _draw(logits_BV, processors, keys_B, lengths_B + t)
-    put = lambda all_BN, new_B: jax.lax.dynamic_update_slice(
-        all_BN, reshard(new_B[:, None], ROWS), (0, t))
-    out = Decoded(put(out.tokens_BN, tokens_B), put(out.logprobs_BN, logprobs_B),
-                  jnp.where(done_B, out.counts_B, t + 1))
-    return out, done_B | (tokens_B[:, None] == eos).any(-1) | (t + 1 >= limits_B)
-
-  filled = model.transformer(
-      prompts_BP, cache=KVCache.zeros(config, B, S), mask_BTS=causal_mask(prompt_slots, S))
-  x_B1D = pick(filled.x_BTD, lengths_B - 1)[:, None]
-  wide = lambda dtype: jnp.zeros_like(rows_B, dtype)[:, None] + jnp.zeros((1, N), dtype)
-  out = Decoded(wide(jnp.int32), wide(jnp.float32), rows_B)
-  out, done_B = emit(out, rows_B > 0, _next_logits(model, x_B1D), 0)
-
-  def body(carry: _Carry) -> _Carry:
-    t, cache, out, done_B = carry
-    last_B1 = jax.lax.dynamic_slice_in_dim(out.tokens_BN, t - 1, 1, axis=1)
-    slots = jnp.arange(S)
-    mask_BS = (slots < lengths_B[:, None]) | ((slots >= prompt_slots) & (slots < prompt_slots + t))
-    step = model.transformer(
-        last_B1, positions_BT=(lengths_B + t - 1)[:, None], mask_BTS=mask_BS[:, None],
-        cache=cache, slot=prompt_slots + t - 1)
-    out, done_B = emit(out, done_B, _next_logits(model, step.x_BTD), t)
-    return _Carry(t + 1, step.cache, out, done_B)
-
-  start = _Carry(jnp.asarray(1), filled.cache, out, done_B)
-  return jax.lax.while_loop(lambda carry: ~carry.done_B.all(), body, start).out
+  state = jax.lax.while_loop(lambda state: search.running(state) & (state.t < until),
+                             lambda state: search.step(model, request, state), state)
+  return state, search.running(state)

@@ -34,8 +34,8 @@ from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError
 from gpt2_jax.interop import safetensors_files
 from gpt2_jax.interop.tensors import Source, Tensor
-from gpt2_jax.layers import pick
-from gpt2_jax.model import KVCache, bind, make_params
+from gpt2_jax.layers import KVCache, pick
+from gpt2_jax.model import bind, make_params
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 INPUTS = {'prefill': ('tokens', 'lengths'), 'decode_step': ('token', 'positions', 'k', 'v')}
@@ -140,21 +140,14 @@ def _programs(
     model = bind(config, unflatten_dict(params, sep='.'))
     cache = KVCache.zeros(config, tokens_BT.shape[0], S)
     x_BTD, cache, *_ = model.transformer(tokens_BT, cache=cache)
-    assert cache is not None
     logits_B1V = model.logits(pick(x_BTD, lengths_B - 1)[:, None])
-    return logits_B1V[:, 0, :V], cache.k_LBSNH, cache.v_LBSNH
+    return logits_B1V[:, 0, :V], cache.k_LBNSH, cache.v_LBNSH
 
-  def decode_step(params, token_B, positions_B, k_LBSNH, v_LBSNH):
+  def decode_step(params, token_B, positions_B, k_LBNSH, v_LBNSH):
     model = bind(config, unflatten_dict(params, sep='.'))
-
-    def one_row(token, position, k_LSNH, v_LSNH):  # since the cache is written at a slot of its own
-      cache = KVCache(k_LSNH[:, None], v_LSNH[:, None])
-      x_BTD, cache, *_ = model.transformer(token[None, None], cache=cache, slot=position)
-      assert cache is not None
-      return model.logits(x_BTD)[0, 0, :V], cache.k_LBSNH[:, 0], cache.v_LBSNH[:, 0]
-
-    return jax.vmap(one_row, in_axes=(0, 0, 1, 1), out_axes=(0, 1, 1))(
-        token_B, positions_B, k_LBSNH, v_LBSNH)
+    x_BTD, cache, *_ = model.transformer(
+        token_B[:, None], cache=KVCache(k_LBNSH, v_LBNSH), slot=positions_B)
+    return model.logits(x_BTD)[:, 0, :V], cache.k_LBNSH, cache.v_LBNSH
 
   ints = lambda *shape: jax.ShapeDtypeStruct(shape, 'int32')
   exported: Callable[..., Any] = lambda f: export.export(jax.jit(f), platforms=PLATFORMS)
@@ -162,7 +155,7 @@ def _programs(
   b, t = export.symbolic_shape('b, t', constraints=[f't <= {S}'])
   first = exported(prefill)(params, ints(b, t), ints(b))
   b, = export.symbolic_shape('b')  # anew: a constraint on t can't be checked where there is no t
-  cache = jax.ShapeDtypeStruct((config.n_layer, b, S, config.n_head, config.H), config.dtype)
+  cache = jax.ShapeDtypeStruct((config.n_layer, b, config.n_head, S, config.H), config.dtype)
   step = exported(decode_step)(params, ints(b), ints(b), cache, cache)
   return {'prefill': first, 'decode_step': step}
 

@@ -244,7 +244,15 @@ def _load(source: Source, path: tuple[str, ...], leaf, dtype) -> jax.Array:
 
 
 def source_of(config: GPTConfig, params: Params, where: str, **fields) -> Source:
-  """Parameters as a `Source`, to be written."""
+  """Parameters as a `Source`, to be written.
+
+  Raises:
+    UserError: they are quantized.
+  """
+  if config.form != 'train':
+    raise UserError(f'a model in the form {config.form!r} can\'t be saved: save the one that it was '
+                    'made from.')
+
   def read(name: str) -> np.ndarray:
     kind, *rest = name.split('.')
     value: Any = params[kind]

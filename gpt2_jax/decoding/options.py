@@ -1,0 +1,152 @@
+"""The options of generation. Names and meanings are those of Hugging Face's `generate`, except
+`presence_penalty`, `frequency_penalty` and `stop_token_ids` (vLLM's and OpenAI's), `regex`,
+`context`, `seed` and `top_logprobs`.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from gpt2_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How to continue a text. An option left at its default does nothing."""
+
+  # how much, and when to stop
+  max_new_tokens: int = 128
+  """The most new tokens."""
+  min_new_tokens: int = 0
+  """Before so many new tokens no end-of-sequence id is drawn."""
+  min_length: int = 0
+  """As min_new_tokens, with the prompt counted in."""
+  eos_token_id: int | Sequence[int] | None = None
+  """Ids that end a text; default: the model's own, or the tokenizer's."""
+  stop_token_ids: Sequence[int] = ()
+  """More ids that end a text."""
+  stop_strings: str | tuple[str, ...] = ()
+  """Texts that end a text, also where they begin or end within a token."""
+  max_time: float | None = None
+  """Seconds after which no more is written."""
+  context: Literal['stop', 'slide'] = 'stop'
+  """At the end of the model's context: stop, or go on from its last half, read anew."""
+
+  # how tokens are chosen
+  do_sample: bool = True
+  """Draw from the distribution; if not, take the likeliest token."""
+  num_return_sequences: int = 1
+  """Continuations of each prompt."""
+  seed: int = 0
+  """The same prompt and seed give the same text."""
+  temperature: float = 1.0
+  """Below 1 the likely tokens become likelier."""
+  top_k: int | None = None
+  """Draw from the k likeliest tokens only."""
+  top_p: float | None = None
+  """Draw from the fewest tokens whose probability reaches p."""
+  min_p: float | None = None
+  """Draw from tokens at least min_p times as likely as the likeliest."""
+  typical_p: float | None = None
+  """Draw from the tokens nearest to the expected surprise, until their probability reaches p."""
+  epsilon_cutoff: float | None = None
+  """Draw from tokens of at least this probability."""
+  eta_cutoff: float | None = None
+  """As epsilon_cutoff, but less where the distribution is flat."""
+
+  # what is favoured or forbidden
+  repetition_penalty: float = 1.0
+  """Above 1, what the prompt and the text have becomes less likely."""
+  presence_penalty: float = 0.0
+  """Taken from the logit of each token that the text has."""
+  frequency_penalty: float = 0.0
+  """Taken from the logit of a token each time the text has it."""
+  no_repeat_ngram_size: int | None = None
+  """No n tokens in a row occur twice."""
+  bad_words_ids: Sequence[Sequence[int]] = ()
+  """Lists of ids that never occur."""
+  sequence_bias: Mapping[Any, float] | Sequence[Any] = ()
+  """Id or tuple of ids -> what is added to the logit of its last one."""
+  suppress_tokens: Sequence[int] = ()
+  """Ids that are never drawn."""
+  begin_suppress_tokens: Sequence[int] = ()
+  """Ids that are not drawn first."""
+  forced_bos_token_id: int | None = None
+  """The id that comes second, after a prompt of one."""
+  forced_eos_token_id: int | Sequence[int] | None = None
+  """The id that comes last, where max_new_tokens ends a text."""
+  exponential_decay_length_penalty: tuple[int, float] | None = None
+  """(start, factor): from so many new tokens on the end grows likelier."""
+  regex: str | None = None
+  """A regular expression that the new text matches as a whole."""
+  remove_invalid_values: bool = False
+  """Logits that are NaN become 0, infinite ones the largest number."""
+  renormalize_logits: bool = False
+  """Make log-probabilities of the logits, after all else."""
+
+  # searches
+  num_beams: int = 1
+  """Beam search with so many beams."""
+  length_penalty: float = 1.0
+  """Beams are ranked by log-probability / length ** length_penalty."""
+  early_stopping: bool | Literal['never'] = False
+  """Stop at num_beams finished beams; if not, once no better is likely; 'never': once it is sure."""
+  num_beam_groups: int = 1
+  """Groups of beams that are kept unlike each other."""
+  diversity_penalty: float = 0.0
+  """Taken from the score of a token for each earlier group that chose it at this step."""
+  penalty_alpha: float | None = None
+  """Contrastive search over top_k candidates: the weight of being unlike what was said."""
+  prompt_lookup_num_tokens: int | None = None
+  """Speculative decoding: guess so many tokens from what followed the same n-gram before."""
+  max_matching_ngram_size: int = 2
+  """The longest n-gram that is looked up."""
+  num_assistant_tokens: int = 4
+  """Speculative decoding: guesses of the assistant model at a time."""
+
+  # what is returned
+  top_logprobs: int = 0
+  """Log-probabilities of so many likeliest tokens at each place."""
+
+  @classmethod
+  def of(cls, **options: Any) -> 'Options':
+    """Options by name.
+
+    Raises:
+      UserError: there is no such option; names the likeliest one meant.
+    """
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name in options:
+      if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        raise UserError(f'there is no option {name!r} of generation'
+                        + (f'; do you mean {near[0]}?' if near else '. See docs/decoding.md.'))
+    return cls(**options)
+
+  def check_stopping(self, V: int) -> None:
+    """Checks what stops a text and what is returned of it; V is the size of the vocabulary.
+
+    Raises:
+      UserError: names the option, its value and what it may be.
+    """
+    def least(name: str, bound: float) -> None:
+      value = getattr(self, name)
+      if value is not None and not value >= bound:
+        raise UserError(f'{name} = {value} must be at least {bound}.')
+
+    for name in ('max_new_tokens', 'num_return_sequences'):
+      least(name, 1)
+    for name in ('min_new_tokens', 'min_length', 'top_logprobs'):
+      least(name, 0)
+    if self.top_logprobs > V:
+      raise UserError(f'top_logprobs = {self.top_logprobs}: the vocabulary has {V} ids.')
+    if self.max_time is not None and not self.max_time > 0:
+      raise UserError(f'max_time = {self.max_time} must be a positive number of seconds.')
+    if self.context not in ('stop', 'slide'):
+      raise UserError(f"context = {self.context!r} must be 'stop' or 'slide'.")
+    for name in ('eos_token_id', 'stop_token_ids'):
+      ids = getattr(self, name)
+      for id in [] if ids is None else [ids] if isinstance(ids, int) else ids:
+        if not 0 <= id < V:
+          raise UserError(f'{name} = {ids}: the vocabulary has the ids 0 to {V - 1}.')

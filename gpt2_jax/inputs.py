@@ -1,0 +1,131 @@
+"""What a user types or keeps in a file: prompts, and values of options."""
+
+import contextlib
+import dataclasses
+import inspect
+import io
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from gpt2_jax.decoding.options import Options
+from gpt2_jax.errors import UserError
+
+FIELDS = {field.name: field for field in dataclasses.fields(Options)}
+# what no list of words can spell, with how to write it
+AS_JSON = {FIELDS['bad_words_ids'].type: '[[ID,…],…]',
+           FIELDS['sequence_bias'].type: '[[[ID,…],BIAS],…]'}
+WORD = re.compile(r'''\s* (?: ("(?:[^"\\]|\\.)*") | '([^']*)' | ([^\s"']\S*) ) (?=\s|$)''', re.X)
+
+registry = ConstructorRegistry()
+
+
+@registry.primitive_rule
+def _json(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+  if info.type not in AS_JSON:
+    return None
+  return PrimitiveConstructorSpec(
+      nargs=1, metavar=AS_JSON[info.type], instance_from_str=lambda words: json.loads(words[0]),
+      is_instance=lambda value: True, str_from_instance=lambda value: [json.dumps(value)])
+
+
+def given(options: Options) -> dict[str, Any]:
+  """The options that are not at their defaults."""
+  return {name: value for name, value in vars(options).items() if value != FIELDS[name].default}
+
+
+def changed(options: Options, name: str, words: Sequence[str]) -> Options:
+  """Options with one of them as some words say, as they would after its flag; no words: its default.
+
+  Raises:
+    UserError: there is no such option, or they are no value of it.
+  """
+  name = name.replace('-', '_')
+  if not words or name not in FIELDS:
+    return Options.of(**vars(options) | {name: getattr(Options, name, None)})
+  kind: Any = FIELDS[name].type
+  try:
+    with contextlib.redirect_stderr(io.StringIO()):  # a box of several lines
+      value = tyro.cli(kind, args=['--', *words], registry=registry, console_outputs=False)
+  except SystemExit:
+    says = AS_JSON.get(kind) or re.sub(r'\b[a-z.]+\.', '', inspect.formatannotation(kind))
+    raise UserError(f'{name} takes {says}, not {" ".join(words)}') from None
+  return dataclasses.replace(options, **{name: value})
+
+
+def words(line: str) -> list[str]:
+  r"""The words of a line. What is in '…' is taken as it is; in "…" a JSON string, as "\n", is read.
+
+  Raises:
+    UserError: a quotation mark has no second one, or JSON knows no such string.
+  """
+  found, at = [], 0
+  while line[at:].strip():
+    match = WORD.match(line, at)
+    if match is None:
+      raise UserError(f'a word is not closed, or not ended by a space: {line[at:].strip()}')
+    quoted, plain, bare = match.groups()
+    try:
+      found.append(json.loads(quoted) if quoted else bare if plain is None else plain)
+    except ValueError as e:
+      raise UserError(f'{quoted} is no JSON string ({e}); in \'…\' nothing is escaped.') from None
+    at = match.end()
+  return found
+
+
+def utf8(data: bytes, where: str) -> str:
+  """The text of some bytes.
+
+  Raises:
+    UserError: they are not UTF-8; names the first one that is not.
+  """
+  try:
+    return data.decode()
+  except UnicodeDecodeError as e:
+    byte = f'byte 0x{data[e.start]:02x} at offset {e.start}'
+    raise UserError(f'{where} is not UTF-8: {byte}.') from None
+
+
+def typed(text: str, where: str) -> str:
+  """A text from the system, in which bytes that are no UTF-8 would stand as surrogates."""
+  return utf8(text.encode(errors='surrogateescape'), where)
+
+
+def piped() -> str:
+  """All of standard input."""
+  return utf8(sys.stdin.buffer.read(), 'standard input')
+
+
+def read_prompts(path: str) -> list[str]:
+  """The prompts of a file: each line of a .jsonl file has a "prompt"; elsewhere each line is one.
+
+  Lines with nothing but white space are left out. '-' is standard input.
+
+  Raises:
+    UserError: names what can't be read, and where.
+  """
+  try:
+    text = piped() if path == '-' else utf8(Path(path).read_bytes(), path).removeprefix('\ufeff')
+  except OSError as e:
+    raise UserError(f'cannot read prompts from {path}: {e.strerror}.') from None
+  lines = [(i, line.removesuffix('\r')) for i, line in enumerate(text.split('\n'), 1) if line.strip()]
+  if not lines:
+    raise UserError(f'{path} holds no prompt.')
+  if not path.endswith('.jsonl'):
+    return [line for _, line in lines]
+  prompts = []
+  for i, line in lines:
+    try:
+      prompt = json.loads(line)['prompt']
+    except (ValueError, TypeError, KeyError, RecursionError):
+      prompt = None
+    if not isinstance(prompt, str):
+      raise UserError(f'{path}:{i}: wanted {{"prompt": TEXT}}, not {line[:60]}')
+    prompts.append(utf8(prompt.encode(errors='surrogatepass'), f'{path}:{i}: the prompt'))
+  return prompts
