@@ -95,7 +95,8 @@ def copy_rate(threads: int, size: int = 1 << 29) -> float:
   return 2 * size / best
 
 
-def floor(config: GPTConfig, weight_bytes: float, item: int, B: int, length: int, rate: float) -> float:
+def floor(
+    config: GPTConfig, weight_bytes: float, item: int, B: int, length: float, rate: float) -> float:
   """Seconds that reading weights and cache takes for one token of each of B rows."""
   per_layer = 4 * config.n_embd**2 + 2 * config.n_embd * config.F
   weights = weight_bytes * (config.n_layer * per_layer + config.vocab_size * config.n_embd)

@@ -187,21 +187,6 @@ def test_greedy_ids_of_ragged_prompts():
     assert result.tokens == want[0, len(prompt):].tolist()
 
 
-@pytest.mark.parametrize('k,p,t', [(5, None, 1.0), (None, 0.7, 1.0), (20, 0.9, 0.6)])
-def test_processors(k, p, t):
-  from gpt2_jax.decoding.assemble import make_processors
-  logits = np.random.default_rng(0).normal(size=(6, 50)).astype(np.float32) * 3
-  want = torch.tensor(logits) / t
-  if k:
-    want = transformers.TopKLogitsWarper(k)(None, want)
-  if p:
-    want = transformers.TopPLogitsWarper(p)(None, want)
-  have = jnp.asarray(logits)
-  for processor in make_processors(t, k, p):
-    have = processor(have)
-  np.testing.assert_allclose(have, want, rtol=1e-6)
-
-
 def test_tensors_round_trip_with_a_padded_vocabulary():
   theirs, config, params = pair(tie_word_embeddings=False)
   config = dataclasses.replace(config, vocab_multiple=64)

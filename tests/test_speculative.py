@@ -51,7 +51,7 @@ def told(results):
 def rounds(params, prompts, *, assistant=None, **options) -> tuple[int, np.ndarray]:
   """How many rounds follow the first token, and how many new tokens the rows get."""
   job = (decoder := Decoder(TARGET, params, prompts, Options.of(**options), assistant=assistant)).job
-  request, N = request_of(job, group(decoder.rows), [row.ids for row in decoder.rows])
+  request, N = request_of(job, group(decoder.rows, whole=False), [row.ids for row in decoder.rows])
   state, _ = start(job.config, job.params, job.search, request, N=N, K=0)
   state, running = advance(job.config, job.params, job.search, request, state, N)
   assert not running
