@@ -43,6 +43,28 @@ def test_python_examples_use_what_there_is():
 
 
 @pytest.mark.slow
+def test_every_option_of_generation_has_an_example_that_works():
+  """The table of docs/decoding.md, row by row, on a small model."""
+  import gpt2_jax
+  from gpt2_jax import tokenizer
+  from gpt2_jax.config import GPTConfig
+  from gpt2_jax.decoding.options import Options
+  config = GPTConfig(vocab_size=257, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+  model = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))
+  model.tokenizer = tokenizer.load('byte')
+  page = (ROOT / 'docs' / 'decoding.md').read_text()
+  rows = dict(re.findall(r'^\| `(\w+)` \|.*\| `(.*)` \|$', page, re.M))
+  assert rows.keys() - Options.__dataclass_fields__.keys() == {
+      'assistant_model', 'logits_processor', 'prefix_allowed_tokens_fn'}
+  assert rows.keys() >= Options.__dataclass_fields__.keys()
+  for name, example in rows.items():
+    options = eval(f'dict({example})', {'model': model})
+    assert name in options, name
+    results = gpt2_jax.generate(model, ['ab', 'a'], **{'max_new_tokens': 8} | options)
+    assert all(result.tokens or result.finish_reason == 'stop' for result in results), name
+
+
+@pytest.mark.slow
 def test_every_command_works(tmp_path):
   tree = tmp_path / 'gpt2_jax'
   files = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True,

@@ -66,7 +66,8 @@ def greedy(who: str) -> dict[str, Any]:
   return dict(do_sample=False, eos_token_id=10, repetition_penalty=1.2, no_repeat_ngram_size=3)
 
 
-@pytest.mark.parametrize('who,k', [('draft', 1), ('draft', 5), ('itself', 3), ('lookup', 4)])
+@pytest.mark.parametrize('who,k', [
+    pytest.param('draft', 1, marks=pytest.mark.slow), ('draft', 5), ('itself', 3), ('lookup', 4)])
 def test_greedy_tokens_are_those_of_one_at_a_time(params, who, k):
   """Also with processors that look at the guesses so far."""
   ends = set()
@@ -146,7 +147,8 @@ def test_samples_have_the_models_distribution(params, who):
     assert surprise(have.sum(others), want.sum(others)) < 4, others
 
 
-@pytest.mark.parametrize('who,mesh', [('draft', (2, 2, 2)), ('lookup', (8, 1, 1))])
+@pytest.mark.parametrize('who,mesh', [
+    pytest.param('draft', (2, 2, 2), marks=pytest.mark.slow), ('lookup', (8, 1, 1))])
 def test_a_row_depends_on_its_prompt_and_seed_alone(params, who, mesh):
   draw = lambda prompts, params: told(generate_tokens(
       TARGET, params, prompts, **SAMPLED, **guessing(who, 3)))
