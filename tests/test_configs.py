@@ -59,7 +59,8 @@ def test_the_finetuning_config_makes_a_plan_on_any_model(recipe, tmp_path, monke
 
 
 def test_the_model_section_has_every_field():
-  derived = {'num_labels', 'classifier_dropout', 'lora'}  # by the data, by init_from, a section
+  # by the data, by init_from, a section, by decoding
+  derived = {'num_labels', 'classifier_dropout', 'lora', 'form'}
   assert set(base.get_config().model) | derived == {f.name for f in dataclasses.fields(GPTConfig)}
   fields = {f.name for f in dataclasses.fields(LoRA)}
   assert set(base.get_config().lora) == fields

@@ -199,7 +199,8 @@ def test_a_run_stops_when_the_loss_rises_and_offers_its_best(pretrained, tmp_pat
 
 
 @pytest.mark.parametrize('recipe', [
-    'lora', pytest.param('classification', marks=pytest.mark.slow)])
+    pytest.param('lora', marks=pytest.mark.slow),
+    pytest.param('classification', marks=pytest.mark.slow)])
 def test_a_resumed_run_is_the_same_run(pretrained, tmp_path, recipe):
   text = (reviews(tmp_path / 'r.jsonl') if recipe == 'classification'
           else other_text(tmp_path / 'o.txt'))

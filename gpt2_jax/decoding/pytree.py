@@ -16,7 +16,7 @@ def register(cls: Class) -> Class:
   one for the other.
   """
   fields = dataclasses.fields(cls)
-  static = [field.name for field in fields if field.metadata.get('static')]
+  static = [field.name for field in fields if 'static' in field.metadata]
   traced = [field.name for field in fields if field.name not in static]
   values = lambda x, names: tuple(getattr(x, name) for name in names)
   jax.tree_util.register_pytree_node(
