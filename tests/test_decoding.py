@@ -1,6 +1,7 @@
 """Decoding equals the full forward pass, and a sample depends on its prompt and seed alone."""
 
 import dataclasses
+import json
 import re
 
 import jax
@@ -17,6 +18,7 @@ from gpt2_jax.decoding import loop
 from gpt2_jax.decoding.generate import generate, generate_tokens, stream
 from gpt2_jax.errors import UserError
 from gpt2_jax.model import bind, init_params
+from gpt2_jax.pretrained import from_pretrained, save_pretrained
 
 PROMPTS = [[1, 2, 3], [5, 6, 7, 8, 9, 10, 11], [3] * 20, [96]]
 SAMPLED = dict(temperature=0.9, top_k=40, top_p=0.95, seed=3, max_new_tokens=12)
@@ -282,6 +284,16 @@ def test_ids_and_budgets_stop(writer):
   assert len(late.tokens) > first and late.tokens[:first] == free.tokens[:first]
   [timed] = generate(writer, 'ab', max_new_tokens=40, seed=1, max_time=1e-9)
   assert timed.finish_reason == 'time' and timed.tokens == free.tokens[:1]
+
+
+def test_an_end_that_the_vocabulary_has_not_is_no_end(tiny, tmp_path):
+  """As in many a small checkpoint, whose config.json kept GPT-2's 50256."""
+  save_pretrained(bind(tiny, init_params(tiny, 0)), tmp_path / 'model')
+  file = tmp_path / 'model' / 'config.json'
+  file.write_text(json.dumps(json.loads(file.read_text()) | {'eos_token_id': 50256}))
+  (tmp_path / 'model' / 'generation_config.json').unlink(missing_ok=True)
+  [result] = generate(from_pretrained(tmp_path / 'model'), [1, 2], max_new_tokens=5)
+  assert len(result.tokens) == 5 and result.finish_reason == 'length'
 
 
 def test_a_regular_expression_is_matched(writer):

@@ -18,13 +18,13 @@ from gpt2_jax.decoding.assemble import make_processors
 from gpt2_jax.decoding.automaton import DEAD, Automaton
 from gpt2_jax.decoding.history import History
 from gpt2_jax.decoding.options import Options
+from gpt2_jax.decoding.prefix import PrefixConstrained
 from gpt2_jax.decoding.processors import (
     Guided,
     InfNanRemove,
     LogitNormalization,
     MinLength,
     NoRepeatNGram,
-    PrefixConstrained,
     SequenceBias,
 )
 from gpt2_jax.decoding.warpers import TopK, TopP, Typical, make_warpers, threshold

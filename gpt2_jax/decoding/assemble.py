@@ -8,33 +8,28 @@ import numpy as np
 
 from gpt2_jax.decoding.automaton import Automaton
 from gpt2_jax.decoding.options import Options
+from gpt2_jax.decoding.prefix import PrefixConstrained
 from gpt2_jax.decoding.processors import (
-    CountPenalty,
-    Custom,
-    ExponentialDecay,
-    ForcedBOS,
-    ForcedEOS,
-    Guided,
-    InfNanRemove,
-    LogitNormalization,
-    MinLength,
-    NoRepeatNGram,
-    PrefixConstrained,
-    Processor,
-    RepetitionPenalty,
-    SequenceBias,
-    SuppressAtBegin,
-    SuppressTokens,
-    id_array,
-    id_list,
+  CountPenalty,
+  Custom,
+  ExponentialDecay,
+  ForcedBOS,
+  ForcedEOS,
+  Guided,
+  InfNanRemove,
+  LogitNormalization,
+  MinLength,
+  NoRepeatNGram,
+  Processor,
+  RepetitionPenalty,
+  SequenceBias,
+  SuppressAtBegin,
+  SuppressTokens,
+  id_array,
 )
-from gpt2_jax.decoding.warpers import NEVER, POSITIVE, Range, make_warpers
+from gpt2_jax.decoding.values import ABOVE_0, AT_LEAST_0, AT_LEAST_1, FINITE, id_list
+from gpt2_jax.decoding.warpers import NEVER, make_warpers
 from gpt2_jax.errors import UserError
-
-AT_LEAST_0 = Range('be a whole number of at least 0', lambda x: x >= 0, whole=True)
-AT_LEAST_1 = Range('be a whole number of at least 1', lambda x: x >= 1, whole=True)
-ABOVE_0 = Range('be positive', POSITIVE)
-FINITE = Range('be a finite number', lambda x: True)
 
 
 def _word(name: str, value: Any, V: int) -> tuple[int, ...]:

@@ -63,7 +63,7 @@ class Contrastive:
 
   def start(self, model: GPT2, request: Request, N: int, K: int) -> Contrasting:
     filled, x_A1D = prefill(model, request, N + self.k)
-    C = request.samples_B.shape[0] // request.windows_A.shape[0]
+    C = request.C
     said_APD = jnp.pad(_directions(filled.x_BTD), ((0, 0), (0, N), (0, 0)))
     state = Contrasting(
         jnp.asarray(0), expand_cache(filled.cache, C), request.history,
@@ -74,7 +74,7 @@ class Contrastive:
   def step(self, model: GPT2, request: Request, state: Contrasting) -> Contrasting:
     prompt_slots = request.prompts_AP.shape[1]
     slot = prompt_slots + state.t
-    C = request.samples_B.shape[0] // request.windows_A.shape[0]
+    C = request.C
     precision = model.config.precision
 
     def propose(rules: Rules, rows):

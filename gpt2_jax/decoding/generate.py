@@ -165,7 +165,10 @@ def _prepare(model: GPT2) -> tuple[GPTConfig, Params]:
 def _decoder(
     model: GPT2, prompts, tokenizer, assistant_model, inputs: dict, options: dict) -> Decoder:
   if model.source is not None and options.get('eos_token_id') is None:
-    options = options | {'eos_token_id': model.source.eos_token_id}
+    eos = model.source.eos_token_id  # a checkpoint may name ids that its vocabulary has not
+    if eos is not None:
+      eos = [i for i in np.atleast_1d(eos).tolist() if 0 <= i < model.config.vocab_size]
+    options = options | {'eos_token_id': eos}
   prepared, assistant = _prepare(model), None
   if assistant_model is not None:
     assistant = _prepare(assistant_model)

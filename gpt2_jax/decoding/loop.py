@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from gpt2_jax.attention import causal_mask
 from gpt2_jax.config import GPTConfig
-from gpt2_jax.decoding.history import RUNNING, Endings, History
+from gpt2_jax.decoding.history import Endings, History
 from gpt2_jax.decoding.processors import Processor
 from gpt2_jax.decoding.pytree import register
 from gpt2_jax.layers import Cache, KVCache, pick, room
@@ -48,6 +48,11 @@ class Request:
   samples_B: jax.Array  # which sample of its prompt a row is
   key: jax.Array | None  # of the request; None: greedy
   rules: Rules
+
+  @property
+  def C(self) -> int:
+    """How many rows continue a prompt."""
+    return self.samples_B.shape[0] // self.windows_A.shape[0]
 
 
 @register
@@ -208,10 +213,9 @@ class Sample:
 
   def start(self, model: GPT2, request: Request, N: int, K: int) -> Sampling:
     filled, x_A1D = prefill(model, request, N)
-    C = request.samples_B.shape[0] // request.windows_A.shape[0]
     history, record = self._push(
-        model, request, expand(x_A1D, C), request.history, Record.zeros(request.history, K))
-    return Sampling(jnp.asarray(1), expand_cache(filled.cache, C), history, record)
+        model, request, expand(x_A1D, request.C), request.history, Record.zeros(request.history, K))
+    return Sampling(jnp.asarray(1), expand_cache(filled.cache, request.C), history, record)
 
   def step(self, model: GPT2, request: Request, state: Sampling) -> Sampling:
     last_B1 = pick(state.history.tokens_BS, state.history.lengths_B - 1)[:, None]
@@ -220,7 +224,7 @@ class Sample:
     return Sampling(state.t + 1, out.cache, history, record)
 
   def running(self, state: Sampling) -> jax.Array:
-    return (state.history.reason_B == RUNNING).any()
+    return state.history.running_B.any()
 
   def results(self, state: Sampling):
     return state.history, state.record, None

@@ -8,6 +8,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from gpt2_jax.decoding.values import ABOVE_0, AT_LEAST_0, id_list
 from gpt2_jax.errors import UserError
 
 
@@ -130,23 +131,12 @@ class Options:
     Raises:
       UserError: names the option, its value and what it may be.
     """
-    def least(name: str, bound: float) -> None:
-      value = getattr(self, name)
-      if value is not None and not value >= bound:
-        raise UserError(f'{name} = {value} must be at least {bound}.')
-
-    for name in ('max_new_tokens', 'num_return_sequences'):
-      least(name, 1)
-    for name in ('min_new_tokens', 'min_length', 'top_logprobs'):
-      least(name, 0)
+    AT_LEAST_0.check('top_logprobs', self.top_logprobs)
     if self.top_logprobs > V:
       raise UserError(f'top_logprobs = {self.top_logprobs}: the vocabulary has {V} ids.')
-    if self.max_time is not None and not self.max_time > 0:
-      raise UserError(f'max_time = {self.max_time} must be a positive number of seconds.')
+    if self.max_time is not None:
+      ABOVE_0.check('max_time', self.max_time)
     if self.context not in ('stop', 'slide'):
       raise UserError(f"context = {self.context!r} must be 'stop' or 'slide'.")
     for name in ('eos_token_id', 'stop_token_ids'):
-      ids = getattr(self, name)
-      for id in [] if ids is None else [ids] if isinstance(ids, int) else ids:
-        if not 0 <= id < V:
-          raise UserError(f'{name} = {ids}: the vocabulary has the ids 0 to {V - 1}.')
+      id_list(name, getattr(self, name), V)

@@ -3,13 +3,12 @@
 import numpy as np
 
 from gpt2_jax.config import GPTConfig
-from gpt2_jax.decoding.assemble import AT_LEAST_1, FINITE
 from gpt2_jax.decoding.beams import Beams
 from gpt2_jax.decoding.contrastive import Contrastive
 from gpt2_jax.decoding.loop import Sample, Search
 from gpt2_jax.decoding.options import Options
 from gpt2_jax.decoding.speculative import make_speculative
-from gpt2_jax.decoding.warpers import Range
+from gpt2_jax.decoding.values import AT_LEAST_1, FINITE, Range
 from gpt2_jax.errors import UserError
 from gpt2_jax.model import Params
 

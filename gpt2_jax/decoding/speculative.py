@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from gpt2_jax.config import GPTConfig
-from gpt2_jax.decoding.assemble import AT_LEAST_1
 from gpt2_jax.decoding.history import RUNNING, History
 from gpt2_jax.decoding.loop import (
   Record,
@@ -34,6 +33,7 @@ from gpt2_jax.decoding.loop import (
 )
 from gpt2_jax.decoding.options import Options
 from gpt2_jax.decoding.pytree import register
+from gpt2_jax.decoding.values import AT_LEAST_1
 from gpt2_jax.decoding.warpers import NEVER, log_probs
 from gpt2_jax.errors import UserError
 from gpt2_jax.forms import for_decoding
@@ -106,7 +106,7 @@ class Draft:
 
   def start(self, request: Request, N: int) -> Cache:
     filled, _ = prefill(bind(self.config, self.params), request, N)
-    return expand_cache(filled.cache, request.samples_B.shape[0] // request.windows_A.shape[0])
+    return expand_cache(filled.cache, request.C)
 
   def guess(self, request: Request, history: History, t_B: jax.Array, memory: Cache, k: int):
     model, keys_B = bind(self.config, self.params), row_keys(request.key, request.samples_B)
@@ -246,7 +246,7 @@ class Speculative:
     return Speculation(state.t + 1, out.cache, history, record, memory)
 
   def running(self, state: Speculation) -> jax.Array:
-    return (state.history.reason_B == RUNNING).any()
+    return state.history.running_B.any()
 
   def results(self, state: Speculation):
     return state.history, state.record, None

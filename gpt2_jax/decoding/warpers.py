@@ -7,18 +7,16 @@ GPT-2's vocabulary, `threshold` 0.5.
 """
 
 import dataclasses
-import numbers
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from gpt2_jax.decoding.history import History
 from gpt2_jax.decoding.options import Options
 from gpt2_jax.decoding.pytree import register
+from gpt2_jax.decoding.values import POSITIVE, Range
 from gpt2_jax.errors import UserError
 
 NEVER = float('-inf')  # the score of a token that can't be drawn
@@ -187,29 +185,6 @@ def entropy(log_BV: jax.Array) -> jax.Array:
   return -jnp.where(log_BV > NEVER, jnp.exp(log_BV) * log_BV, 0).sum(-1, keepdims=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class Range:
-  """The values that an option may have."""
-
-  says: str  # after 'must'
-  has: Callable[[Any], bool]
-  whole: bool = False
-
-  def check(self, name: str, value: Any) -> Any:
-    """The value as a NumPy scalar, to be traced.
-
-    Raises:
-      UserError: it is none of them.
-    """
-    kind: Any = numbers.Integral if self.whole else numbers.Real
-    finite = (isinstance(value, kind) and not isinstance(value, bool)
-              and abs(value) <= float(np.finfo(np.float32).max))
-    if not finite or not self.has(value):
-      raise UserError(f'{name} = {value!r} must {self.says}.')
-    return np.int32(min(value, 1 << 30)) if self.whole else np.float32(value)
-
-
-POSITIVE = lambda x: x >= np.finfo(np.float32).tiny
 SHARE = Range('lie in (0, 1]', lambda x: 0 < x <= 1)
 CUTOFF = Range('lie between 0 and 1', lambda x: 0 < x < 1)
 
