@@ -36,6 +36,8 @@ def get_config() -> ConfigDict:
       vocab_multiple=128,  # the vocabulary is padded inside: 50257 = 29·1733 would not split
       dtype='auto',  # of activations: bfloat16 on accelerators, float32 on CPU
       remat='none',  # what the backward pass computes again: none, dots, full
+      attention='auto',  # cudnn on GPUs, splash on TPUs, where they can; xla elsewhere
+      reduce_dtype='float32',  # of gradients while they are summed over devices, or bfloat16
       head='lm',  # or sequence_classification
   ))
 
@@ -51,6 +53,7 @@ def get_config() -> ConfigDict:
       split='document',  # or tail: the end of each document
       split_seed=0,
       sequence_length=placeholder(int),  # tokens a row; default n_positions
+      document_mask=False,  # a token sees its own document alone, not those before it in the row
   ))
 
   # Adapters that are trained in place of the weights (LoRA, arXiv:2106.09685). Names are PEFT's.
@@ -89,11 +92,14 @@ def get_config() -> ConfigDict:
       keep=2,  # the newest ones
   ))
 
-  # data: batch split; fsdp: batch and parameters split; tensor: heads, MLP and vocabulary split.
+  # Sizes of the mesh's axes; one of them may be -1: what the others leave. data: batch split; fsdp:
+  # batch and parameters split; seq: positions split; tensor: heads, MLP and vocabulary split.
   config.mesh = ConfigDict(dict(
-      data=1,
-      fsdp=-1,  # all devices that the others leave
+      data=placeholder(int),  # default: what fsdp leaves
+      fsdp=-1,  # with data's default: as few as hold the state in a quarter of a device's memory
+      seq=1,  # for rows too long for one device
       tensor=1,
+      slices_over='data',  # the axis that crosses the network between TPU slices, or fsdp
   ))
 
   config.evaluate = ConfigDict(dict(

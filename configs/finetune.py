@@ -35,7 +35,8 @@ def get_config(recipe: str = 'full'):
     raise ValueError(f'recipe {recipe!r} is none of: {", ".join(RECIPES)}')
   config = base.get_config()
   config.init_from = 'gpt2'
-  kept = ('dtype', 'remat', 'head', 'vocab_multiple')  # the other sizes are those of init_from
+  # the other fields are those of init_from
+  kept = ('dtype', 'remat', 'attention', 'reduce_dtype', 'head', 'vocab_multiple')
   config.model = ConfigDict({key: config.model[key] for key in kept})
   config.model.update(embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1)
   config.data.update(val_fraction=0.05, split='tail')

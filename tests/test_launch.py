@@ -65,7 +65,7 @@ def test_a_run_leaves_its_record(finished, text_folder):
   config = json.loads((workdir / 'config.json').read_text())
   assert config['train']['steps'] == STEPS and config['model']['n_embd'] == 32
   start, = json.loads((workdir / 'env.json').read_text())['starts']
-  assert start['mesh'] == {'data': 1, 'fsdp': 1, 'tensor': 1}
+  assert start['mesh'] == {'data': 1, 'fsdp': 1, 'seq': 1, 'tensor': 1}
   assert start['command'][0] == 'launch.py' and start['versions']['jax']
   assert (workdir / 'loss.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
   assert list((workdir / 'tensorboard').glob('events.*'))

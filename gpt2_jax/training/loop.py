@@ -18,6 +18,7 @@ from gpt2_jax.data import loader as loader_lib
 from gpt2_jax.decoding.generate import generate_tokens
 from gpt2_jax.errors import UserError, saving
 from gpt2_jax.progress import track
+from gpt2_jax.sharding import mesh_of, whole_rows
 from gpt2_jax.training import metrics, report
 from gpt2_jax.training import record as record_lib
 from gpt2_jax.training.plan import Plan, make_plan, out_of_memory_advice
@@ -114,7 +115,8 @@ def train(config: Config, workdir: str | Path) -> int:
 
     # --- State: initial or restored ------------------------------------------------------------
     began = time.monotonic()
-    train_step, eval_step = plan.compile_train_step(), plan.eval_step()
+    eot = data.tokenizer().eot
+    train_step, eval_step = plan.compile_train_step(eot), plan.eval_step(eot)
     say(f'compiled in {time.monotonic() - began:.1f} s')
     with out_of_memory_advice(plan):
       if start:
@@ -217,10 +219,12 @@ def train(config: Config, workdir: str | Path) -> int:
       params = in_use()
       if patience.best not in (None, step):
         params = checkpoints.params(patience.best, plan.abstract_state().params)
-      sample, = generate_tokens(
-          plan.model, params, config.log.sample_prompt, tokenizer=data.tokenizer(),
-          seed=config.train.seed, max_new_tokens=config.log.sample_tokens,
-          temperature=config.log.sample_temperature, top_k=config.log.sample_top_k)
+      params = whole_rows(params)
+      with mesh_of(params):
+        sample, = generate_tokens(
+            plan.model, params, config.log.sample_prompt, tokenizer=data.tokenizer(),
+            seed=config.train.seed, max_new_tokens=config.log.sample_tokens,
+            temperature=config.log.sample_temperature, top_k=config.log.sample_top_k)
     if jax.process_index() == 0:
       report.plot_losses(workdir, f'{workdir.name}: {tokens_a_step:,} tokens a step')
       say(report.summary(workdir, config.log.sample_prompt, sample and sample.text))

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gpt2_jax import sharding, tokenizer
+from gpt2_jax import kernels, sharding, tokenizer
 from gpt2_jax.config import Config, GPTConfig, LoRA
 from gpt2_jax.counts import flops_per_token, num_params, num_trained
 from gpt2_jax.data import labelled
@@ -27,7 +27,8 @@ from gpt2_jax.training.optimizer import make_optimizer, make_schedule
 from gpt2_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
 
 # Fields of the model that a run may choose anew where its parameters come from elsewhere.
-FREE = ('dtype', 'remat', 'embd_pdrop', 'attn_pdrop', 'resid_pdrop', 'vocab_multiple', 'head')
+FREE = ('dtype', 'remat', 'attention', 'reduce_dtype', 'embd_pdrop', 'attn_pdrop', 'resid_pdrop',
+        'vocab_multiple', 'head')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,17 +78,28 @@ class Plan:
       return array(self.T + 1)
     return {'tokens': array(self.T), 'lengths': array(), 'labels': array()}
 
-  def compile_train_step(self):
-    """The compiled step: `(state, batch) -> state, metrics`."""
+  def document_start(self, eot: int) -> int | None:
+    """The id that begins a document, where documents are masked from each other; else None."""
+    return eot if self.config.data.document_mask else None
+
+  def compile_train_step(self, eot: int = 0):
+    """The compiled step: `(state, batch) -> state, metrics`. `eot`: the id that begins documents."""
     c = self.config
-    step = make_train_step(self.model, self.tx, self.schedule,
-                           seed=c.train.seed, ema_decay=c.optim.ema_decay)
+    step = make_train_step(
+        self.model, self.tx, self.schedule, seed=c.train.seed, ema_decay=c.optim.ema_decay,
+        document_start=self.document_start(eot))
     with out_of_memory_advice(self):
       return jax.jit(step, donate_argnums=0).lower(
           self.abstract_state(), self.abstract_batch()).compile()
 
-  def eval_step(self):
-    return jax.jit(make_eval_step(self.model))
+  def eval_step(self, eot: int = 0):
+    return jax.jit(make_eval_step(self.model, self.document_start(eot)))
+
+  def attention(self) -> str:
+    """Which attention the step will have, and why not another."""
+    with jax.set_mesh(self.mesh):
+      name, reason = kernels.choose(self.model, self.T, drops=True)
+    return f'{name} ({reason})' if reason else name
 
   def describe(self) -> str:
     """Some lines for a reader."""
@@ -102,7 +114,7 @@ class Plan:
         f'model    {num_params(c):,} parameters: {c.n_layer} layers, width {c.n_embd}, '
         f'{c.n_head} heads, vocabulary {c.vocab_size:,} (inside {c.padded_vocab_size:,})',
         f'         {flops_per_token(c, self.T):,} FLOPs a token (6·P + 12·L·D·T), {c.dtype}, '
-        f'remat {c.remat}', *tuned,
+        f'remat {c.remat}, attention {self.attention()}', *tuned,
         f'mesh     {shape} of {self.mesh.size} x {device.device_kind}',
         f'batch    {self.G * self.T:,} tokens a step = {self.A} micro-batches x {rows} rows x '
         f'{self.T} tokens, {self.config.train.steps:,} steps, '
@@ -151,6 +163,27 @@ def estimate_bytes(c: GPTConfig, mesh: Mesh, T: int, rows: int, ema: bool) -> in
   logits = 3 * 4 * c.padded_vocab_size / tensor
   per_device = rows / (mesh.shape['data'] * mesh.shape['fsdp'])
   return int(state + per_device * T * (c.n_layer * kept + 2 * whole + logits))
+
+
+def choose_mesh(asked: Config, model: GPTConfig, G: int, devices=None) -> Mesh:
+  """The mesh that `config.mesh` asks for. Where it leaves both `data` and `fsdp` open, parameters are
+  split no further than to fit: over as few devices as keep the state in a quarter of a device's
+  memory, since a split costs a gather in each layer; `data` takes the rest.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  sizes = dict(asked)
+  rest, over = len(devices) // max(1, sizes['tensor'] * sizes['seq']), sizes['slices_over']
+  if sizes['data'] is None and sizes['fsdp'] == -1:
+    slices = sharding.num_slices(devices)
+    crossing = lambda f: {'data': rest // f, 'fsdp': f}.get(over, slices)
+    fits = [f for f in range(1, rest + 1)
+            if rest % f == 0 and model.n_embd % f == 0 and crossing(f) % slices == 0]
+    enough = [f for f in fits if 16 * num_params(model) / (f * max(1, sizes['tensor']))
+              <= memory_limit(devices[0]) / 4]
+    sizes['fsdp'] = (enough[:1] or fits[-1:] or [-1])[0]
+  if sizes['data'] is None:
+    sizes['data'] = 1 if sizes['fsdp'] == -1 else -1
+  return sharding.make_mesh(**sizes, devices=devices)
 
 
 def _micro_batches(config: Config, model: GPTConfig, mesh: Mesh, T: int, G: int) -> int:
@@ -227,8 +260,6 @@ def make_plan(config: Config, devices=None) -> Plan:
   source = open_source(config.init_from) if config.init_from else None
   spec = _tokenizer(config, source)
   model = _model(config, source, spec)
-  mesh = sharding.make_mesh(**config.mesh, devices=devices)
-  sharding.check_divisible(mesh, model.divisible())
   T = model.n_positions if config.data.sequence_length is None else config.data.sequence_length
   if not 1 <= T <= model.n_positions:
     raise UserError(f'data.sequence_length = {T} is longer than the model\'s context '
@@ -241,6 +272,8 @@ def make_plan(config: Config, devices=None) -> Plan:
                        ('evaluate', 'every')):
     if config[section][key] < 1:
       raise UserError(f'{section}.{key} = {config[section][key]} must be at least 1.')
+  mesh = choose_mesh(config.mesh, model, G, devices)
+  sharding.check_divisible(mesh, model.divisible() | {'data.sequence_length': (T, 'seq')})
   A = _micro_batches(config, model, mesh, T, G)
   split = mesh.shape['data'] * mesh.shape['fsdp']
   eval_rows = config.evaluate.batch_rows

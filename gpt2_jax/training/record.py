@@ -19,7 +19,7 @@ from gpt2_jax.interop.workdir import LABELS
 from gpt2_jax.training.plan import Plan
 
 # Fields of the model that may change between two starts of a run: they don't change what it is.
-FREE = ('dtype', 'remat', 'embd_pdrop', 'attn_pdrop', 'resid_pdrop')
+FREE = ('dtype', 'remat', 'attention', 'reduce_dtype', 'embd_pdrop', 'attn_pdrop', 'resid_pdrop')
 
 
 def environment(plan: Plan, data: Any) -> dict:
