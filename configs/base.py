@@ -13,6 +13,7 @@ def get_config() -> ConfigDict:
   # Where the parameters begin: a workdir, a folder or file of another format, a name on the hub.
   # Default: drawn at random. What can be read: docs/conversion.md. For use: configs/finetune.py.
   config.init_from = placeholder(str)
+  config.init_positions = 'interpolate'  # where model.n_positions is larger than there; or extend
 
   # The model. Names and values are Hugging Face's; these are GPT-2 124M's.
   config.model = ConfigDict(dict(

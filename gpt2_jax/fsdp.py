@@ -95,16 +95,60 @@ def summed(f, *rows: jax.Array, like: jax.Array) -> jax.Array:
   mesh, spec = jax.sharding.get_abstract_mesh(), spec_of(like)
   split = next((i for i, axis in enumerate(spec) if axis == 'fsdp'), None)
 
+  later = jax.typeof(like).sharding.spec.reduced
+
   def total(*rows):
     part = f(*rows)
     if split is not None and mesh.shape['fsdp'] > 1:
       part = jax.lax.psum_scatter(part, 'fsdp', scatter_dimension=split, tiled=True)
-    over = [axis for axis in ('data', 'seq', *(() if split is not None else ('fsdp',)))
-            if mesh.shape[axis] > 1]
-    return (jax.lax.psum(part, over) if over else part).astype(like.dtype)
+    if now := tuple(axis for axis in summed_over(spec) if axis not in later):
+      part = jax.lax.psum(part, now)
+    if later:
+      part = jax.lax.pcast(part, tuple(later), to='unreduced')
+    return part.astype(like.dtype)
 
+  out_spec = P(*spec, unreduced=later) if later else spec
   return jax.shard_map(
-      total, in_specs=tuple(map(spec_of, rows)), out_specs=spec, check_vma=False)(*rows)
+      total, in_specs=tuple(map(spec_of, rows)), out_specs=out_spec, check_vma=bool(later))(*rows)
+
+
+def summed_over(spec: P) -> tuple[str, ...]:
+  """The axes over which a gradient is summed whole, since they do not split its parameter."""
+  return ('data', 'seq') if 'fsdp' in spec else ('data', 'fsdp', 'seq')
+
+
+def sum_later(params):
+  """Parameters whose gradients stay apart on each device, to be added up over micro-batches and then
+  summed over the devices once, by `sum_now`. Layer norms are small: theirs are summed at once.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+
+  def later(path, x):
+    if any(str(getattr(key, 'key', '')).startswith('ln_') for key in path):
+      return x
+    spec = spec_of(x)
+    axes = frozenset(axis for axis in summed_over(spec) if mesh.shape[axis] > 1)
+    return jax.sharding.reshard(x, P(*spec, reduced=axes)) if axes else x
+
+  return jax.tree_util.tree_map_with_path(later, params) if in_mesh() else params
+
+
+def sum_now(grads, params):
+  """Gradients that `sum_later` left apart, summed over the devices; they lie as `params` do."""
+  total = lambda g, x: jax.sharding.reshard(g, spec_of(x))
+  return jax.tree.map(total, grads, params) if in_mesh() else grads
+
+
+def zeros_apart(params):
+  """Zeros for `sum_later`'s gradients to be added to."""
+  def zeros(x):
+    spec, later = spec_of(x), jax.typeof(x).sharding.spec.reduced
+    if not later:
+      return jnp.zeros_like(x)
+    return jax.sharding.reshard(
+        jnp.zeros(x.shape, x.dtype, out_sharding=spec), P(*spec, unreduced=later))
+
+  return jax.tree.map(zeros, params)
 
 
 def take(table: jax.Array, indices: jax.Array, dtype, spec: P, reduce_dtype: str, B: int):

@@ -210,7 +210,8 @@ def layout(spec: P) -> P | None:
 
 def spec_of(x: jax.Array) -> P:
   """How an array is laid out, an entry for each axis."""
-  return P(*jax.typeof(x).sharding.spec, *(None,) * (x.ndim - len(jax.typeof(x).sharding.spec)))
+  axes = jax.typeof(x).sharding.spec.partitions
+  return P(*axes, *(None,) * (x.ndim - len(axes)))
 
 
 def reshard(x: jax.Array, spec: P) -> jax.Array:
@@ -249,8 +250,7 @@ def unshard(w: jax.Array) -> jax.Array:
   """The FSDP all-gather of a parameter, written down where the parameter is used."""
   if not in_mesh():
     return w
-  spec = jax.typeof(w).sharding.spec
-  return jax.sharding.reshard(w, P(*(None if axis == 'fsdp' else axis for axis in spec)))
+  return jax.sharding.reshard(w, P(*(None if axis == 'fsdp' else axis for axis in spec_of(w))))
 
 
 def place(local_rows: dict[int, np.ndarray], shape: tuple[int, ...], sharding: NamedSharding):

@@ -24,6 +24,7 @@ from gpt2_jax.interop.tensors import Source, load_params
 from gpt2_jax.model import Params
 from gpt2_jax.pretrained import open_source
 from gpt2_jax.training.optimizer import make_optimizer, make_schedule
+from gpt2_jax.training.positions import stretched
 from gpt2_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
 
 # Fields of the model that a run may choose anew where its parameters come from elsewhere.
@@ -63,6 +64,7 @@ class Plan:
     kept = self.model.head == source.config.head
     config = dataclasses.replace(source.config, vocab_multiple=self.model.vocab_multiple)
     params = load_params(dataclasses.replace(source, config=config))
+    params = stretched(self.model, params, self.config.init_positions, self.config.train.seed)
     return params if kept else {k: v for k, v in params.items() if k in ('wte', 'wpe', 'h', 'ln_f')}
 
   def abstract_state(self) -> TrainState:
@@ -242,12 +244,15 @@ def _model(config: Config, source: Source | None, spec: str) -> GPTConfig:
     if fields['vocab_size'] is None:
       fields['vocab_size'] = tokenizer.vocab_size(spec)
     return GPTConfig(**fields)
-  other = {k: v for k, v in fields.items() if k not in (*FREE, 'lora', 'num_labels')
-           and v is not None and v != getattr(source.config, k)}
-  if other:
+  free = [*FREE, 'lora', 'num_labels']
+  other = {k: v for k, v in fields.items()
+           if k not in free and v is not None and v != getattr(source.config, k)}
+  if other.keys() == {'n_positions'} and other['n_positions'] > source.config.n_positions:
+    free.append('n_positions')  # a longer context: see `stretched`
+  elif other:
     raise UserError(f'the config says model = {other}, but init_from = {config.init_from} is of '
                     'another shape: use configs/finetune.py, which takes its sizes from there.')
-  fields = {k: v for k, v in fields.items() if k in (*FREE, 'lora', 'num_labels')}
+  fields = {k: v for k, v in fields.items() if k in free}
   return dataclasses.replace(source.config, **fields)
 
 

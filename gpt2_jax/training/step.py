@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from gpt2_jax import fsdp
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.counts import trainable_paths
 from gpt2_jax.model import GPT2, Params, bind, make_params
@@ -141,14 +142,16 @@ def make_train_step(
       return each.sum() / (A * each.size)
 
     def accumulate(carry, micro):
-      loss_and_grads = jax.value_and_grad(loss_fn)(part, *micro)
+      loss_and_grads = jax.value_and_grad(loss_fn)(apart, *micro)
       return jax.tree.map(jnp.add, carry, loss_and_grads), None
 
     if A == 1:
       loss, grads = jax.value_and_grad(loss_fn)(part, 0, jax.tree.map(lambda x: x[0], batch))
     else:
-      zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, part)
+      apart = fsdp.sum_later(part)
+      zeros = jnp.zeros(()), fsdp.zeros_apart(apart)
       (loss, grads), _ = jax.lax.scan(accumulate, zeros, (jnp.arange(A), batch))
+      grads = fsdp.sum_now(grads, part)
 
     updates, opt_state = tx.update(grads, state.opt_state, part)
     params: Any = replaced(state.params, optax.apply_updates(part, updates))  # pyright: ignore
