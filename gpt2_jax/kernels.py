@@ -11,6 +11,8 @@ import math
 from typing import Any
 
 import jax
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.config import GPTConfig
@@ -43,9 +45,10 @@ def choose(config: GPTConfig, T: int, *, drops: bool) -> tuple[str, str]:
       f'{name} does not run on a {platform()}': name not in (own, 'xla'),
       f'{name} has no attention dropout (model.attn_pdrop)': drops and config.attn_pdrop,
       f'{name} has no reorder_and_upcast_attn': config.reorder_and_upcast_attn,
-      f'{name} wants whole rows, mesh.seq = 1': seq > 1,
+      'cudnn wants whole rows, mesh.seq = 1': name == 'cudnn' and seq > 1,
       'cudnn wants bfloat16 and heads of at most 128, a multiple of 8': name == 'cudnn' and not fits,
-      f'splash wants a multiple of {LANES} positions': name == 'splash' and T % LANES,
+      f'splash wants a multiple of {LANES} positions a device':
+          name == 'splash' and T % (LANES * seq),
   }
   reason = next((reason for reason, holds in reasons.items() if holds), '')
   return ('xla', '') if name == 'xla' else ('xla' if reason else name, reason)
@@ -58,42 +61,53 @@ class Kernel:
   name: str
   documents_BT: Any
 
-  def __call__(self, q_BTNH, k_BTNH, v_BTNH, scale) -> jax.Array:
+  def __call__(self, q_BTNH, k_BSNH, v_BSNH, scale) -> jax.Array:
     """The attended values, [B, T, N, H]."""
     q_BTNH = (q_BTNH * scale).astype(q_BTNH.dtype)
-    run = {'cudnn': _cudnn, 'splash': _splash}[self.name]
-    documents = () if self.documents_BT is None else (reshard(self.documents_BT, RULES.rows_bt),)
-    if not in_mesh():
-      return run(q_BTNH, k_BTNH, v_BTNH, *documents)
-    whole = P(RULES.act_btnh[0], None, 'tensor', None)
-    q, k, v = (reshard(x, whole) for x in (q_BTNH, k_BTNH, v_BTNH))
-    out_BTNH = jax.shard_map(
-        run, in_specs=(whole,) * 3 + (P(RULES.rows_bt[0], None),) * len(documents), out_specs=whole,
-        check_vma=False)(q, k, v, *(reshard(d, P(RULES.rows_bt[0], None)) for d in documents))
-    return reshard(out_BTNH, RULES.act_btnh)
+    d, r = self.documents_BT, RULES
+    documents = [] if d is None else [(reshard(d, r.rows_bt), reshard(d, P(r.rows_bt[0], None)))]
+    if self.name == 'cudnn':
+      return _by_shards(_cudnn, q_BTNH, k_BSNH, v_BSNH, *documents)
+    return _by_shards(_run_splash, q_BTNH, k_BSNH, v_BSNH, *documents,
+                      kernel=_splash(*q_BTNH.shape[1:3]))
 
 
-def _cudnn(q_BTNH, k_BTNH, v_BTNH, documents_BT=None):
+def _by_shards(run, q_BTNH, k_BSNH, v_BSNH, *documents, kernel=None):
+  """`run(q, k, v, *documents)` by each device for its rows, heads and queries."""
+  kernels = () if kernel is None else (kernel,)
+  if not in_mesh():
+    return run(q_BTNH, k_BSNH, v_BSNH, *documents, *kernels)
+  mesh, r = jax.sharding.get_abstract_mesh(), RULES
+  specs = (r.act_btnh, r.act_bsnh, r.act_bsnh, *[(r.rows_bt, P(r.rows_bt[0], None))] * len(documents))
+  if kernel is not None:
+    parts = kernel.manual_sharding_spec(jax.NamedSharding(mesh, P('tensor', 'seq')))
+    specs, kernels = (*specs, parts), (jax.tree.map(jax.sharding.reshard, kernel, parts),)
+  return jax.shard_map(run, in_specs=specs, out_specs=r.act_btnh, check_vma=False)(
+      q_BTNH, k_BSNH, v_BSNH, *documents, *kernels)
+
+
+def _cudnn(q_BTNH, k_BTNH, v_BTNH, documents=None):
   mask_B1TT = None
-  if documents_BT is not None:
-    mask_B1TT = (documents_BT[:, :, None] == documents_BT[:, None])[:, None]
+  if documents is not None:
+    mask_B1TT = (documents[0][:, :, None] == documents[1][:, None])[:, None]
   return jax.nn.dot_product_attention(
       q_BTNH, k_BTNH, v_BTNH, mask=mask_B1TT, scale=1.0, is_causal=True, implementation='cudnn')
 
 
-def _splash(q_BTNH, k_BTNH, v_BTNH, documents_BT=None):
-  from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_kernel,
-    splash_attention_mask,
-  )
-  T, N = q_BTNH.shape[1:3]
-  names = ('block_q', 'block_kv', 'block_kv_compute', 'block_q_dkv', 'block_kv_dkv',
-           'block_kv_dkv_compute', 'block_q_dq', 'block_kv_dq')
-  sizes = splash_attention_kernel.BlockSizes(**dict.fromkeys(names, math.gcd(T, BLOCK)))
-  causal = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((T, T))] * N)
-  run: Any = splash_attention_kernel.make_splash_mha_single_device(
-      causal, block_sizes=sizes, interpret=INTERPRET)
-  heads_first = (x.swapaxes(1, 2) for x in (q_BTNH, k_BTNH, v_BTNH))
-  ids = None if documents_BT is None else splash_attention_kernel.SegmentIds(
-      documents_BT, documents_BT)
-  return jax.vmap(run)(*heads_first, ids).swapaxes(1, 2)
+def _splash(T: int, N: int):
+  """The kernel for T positions and N heads of a whole batch, with the masks of each device's part."""
+  shape = jax.sharding.get_abstract_mesh().shape if in_mesh() else {'seq': 1, 'tensor': 1}
+  q, kv = math.gcd(T // shape['seq'], BLOCK), math.gcd(T, BLOCK)
+  sizes = splash.BlockSizes(
+      block_q=q, block_kv=kv, block_kv_compute=kv, block_q_dkv=q, block_kv_dkv=kv,
+      block_kv_dkv_compute=kv, block_q_dq=q, block_kv_dq=kv)
+  return splash.make_splash_mha(
+      splash_mask.MultiHeadMask([splash_mask.CausalMask((T, T))] * N), block_sizes=sizes,
+      head_shards=shape['tensor'], q_seq_shards=shape['seq'], interpret=INTERPRET)
+
+
+def _run_splash(q_BTNH, k_BSNH, v_BSNH, *rest):
+  *documents, kernel = rest
+  heads_first = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSNH, v_BSNH))
+  ids = splash.SegmentIds(*documents[0]) if documents else None
+  return jax.vmap(kernel)(*heads_first, ids).swapaxes(1, 2)

@@ -35,7 +35,7 @@ def loss_and_grads(config: GPTConfig, tokens, document_start=None, mesh=None):
 
 
 @pytest.mark.parametrize('mesh,by_layer,document_start', [
-    (None, True, 5), ((1, 2, 2), False, 5), (None, False, None)])
+    (None, True, 5), ((1, 2, 2, 2), False, 5), (None, False, None)])
 def test_splash_is_xla(interpreted, mesh, by_layer, document_start):
   tokens = jnp.asarray(np.random.default_rng(0).integers(0, 97, (2, 257)))
   config = dataclasses.replace(WIDE, scale_attn_by_inverse_layer_idx=by_layer)
@@ -67,7 +67,7 @@ def test_a_document_does_not_see_the_ones_before(tiny):
     (dict(attention='cudnn'), 256, False, 'cudnn does not run on a cpu'),
     (dict(attention='splash', attn_pdrop=0.1), 256, True, 'no attention dropout'),
     (dict(attention='splash', reorder_and_upcast_attn=True), 256, False, 'reorder_and_upcast'),
-    (dict(attention='splash'), 200, False, 'a multiple of 128'),
+    (dict(attention='splash'), 200, False, 'a multiple of 128 positions'),
     (dict(attention='xla'), 256, False, ''),
 ])
 def test_what_a_kernel_cannot_do_falls_back_with_a_reason(interpreted, fields, T, drops, says):
