@@ -86,7 +86,9 @@ def get_config() -> ConfigDict:
 
   config.checkpoint = ConfigDict(dict(
       every=1000,  # steps
-      keep=2,  # the newest ones
+      keep=2,  # the newest ones, and the one that is offered (evaluate.patience)
+      keep_every=0,  # steps: those of its multiples are kept too; 0: none
+      keep_best=0,  # of the evaluated ones, so many with the lowest held-out loss are kept too
   ))
 
   # data: batch split; fsdp: batch and parameters split; tensor: heads, MLP and vocabulary split.
