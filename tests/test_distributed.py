@@ -144,7 +144,7 @@ def test_flags_of_a_start_that_contradict_each_other(mode, given, says):
     ({'JAX_COORDINATOR_ADDRESS': 'a:1'}, 'JAX_COORDINATOR_ADDRESS')])
 def test_a_cluster_is_found_and_never_left_in_silence(monkeypatch, env, cause):
   """What shows a cluster leads to a start; one that fails is an error, not a run on one host."""
-  def fail(**_):
+  def fail(*_, **__):
     raise RuntimeError('no answer')
 
   for name in list(os.environ):

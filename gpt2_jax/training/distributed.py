@@ -77,17 +77,16 @@ def initialize(mode: str, coordinator: str | None = None, num_processes: int | N
       _cluster() if mode == 'auto' else None)
   if cause is None:
     return
-  options = {}
   if coordinator is not None and num_processes is not None and process_id is not None:
     host, _, port = coordinator.rpartition(':')
     if not host or not port.isdecimal() or not 0 <= process_id < num_processes:
       raise UserError(f'{FLAGS[0]}={coordinator} must be HOST:PORT of process 0, and {FLAGS[2]}='
                       f'{process_id} one of 0 to {num_processes - 1}.')
-    options = dict(coordinator_address=coordinator, num_processes=num_processes,
-                   process_id=process_id, cluster_detection_method='deactivate')
   try:
-    jax.distributed.initialize(**options, heartbeat_timeout_seconds=SILENCE_S,
-                               shutdown_timeout_seconds=SILENCE_S)
+    jax.distributed.initialize(
+        coordinator, num_processes, process_id,
+        cluster_detection_method='deactivate' if asked else None,
+        heartbeat_timeout_seconds=SILENCE_S, shutdown_timeout_seconds=SILENCE_S)
     if jax.process_count() < (num_processes or 1):
       raise RuntimeError(f'JAX sees {jax.process_count()} processes, not {num_processes}')
   except (RuntimeError, ValueError) as e:
