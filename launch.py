@@ -2,7 +2,8 @@
 
     python launch.py --config=configs/small.py[:RECIPE] [--workdir=DIR] [--config.SECTION.KEY=VALUE …]
 
-The same command again continues a run that was stopped or killed.
+The same command again continues a run that was stopped or killed. On several hosts it is started on
+each; where no cluster is found, with --coordinator=HOST:PORT --num_processes=N --process_id=I.
 """
 
 import os

@@ -147,7 +147,8 @@ class Checkpoints:
     lost = bool(damaged) and step is None
     if shared:  # process 0 decides
       with without_mesh():
-        step, lost = map(int, multihost_utils.broadcast_one_to_all(np.array([step or 0, lost], np.int32)))
+        agreed = multihost_utils.broadcast_one_to_all(np.array([step or 0, lost], np.int32))
+      step, lost = map(int, agreed)
     where = {} if lost or not self._writes else {bad: self._move_aside(bad) for bad in damaged}
     for bad, why in damaged.items():
       print(f'{_of_step(bad)}: {why}: skipped' + f' and moved to {where.get(bad)}' * (bad in where),

@@ -41,7 +41,7 @@ def damage(folder: Path, items: Collection[str] | None = None) -> str | None:
   try:
     files = json.loads((folder / FILE).read_text())['files']
     wanted = {name: (file['bytes'], file['sha256']) for name, file in files.items()}
-  except (ValueError, KeyError, TypeError, AttributeError) as e:
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
     return f'{FILE} is damaged ({e!r})'
   for name, (size, _) in wanted.items():
     have = (folder / name).stat().st_size if (folder / name).is_file() else None
@@ -54,8 +54,11 @@ def damage(folder: Path, items: Collection[str] | None = None) -> str | None:
   shown = track(f'checking {folder}', total, 'bytes') if total > SHOWN_BYTES else (
       contextlib.nullcontext(lambda amount: None))
   with shown as advance, concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-    for name, digest in zip(read, pool.map(lambda name: _digest(folder / name), read)):
-      if digest != wanted[name][1]:
-        return f'{name} has other content than was written (SHA-256)'
-      advance(wanted[name][0])
+    try:
+      for name, digest in zip(read, pool.map(lambda name: _digest(folder / name), read)):
+        if digest != wanted[name][1]:
+          return f'{name} has other content than was written (SHA-256)'
+        advance(wanted[name][0])
+    except OSError as e:
+      return f'a file can\'t be read ({e})'
   return None

@@ -96,6 +96,7 @@ with jax.set_mesh(mesh):
   if i == '0':
     path = next((folder / 'checkpoints' / '3' / 'params').rglob('d/*'))
     path.write_bytes(path.read_bytes()[:-1])
+    (folder / 'checkpoints' / '2' / 'manifest.json').unlink()
   jax.experimental.multihost_utils.sync_global_devices('damaged')
   step = checkpoints.whole_step()
   restored = checkpoints.restore(step, {'params': {'w': array}})['params']['w']

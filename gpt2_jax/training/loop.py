@@ -94,8 +94,8 @@ def train(config: Config, workdir: str | Path) -> int:
     # --- Workdir: new, or that of the same run --------------------------------------------------
     with saving('the workdir', workdir):
       workdir.mkdir(parents=True, exist_ok=True)
-    keep = config.checkpoint
-    checkpoints = Checkpoints(workdir, keep.keep, keep.keep_every, keep.keep_best)
+    kept = config.checkpoint
+    checkpoints = Checkpoints(workdir, kept.keep, kept.keep_every, kept.keep_best)
     start, identity = checkpoints.whole_step() or 0, record_lib.identity(plan, data)
     if start and (other := difference(checkpoints.meta(start)['identity'], identity)):
       raise UserError(f'{workdir} holds the run of another model or other data:\n{other}\n'

@@ -14,7 +14,8 @@ class StopSignal:
   """Within this context the first SIGTERM or Ctrl-C asks the loop to stop, a second one kills.
 
   Of several processes one that is told to stop stops all, at the same step: JAX's preemption service
-  has a handler for SIGTERM, tells the others, and finds the next `due` that none has come to yet.
+  has its own handler for SIGTERM, tells the others, and finds the next `due` that none has come to
+  yet. A second Ctrl-C kills there too, a second SIGTERM does not.
   """
 
   def __init__(self):
