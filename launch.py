@@ -2,7 +2,8 @@
 
     python launch.py --config=configs/small.py[:RECIPE] [--workdir=DIR] [--config.SECTION.KEY=VALUE …]
 
-The same command again continues a run that was stopped or killed.
+The same command again continues a run that was stopped or killed. On several hosts it is started on
+each; where no cluster is found, with --coordinator=HOST:PORT --num_processes=N --process_id=I.
 """
 
 import os
@@ -20,6 +21,10 @@ DRY_RUN = flags.DEFINE_bool(
 DISTRIBUTED = flags.DEFINE_enum(
     'distributed', 'auto', ['auto', 'on', 'off'],
     'Whether this is one process of several. auto: where the environment shows a cluster.')
+COORDINATOR = flags.DEFINE_string(
+    'coordinator', None, 'HOST:PORT of process 0, where nothing in the environment says it.')
+NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes there are.')
+PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.')
 
 
 def parse_flags(argv: list[str]) -> None:
@@ -47,7 +52,8 @@ def main(argv: list[str]) -> int:
   from gpt2_jax.errors import UserError
   from gpt2_jax.training import distributed, loop, plan
   try:
-    distributed.initialize(DISTRIBUTED.value)
+    distributed.initialize(
+        DISTRIBUTED.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     if DRY_RUN.value:
       print(plan.dry_run(plan.make_plan(CONFIG.value)))
       return 0

@@ -90,7 +90,9 @@ def get_config() -> ConfigDict:
 
   config.checkpoint = ConfigDict(dict(
       every=1000,  # steps
-      keep=2,  # the newest ones
+      keep=2,  # the newest ones, and the one that is offered (evaluate.patience)
+      keep_every=0,  # steps: those of its multiples are kept too; 0: none
+      keep_best=0,  # of the evaluated ones, so many with the lowest held-out loss are kept too
   ))
 
   # Sizes of the mesh's axes; one of them may be -1: what the others leave. data: batch split; fsdp:

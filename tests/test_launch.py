@@ -136,26 +136,6 @@ def test_a_run_continues_on_another_mesh(finished, text_folder, tmp_path, mesh):
     assert have == pytest.approx(want, rel=2e-5)
 
 
-@pytest.mark.slow
-def test_two_processes_make_the_same_run(finished, text_folder, tmp_path):
-  """Started as Open MPI would start them: found by --distributed=auto, on a mesh across both."""
-  job = random.randrange(1, 4000) << 16
-  processes = [
-      subprocess.Popen(
-          [sys.executable, *arguments(text_folder, tmp_path / 'run', train__micro_batch_rows=1)],
-          cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(
-              2, OMPI_COMM_WORLD_SIZE='2', OMPI_COMM_WORLD_RANK=str(i),
-              OMPI_COMM_WORLD_LOCAL_RANK=str(i),
-              OMPI_MCA_orte_hnp_uri=f'{job}.0;tcp://127.0.0.1:34911'))
-      for i in range(2)]
-  for i, process in enumerate(processes):
-    printed, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert f'process {i}/2: 2 of 4 devices' in printed
-  for have, want in zip(plain(tmp_path / 'run'), plain(finished[0]), strict=True):
-    assert have == pytest.approx(want, rel=2e-5)
-
-
 def test_a_run_with_another_model_or_data_is_refused(finished, text_folder):
   workdir, before = finished[0], plain(finished[0])
   result = run(*arguments(text_folder, workdir, model__n_layer=3))

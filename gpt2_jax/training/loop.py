@@ -56,7 +56,7 @@ def evaluate(eval_step, params, split: Any, plan: Plan, stop: StopSignal) -> dic
       done(1)
       if len(sums) > 4:  # keeps the host from running ahead of the device
         jax.block_until_ready(sums[-4])
-      if stop.received:
+      if stop.due():
         return {}
   total, count, *right = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
   means = {'eval/loss': float(total / count)}
@@ -95,8 +95,9 @@ def train(config: Config, workdir: str | Path) -> int:
     # --- Workdir: new, or that of the same run --------------------------------------------------
     with saving('the workdir', workdir):
       workdir.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-    start, identity = checkpoints.latest_step() or 0, record_lib.identity(plan, data)
+    kept = config.checkpoint
+    checkpoints = Checkpoints(workdir, kept.keep, kept.keep_every, kept.keep_best)
+    start, identity = checkpoints.whole_step() or 0, record_lib.identity(plan, data)
     if start and (other := difference(checkpoints.meta(start)['identity'], identity)):
       raise UserError(f'{workdir} holds the run of another model or other data:\n{other}\n'
                       'Choose another --workdir, or the config of that run.')
@@ -144,11 +145,13 @@ def train(config: Config, workdir: str | Path) -> int:
     def save(step: int) -> None:
       nonlocal saved
       saved = step
+      writer.sync()
       checkpoints.save(step, state.items(), {
           'identity': identity, 'best': patience.best, 'model': dataclasses.asdict(plan.model),
-          'data': {'sha256': data.sha256, 'tokenizer': data.manifest['tokenizer']}})
+          'data': {'sha256': data.sha256, 'tokenizer': data.manifest['tokenizer']}},
+          patience.losses)
 
-    last_line = metrics.read(workdir)[-1:] if start else []
+    last_line = [line for line in metrics.read(workdir) if start and line['step'] == start]
     if last_line and due(start, config.evaluate) and held_out and 'eval/loss' not in last_line[0]:
       writer.amend_last(evaluation(start))  # the last start was stopped within this evaluation
 
@@ -185,7 +188,7 @@ def train(config: Config, workdir: str | Path) -> int:
     with track('training', steps, 'steps', done=start) as advance, out_of_memory_advice(plan):
       batches = loader.batches(start, steps, plan.A, plan.batch_sharding)
       pending, step = None, start
-      while step < steps and not stop.received and not patience.over:
+      while step < steps and not stop.due() and not patience.over:
         tokens = next(batches)
         with jax.profiler.StepTraceAnnotation('train', step_num=step):
           state, values = train_step(state, tokens)

@@ -99,6 +99,12 @@ class MetricsWriter:
         if key != 'step':
           self._board.add_scalar(key, value, line['step'])
 
+  def sync(self) -> None:
+    """Returns when what was written is on the disk, where it outlives the machine."""
+    if self._file is not None:
+      with saving('metrics', self.path):
+        os.fsync(self._file.fileno())
+
   def amend_last(self, values: dict) -> None:
     """Adds keys to the last line."""
     if self._file is None:

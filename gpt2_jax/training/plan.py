@@ -279,6 +279,12 @@ def make_plan(config: Config, devices=None) -> Plan:
       raise UserError(f'{section}.{key} = {config[section][key]} must be at least 1.')
   mesh = choose_mesh(config.mesh, model, G, devices)
   sharding.check_divisible(mesh, model.divisible() | {'data.sequence_length': (T, 'seq')})
+  keep = config.checkpoint
+  if keep.keep_every < 0 or keep.keep_every % keep.every:
+    raise UserError(f'checkpoint.keep_every = {keep.keep_every} must be 0 or a multiple of '
+                    f'checkpoint.every = {keep.every}: only what is saved can be kept.')
+  if keep.keep_best < 0:
+    raise UserError(f'checkpoint.keep_best = {keep.keep_best} must be 0 or more.')
   A = _micro_batches(config, model, mesh, T, G)
   split = mesh.shape['data'] * mesh.shape['fsdp']
   eval_rows = config.evaluate.batch_rows
@@ -289,10 +295,11 @@ def make_plan(config: Config, devices=None) -> Plan:
                     f'= {split}.')
   schedule = make_schedule(config.optim, config.train.steps)
   every, patience = config.evaluate.every, config.evaluate.patience
-  if patience and every % config.checkpoint.every:
-    raise UserError(f'evaluate.patience = {patience} offers the best evaluated step, so each must be '
-                    f'saved: make evaluate.every = {every} a multiple of checkpoint.every = '
-                    f'{config.checkpoint.every}.')
+  if (patience or keep.keep_best) and every % keep.every:
+    cause = (f'evaluate.patience = {patience} offers' if patience else
+             f'checkpoint.keep_best = {keep.keep_best} keeps')
+    raise UserError(f'{cause} the best evaluated step, so each must be saved: make evaluate.every = '
+                    f'{every} a multiple of checkpoint.every = {keep.every}.')
   return Plan(config, source, spec, model, mesh, T, G, A, eval_rows,
               make_optimizer(config.optim, schedule), schedule)
 

@@ -1,10 +1,12 @@
 """What a run says about itself: which run it is, where and on what it ran."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -13,8 +15,10 @@ from typing import Any
 
 import jax
 
+from gpt2_jax import tokenizer
 from gpt2_jax.checkpoint import difference
-from gpt2_jax.errors import saving
+from gpt2_jax.data.store import write_whole
+from gpt2_jax.errors import UserError, saving
 from gpt2_jax.interop.workdir import LABELS
 from gpt2_jax.training.plan import Plan
 
@@ -60,12 +64,25 @@ def begin(workdir: Path, plan: Plan, data: Any) -> str:
   write_json(path, config)
   earlier = json.loads(starts.read_text())['starts'] if starts.exists() else []
   write_json(starts, {'starts': earlier + [environment(plan, data)]})
-  data.tokenizer().save(workdir / 'tokenizer')
+  save_tokenizer(data.tokenizer(), workdir / 'tokenizer')
   if plan.model.head != 'lm':
     write_json(workdir / LABELS, data.labels)
   return changed
 
 
+def save_tokenizer(own: tokenizer.Tokenizer, folder: Path) -> None:
+  """Leaves a tokenizer in a folder: never half of it, and not again what is there."""
+  with contextlib.suppress(UserError):  # there is none, or what a kill has left of one
+    if tokenizer.load(folder).sha256 == own.sha256:
+      return
+  scratch = folder.with_name(folder.name + '.tmp')
+  with saving('the tokenizer', folder):
+    shutil.rmtree(scratch, ignore_errors=True)
+    own.save(scratch)
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.rename(folder)
+
+
 def write_json(path: Path, value: Any) -> None:
   with saving(path.name, path):
-    path.write_text(json.dumps(value, indent=2) + '\n')
+    write_whole(path, json.dumps(value, indent=2) + '\n')

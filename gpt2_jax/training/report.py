@@ -1,5 +1,6 @@
 """What a run leaves for its reader at the end: a picture of its losses, a sample, a summary."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,8 @@ def plot_losses(workdir: Path, title: str) -> Path:
   axes.legend()
   path = workdir / PLOT
   with saving('the plot', path):
-    figure.savefig(path, dpi=120)
+    figure.savefig(path.with_suffix('.tmp'), format='png', dpi=120)
+    os.replace(path.with_suffix('.tmp'), path)
   return path
 
 
