@@ -84,6 +84,12 @@ def make_mesh(
     return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=(AxisType.Explicit,) * 3)
 
 
+def own_device(mesh: Mesh) -> Any:
+  """A device of this process, or where the mesh is only described, the first."""
+  here = set(jax.local_devices())
+  return next((device for device in mesh.devices.flat if device in here), mesh.devices.flat[0])
+
+
 def check_divisible(mesh: Mesh, divisible: dict[str, tuple[int, str]]) -> None:
   """Checks that every named size divides by its mesh axis, before anything is compiled.
 

@@ -18,6 +18,7 @@ from gpt2_jax.config import Config, GPTConfig, LoRA
 from gpt2_jax.counts import flops_per_token, num_params, num_trained
 from gpt2_jax.data import labelled
 from gpt2_jax.errors import UserError
+from gpt2_jax.hardware import chip_of
 from gpt2_jax.interop import peft
 from gpt2_jax.interop.files import whole
 from gpt2_jax.interop.tensors import Source, load_params
@@ -77,14 +78,14 @@ class Plan:
       return array(self.T + 1)
     return {'tokens': array(self.T), 'lengths': array(), 'labels': array()}
 
-  def compile_train_step(self):
+  def compile_train_step(self, compiler_options: dict | None = None):
     """The compiled step: `(state, batch) -> state, metrics`."""
     c = self.config
     step = make_train_step(self.model, self.tx, self.schedule,
                            seed=c.train.seed, ema_decay=c.optim.ema_decay)
     with out_of_memory_advice(self):
       return jax.jit(step, donate_argnums=0).lower(
-          self.abstract_state(), self.abstract_batch()).compile()
+          self.abstract_state(), self.abstract_batch()).compile(compiler_options)
 
   def eval_step(self):
     return jax.jit(make_eval_step(self.model))
@@ -130,10 +131,15 @@ class out_of_memory_advice:
 
 def memory_limit(device: Any) -> int:
   """Bytes that a run may plan with on a device; of a CPU, its share of half the machine's RAM."""
-  stats = device.memory_stats() if device.platform != 'cpu' else None
-  if stats and 'bytes_limit' in stats:
-    return int(0.9 * stats['bytes_limit'])
-  return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 2 // jax.local_device_count()
+  if device.platform == 'cpu':
+    ram = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    return ram // 2 // jax.local_device_count()
+  with contextlib.suppress(jax.errors.JaxRuntimeError):  # a device that is only described has none
+    if (stats := device.memory_stats()) and 'bytes_limit' in stats:
+      return int(0.9 * stats['bytes_limit'])
+  if (chip := chip_of(device.device_kind)) is None:
+    raise UserError(f'how much memory has a {device.device_kind}? Say train.micro_batch_rows.')
+  return int(0.9 * chip.hbm)
 
 
 def estimate_bytes(c: GPTConfig, mesh: Mesh, T: int, rows: int, ema: bool) -> int:
@@ -169,7 +175,7 @@ def _micro_batches(config: Config, model: GPTConfig, mesh: Mesh, T: int, G: int)
       raise UserError(f'train.micro_batch_rows = {asked} rows a device don\'t divide the batch of '
                       f'{G} rows on {split} parts; it may be one of {rows}.')
     return G // (asked * split)
-  limit = memory_limit(mesh.local_devices[0])
+  limit = memory_limit(sharding.own_device(mesh))
   ema = config.optim.ema_decay > 0
   return next((A for A in fits if estimate_bytes(model, mesh, T, G // A, ema) <= limit), fits[-1])
 
@@ -193,10 +199,10 @@ def _tokenizer(config: Config, source: Source | None) -> str:
   return str(folder)
 
 
-def _model(config: Config, source: Source | None, spec: str) -> GPTConfig:
+def _model(config: Config, source: Source | None, spec: str, platform: str) -> GPTConfig:
   fields = dict(config.model)
   if fields['dtype'] == 'auto':
-    fields['dtype'] = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+    fields['dtype'] = 'float32' if platform == 'cpu' else 'bfloat16'
   lora = dict(config.lora)
   fields['lora'] = LoRA(**lora) if lora['r'] else None
   if fields['head'] == 'token_classification':
@@ -218,17 +224,31 @@ def _model(config: Config, source: Source | None, spec: str) -> GPTConfig:
   return dataclasses.replace(source.config, **fields)
 
 
+def make_model(config: Config, devices=None) -> tuple[Source | None, str, GPTConfig, Mesh]:
+  """What a config begins with, its tokenizer's spec, its model and its mesh.
+
+  Raises:
+    UserError: they don't go together.
+  """
+  source = open_source(config.init_from) if config.init_from else None
+  spec = _tokenizer(config, source)
+  mesh = sharding.make_mesh(**config.mesh, devices=devices)
+  model = _model(config, source, spec, mesh.devices.flat[0].platform)
+  sharding.check_divisible(mesh, model.divisible())
+  return source, spec, model, mesh
+
+
 def make_plan(config: Config, devices=None) -> Plan:
   """Checks a config against the devices and derives the rest.
+
+  Args:
+    config: of the run.
+    devices: default: all. They needn't be there: those of a topology are only described.
 
   Raises:
     UserError: the config contradicts itself or doesn't fit the devices.
   """
-  source = open_source(config.init_from) if config.init_from else None
-  spec = _tokenizer(config, source)
-  model = _model(config, source, spec)
-  mesh = sharding.make_mesh(**config.mesh, devices=devices)
-  sharding.check_divisible(mesh, model.divisible())
+  source, spec, model, mesh = make_model(config, devices)
   T = model.n_positions if config.data.sequence_length is None else config.data.sequence_length
   if not 1 <= T <= model.n_positions:
     raise UserError(f'data.sequence_length = {T} is longer than the model\'s context '
@@ -266,7 +286,7 @@ def dry_run(plan: Plan) -> str:
   gib = functools.partial('{:,.2f} GiB'.format)
   arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
   total = max(arguments + temporary, getattr(memory, 'peak_memory_in_bytes', 0))
-  limit = memory_limit(plan.mesh.local_devices[0])
+  limit = memory_limit(sharding.own_device(plan.mesh))
   return '\n'.join([
       plan.describe(),
       f'memory   {total:,} bytes a device = {gib(total / 2**30)} (state and batch '
