@@ -16,7 +16,7 @@ from gpt2_jax.planning.hlo import Array, Instruction, Module, groups_of, parse, 
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 NO_TRAFFIC = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'while',
               'conditional', 'call', 'async-start', 'async-update', 'async-done', 'partition-id',
-              'replica-id', 'opt-barrier', 'copy-done', 'domain', 'iota'}
+              'replica-id', 'opt-barrier', 'copy-done', 'slice-done', 'domain', 'iota'}
 
 
 @dataclasses.dataclass
@@ -169,8 +169,9 @@ class _Count:
       return 2 * _main(i.arrays)
     if i.op == 'dynamic-update-slice':
       return 2 * _main(operands[1])
-    if i.op == 'copy-start':  # between memory spaces; the tuple has both ends
-      return _main(i.arrays)
+    if i.op in ('copy-start', 'slice-start'):  # to another memory space; the tuple has both ends
+      source, target = i.arrays[:2]
+      return target.bytes * ((source.space == 0) + (target.space == 0))
     if i.op == 'custom-call' and not operands:  # a buffer
       return 0
     if i.op != 'fusion':
@@ -179,10 +180,6 @@ class _Count:
 
   def _fusion_traffic(self, i: Instruction, operands: list[tuple[Array, ...]]) -> float:
     body = self.module.computations[i.callees()[0]]
-    users: dict[str, list[Instruction]] = {}
-    for inner in body.values():
-      for name in inner.operands:
-        users.setdefault(name, []).append(inner)
     root = next(inner for inner in body.values() if inner.root)
     ends = [body[name] for name in root.operands] if root.op == 'tuple' else [root]
     total = 0.0
@@ -193,30 +190,32 @@ class _Count:
         continue
       updates = end.op == 'dynamic-update-slice'
       total += body[end.operands[1]].bytes if updates else array.bytes
-    for inner in body.values():
-      if inner.op != 'parameter':
-        continue
-      number = int(inner.attribute('value') or 0)
-      if number >= len(operands):
-        continue
-      whole = _main(operands[number])
-      if whole:
-        total += min(whole, self._read(inner, users))
+    for number, arrays in enumerate(operands):
+      if whole := _main(arrays):
+        total += min(whole, self._read(i.callees()[0], number))
     return total
 
-  def _read(self, source: Instruction, users: dict[str, list[Instruction]]) -> float:
+  def _read(self, fusion: str, number: int) -> float:
     """Bytes of a fusion's input that are read: all, or what its slices take of it."""
+    body = self.module.computations[fusion]
+    source = next((inner for inner in body.values() if inner.op == 'parameter'
+                   and inner.attribute('value') == str(number)), None)
+    return 0 if source is None else self._taken(body, source)
+
+  def _taken(self, body: dict[str, Instruction], source: Instruction) -> float:
     total = 0.0
-    for user in users.get(source.name, []):
-      if user.op in ('dynamic-slice', 'slice', 'gather') and user.operands[0] == source.name:
+    for user in body.values():
+      if source.name not in user.operands:
+        continue
+      first = user.operands[0] == source.name
+      if user.op in ('dynamic-slice', 'slice', 'gather') and first:
         total += user.bytes
       elif user.op == 'bitcast':
-        total += self._read(user, users)
-      elif user.op == 'tuple' or user.op.removesuffix('-start') in COLLECTIVES:
-        continue
-      elif user.op == 'dynamic-update-slice' and user.operands[0] == source.name:
-        continue
-      else:
+        total += self._taken(body, user)
+      elif user.op == 'fusion':
+        total += self._read(user.callees()[0], user.operands.index(source.name))
+      elif user.op != 'tuple' and user.op.removesuffix('-start') not in COLLECTIVES and not (
+          user.op == 'dynamic-update-slice' and first):
         return source.bytes
     return total
 

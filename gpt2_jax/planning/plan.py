@@ -140,7 +140,7 @@ def plan_train(config: Config, topology: Topology, name: str, *, tokens: int | N
   made = report(
       topology, plan.mesh, compiled, mode='train', config=name, flops=all_flops / plan.mesh.size,
       model=f'{describe(c)}, remat {c.remat}',
-      batch=f'{step:,} tokens a step = {plan.A} micro-batches x {rows} rows a device x {plan.T} tokens',
+      batch=f'{step:,} tokens a step = {plan.A} micro-batches x {rows} rows a device x {plan.T}',
       numbers=dict(parameters=num_params(c), remat=c.remat, micro_batch_rows=rows,
                    micro_batches=plan.A, tokens_a_step=step))
   if made.times is None:
