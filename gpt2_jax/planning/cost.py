@@ -214,8 +214,7 @@ class _Count:
         total += self._taken(body, user)
       elif user.op == 'fusion':
         total += self._read(user.callees()[0], user.operands.index(source.name))
-      elif user.op != 'tuple' and user.op.removesuffix('-start') not in COLLECTIVES and not (
-          user.op == 'dynamic-update-slice' and first):
+      elif user.op != 'tuple' and not (user.op == 'dynamic-update-slice' and first):
         return source.bytes
     return total
 

@@ -2,12 +2,12 @@
 
 import dataclasses
 import functools
-import math
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gpt2_jax import batching
 from gpt2_jax.config import Config, GPTConfig
@@ -25,7 +25,8 @@ from gpt2_jax.planning.topology import Topology
 from gpt2_jax.sharding import BATCH, P, on_devices, reshard
 from gpt2_jax.training.plan import make_model
 
-FREE = 0.9  # of the memory, for weights, cache and what grows with the batch, in the first guess
+FILL = 0.97  # of the memory, what the largest batch aims at
+TRIES = 3  # compilations to find it
 
 
 def cache_bytes(config: GPTConfig, rows: int, slots: int) -> int:
@@ -47,18 +48,17 @@ def abstract_params(config: GPTConfig) -> tuple[GPTConfig, Any]:
 
 def abstract_request(config: GPTConfig, rows: int, prompt: int, new: int) -> Request:
   """A request for `rows` prompts of one length with a row each, as `decoding.driver` makes it."""
-  options = Options()
+  options, eos = Options(), np.zeros(1, np.int32)
 
   def make():
     zeros = lambda *shape: reshard(jnp.zeros((rows, *shape), jnp.int32),
                                    P(BATCH, *(None for _ in shape)))
-    eos = jnp.zeros(1, jnp.int32)
-    processors = make_processors(options, V=config.vocab_size, eos=jnp.arange(1), ends=jnp.arange(1),
-                                 guide=None, extra=(), prefix_allowed_tokens_fn=None)
+    processors = make_processors(options, V=config.vocab_size, eos=eos, ends=eos, guide=None,
+                                 extra=(), prefix_allowed_tokens_fn=None)
     size = batching.bucket(prompt, 1 << 30) + new
     history = History(zeros(size), *(zeros() for _ in range(8)))
     return Request(zeros(prompt), zeros(), history, zeros(), jax.random.key(0),
-                   Rules(processors, Endings(eos)))
+                   Rules(processors, Endings(jnp.asarray(eos))))
 
   return on_devices(jax.eval_shape(make))
 
@@ -147,25 +147,23 @@ def plan_decode(
 
 def _largest(compile_rows, compiled: Compiled, parts, rows, split, prompt, new, tensor,
              model: GPTConfig) -> dict[str, float]:
-  """The largest batch that fits: guessed from bytes, then verified by compiling it."""
-  hbm, per_part = compiled.memory.hbm, rows // split
-  fixed = parts['weights'] + compiled.memory.code
-  # cache, and in float32 the logits, their copy and the processed scores, of one row
-  each = parts['cache'] / per_part + 3 * 4 * model.padded_vocab_size / tensor
-  fits = lambda n: fixed + n * each <= FREE * hbm
-  low, high = 0, 1
-  while fits(high):
-    low, high = high, 2 * high
-  while high - low > 1:
-    middle = (low + high) // 2
-    low, high = (middle, high) if fits(middle) else (low, middle)
-  for _ in range(3):
-    if low < 1:
+  """The largest batch that fits, of those compiled: the first by bytes that are known, the others on
+  the line through the last two.
+  """
+  hbm, n = compiled.memory.hbm, rows // split
+  # a row's cache; in float32 its logits, their copy and the processed scores
+  each = parts['cache'] / n + 3 * 4 * model.padded_vocab_size / tensor
+  best = (n, compiled.memory.total) if compiled.memory.fits else (0, 0)
+  line = n, compiled.memory.total
+  n = max(1, int((FILL * hbm - parts['weights'] - compiled.memory.code) / each))
+  for _ in range(TRIES):
+    if n <= best[0]:
       break
-    tried, _ = compile_rows(low * split, prompt, new)
-    if tried.memory.fits:
-      return {'largest batch that fits': low * split,
-              'its memory, bytes of a device': tried.memory.total}
-    over = (tried.memory.total - fixed) / low  # a row needs more than was thought
-    low = min(low - 1, math.floor(FREE * (hbm - fixed) / over))
-  return {'largest batch that fits': 0 if not compiled.memory.fits else rows}
+    memory = compile_rows(n * split, prompt, new)[0].memory
+    if memory.fits:
+      best = n, memory.total
+    if memory.fits and memory.total > 0.9 * hbm:
+      break
+    slope = (memory.total - line[1]) / (n - line[0]) if n != line[0] else memory.total / n
+    n, line = int((FILL * hbm - memory.total) / max(slope, 1) + n), (n, memory.total)
+  return {'largest batch that fits': best[0] * split, 'its memory, bytes of a device': best[1]}

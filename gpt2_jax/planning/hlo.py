@@ -139,25 +139,28 @@ def trip_count(module: Module, loop: Instruction) -> int | None:
   return bounds.pop() if len(bounds) == 1 else None
 
 
-def _iota(text: str) -> np.ndarray:
-  """The device numbers of '[2,4]<=[4,2]T(1,0)', in the shape [2, 4]."""
-  found = re.match(r'\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text)
-  assert found is not None, text
+def _iota(dims: str, permutation: str | None) -> np.ndarray:
+  """All device numbers in an array of some sizes, '2,4', whose axes are then permuted, '1,0'."""
   ints = lambda part: [int(n) for n in part.split(',')]
-  ids = np.arange(math.prod(ints(found[2]))).reshape(ints(found[2]))
-  return (ids.transpose(ints(found[3])) if found[3] else ids).reshape(ints(found[1]))
+  ids = np.arange(math.prod(ints(dims))).reshape(ints(dims))
+  return ids.transpose(ints(permutation)) if permutation else ids
 
 
 def _mesh_groups(text: str) -> np.ndarray:
-  """Groups of "mesh['a'=2,'b'=4] {'b'}", along some axes of a mesh or parts of axes ('b':(1)2)."""
+  """Groups of "mesh['a'=2,'b'=4] {'b'}", along some axes of a mesh or parts of axes ('b':(1)2).
+
+  In front of the axes may stand the order of the devices, "device_ids=([2,4]T(1,0))" or a list.
+  """
   found = re.match(r"mesh\[([^\]]*)\](.*?)\{(.*?)\}", text)
   assert found is not None, text
   sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
   ids = np.arange(math.prod(sizes.values()))
-  if given := re.search(r'device_ids=\(?(\[[^)\s]*<=\S*?\)?)\)?\s*$', found[2].strip()):
-    ids = _iota(given[1]).reshape(-1)
-  elif given := re.search(r'device_ids=\(?([\d,]+)', found[2]):
-    ids = np.array([int(n) for n in given[1].split(',') if n])
+  if given := re.search(r'device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)', found[2]):
+    ids = _iota(given[1], given[2]).reshape(-1)
+  elif given := re.search(r'device_ids=\(([\d,]+)\)', found[2]):
+    ids = np.array([int(n) for n in given[1].split(',')])
+  elif 'device_ids' in found[2]:
+    raise ValueError(f'the order of the devices in {text}')
   parts: dict[str, list[tuple[int, int]]] = {}
   for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", found[3]):
     parts.setdefault(name, []).append((int(before or 1), int(size or sizes[name])))
@@ -178,8 +181,9 @@ def _mesh_groups(text: str) -> np.ndarray:
 def _groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
   if text.startswith('mesh['):
     return tuple(map(tuple, _mesh_groups(text).tolist()))
-  if text.startswith('['):
-    return tuple(map(tuple, _iota(text).tolist()))
+  if found := re.match(r'\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text):
+    shape = [int(n) for n in found[1].split(',')]
+    return tuple(map(tuple, _iota(found[2], found[3]).reshape(shape).tolist()))
   found = re.findall(r'\{([\d,]+)\}', text)
   groups = tuple(tuple(int(n) for n in group.split(',')) for group in found)
   return groups or (tuple(range(devices)),)
