@@ -12,6 +12,7 @@ import tyro
 from gpt2_jax import inputs
 from gpt2_jax.decoding.options import Options
 from gpt2_jax.errors import UserError
+from gpt2_jax.planning.command import Plan, split_overrides
 
 RULE = '-' * 78 + '\n'
 
@@ -166,14 +167,21 @@ class Convert:
 
 Verb = (Annotated[Prepare, tyro.conf.subcommand('prepare')]
         | Annotated[Sample, tyro.conf.subcommand('sample')]
-        | Annotated[Convert, tyro.conf.subcommand('convert')])
+        | Annotated[Convert, tyro.conf.subcommand('convert')]
+        | Annotated[Plan, tyro.conf.subcommand('plan')])
 
 
 def main(argv: list[str] | None = None) -> None:
   """Runs a verb. Exit status 1 and one message where the input can't be used."""
+  argv, overrides = list(sys.argv[1:] if argv is None else argv), ()
+  if argv[:1] == ['plan']:
+    argv, overrides = split_overrides(argv)
   try:
-    tyro.cli(Verb, args=argv, prog='gpt2-jax', registry=inputs.registry,
-             config=(tyro.conf.OmitArgPrefixes,)).run()
+    verb = tyro.cli(Verb, args=argv, prog='gpt2-jax', registry=inputs.registry,
+                    config=(tyro.conf.OmitArgPrefixes,))
+    if isinstance(verb, Plan):
+      verb.overrides = overrides
+    verb.run()
   except UserError as e:
     sys.exit(f'error: {e}')
   except KeyboardInterrupt:

@@ -120,6 +120,12 @@ def _ordered(devices: list, sizes: list[int], slices: int, across: int) -> np.nd
   return np.moveaxis(each, 0, across).reshape(sizes)
 
 
+def own_device(mesh: Mesh) -> Any:
+  """A device of this process, or where the mesh is only described, the first."""
+  here = set(jax.local_devices())
+  return next((device for device in mesh.devices.flat if device in here), mesh.devices.flat[0])
+
+
 def check_divisible(mesh: Mesh, divisible: dict[str, tuple[int, str]]) -> None:
   """Checks that every named size divides by its mesh axis, before anything is compiled.
 

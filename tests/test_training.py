@@ -17,9 +17,10 @@ from gpt2_jax import checkpoint
 from gpt2_jax.checkpoint import difference
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError
+from gpt2_jax.hardware import peak_flops
 from gpt2_jax.model import bind, init_params
 from gpt2_jax.sharding import BATCH, factorizations, on_devices
-from gpt2_jax.training import metrics, plan
+from gpt2_jax.training import plan
 from gpt2_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
 from gpt2_jax.training.step import init_state, make_eval_step, make_train_step, nll
 
@@ -256,10 +257,10 @@ def test_the_memory_estimate_is_near_the_compilers(remat):
 
 
 def test_peak_flops_of_known_devices():
-  assert metrics.peak_flops('NVIDIA H100 80GB HBM3') == 989e12
-  assert metrics.peak_flops('NVIDIA H100 PCIe') == 756e12
-  assert metrics.peak_flops('TPU v5 lite') == 197e12
-  assert metrics.peak_flops('cpu') is None
+  assert peak_flops('NVIDIA H100 80GB HBM3') == 989e12
+  assert peak_flops('NVIDIA H100 PCIe') == 756e12
+  assert peak_flops('TPU v5 lite') == 197e12
+  assert peak_flops('cpu') is None
 
 
 def test_differences_are_listed():

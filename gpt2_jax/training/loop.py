@@ -17,6 +17,7 @@ from gpt2_jax.data import labelled, prepare, store
 from gpt2_jax.data import loader as loader_lib
 from gpt2_jax.decoding.generate import generate_tokens
 from gpt2_jax.errors import UserError, saving
+from gpt2_jax.hardware import peak_flops
 from gpt2_jax.progress import track
 from gpt2_jax.sharding import mesh_of, whole_rows
 from gpt2_jax.training import metrics, report
@@ -76,7 +77,7 @@ def train(config: Config, workdir: str | Path) -> int:
   say(plan.describe())
   steps, tokens_a_step = config.train.steps, plan.G * plan.T
   flops = flops_per_token(plan.model, plan.T)
-  peak = metrics.peak_flops(plan.mesh.devices.flat[0].device_kind)
+  peak = peak_flops(plan.mesh.devices.flat[0].device_kind)
 
   # --- Data: a token store, and batch = f(seed, step) ------------------------------------------
   data = open_data(plan)

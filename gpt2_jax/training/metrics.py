@@ -25,20 +25,6 @@ from gpt2_jax.errors import saving
 
 FILE = 'metrics.jsonl'
 
-# Dense bfloat16 FLOP/s of a device, from the vendors' data sheets, by jax's `device_kind`. A device
-# is a chip, on TPU v2 and v3 half a chip.
-PEAK_FLOPS = {
-    'TPU v2': 22.5e12, 'TPU v3': 61.5e12, 'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5': 459e12,
-    'TPU v6 lite': 918e12, 'NVIDIA A100': 312e12, 'NVIDIA L4': 121e12, 'NVIDIA H100': 989e12,
-    'NVIDIA H100 PCIe': 756e12, 'NVIDIA H200': 989e12, 'NVIDIA B200': 2250e12,
-}
-
-
-def peak_flops(device_kind: str) -> float | None:
-  """bfloat16 FLOP/s of a device, by the longest name that begins its kind; None where unknown."""
-  names = [name for name in PEAK_FLOPS if device_kind.startswith(name)]
-  return PEAK_FLOPS[max(names, key=len)] if names else None
-
 
 def peak_memory_gib() -> float:
   """Peak memory so far: the fullest local device's, or on CPU the process's."""

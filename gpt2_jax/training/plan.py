@@ -18,6 +18,7 @@ from gpt2_jax.config import Config, GPTConfig, LoRA
 from gpt2_jax.counts import flops_per_token, num_params, num_trained
 from gpt2_jax.data import labelled
 from gpt2_jax.errors import UserError
+from gpt2_jax.hardware import chip_of
 from gpt2_jax.interop import peft
 from gpt2_jax.interop.files import whole
 from gpt2_jax.interop.tensors import Source, load_params
@@ -84,7 +85,7 @@ class Plan:
     """The id that begins a document, where documents are masked from each other; else None."""
     return eot if self.config.data.document_mask else None
 
-  def compile_train_step(self, eot: int = 0):
+  def compile_train_step(self, eot: int = 0, compiler_options: dict | None = None):
     """The compiled step: `(state, batch) -> state, metrics`. `eot`: the id that begins documents."""
     c = self.config
     step = make_train_step(
@@ -92,7 +93,7 @@ class Plan:
         document_start=self.document_start(eot))
     with out_of_memory_advice(self):
       return jax.jit(step, donate_argnums=0).lower(
-          self.abstract_state(), self.abstract_batch()).compile()
+          self.abstract_state(), self.abstract_batch()).compile(compiler_options)
 
   def eval_step(self, eot: int = 0):
     return jax.jit(make_eval_step(self.model, self.document_start(eot)))
@@ -144,10 +145,15 @@ class out_of_memory_advice:
 
 def memory_limit(device: Any) -> int:
   """Bytes that a run may plan with on a device; of a CPU, its share of half the machine's RAM."""
-  stats = device.memory_stats() if device.platform != 'cpu' else None
-  if stats and 'bytes_limit' in stats:
-    return int(0.9 * stats['bytes_limit'])
-  return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 2 // jax.local_device_count()
+  if device.platform == 'cpu':
+    ram = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    return ram // 2 // jax.local_device_count()
+  with contextlib.suppress(jax.errors.JaxRuntimeError):  # a device that is only described has none
+    if (stats := device.memory_stats()) and 'bytes_limit' in stats:
+      return int(0.9 * stats['bytes_limit'])
+  if (chip := chip_of(device.device_kind)) is None:
+    raise UserError(f'how much memory has a {device.device_kind}? Say train.micro_batch_rows.')
+  return int(0.9 * chip.hbm)
 
 
 def estimate_bytes(c: GPTConfig, mesh: Mesh, T: int, rows: int, ema: bool) -> int:
@@ -167,12 +173,11 @@ def estimate_bytes(c: GPTConfig, mesh: Mesh, T: int, rows: int, ema: bool) -> in
   return int(state + per_device * T * (c.n_layer * kept + 2 * whole + logits))
 
 
-def choose_mesh(asked: Config, model: GPTConfig, G: int, devices=None) -> Mesh:
+def choose_mesh(asked: Config, model: GPTConfig, devices: list) -> Mesh:
   """The mesh that `config.mesh` asks for. Where it leaves both `data` and `fsdp` open, parameters are
   split no further than to fit: over as few devices as keep the state in a quarter of a device's
   memory, since a split costs a gather in each layer; `data` takes the rest.
   """
-  devices = list(jax.devices() if devices is None else devices)
   sizes = dict(asked)
   rest, over = len(devices) // max(1, sizes['tensor'] * sizes['seq']), sizes['slices_over']
   if sizes['data'] is None and sizes['fsdp'] == -1:
@@ -204,7 +209,7 @@ def _micro_batches(config: Config, model: GPTConfig, mesh: Mesh, T: int, G: int)
       raise UserError(f'train.micro_batch_rows = {asked} rows a device don\'t divide the batch of '
                       f'{G} rows on {split} parts; it may be one of {rows}.')
     return G // (asked * split)
-  limit = memory_limit(mesh.local_devices[0])
+  limit = memory_limit(sharding.own_device(mesh))
   ema = config.optim.ema_decay > 0
   return next((A for A in fits if estimate_bytes(model, mesh, T, G // A, ema) <= limit), fits[-1])
 
@@ -228,10 +233,10 @@ def _tokenizer(config: Config, source: Source | None) -> str:
   return str(folder)
 
 
-def _model(config: Config, source: Source | None, spec: str) -> GPTConfig:
+def _model(config: Config, source: Source | None, spec: str, platform: str) -> GPTConfig:
   fields = dict(config.model)
   if fields['dtype'] == 'auto':
-    fields['dtype'] = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+    fields['dtype'] = 'float32' if platform == 'cpu' else 'bfloat16'
   lora = dict(config.lora)
   fields['lora'] = LoRA(**lora) if lora['r'] else None
   if fields['head'] == 'token_classification':
@@ -256,15 +261,32 @@ def _model(config: Config, source: Source | None, spec: str) -> GPTConfig:
   return dataclasses.replace(source.config, **fields)
 
 
+def make_model(config: Config, devices=None) -> tuple[Source | None, str, GPTConfig, Mesh]:
+  """What a config begins with, its tokenizer's spec, its model and its mesh.
+
+  Raises:
+    UserError: they don't go together.
+  """
+  source = open_source(config.init_from) if config.init_from else None
+  spec = _tokenizer(config, source)
+  devices = list(jax.devices() if devices is None else devices)
+  model = _model(config, source, spec, devices[0].platform)
+  mesh = choose_mesh(config.mesh, model, devices)
+  sharding.check_divisible(mesh, model.divisible())
+  return source, spec, model, mesh
+
+
 def make_plan(config: Config, devices=None) -> Plan:
   """Checks a config against the devices and derives the rest.
+
+  Args:
+    config: of the run.
+    devices: default: all. They needn't be there: those of a topology are only described.
 
   Raises:
     UserError: the config contradicts itself or doesn't fit the devices.
   """
-  source = open_source(config.init_from) if config.init_from else None
-  spec = _tokenizer(config, source)
-  model = _model(config, source, spec)
+  source, spec, model, mesh = make_model(config, devices)
   T = model.n_positions if config.data.sequence_length is None else config.data.sequence_length
   if not 1 <= T <= model.n_positions:
     raise UserError(f'data.sequence_length = {T} is longer than the model\'s context '
@@ -277,8 +299,7 @@ def make_plan(config: Config, devices=None) -> Plan:
                        ('evaluate', 'every')):
     if config[section][key] < 1:
       raise UserError(f'{section}.{key} = {config[section][key]} must be at least 1.')
-  mesh = choose_mesh(config.mesh, model, G, devices)
-  sharding.check_divisible(mesh, model.divisible() | {'data.sequence_length': (T, 'seq')})
+  sharding.check_divisible(mesh, {'data.sequence_length': (T, 'seq')})
   keep = config.checkpoint
   if keep.keep_every < 0 or keep.keep_every % keep.every:
     raise UserError(f'checkpoint.keep_every = {keep.keep_every} must be 0 or a multiple of '
@@ -311,7 +332,7 @@ def dry_run(plan: Plan) -> str:
   gib = functools.partial('{:,.2f} GiB'.format)
   arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
   total = max(arguments + temporary, getattr(memory, 'peak_memory_in_bytes', 0))
-  limit = memory_limit(plan.mesh.local_devices[0])
+  limit = memory_limit(sharding.own_device(plan.mesh))
   return '\n'.join([
       plan.describe(),
       f'memory   {total:,} bytes a device = {gib(total / 2**30)} (state and batch '

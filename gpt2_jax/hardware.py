@@ -1,0 +1,55 @@
+"""What a chip can do, by the vendors' data sheets.
+
+Sources: Google's "Cloud TPU system architecture" pages (v2 to v7x) and NVIDIA's data sheets of A100,
+L4, H100, H200, B200. HBM of TPUs is what their compiler allows a program (libtpu 0.0.42.1), of GPUs
+what the driver reports or, where we haven't seen it, the data sheet's. Two figures are no vendor's:
+`dcn`, which is a matter of the network and not of the chip, is the network card's share in the
+machines that the clouds rent out; the TPU v2's HBM is 15/16 of its data sheet's.
+"""
+
+import dataclasses
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What JAX calls a device: a chip, of TPU v2, v3 and v7x half a chip (one of its two cores)."""
+
+  flops: float  # dense bfloat16 FLOP/s
+  hbm: int  # bytes of memory that a program may use
+  hbm_bandwidth: float  # bytes/s
+  ici: float  # bytes/s that it can send to its slice (TPU) or host (NVLink, else PCIe), all links
+  dcn: float  # bytes/s that it can send to other slices or hosts
+  cores: int = 1  # devices that make up one chip, as it is counted and paid for
+
+
+# By the beginning of jax's `device_kind`. Megacore chips (v4, v5p) are one device.
+CHIPS = {
+    'TPU v2': Chip(22.5e12, int(7.5 * GIB), 350e9, 124e9, 3e9, 2),
+    'TPU v3': Chip(61.5e12, int(15.48 * GIB), 450e9, 164e9, 3e9, 2),
+    'TPU v4': Chip(275e12, int(30.75 * GIB), 1228e9, 300e9, 6.25e9),
+    'TPU v5 lite': Chip(197e12, int(15.75 * GIB), 819e9, 200e9, 3.125e9),
+    'TPU v5': Chip(459e12, int(95.74 * GIB), 2765e9, 600e9, 6.25e9),
+    'TPU v6 lite': Chip(918e12, int(31.25 * GIB), 1640e9, 400e9, 6.25e9),
+    'TPU7x': Chip(1153.5e12, int(94.75 * GIB), 3690e9, 300e9, 6.25e9, 2),
+    'NVIDIA A100': Chip(312e12, 40 * 10**9, 1555e9, 300e9, 12.5e9),
+    'NVIDIA A100-SXM4-80GB': Chip(312e12, 85_091_549_184, 2039e9, 300e9, 25e9),
+    'NVIDIA L4': Chip(121e12, 24 * 10**9, 300e9, 32e9, 3.125e9),
+    'NVIDIA H100': Chip(989e12, 84_929_347_584, 3352e9, 450e9, 50e9),
+    'NVIDIA H100 PCIe': Chip(756e12, 80 * 10**9, 2000e9, 64e9, 25e9),
+    'NVIDIA H200': Chip(989e12, 141 * 10**9, 4800e9, 450e9, 50e9),
+    'NVIDIA B200': Chip(2250e12, 180 * 10**9, 8000e9, 900e9, 50e9),
+}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+  """The chip by the longest name that begins its kind; None where unknown."""
+  names = [name for name in CHIPS if device_kind.startswith(name)]
+  return CHIPS[max(names, key=len)] if names else None
+
+
+def peak_flops(device_kind: str) -> float | None:
+  """bfloat16 FLOP/s of a device; None where unknown."""
+  chip = chip_of(device_kind)
+  return chip.flops if chip else None

@@ -1,0 +1,153 @@
+"""A run's real programs, compiled for devices that are not there."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gpt2_jax.config import Config, GPTConfig
+from gpt2_jax.counts import flops_per_token, num_params
+from gpt2_jax.errors import UserError, saving
+from gpt2_jax.hardware import GIB
+from gpt2_jax.planning.cost import Cost, count
+from gpt2_jax.planning.report import Memory, Report, refused_bytes, times
+from gpt2_jax.planning.topology import Topology
+from gpt2_jax.training.plan import make_plan
+
+KNOBS = ('it does not fit. Knobs, cheapest first: --config.train.micro_batch_rows smaller, '
+         '--config.model.remat=dots or full, --config.mesh.fsdp larger.')
+GPU_SHARE = 0.75  # of its memory that JAX takes unless told otherwise
+
+
+def versions() -> dict[str, str]:
+  """Of what makes a program."""
+  found = {}
+  for name in ('jax', 'jaxlib', 'libtpu', 'jax-cuda12-plugin', 'jax-cuda13-plugin'):
+    with contextlib.suppress(metadata.PackageNotFoundError):
+      found[name] = metadata.version(name)
+  return found
+
+
+def bytes_of(tree: Any) -> int:
+  """Bytes of one device's parts of abstract arrays."""
+  shard = lambda x: np.prod(x.sharding.shard_shape(x.shape), dtype=int) * x.dtype.itemsize
+  return int(sum(shard(x) for x in jax.tree.leaves(tree)
+                 if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """A program that was compiled, or refused."""
+
+  memory: Memory
+  cost: Cost | None
+  refused: str | None
+  seconds: float
+
+
+def compile_for(topology: Topology, mesh, build: Callable[[], Any], arguments: Any,
+                dump: Path | None = None, *, one_turn: bool = False) -> Compiled:
+  """Compiles, and counts what the program needs.
+
+  Args:
+    topology: what for.
+    mesh: over its devices.
+    build: gives the compiled program.
+    arguments: the program's, abstract.
+    dump: a file for its text.
+    one_turn: count one turn of its endless loop alone.
+  """
+  began, hbm = time.monotonic(), topology.chip.hbm
+  try:
+    compiled = build()
+  except (UserError, jax.errors.JaxRuntimeError) as e:
+    error = e.__cause__ if isinstance(e, UserError) else e
+    if not isinstance(error, jax.errors.JaxRuntimeError) or 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    message, known = str(error).splitlines()[0], bytes_of(arguments)
+    temporaries = refused_bytes(message)
+    memory = Memory(known, temporaries, 0, max(known + temporaries, hbm + 1), hbm)
+    return Compiled(memory, None, message, time.monotonic() - began)
+  seconds, text = time.monotonic() - began, compiled.as_text()
+  if dump is not None:
+    with saving('the program', dump):
+      dump.parent.mkdir(parents=True, exist_ok=True)
+      dump.write_text(text)
+  m = compiled.memory_analysis()
+  made = m.output_size_in_bytes - m.alias_size_in_bytes
+  needed = m.argument_size_in_bytes + m.temp_size_in_bytes + m.generated_code_size_in_bytes + made
+  memory = Memory(
+      m.argument_size_in_bytes, m.temp_size_in_bytes, m.generated_code_size_in_bytes,
+      max(needed, getattr(m, 'peak_memory_in_bytes', 0)), hbm)
+  cost = count(text, topology.slices_of(mesh.devices.flat), one_turn=one_turn)
+  return Compiled(memory, cost, None, seconds)
+
+
+def describe(c: GPTConfig) -> str:
+  return f'{num_params(c):,} parameters, {c.n_layer} layers, width {c.n_embd}, {c.dtype}'
+
+
+def report(topology: Topology, mesh, compiled: Compiled, *, flops: float, **fields) -> Report:
+  """The report of a program; `flops` by the formula, of a device."""
+  notes, memory = list(fields.pop('notes', ())), compiled.memory
+  if not memory.fits:
+    notes.append(KNOBS)
+  elif mesh.devices.flat[0].platform == 'gpu' and memory.total > GPU_SHARE * memory.hbm:
+    notes.append(f'JAX takes {GPU_SHARE:.0%} of a GPU\'s memory, unless '
+                 'XLA_PYTHON_CLIENT_MEM_FRACTION says more: '
+                 f'{(memory.total + GIB) / memory.hbm:.2f} is needed.')
+  cost, known = compiled.cost, {}
+  if cost is not None:
+    known = dict(
+        collectives={kind: dataclasses.asdict(t) for kind, t in sorted(cost.collectives.items())},
+        kernels=cost.kernels, flops_compiled=cost.flops, hbm_bytes=cost.hbm_bytes,
+        cycles=cost.cycles, times=times(topology.chip, flops, cost))
+  return Report(
+      topology=topology.name, device_kind=mesh.devices.flat[0].device_kind,
+      devices=len(topology.devices), chips=topology.chips, mesh=dict(mesh.shape), memory=memory,
+      fits=memory.fits, refused=compiled.refused, flops=flops, notes=tuple(notes),
+      versions=versions(), compile_seconds=compiled.seconds, **known, **fields)
+
+
+def plan_train(config: Config, topology: Topology, name: str, *, tokens: int | None = None,
+               dump: Path | None = None) -> Report:
+  """The training step of a config, compiled for a topology.
+
+  Args:
+    config: as launch.py takes it.
+    topology: where to.
+    name: of the config, for the report.
+    tokens: to train on; default: what the config does.
+    dump: a file for the compiled program.
+
+  Raises:
+    UserError: the config can't run there, whatever its memory.
+  """
+  plan = make_plan(config, topology.devices)
+  with jax.set_mesh(plan.mesh):
+    arguments = plan.abstract_state(), plan.abstract_batch()
+    compiled = compile_for(topology, plan.mesh, plan.compile_train_step, arguments, dump)
+  step, c = plan.G * plan.T, plan.model
+  tokens = step * config.train.steps if tokens is None else tokens
+  rows = plan.G // plan.A // (plan.mesh.shape['data'] * plan.mesh.shape['fsdp'])
+  all_flops = flops_per_token(c, plan.T) * step
+  made = report(
+      topology, plan.mesh, compiled, mode='train', config=name, flops=all_flops / plan.mesh.size,
+      model=f'{describe(c)}, remat {c.remat}',
+      batch=f'{step:,} tokens a step = {plan.A} micro-batches x {rows} rows a device x {plan.T}',
+      numbers=dict(parameters=num_params(c), remat=c.remat, micro_batch_rows=rows,
+                   micro_batches=plan.A, tokens_a_step=step))
+  if made.times is None:
+    return made
+  per_second = step / made.times.total
+  days = tokens / per_second / 86400
+  return dataclasses.replace(made, results={
+      'tokens a second': per_second,
+      'MFU': all_flops / made.times.total / (topology.chip.flops * plan.mesh.size),
+      'tokens to train on': tokens, 'days': days, 'chip-hours': days * 24 * topology.chips})

@@ -1,0 +1,164 @@
+"""What a plan comes to: a dataclass, as text and as JSON; and the estimate of a step's time."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from gpt2_jax.errors import saving
+from gpt2_jax.hardware import GIB, Chip
+from gpt2_jax.planning.cost import Cost
+
+# Shares of a data sheet's figures that programs are assumed to get. Not measured: see ASSUMPTIONS.
+COMPUTE, HBM, LINKS = 0.6, 0.8, 0.5
+ASSUMPTIONS = (
+    'uncalibrated: no run on this hardware stands behind the times',
+    f'the longest of four: FLOPs at {COMPUTE:.0%} of the bfloat16 peak, main memory at {HBM:.0%}, '
+    f'ICI (or NVLink) and DCN at {LINKS:.0%} of their bandwidth; the others are hidden behind it',
+    'FLOPs: the larger of the formula and the compiled products (kernels\' are in the formula alone)',
+    'main memory: operands and results of all fusions, as the program\'s text has them',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes of a device."""
+
+  arguments: int  # state and batch, or weights, cache and request
+  temporaries: int
+  code: int
+  total: int
+  hbm: int  # what there is
+
+  @property
+  def fits(self) -> bool:
+    return self.total <= self.hbm
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+  """Seconds of a step, if nothing else took time."""
+
+  compute: float
+  hbm: float
+  ici: float
+  dcn: float
+
+  @property
+  def total(self) -> float:
+    return max(self.compute, self.hbm, self.ici, self.dcn)
+
+  @property
+  def bound(self) -> str:
+    return max(vars(self), key=lambda name: vars(self)[name])
+
+
+def times(chip: Chip, flops: float, cost: Cost) -> Times:
+  """The estimate that ASSUMPTIONS describes. `flops` by the formula, of a device."""
+  traffic = cost.collectives.values()
+  return Times(
+      max(flops, cost.flops) / (COMPUTE * chip.flops), cost.hbm_bytes / (HBM * chip.hbm_bandwidth),
+      sum(t.ici for t in traffic) / (LINKS * chip.ici),
+      sum(t.dcn for t in traffic) / (LINKS * chip.dcn))
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """A plan for a topology. Bytes, FLOPs and seconds are of one device and one step, or token."""
+
+  mode: str  # train, decode, prefill
+  config: str  # the config's name with its recipe and overrides
+  topology: str
+  device_kind: str
+  devices: int
+  chips: int
+  mesh: dict[str, int]
+  model: str
+  batch: str
+  numbers: dict[str, Any]  # of the model and the batch, by name
+  memory: Memory
+  fits: bool
+  refused: str | None  # what the compiler said where it gave up; nothing below is known then
+  collectives: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+  kernels: dict[str, int] = dataclasses.field(default_factory=dict)
+  flops: float = 0  # by the formula
+  flops_compiled: float = 0
+  hbm_bytes: float = 0
+  cycles: float = 0  # the TPU compiler's estimates summed, to compare programs with
+  times: Times | None = None
+  results: dict[str, float] = dataclasses.field(default_factory=dict)  # tokens/s, MFU, days, …
+  notes: tuple[str, ...] = ()
+  calibrated: bool = False
+  versions: dict[str, str] = dataclasses.field(default_factory=dict)
+  compile_seconds: float = 0
+
+  def to_json(self) -> str:
+    fields = dataclasses.asdict(self) | {'assumptions': ASSUMPTIONS}
+    if self.times:
+      fields['times'] |= {'total': self.times.total, 'bound': self.times.bound}
+    return json.dumps(fields, indent=1)
+
+  @classmethod
+  def from_json(cls, text: str) -> 'Report':
+    fields = json.loads(text)
+    del fields['assumptions']
+    times = fields['times'] and Times(*(fields['times'][f.name] for f in dataclasses.fields(Times)))
+    return cls(**fields | {'memory': Memory(**fields['memory']), 'times': times,
+                           'notes': tuple(fields['notes'])})
+
+  def save(self, path: str | Path) -> None:
+    with saving('the plan', path):
+      Path(path).parent.mkdir(parents=True, exist_ok=True)
+      Path(path).write_text(self.to_json() + '\n')
+
+  def text(self) -> str:
+    """Some lines for a reader."""
+    m, mesh = self.memory, ' '.join(f'{name}={size}' for name, size in self.mesh.items())
+    lines = [
+        f'plan       {self.mode}: {self.config}',
+        f'topology   {self.topology}: {self.devices} x {self.device_kind}, {self.chips} chips',
+        f'mesh       {mesh}',
+        f'model      {self.model}',
+        f'batch      {self.batch}',
+        f'fits       {"yes" if self.fits else "NO"}: {m.total / GIB:,.2f} of {m.hbm / GIB:,.2f} GiB '
+        'of a device',
+        f'memory     arguments {m.arguments / GIB:,.2f}, temporaries {m.temporaries / GIB:,.2f}, '
+        f'generated code {m.code / GIB:,.3f} GiB']
+    if self.refused:
+      lines.append(f'           {self.refused}')
+    for kind, t in self.collectives.items():
+      lines.append(f'moved      {kind}: {t["count"]:,} of {size(t["bytes"])} in all; a device sends '
+                   f'{size(t["ici"])} over ICI, {size(t["dcn"])} over DCN')
+    if self.times:
+      t = self.times
+      lines += [
+          f'FLOPs      {self.flops:,.0f} by the formula, {self.flops_compiled:,.0f} in compiled '
+          f'products; {size(self.hbm_bytes)} of main memory traffic',
+          f'time       {t.total * 1e3:,.2f} ms (uncalibrated; bound by {t.bound}): compute '
+          f'{t.compute * 1e3:,.2f}, HBM {t.hbm * 1e3:,.2f}, ICI {t.ici * 1e3:,.2f}, DCN '
+          f'{t.dcn * 1e3:,.2f} ms']
+      if self.cycles:
+        lines.append(f'cycles     {self.cycles:,.0f} by the compiler (without collectives and '
+                     'kernels; to compare programs with)')
+    lines += [f'{name:22s} {value:,.4g}' if value < 1000 else f'{name:22s} {value:,.0f}'
+              for name, value in self.results.items()]
+    lines += [f'note       {note}' for note in self.notes]
+    if self.times:
+      lines += [f'assumed    {line}' for line in ASSUMPTIONS]
+    return '\n'.join(lines)
+
+
+def size(count: float) -> str:
+  """Bytes for a reader."""
+  for unit in ('B', 'KiB', 'MiB', 'GiB'):
+    if count < 1024 or unit == 'GiB':
+      return f'{count:,.4g} {unit}' if count < 1000 else f'{count:,.0f} {unit}'
+    count /= 1024
+  raise AssertionError
+
+
+def refused_bytes(message: str) -> int:
+  """The bytes that a compiler's refusal speaks of, as '(21.41G)'; 0 where it names none."""
+  found = re.search(r'\(([\d.]+)([KMGT])\) exceeds', message)
+  return int(float(found[1]) * 1024 ** ('KMGT'.index(found[2]) + 1)) if found else 0
