@@ -1,15 +1,18 @@
 """Watching a run: where its time goes, steps that are not taken, traces, memory, kept programs."""
 
 import json
+import random
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import jax
 import numpy as np
 import optax
 import pytest
-from conftest import run
+from conftest import ROOT, environment, run
 from test_launch import arguments, lines, plain, start_and_send
 from test_training import optim, tiny_config
 
@@ -258,6 +261,40 @@ def test_the_straggler_is_the_host_that_is_busy_not_the_one_that_waits():
   assert text == 'slowest host 3 (d): 0.5 s a step on its own, median 0.205 s'
   assert not judge(np.array([0.20, 0.21, 0.20, 0.21]), list('abcd'), 1.2)
   assert not judge(np.array([0.002, 0.004]), ['a', 'b'], 1.2)  # twice as slow, and hidden
+
+
+@pytest.mark.slow
+def test_a_host_with_slow_data_is_named(text_folder, tmp_path):
+  """Two processes on a mesh across both, of which the second takes its time to read a row."""
+  command = arguments(text_folder, tmp_path / 'run', train__micro_batch_rows=1, train__steps=12,
+                      log__straggler_every=4, evaluate__every=100, checkpoint__every=100)
+  code = f"""
+import os, runpy, sys, time
+from gpt2_jax.data.loader import TrainLoader
+row = TrainLoader.row
+def slow(self, step, number):
+  time.sleep(0.4 * int(os.environ['OMPI_COMM_WORLD_RANK']))
+  return row(self, step, number)
+TrainLoader.row = slow
+sys.argv = {command!r}
+runpy.run_path('launch.py', run_name='__main__')"""
+  job = random.randrange(1, 4000) << 16
+  processes = [
+      subprocess.Popen(
+          [sys.executable, '-c', code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+          text=True, env=environment(
+              2, OMPI_COMM_WORLD_SIZE='2', OMPI_COMM_WORLD_RANK=str(i),
+              OMPI_COMM_WORLD_LOCAL_RANK=str(i),
+              OMPI_MCA_orte_hnp_uri=f'{job}.0;tcp://127.0.0.1:34911'))
+      for i in range(2)]
+  outputs = [process.communicate(timeout=300) for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], outputs
+  assert re.search(r'step 8: slowest host 1 \(\S+\): [\d.]+ s a step on its own', outputs[0][0])
+  record = lines(tmp_path / 'run')
+  assert [line['step'] for line in record if 'perf/host_seconds_max' in line] == [4, 8, 12]
+  slowest, both = record[7]['perf/host_seconds_max'], 2 * record[7]['perf/host_seconds_median']
+  # the other's wait for it, within the collectives, is not the other's own
+  assert slowest > 0.3 and both - slowest < 0.1 * slowest
 
 
 # --- out of memory ----------------------------------------------------------------------------
