@@ -8,10 +8,13 @@ each; where no cluster is found, with --coordinator=HOST:PORT --num_processes=N 
 
 import os
 import sys
+import time
 from pathlib import Path
 
-from absl import flags
-from ml_collections import config_flags
+BEGAN = time.monotonic()  # imports take a second
+
+from absl import flags  # noqa: E402
+from ml_collections import config_flags  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file('config', help_string='Config file, with :RECIPE after it.')
 WORKDIR = flags.DEFINE_string(
@@ -50,14 +53,17 @@ def default_workdir() -> str:
 def main(argv: list[str]) -> int:
   parse_flags(argv)
   from gpt2_jax.errors import UserError
-  from gpt2_jax.training import distributed, loop, plan
+  from gpt2_jax.training import compiling, distributed, loop, plan
+  workdir = WORKDIR.value or default_workdir()
   try:
     distributed.initialize(
         DISTRIBUTED.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     if DRY_RUN.value:
-      print(plan.dry_run(plan.make_plan(CONFIG.value)))
+      made = plan.make_plan(CONFIG.value)
+      compiling.keep_compiled(workdir)  # the run itself then finds it compiled
+      print(plan.dry_run(made))
       return 0
-    return loop.train(CONFIG.value, WORKDIR.value or default_workdir())
+    return loop.train(CONFIG.value, workdir, BEGAN)
   except UserError as e:
     sys.exit(f'error: {e}')
 

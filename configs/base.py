@@ -78,6 +78,9 @@ def get_config() -> ConfigDict:
       eps=1e-8,
       weight_decay=0.1,  # of matrices and embeddings, not of biases and layer norms
       clip_norm=1.0,  # global norm of the gradient; 0: no clipping
+      skip_zscore=0.0,  # steps whose log gradient norm is so many standard deviations above its usual
+                        # value, or not finite, are not taken; 6 is rare without a cause; 0: off
+      skip_warmup=100,  # steps to know the usual norm by, before any is judged
       ema_decay=0.0,  # moving average of the parameters, for evaluation and samples; 0: off
   ))
 
@@ -111,8 +114,14 @@ def get_config() -> ConfigDict:
       patience=0,  # stop after so many evaluations without a lower loss, offer the best; 0: go on
   ))
 
+  # A trace of the host and the devices for TensorBoard or XProf, in workdir/profile.
+  config.profile = ConfigDict(dict(
+      steps=(0, 0),  # from this step, as metrics.jsonl counts, up to that one, which is not traced
+  ))
+
   config.log = ConfigDict(dict(
       tensorboard=True,
+      straggler_every=100,  # steps from one comparison of several hosts to the next; 0: never
       sample_prompt='\n',  # of the sample at the end
       sample_tokens=128,
       sample_temperature=0.8,

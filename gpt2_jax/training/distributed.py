@@ -4,15 +4,21 @@ import glob
 import importlib.util
 import os
 import socket
+import time
 import urllib.request
+from pathlib import Path
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, saving
 
 # After so long without a sign of life a process counts as dead, and the others end too. A host that
 # pages or is moved to another machine is silent for some seconds.
 SILENCE_S = 60
+VISIBLE_S = 15  # within which a shared folder shows what another host has written
 FLAGS = ('--coordinator', '--num_processes', '--process_id')
 
 
@@ -92,5 +98,37 @@ def initialize(mode: str, coordinator: str | None = None, num_processes: int | N
   except (RuntimeError, ValueError) as e:
     raise UserError(f'the other processes could not be joined ({cause}): {e}. For a run on this host '
                     'alone pass --distributed=off.') from e
-  print(f'process {jax.process_index()}/{jax.process_count()} on {socket.gethostname()}: devices '
-        f'{jax.local_device_count()}/{jax.device_count()}', flush=True)
+
+
+def hello(mesh: Mesh) -> None:
+  """Says, on each of several hosts, who it is: its devices of all, and the mesh."""
+  if jax.process_count() > 1:
+    shape = ' '.join(f'{axis}={size}' for axis, size in mesh.shape.items())
+    print(f'process {jax.process_index()}/{jax.process_count()} on {socket.gethostname()}: devices '
+          f'{jax.local_device_count()}/{jax.device_count()}, mesh {shape}', flush=True)
+
+
+def check_shared(folder: Path) -> None:
+  """Checks that all processes see one folder, by a file that process 0 leaves there.
+
+  Raises:
+    UserError: on all of them, where one does not.
+  """
+  if jax.process_count() == 1:
+    return
+  mine, path = np.frombuffer(os.urandom(4), np.uint32), folder / '.shared'
+  if jax.process_index() == 0:
+    with saving('the workdir', path):
+      path.write_text(str(mine[0]))
+  number = str(multihost_utils.broadcast_one_to_all(mine)[0])
+  sees, last = False, time.monotonic() + VISIBLE_S
+  while not sees and time.monotonic() < last:
+    sees = path.exists() and path.read_text() == number
+    time.sleep(0 if sees else 0.2)
+  blind = np.flatnonzero(~multihost_utils.process_allgather(np.array(sees)).reshape(-1)).tolist()
+  if jax.process_index() == 0:
+    path.unlink()
+  if blind:
+    raise UserError(f'{folder} is another folder on process {", ".join(map(str, blind))} than on '
+                    'process 0: checkpoints need one that all see (NFS, Filestore, a mounted bucket). '
+                    'Name it with --workdir.')

@@ -24,6 +24,7 @@ from gpt2_jax.interop.files import whole
 from gpt2_jax.interop.tensors import Source, load_params
 from gpt2_jax.model import Params
 from gpt2_jax.pretrained import open_source
+from gpt2_jax.training import memory
 from gpt2_jax.training.optimizer import make_optimizer, make_schedule
 from gpt2_jax.training.positions import stretched
 from gpt2_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
@@ -127,20 +128,38 @@ class Plan:
 class out_of_memory_advice:
   """A context that turns the compiler's or device's 'out of memory' into advice."""
 
-  def __init__(self, plan: Plan):
-    self.plan = plan
+  def __init__(self, plan: Plan, workdir: str | Path | None = None):
+    """`workdir`: where a profile of the memory is left; None: there is none while compiling."""
+    self.plan, self.workdir = plan, workdir
 
   def __enter__(self):
     return self
 
   def __exit__(self, kind, error, _):
     if isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' in str(error):
-      rows = self.plan.G // self.plan.A
+      kept = memory.save_profile(self.workdir)  # first: the estimate is only said
       raise UserError(
-          f'the device ran out of memory with micro-batches of {rows} rows x {self.plan.T} tokens '
-          f'({str(error).splitlines()[0][:200]}). Three knobs, cheapest first: '
+          f'the device ran out of memory with micro-batches of {self.plan.G // self.plan.A} rows x '
+          f'{self.plan.T} tokens ({str(error).splitlines()[0][:200]}). Three knobs, cheapest first: '
           '--config.train.micro_batch_rows smaller, --config.model.remat=dots or full, '
-          '--config.mesh.fsdp larger.') from error
+          f'--config.mesh.fsdp larger.\n{memory_table(self.plan)}{kept}') from error
+
+
+def memory_table(plan: Plan) -> str:
+  """The estimate of a step's memory, and what the knobs would make of it."""
+  c, mesh, rows = plan.model, plan.mesh, plan.G // plan.A
+  estimate = functools.partial(
+      estimate_parts, mesh=mesh, T=plan.T, ema=plan.config.optim.ema_decay > 0)
+  parts, knobs = estimate(c, rows=rows), {}
+  split = mesh.shape['data'] * mesh.shape['fsdp']
+  for half in [r for r in range(1, rows // split // 2 + 1) if plan.G // split % r == 0][-1:]:
+    knobs[f'--config.train.micro_batch_rows={half}'] = estimate(c, rows=half * split)
+  order = ('none', 'dots', 'full')
+  for remat in order[order.index(c.remat) + 1:]:
+    knobs[f'--config.model.remat={remat}'] = estimate(dataclasses.replace(c, remat=remat), rows=rows)
+  # as many rows a device, on twice the devices or half of mesh.data
+  knobs[f'--config.mesh.fsdp={2 * mesh.shape["fsdp"]}'] = parts | {'state': parts['state'] / 2}
+  return memory.table(parts, knobs, memory_limit(mesh.local_devices[0]))
 
 
 def memory_limit(device: Any) -> int:
@@ -157,7 +176,12 @@ def memory_limit(device: Any) -> int:
 
 
 def estimate_bytes(c: GPTConfig, mesh: Mesh, T: int, rows: int, ema: bool) -> int:
-  """About the bytes a device needs for a step with micro-batches of `rows` rows over all devices.
+  """About the bytes a device needs for a step with micro-batches of `rows` rows over all devices."""
+  return int(sum(estimate_parts(c, mesh, T, rows, ema).values()))
+
+
+def estimate_parts(c: GPTConfig, mesh: Mesh, T: int, rows: int, ema: bool) -> memory.Parts:
+  """The bytes of `estimate_bytes` by what they are for.
 
   State: float32 parameters, gradients, their accumulator and AdamW's two moments. Activations: what
   the remat policy keeps of each layer, the temporaries of one layer, logits and their gradient.
@@ -170,7 +194,8 @@ def estimate_bytes(c: GPTConfig, mesh: Mesh, T: int, rows: int, ema: bool) -> in
   kept = {'none': whole, 'dots': b * (6 * D + F), 'full': b * D}[c.remat]
   logits = 3 * 4 * c.padded_vocab_size / tensor
   per_device = rows / (mesh.shape['data'] * mesh.shape['fsdp'])
-  return int(state + per_device * T * (c.n_layer * kept + 2 * whole + logits))
+  return {'state': state, 'activations': per_device * T * (c.n_layer * kept + 2 * whole),
+          'logits': per_device * T * logits}
 
 
 def choose_mesh(asked: Config, model: GPTConfig, devices: list) -> Mesh:

@@ -15,6 +15,7 @@ from gpt2_jax.config import GPTConfig
 from gpt2_jax.counts import trainable_paths
 from gpt2_jax.model import GPT2, Params, bind, make_params
 from gpt2_jax.sharding import RULES, reshard
+from gpt2_jax.training import spikes
 
 
 @jax.tree_util.register_dataclass
@@ -164,6 +165,7 @@ def make_train_step(
         'train/update_norm': optax.tree.norm(updates),
         'train/param_norm': optax.tree.norm(params),
         'train/learning_rate': jnp.asarray(schedule(state.step), jnp.float32),
+        **spikes.metrics(opt_state),
     }
     return TrainState(state.step + 1, params, opt_state, ema), metrics
 
