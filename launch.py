@@ -8,6 +8,7 @@ each; where no cluster is found, with --coordinator=HOST:PORT --num_processes=N 
 
 import os
 import sys
+import traceback
 from pathlib import Path
 
 from absl import flags
@@ -59,7 +60,11 @@ def main(argv: list[str]) -> int:
       return 0
     return loop.train(CONFIG.value, WORKDIR.value or default_workdir())
   except UserError as e:
+    distributed.leave(f'error: {e}')
     sys.exit(f'error: {e}')
+  except Exception:
+    distributed.leave(traceback.format_exc())
+    raise
 
 
 if __name__ == '__main__':
