@@ -9,6 +9,7 @@ each; where no cluster is found, with --coordinator=HOST:PORT --num_processes=N 
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 
 BEGAN = time.monotonic()  # imports take a second
@@ -65,7 +66,11 @@ def main(argv: list[str]) -> int:
       return 0
     return loop.train(CONFIG.value, workdir, BEGAN)
   except UserError as e:
+    distributed.leave(f'error: {e}')
     sys.exit(f'error: {e}')
+  except Exception:
+    distributed.leave(traceback.format_exc())
+    raise
 
 
 if __name__ == '__main__':

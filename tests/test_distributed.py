@@ -19,8 +19,12 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.training import distributed
 
 
-def start(n: int, command: list[str], devices: int = 1, mpi: bool = False) -> list[subprocess.Popen]:
-  """Starts n processes of a run, by launch.py's flags or as Open MPI would."""
+def start(n: int, command: list[str], devices: int = 1, mpi: bool = False,
+          more: dict[int, list[str]] | None = None) -> list[subprocess.Popen]:
+  """Starts n processes of a run, by launch.py's flags or as Open MPI would.
+
+  `more`: process -> arguments that it alone is given.
+  """
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
@@ -34,8 +38,8 @@ def start(n: int, command: list[str], devices: int = 1, mpi: bool = False) -> li
     else:
       flags = [f'--coordinator=127.0.0.1:{port}', f'--num_processes={n}', f'--process_id={i}']
     processes.append(subprocess.Popen(
-        [sys.executable, *command, *flags], cwd=ROOT, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env=environment(devices, **extra)))
+        [sys.executable, *command, *flags, *(more or {}).get(i, [])], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(devices, **extra)))
   return processes
 
 
@@ -168,7 +172,8 @@ def test_a_coordinator_that_cannot_listen_is_an_error(text_folder, tmp_path):
     taken.listen()
     result = run(*arguments(text_folder, tmp_path), '--num_processes=2', '--process_id=0',
                  f'--coordinator=127.0.0.1:{taken.getsockname()[1]}')
-  assert result.returncode == 1 and 'could not be joined (--coordinator)' in result.stderr
+  assert result.returncode == 1, result.stderr
+  assert 'could not be joined (--coordinator): [Errno 98]' in result.stderr
   assert 'Traceback' not in result.stderr
 
 
@@ -250,6 +255,19 @@ def test_a_process_killed_within_a_save(finished, text_folder, tmp_path, victim)
   assert [p.name for p in folder.iterdir() if not p.name.isdecimal()] == []
   for have, want in zip(plain(workdir), plain(finished[0]), strict=True):
     assert have == pytest.approx(want, rel=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('alone', [0, 1])
+def test_an_error_of_one_process_ends_all(text_folder, tmp_path, alone):
+  """Its message is the last thing that it says."""
+  began = time.monotonic()
+  results = finish(start(2, arguments(text_folder, tmp_path / 'run', train__micro_batch_rows=2),
+                         more={alone: ['--config.data.corpus=text:/nowhere']}),
+                   timeout=3 * distributed.SILENCE_S)
+  assert results[alone][0] == 1 and results[1 - alone][0] != 0
+  assert results[alone][2].splitlines()[-1].startswith('error: '), results[alone][2]
+  print(f'both ended after {time.monotonic() - began:.0f} s')
 
 
 @pytest.mark.slow

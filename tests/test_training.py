@@ -206,6 +206,9 @@ def tiny_config(**fields):
     (dict(mesh__fsdp=1, mesh__tensor=8), r'n_head = 4 is not divisible .*may be one of \[1, 2, 4\]'),
     (dict(optim__schedule='step'), "'step' is not one of"),
     (dict(checkpoint__every=0), 'checkpoint.every = 0 must be at least 1'),
+    (dict(checkpoint__keep_every=1500), 'keep_every = 1500 must be 0 or a multiple of .* = 1000'),
+    (dict(checkpoint__keep_best=-1), 'keep_best = -1 must be 0 or more'),
+    (dict(checkpoint__keep_best=1, evaluate__every=500), 'keep_best = 1 keeps the best evaluated'),
 ])
 def test_plans_that_cannot_be(fields, says):
   with pytest.raises(UserError, match=says):

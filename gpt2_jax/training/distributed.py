@@ -4,6 +4,7 @@ import glob
 import importlib.util
 import os
 import socket
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -59,6 +60,26 @@ def _cluster() -> str | None:
   return 'a TPU slice of several hosts' if _tpu_hosts() > 1 else None
 
 
+def leave(message: str) -> None:
+  """Says what went wrong and ends this process at once with status 1, if it is one of several.
+
+  The usual way out would wait for the others, which wait for this one in the middle of a step. Its
+  end is what they notice.
+  """
+  if jax.distributed.is_initialized():
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)
+
+
+def _check_free(port: int) -> None:
+  """Raises an OSError where process 0 can't listen on a port: JAX may crash on it."""
+  if socket.has_dualstack_ipv6():
+    socket.create_server(('::', port), family=socket.AF_INET6, dualstack_ipv6=True).close()
+  else:
+    socket.create_server(('', port)).close()
+
+
 def initialize(mode: str, coordinator: str | None = None, num_processes: int | None = None,
                process_id: int | None = None) -> None:
   """Joins the other processes, and says so.
@@ -89,13 +110,15 @@ def initialize(mode: str, coordinator: str | None = None, num_processes: int | N
       raise UserError(f'{FLAGS[0]}={coordinator} must be HOST:PORT of process 0, and {FLAGS[2]}='
                       f'{process_id} one of 0 to {num_processes - 1}.')
   try:
+    if coordinator is not None and process_id == 0:
+      _check_free(int(coordinator.rpartition(':')[2]))
     jax.distributed.initialize(
         coordinator, num_processes, process_id,
         cluster_detection_method='deactivate' if asked else None,
         heartbeat_timeout_seconds=SILENCE_S, shutdown_timeout_seconds=SILENCE_S)
     if jax.process_count() < (num_processes or 1):
       raise RuntimeError(f'JAX sees {jax.process_count()} processes, not {num_processes}')
-  except (RuntimeError, ValueError) as e:
+  except (OSError, RuntimeError, ValueError) as e:
     raise UserError(f'the other processes could not be joined ({cause}): {e}. For a run on this host '
                     'alone pass --distributed=off.') from e
 
@@ -130,5 +153,5 @@ def check_shared(folder: Path) -> None:
     path.unlink()
   if blind:
     raise UserError(f'{folder} is another folder on process {", ".join(map(str, blind))} than on '
-                    'process 0: checkpoints need one that all see (NFS, Filestore, a mounted bucket). '
+                    'process 0: checkpoints need one that all see (NFS, Filestore, a mounted one). '
                     'Name it with --workdir.')
