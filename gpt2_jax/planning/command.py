@@ -64,7 +64,7 @@ class Plan:
       made = plan_train(config, topo, name, tokens=self.tokens, dump=file)
     else:
       from gpt2_jax.planning.decode import plan_decode
-      made = plan_decode(config, topo, name, self.mode, rows=self.batch, prompt=self.prompt,
+      made = plan_decode(config, topo, name, self.mode, batch=self.batch, prompt=self.prompt,
                          new=self.new, dump=file)
     print(made.text())
     if self.json is not None:

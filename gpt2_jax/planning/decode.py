@@ -91,7 +91,7 @@ def compile_decode(
 
 
 def plan_decode(
-    config: Config, topology: Topology, name: str, mode: str, *, rows: int | None = None,
+    config: Config, topology: Topology, name: str, mode: str, *, batch: int | None = None,
     prompt: int = 128, new: int = 128, dump: Path | None = None, largest: bool = True) -> Report:
   """Generation with a config's model, compiled for a topology.
 
@@ -100,7 +100,7 @@ def plan_decode(
     topology: where to.
     name: of the config, for the report.
     mode: 'decode', a token more in each row, or 'prefill', the prompts and the first token.
-    rows: texts at a time on all devices; default: one for each part of the batch.
+    batch: texts at a time on all devices; default: one for each of the parts that it is split in.
     prompt, new: tokens of each text that are read, and for which there is room.
     dump: a file for the compiled program.
     largest: whether to look for the largest batch that fits as well: one compilation more, or two.
@@ -112,7 +112,7 @@ def plan_decode(
   if model.head != 'lm':
     raise UserError(f'a model with model.head = {model.head} does not write.')
   split = mesh.shape['data'] * mesh.shape['fsdp']
-  rows = split if rows is None else rows
+  rows = split if batch is None else batch
   if rows < 1 or rows % split:
     raise UserError(f'--batch {rows} must be a multiple of mesh.data·mesh.fsdp = {split}.')
   if min(prompt, new) < 1 or prompt + new > model.n_positions:

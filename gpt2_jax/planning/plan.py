@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax.config import Config, GPTConfig
@@ -38,7 +39,7 @@ def bytes_of(tree: Any) -> int:
   """Bytes of one device's parts of abstract arrays."""
   shard = lambda x: np.prod(x.sharding.shard_shape(x.shape), dtype=int) * x.dtype.itemsize
   return int(sum(shard(x) for x in jax.tree.leaves(tree)
-                 if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)))
+                 if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +135,7 @@ def plan_train(config: Config, topology: Topology, name: str, *, tokens: int | N
     arguments = plan.abstract_state(), plan.abstract_batch()
     compiled = compile_for(topology, plan.mesh, plan.compile_train_step, arguments, dump)
   step, c = plan.G * plan.T, plan.model
-  tokens = step * config.train.steps if tokens is None else tokens
+  goal: int = step * config.train.steps if tokens is None else tokens
   rows = plan.G // plan.A // (plan.mesh.shape['data'] * plan.mesh.shape['fsdp'])
   all_flops = flops_per_token(c, plan.T) * step
   made = report(
@@ -143,11 +144,11 @@ def plan_train(config: Config, topology: Topology, name: str, *, tokens: int | N
       batch=f'{step:,} tokens a step = {plan.A} micro-batches x {rows} rows a device x {plan.T}',
       numbers=dict(parameters=num_params(c), remat=c.remat, micro_batch_rows=rows,
                    micro_batches=plan.A, tokens_a_step=step))
-  if made.times is None:
+  if (estimate := made.times) is None:
     return made
-  per_second = step / made.times.total
-  days = tokens / per_second / 86400
+  per_second = step / estimate.total
+  days = goal / per_second / 86400
   return dataclasses.replace(made, results={
       'tokens a second': per_second,
-      'MFU': all_flops / made.times.total / (topology.chip.flops * plan.mesh.size),
-      'tokens to train on': tokens, 'days': days, 'chip-hours': days * 24 * topology.chips})
+      'MFU': all_flops / estimate.total / (topology.chip.flops * plan.mesh.size),
+      'tokens to train on': goal, 'days': days, 'chip-hours': days * 24 * topology.chips})

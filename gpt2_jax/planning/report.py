@@ -94,7 +94,7 @@ class Report:
   compile_seconds: float = 0
 
   def to_json(self) -> str:
-    fields = dataclasses.asdict(self) | {'assumptions': ASSUMPTIONS}
+    fields: dict[str, Any] = dataclasses.asdict(self) | {'assumptions': ASSUMPTIONS}
     if self.times:
       fields['times'] |= {'total': self.times.total, 'bound': self.times.bound}
     return json.dumps(fields, indent=1)

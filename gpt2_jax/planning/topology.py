@@ -11,6 +11,7 @@ import importlib.util
 import math
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from gpt2_jax.errors import UserError
@@ -109,7 +110,7 @@ def split(name: str) -> tuple[int, str, tuple[int, ...]]:
   return int(found[1] or 1), kind, shape
 
 
-def _tpu(name: str, count: int, kind: str, shape: tuple[int, ...]) -> list[Any]:
+def _tpu(name: str, count: int, kind: str, shape: Sequence[int]) -> list[Any]:
   if importlib.util.find_spec('libtpu') is None:
     raise UserError(f'--topology {name}: the TPU compiler is not installed: pip install libtpu (no '
                     'TPU is needed).')
@@ -122,7 +123,7 @@ def _tpu(name: str, count: int, kind: str, shape: tuple[int, ...]) -> list[Any]:
     raise UserError(f'--topology {name}: a slice of {kind} has {axes} axes and at most {most:,} '
                     f'chips. {advice}')
   options: dict[str, Any] = {'chip_config_name': 'megacore'} if kind in MEGACORE else {}
-  if shape in ((1, 1), (1, 1, 1)):
+  if math.prod(shape) == 1:
     options['chips_per_host_bounds'] = (1, 1, 1)
   if count > 1:
     options['num_slices'] = count
@@ -134,7 +135,7 @@ def _tpu(name: str, count: int, kind: str, shape: tuple[int, ...]) -> list[Any]:
                     f'{advice}') from e
 
 
-def _gpu(name: str, count: int, kind: str, shape: tuple[int, ...]) -> list[Any]:
+def _gpu(name: str, count: int, kind: str, shape: Sequence[int]) -> list[Any]:
   if count > 1 or len(shape) > 2:
     raise UserError(f'--topology {name}: GPUs are {kind}:N, or {kind}:HOSTSxGPUS.')
   from jax.experimental.topologies import get_topology_desc

@@ -1,0 +1,114 @@
+"""What fits on TPUs: the training step of each size compiled for some slices, as a table.
+
+    python -m benchmarks.plans [--only small,v5e:4x4]
+
+No TPU is needed, only libtpu. Writes benchmarks/results/plans-tpu.json and the table of docs/tpu.md.
+Run again, it compiles only what the file has not, or has of another source or other versions.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from gpt2_jax.errors import UserError
+from gpt2_jax.hardware import GIB
+from gpt2_jax.planning import topology
+from gpt2_jax.planning.command import load_config
+from gpt2_jax.planning.plan import versions
+from gpt2_jax.planning.report import ASSUMPTIONS, Report
+from gpt2_jax.planning.search import source_hash
+from gpt2_jax.progress import track
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / 'benchmarks' / 'results' / 'plans-tpu.json'
+PAGE = ROOT / 'docs' / 'tpu.md'
+BEGIN, END = '<!-- benchmarks/plans.py writes from here -->', '<!-- to here -->'
+SIZES = ('small', 'medium', 'large', 'xl')
+TOPOLOGIES = ('v5e:4x4', 'v5e:16x16', 'v5p:4x4x4', 'v6e:8x8')
+RECIPE = 'fineweb'
+
+
+def compile_cell(size: str, name: str) -> dict:
+  """A plan, in a process of its own so that no memory stays behind; or why there is none."""
+  command = [sys.executable, '-m', 'benchmarks.plans', '--cell', size, name]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  if done.returncode:
+    raise SystemExit(f'{" ".join(command)}:\n{done.stderr}')
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def cell(size: str, name: str) -> dict:
+  from gpt2_jax.planning.plan import plan_train
+  topo = topology.get(name)
+  config, called = load_config(f'configs/{size}.py:{RECIPE}')
+  try:
+    return {'report': json.loads(plan_train(config, topo, called).to_json())}
+  except UserError as e:
+    return {'error': str(e)}
+
+
+def row(size: str, name: str, entry: dict) -> str:
+  if 'report' not in entry:
+    return f'| {size} | {name} | – | {entry["error"].split(";")[0]} |' + ' – |' * 6
+  r = Report.from_json(json.dumps(entry['report']))
+  mesh = ' x '.join(f'{axis} {size}' for axis, size in r.mesh.items() if size > 1) or '1'
+  memory = f'{r.memory.total / GIB:.1f} of {r.memory.hbm / GIB:.1f}'
+  batch = f'{r.numbers["micro_batches"]} x {r.numbers["micro_batch_rows"]}'
+  head = f'| {size} | {name} | {mesh} | {batch} | {r.numbers["remat"]} | {memory} | '
+  if not r.fits or r.times is None:
+    return head + '**does not fit** | – | – | – |'
+  moved = sum(t['ici'] + t['dcn'] for t in r.collectives.values()) / GIB
+  return head + (f'{moved:.2f} | {r.times.total * 1e3:,.0f} ({r.times.bound}) | '
+                 f'{r.results["MFU"]:.0%} | {r.results["days"]:.2f} |')
+
+
+def table(cells: dict) -> str:
+  lines = [
+      '| size | slice | mesh | micro-batches x rows a chip | remat | HBM, GiB | a chip sends, GiB a '
+      'step | step, ms | MFU | days |', '|---' * 10 + '|']
+  for name in TOPOLOGIES:
+    lines += [row(size, name, cells[f'{size} {name}']) for size in SIZES
+              if f'{size} {name}' in cells]
+  found = next(iter(cells.values()))
+  shown = ', '.join(f'{name} {version}' for name, version in found['versions'].items())
+  lines += ['', f'Recipe `{RECIPE}`, {shown}, commit {found["commit"]}: '
+            '`python -m benchmarks.plans`. Bytes are the compiler\'s. Step, MFU and days are '
+            'estimates: ' + '; '.join(ASSUMPTIONS) + '.']
+  return '\n'.join(lines)
+
+
+def write(cells: dict) -> None:
+  RESULTS.write_text(json.dumps(cells, indent=1) + '\n')
+  before, rest = PAGE.read_text().split(BEGIN)
+  PAGE.write_text(f'{before}{BEGIN}\n{table(cells)}\n{END}{rest.split(END)[1]}')
+
+
+def main() -> None:
+  flags = argparse.ArgumentParser(description=(__doc__ or '').splitlines()[0])
+  flags.add_argument('--only', default='', help='sizes and slices, with commas; default: all')
+  flags.add_argument('--cell', nargs=2, help=argparse.SUPPRESS)
+  args = flags.parse_args()
+  if args.cell:
+    print(json.dumps(cell(*args.cell)))
+    return
+  only = set(filter(None, args.only.split(',')))
+  pick = lambda names: [name for name in names if name in only or not only & set(names)]
+  cells = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+  same = {'source': source_hash(), 'versions': versions()}
+  commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True,
+                          text=True).stdout.strip()
+  todo = [(size, name) for name in pick(TOPOLOGIES) for size in pick(SIZES)]
+  with track('planning', len(todo), 'cells') as advance:
+    for size, name in todo:
+      known = cells.get(f'{size} {name}', {})
+      if {key: known.get(key) for key in same} != same:
+        cells[f'{size} {name}'] = compile_cell(size, name) | same | {'commit': commit}
+        write(cells)
+      advance(1, f'{size} {name}')
+  write(cells)
+
+
+if __name__ == '__main__':
+  main()
