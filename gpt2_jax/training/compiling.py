@@ -19,7 +19,7 @@ def keep_compiled(workdir: str | Path) -> str:
 
   Returns: a line for the user where the folder can't be used, else ''.
   """
-  if jax.config.jax_compilation_cache_dir:
+  if jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
     return ''
   folder = Path(workdir).resolve().parent / FOLDER
   try:
