@@ -377,7 +377,24 @@ def test_spikes_that_do_not_end_stop_the_run(tmp_path):
     made_recorder.line(2, {'train/loss': np.nan, 'train/grad_norm': 1.0})
 
 
-def test_resume_with_the_policy_is_bitwise(watched, text_folder):
+def test_the_policy_can_be_turned_on_and_off_between_starts(text_folder, tmp_path):
+  """On: moments and all go on, and the averages begin. Off again: as if it had never been on."""
+  def go(name, steps, **extra):
+    result = run(*arguments(text_folder, tmp_path / name, train__steps=steps, log__sample_tokens=1,
+                            evaluate__every=100, optim__decay_steps=24, **extra))
+    assert result.returncode == 0, result.stderr
+    return lines(tmp_path / name)
+
+  go('turned', 4)
+  go('turned', 8, optim__skip_zscore=90.0)
+  have, want = go('turned', 12), go('never', 12)
+  assert [line['step'] for line in have if 'train/skipped' in line] == [5, 6, 7, 8]
+  keys = ('train/loss', 'train/grad_norm', 'train/param_norm', 'train/learning_rate')
+  assert [[line[key] for key in keys] for line in have] == [
+      [line[key] for key in keys] for line in want]
+
+
+def test_resume_with_the_policy_is_bitwise(watched):
   """The averages are part of the checkpoint: the killed run judges as one that was never killed."""
   killed, workdir, _, _ = watched
   keys = ('train/loss', 'train/grad_norm_zscore', 'train/skipped')

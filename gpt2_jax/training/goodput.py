@@ -21,7 +21,8 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-KINDS = ('step', 'data', 'compile', 'evaluate', 'checkpoint', 'profile', 'start', 'lost')
+KINDS: tuple[str, ...] = (
+    'step', 'data', 'compile', 'evaluate', 'checkpoint', 'profile', 'start', 'lost')
 PREFIX = 'time/'  # of the keys in metrics.jsonl
 
 

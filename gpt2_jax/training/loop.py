@@ -17,7 +17,7 @@ from gpt2_jax.decoding.generate import generate_tokens
 from gpt2_jax.errors import UserError, saving
 from gpt2_jax.progress import track
 from gpt2_jax.sharding import mesh_of, whole_rows
-from gpt2_jax.training import compiling, distributed, goodput, metrics, report
+from gpt2_jax.training import compiling, distributed, goodput, metrics, report, spikes
 from gpt2_jax.training import record as record_lib
 from gpt2_jax.training.plan import Plan, make_plan, out_of_memory_advice
 from gpt2_jax.training.profiling import Profile
@@ -135,7 +135,9 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
       if start:
         abstract = plan.abstract_state()
         with clock('checkpoint'):
-          state = abstract.restored(start, checkpoints.restore(start, abstract.items()))
+          state = abstract.restored(start, spikes.restored(
+              lambda items: checkpoints.restore(start, items), checkpoints.meta(start)['tree'],
+              abstract.items()))
         say(f'resumed from step {start:,} of {steps:,}')
       else:
         state = plan.init_state(plan.load_source() if plan.source else None)

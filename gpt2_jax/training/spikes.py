@@ -5,6 +5,7 @@ at the start, when norms fall by orders of magnitude, and late. They are part of
 state: a run that goes on judges as one that was never stopped.
 """
 
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from gpt2_jax.errors import UserError
+from gpt2_jax.sharding import on_devices
 
 WINDOW = 100  # steps: mean and variance are plain averages up to here, then exponential ones
 NOISE = 0.01  # least standard deviation of log norm: a change of 1 % is never a spike
@@ -27,6 +29,11 @@ class SpikeState(NamedTuple):
   zscore: jax.Array  # of the last step
   in_a_row: jax.Array  # steps skipped up to the last one, without one between that was taken
   inner: Any
+
+
+def _fresh(inner: Any = None) -> SpikeState:
+  zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+  return SpikeState(none, zero, zero, zero, none, inner)
 
 
 def skip_spikes(
@@ -50,9 +57,7 @@ def skip_spikes(
                     f'{warmup} at least 2 steps.')
 
   def init(params):
-    zero = jnp.zeros((), jnp.float32)
-    none = jnp.zeros((), jnp.int32)
-    return SpikeState(none, zero, zero, zero, none, inner.init(params))
+    return _fresh(inner.init(params))
 
   def update(updates, state: SpikeState, params=None):
     norm = optax.tree.norm(updates)  # the step's metric and the clipping need it too: made once
@@ -79,6 +84,26 @@ def skip_spikes(
         jnp.where(skip, state.in_a_row + 1, 0), kept)
 
   return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def restored(
+    restore: Callable[[dict], dict], saved: Iterable[str], items: dict[str, Any]) -> dict[str, Any]:
+  """`restore(items)`, also where the policy was off when they were saved and is on now, or off again.
+
+  Args:
+    restore: gives arrays for abstract items of a checkpoint.
+    saved: the names of the checkpoint's arrays.
+    items: abstract, as they are to be.
+  """
+  before, state = 'opt_state.in_a_row' in saved, items['opt_state']
+  if before == isinstance(state, SpikeState):
+    return restore(items)
+  if before:
+    wrapped = on_devices(jax.eval_shape(_fresh))._replace(inner=state)
+    found = restore(items | {'opt_state': wrapped})
+    return found | {'opt_state': found['opt_state'].inner}
+  found = restore(items | {'opt_state': state.inner})
+  return found | {'opt_state': jax.jit(_fresh)()._replace(inner=found['opt_state'])}
 
 
 def metrics(opt_state: Any) -> dict[str, jax.Array]:
