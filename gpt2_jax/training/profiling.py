@@ -59,8 +59,8 @@ class Profile:
     self._on = False
     with self.clock('profile'):
       jax.profiler.stop_trace()
-    self.say(f'profile  from step {self.first} on: `tensorboard --logdir {self.folder}` or `xprof '
-             f'{self.folder}` shows it (pip install tensorboard xprof)')
+    self.say(f'profile  from step {self.first} on: `tensorboard --logdir {self.folder}`, or `xprof` '
+             'in its place, shows it (pip install tensorboard xprof)')
 
   def __exit__(self, *_):
     if self._on:
