@@ -404,7 +404,7 @@ def test_weights_are_gathered_and_nothing_is_copied_whole(name, size, tmp_path):
 
 
 def test_memory_limit_of_a_device_that_is_only_described():
-  from gpt2_jax.training.plan import memory_limit
+  from gpt2_jax.training.fit import memory_limit
 
   class Described:
     platform, device_kind = 'tpu', 'TPU v5 lite'

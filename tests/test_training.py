@@ -20,7 +20,7 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.hardware import peak_flops
 from gpt2_jax.model import bind, init_params
 from gpt2_jax.sharding import BATCH, factorizations, on_devices
-from gpt2_jax.training import plan
+from gpt2_jax.training import fit, plan
 from gpt2_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
 from gpt2_jax.training.step import init_state, make_eval_step, make_train_step, nll
 
@@ -226,7 +226,7 @@ def test_plans_that_cannot_be(fields, says):
     (1000, dict(model__n_embd=36, model__n_head=6), (2, 4, 1, 1)),  # 36 does not divide by 8
 ])
 def test_a_mesh_is_chosen_by_what_fits(monkeypatch, limit, asked, sizes):
-  monkeypatch.setattr(plan, 'memory_limit', lambda _: limit)
+  monkeypatch.setattr(fit, 'memory_limit', lambda _: limit)
   config = tiny_config(**{'model__n_embd': 512, 'model__n_layer': 4} | asked)
   assert plan.make_plan(config).mesh.devices.shape == sizes
 
@@ -240,8 +240,8 @@ def test_micro_batches_follow_the_memory(monkeypatch):
   config = tiny_config(mesh__fsdp=8)
   assert plan.make_plan(config).A == 1
   whole = plan.make_plan(config)
-  need = lambda rows: plan.estimate_bytes(whole.model, whole.mesh, 32, rows, False)
-  monkeypatch.setattr(plan, 'memory_limit', lambda _: need(8))
+  need = lambda rows: fit.estimate_bytes(whole.model, whole.mesh, 32, rows, False)
+  monkeypatch.setattr(fit, 'memory_limit', lambda _: need(8))
   assert plan.make_plan(config).A == 2
   assert need(8) < need(16) < 2 * need(8)
 
@@ -255,7 +255,7 @@ def test_the_memory_estimate_is_near_the_compilers(remat):
   with jax.set_mesh(p.mesh):
     memory = p.compile_train_step().memory_analysis()
   actual = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-  estimate = plan.estimate_bytes(p.model, p.mesh, p.T, p.G, False)
+  estimate = fit.estimate_bytes(p.model, p.mesh, p.T, p.G, False)
   assert 0.6 < estimate / actual < 1.7, (estimate / 2**20, actual / 2**20)
 
 

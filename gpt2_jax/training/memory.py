@@ -4,8 +4,9 @@ from pathlib import Path
 
 import jax
 
+from gpt2_jax.training.fit import Parts
+
 PROFILE = 'memory.prof'
-Parts = dict[str, float]  # bytes a device by what they are for: see plan.estimate_parts
 
 
 def save_profile(workdir: str | Path | None) -> str:

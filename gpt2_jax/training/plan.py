@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,12 @@ from gpt2_jax.config import Config, GPTConfig, LoRA
 from gpt2_jax.counts import flops_per_token, num_params, num_trained
 from gpt2_jax.data import labelled
 from gpt2_jax.errors import UserError
-from gpt2_jax.hardware import chip_of
 from gpt2_jax.interop import peft
 from gpt2_jax.interop.files import whole
 from gpt2_jax.interop.tensors import Source, load_params
 from gpt2_jax.model import Params
 from gpt2_jax.pretrained import open_source
-from gpt2_jax.training import memory
+from gpt2_jax.training import fit, memory
 from gpt2_jax.training.optimizer import make_optimizer, make_schedule
 from gpt2_jax.training.positions import stretched
 from gpt2_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
@@ -101,7 +99,7 @@ class Plan:
 
   def attention(self) -> str:
     """Which attention the step will have, and why not another."""
-    with jax.set_mesh(self.mesh):
+    with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
       name, reason = kernels.choose(self.model, self.T, drops=True)
     return f'{name} ({reason})' if reason else name
 
@@ -149,7 +147,7 @@ def memory_table(plan: Plan) -> str:
   """The estimate of a step's memory, and what the knobs would make of it."""
   c, mesh, rows = plan.model, plan.mesh, plan.G // plan.A
   estimate = functools.partial(
-      estimate_parts, mesh=mesh, T=plan.T, ema=plan.config.optim.ema_decay > 0)
+      fit.estimate_parts, mesh=mesh, T=plan.T, ema=plan.config.optim.ema_decay > 0)
   parts, knobs = estimate(c, rows=rows), {}
   split = mesh.shape['data'] * mesh.shape['fsdp']
   for half in [r for r in range(1, rows // split // 2 + 1) if plan.G // split % r == 0][-1:]:
@@ -159,84 +157,7 @@ def memory_table(plan: Plan) -> str:
     knobs[f'--config.model.remat={remat}'] = estimate(dataclasses.replace(c, remat=remat), rows=rows)
   # as many rows a device, on twice the devices or half of mesh.data
   knobs[f'--config.mesh.fsdp={2 * mesh.shape["fsdp"]}'] = parts | {'state': parts['state'] / 2}
-  return memory.table(parts, knobs, memory_limit(mesh.local_devices[0]))
-
-
-def memory_limit(device: Any) -> int:
-  """Bytes that a run may plan with on a device; of a CPU, its share of half the machine's RAM."""
-  if device.platform == 'cpu':
-    ram = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-    return ram // 2 // jax.local_device_count()
-  with contextlib.suppress(jax.errors.JaxRuntimeError):  # a device that is only described has none
-    if (stats := device.memory_stats()) and 'bytes_limit' in stats:
-      return int(0.9 * stats['bytes_limit'])
-  if (chip := chip_of(device.device_kind)) is None:
-    raise UserError(f'how much memory has a {device.device_kind}? Say train.micro_batch_rows.')
-  return int(0.9 * chip.hbm)
-
-
-def estimate_bytes(c: GPTConfig, mesh: Mesh, T: int, rows: int, ema: bool) -> int:
-  """About the bytes a device needs for a step with micro-batches of `rows` rows over all devices."""
-  return int(sum(estimate_parts(c, mesh, T, rows, ema).values()))
-
-
-def estimate_parts(c: GPTConfig, mesh: Mesh, T: int, rows: int, ema: bool) -> memory.Parts:
-  """The bytes of `estimate_bytes` by what they are for.
-
-  State: float32 parameters, gradients, their accumulator and AdamW's two moments. Activations: what
-  the remat policy keeps of each layer, the temporaries of one layer, logits and their gradient.
-  """
-  tensor, split = mesh.shape['tensor'], mesh.shape['fsdp'] * mesh.shape['tensor']
-  b, D, F = jnp.dtype(c.dtype).itemsize, c.n_embd, c.F // tensor
-  state = 4 * ((2 if ema else 1) * num_params(c) + 4 * num_trained(c)) / split
-  attention = (c.n_head // tensor) * T * (4 + 2 * b)  # scores and weights, a token
-  whole = b * (8 * D + 3 * F) + 8 * D + attention
-  kept = {'none': whole, 'dots': b * (6 * D + F), 'full': b * D}[c.remat]
-  logits = 3 * 4 * c.padded_vocab_size / tensor
-  per_device = rows / (mesh.shape['data'] * mesh.shape['fsdp'])
-  return {'state': state, 'activations': per_device * T * (c.n_layer * kept + 2 * whole),
-          'logits': per_device * T * logits}
-
-
-def choose_mesh(asked: Config, model: GPTConfig, devices: list) -> Mesh:
-  """The mesh that `config.mesh` asks for. Where it leaves both `data` and `fsdp` open, parameters are
-  split no further than to fit: over as few devices as keep the state in a quarter of a device's
-  memory, since a split costs a gather in each layer; `data` takes the rest.
-  """
-  sizes = dict(asked)
-  rest, over = len(devices) // max(1, sizes['tensor'] * sizes['seq']), sizes['slices_over']
-  if sizes['data'] is None and sizes['fsdp'] == -1:
-    slices = sharding.num_slices(devices)
-    crossing = lambda f: {'data': rest // f, 'fsdp': f}.get(over, slices)
-    fits = [f for f in range(1, rest + 1)
-            if rest % f == 0 and model.n_embd % f == 0 and crossing(f) % slices == 0]
-    enough = [f for f in fits if 16 * num_params(model) / (f * max(1, sizes['tensor']))
-              <= memory_limit(devices[0]) / 4]
-    sizes['fsdp'] = (enough[:1] or fits[-1:] or [-1])[0]
-  if sizes['data'] is None:
-    sizes['data'] = 1 if sizes['fsdp'] == -1 else -1
-  return sharding.make_mesh(**sizes, devices=devices)
-
-
-def _micro_batches(config: Config, model: GPTConfig, mesh: Mesh, T: int, G: int) -> int:
-  """The number A of micro-batches: as asked, or the fewest whose estimate fits the device."""
-  split = mesh.shape['data'] * mesh.shape['fsdp']
-  if G % split:
-    raise UserError(
-        f'a batch of {G} rows (train.global_batch_tokens = {config.train.global_batch_tokens} / '
-        f'{T}) can\'t be split over mesh.data·mesh.fsdp = {split}: make the rows a multiple of '
-        f'{split}, or the mesh smaller (divisors of {G}).')
-  fits = [A for A in range(1, G + 1) if G % A == 0 and (G // A) % split == 0]
-  asked = config.train.micro_batch_rows
-  if asked is not None:
-    if asked < 1 or G % (asked * split):
-      rows = sorted(G // A // split for A in fits)
-      raise UserError(f'train.micro_batch_rows = {asked} rows a device don\'t divide the batch of '
-                      f'{G} rows on {split} parts; it may be one of {rows}.')
-    return G // (asked * split)
-  limit = memory_limit(sharding.own_device(mesh))
-  ema = config.optim.ema_decay > 0
-  return next((A for A in fits if estimate_bytes(model, mesh, T, G // A, ema) <= limit), fits[-1])
+  return memory.table(parts, knobs, fit.memory_limit(mesh.local_devices[0]))
 
 
 def _tokenizer(config: Config, source: Source | None) -> str:
@@ -296,7 +217,7 @@ def make_model(config: Config, devices=None) -> tuple[Source | None, str, GPTCon
   spec = _tokenizer(config, source)
   devices = list(jax.devices() if devices is None else devices)
   model = _model(config, source, spec, devices[0].platform)
-  mesh = choose_mesh(config.mesh, model, devices)
+  mesh = fit.choose_mesh(config.mesh, model, devices)
   sharding.check_divisible(mesh, model.divisible())
   return source, spec, model, mesh
 
@@ -331,7 +252,7 @@ def make_plan(config: Config, devices=None) -> Plan:
                     f'checkpoint.every = {keep.every}: only what is saved can be kept.')
   if keep.keep_best < 0:
     raise UserError(f'checkpoint.keep_best = {keep.keep_best} must be 0 or more.')
-  A = _micro_batches(config, model, mesh, T, G)
+  A = fit.micro_batches(config, model, mesh, T, G)
   split = mesh.shape['data'] * mesh.shape['fsdp']
   eval_rows = config.evaluate.batch_rows
   if eval_rows is None:
@@ -357,7 +278,7 @@ def dry_run(plan: Plan) -> str:
   gib = functools.partial('{:,.2f} GiB'.format)
   arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
   total = max(arguments + temporary, getattr(memory, 'peak_memory_in_bytes', 0))
-  limit = memory_limit(sharding.own_device(plan.mesh))
+  limit = fit.memory_limit(sharding.own_device(plan.mesh))
   return '\n'.join([
       plan.describe(),
       f'memory   {total:,} bytes a device = {gib(total / 2**30)} (state and batch '
