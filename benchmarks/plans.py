@@ -7,8 +7,10 @@ Run again, it compiles only what the file has not, or has of another source or o
 """
 
 import argparse
+import hashlib
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 from gpt2_jax.errors import UserError
@@ -31,7 +33,7 @@ RECIPE = 'fineweb'
 
 def compile_cell(size: str, name: str) -> dict:
   """A plan, in a process of its own so that no memory stays behind; or why there is none."""
-  command = ['python', '-m', 'benchmarks.plans', '--cell', size, name]
+  command = [sys.executable, '-m', 'benchmarks.plans', '--cell', size, name]
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
   if done.returncode:
     raise SystemExit(f'{" ".join(command)}:\n{done.stderr}')
@@ -95,13 +97,16 @@ def main() -> None:
   only = set(filter(None, args.only.split(',')))
   pick = lambda names: [name for name in names if name in only or not only & set(names)]
   cells = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-  same = {'source': source_hash(), 'versions': versions()}
+  configs = {size: load_config(f'configs/{size}.py:{RECIPE}')[0].to_json_best_effort()
+             for size in SIZES}
   commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True,
                           text=True).stdout.strip()
   todo = [(size, name) for name in pick(TOPOLOGIES) for size in pick(SIZES)]
   with track('planning', len(todo), 'cells') as advance:
     for size, name in todo:
       known = cells.get(f'{size} {name}', {})
+      text = source_hash() + configs[size]
+      same = {'source': hashlib.sha256(text.encode()).hexdigest(), 'versions': versions()}
       if {key: known.get(key) for key in same} != same:
         cells[f'{size} {name}'] = compile_cell(size, name) | same | {'commit': commit}
         write(cells)
