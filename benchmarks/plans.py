@@ -7,6 +7,7 @@ Run again, it compiles only what the file has not, or has of another source or o
 """
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -96,13 +97,16 @@ def main() -> None:
   only = set(filter(None, args.only.split(',')))
   pick = lambda names: [name for name in names if name in only or not only & set(names)]
   cells = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-  same = {'source': source_hash(), 'versions': versions()}
+  configs = {size: load_config(f'configs/{size}.py:{RECIPE}')[0].to_json_best_effort()
+             for size in SIZES}
   commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True,
                           text=True).stdout.strip()
   todo = [(size, name) for name in pick(TOPOLOGIES) for size in pick(SIZES)]
   with track('planning', len(todo), 'cells') as advance:
     for size, name in todo:
       known = cells.get(f'{size} {name}', {})
+      text = source_hash() + configs[size]
+      same = {'source': hashlib.sha256(text.encode()).hexdigest(), 'versions': versions()}
       if {key: known.get(key) for key in same} != same:
         cells[f'{size} {name}'] = compile_cell(size, name) | same | {'commit': commit}
         write(cells)

@@ -130,6 +130,17 @@ def test_what_a_tpu_hides_in_fusions():
   assert found.hbm_bytes == 7 * (64 * 4 + 4 + 8 * 16 * 4)
 
 
+def test_between_slices_a_tpu_sends_to_its_host():
+  send = ('  %after = token[] after-all()\n'
+          '  %sent = (f32[8,16]{1,0}, u32[], token[]) send(%x.1, %after), channel_id=4, '
+          'is_host_transfer=true, frontend_attributes={'
+          '_xla_host_transfer_handler_name="xla_megascale_runtime",'
+          '_xla_megascale_transfer_type="ALL_REDUCE"}\n')
+  text = PROGRAM.replace('  %start = s32[] constant(0)\n', send + '  %start = s32[] constant(0)\n')
+  assert cost.count(text, [0] * 4 + [1] * 4).collectives['all-reduce'] == Traffic(1, 512, 0, 512)
+  assert cost.count(text, [0, 0, 1, 1, 2, 2, 3, 3]).collectives['all-reduce'].dcn == 2 * 512 * 3 / 4
+
+
 @pytest.mark.parametrize('condition,loop,count', [
     ('compare(%count, %most), direction=LT', '', 7),
     ('compare(%count, %most), direction=LT', ', backend_config={"known_trip_count":{"n":"3"}}', 3),
@@ -351,6 +362,20 @@ def test_a_tpu_plan(tmp_path):
   assert 'bfloat16' in made.model and made.memory.hbm == int(15.75 * GIB)
   assert 0.9 < made.flops_compiled / made.flops < 1.2
   assert made.cycles > 0 and made.collectives and 'fits       yes' in done.stdout
+
+
+@tpu
+def test_a_plan_of_two_slices(tmp_path):
+  done = run('-m', 'gpt2_jax', 'plan', '--config=configs/tiny.py', '--topology=2*v5e:2x2',
+             f'--json={tmp_path / "plan.json"}', *TINY, '--config.mesh.data=2')
+  assert done.returncode == 0, done.stderr
+  made = Report.from_json((tmp_path / 'plan.json').read_text())
+  moved = made.collectives
+  assert moved['all-gather']['dcn'] == 0  # of weights, inside a slice
+  # of gradients each device sends its quarter, reduced inside the slice: 2 or 4 bytes a parameter
+  gradients = made.numbers['parameters'] / 4
+  assert 2 * gradients < moved['all-reduce']['dcn'] < 1.3 * 4 * gradients
+  assert made.times.dcn > made.times.compute
 
 
 @gpu

@@ -14,6 +14,7 @@ import numpy as np
 from gpt2_jax.planning.hlo import Array, Instruction, Module, groups_of, parse, trip_count
 
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
+MEGASCALE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 NO_TRAFFIC = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'while',
               'conditional', 'call', 'async-start', 'async-update', 'async-done', 'partition-id',
               'replica-id', 'opt-barrier', 'copy-done', 'slice-done', 'domain', 'iota'}
@@ -127,6 +128,8 @@ class _Count:
       kind = i.op.removesuffix('-start')
       if kind in COLLECTIVES:
         self._collective(i, kind, operands, times, fused, seen)
+      if i.op == 'send' and (found := MEGASCALE.search(i.attributes)):
+        self._between_slices(found[1].lower().replace('_', '-'), operands, times)
       if i.op == 'custom-call':
         self.cost.flops += times * _library_flops(i, operands)
         target = i.attributes.split('custom_call_target="')[-1].split('"')[0]
@@ -144,6 +147,19 @@ class _Count:
         for callee in i.callees():
           self.computation(callee, times, fused=fused, seen=seen)
 
+  def _between_slices(self, kind: str, operands, times) -> None:
+    """A TPU's collective between slices is a send to the host, whose runtime does the rest."""
+    k, operand = len(set(self.slices)), sum(map(_main, operands))
+    _, dcn = sent(kind, operand, (tuple(range(k)),), tuple(range(k)))
+    self._add(kind, times, operand * (k if kind == 'all-gather' else 1), 0, dcn)
+
+  def _add(self, kind: str, times, bytes_: float, ici: float, dcn: float) -> None:
+    traffic = self.cost.collectives.setdefault(kind, Traffic())
+    traffic.count += int(times)
+    traffic.bytes += times * bytes_
+    traffic.ici += times * ici
+    traffic.dcn += times * dcn
+
   def _collective(self, i, kind, operands, times, fused, seen) -> None:
     channel = i.attribute('channel_id')
     if fused and channel:
@@ -157,11 +173,7 @@ class _Count:
     if kind != 'collective-permute' and len(groups[0]) < 2:
       return
     ici, dcn = sent(kind, operand, groups, self.slices)
-    traffic = self.cost.collectives.setdefault(kind, Traffic())
-    traffic.count += int(times)
-    traffic.bytes += times * operand * (len(groups[0]) if kind == 'all-gather' else 1)
-    traffic.ici += times * ici
-    traffic.dcn += times * dcn
+    self._add(kind, times, operand * (len(groups[0]) if kind == 'all-gather' else 1), ici, dcn)
 
   def _traffic(self, i: Instruction, operands: list[tuple[Array, ...]]) -> float:
     """Bytes of main memory that an instruction reads and writes: of slices, the slice alone."""

@@ -1,6 +1,6 @@
 """Which mesh, micro-batch and remat policy: candidates compiled side by side, and ranked."""
 
-import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import dataclasses
 import hashlib
@@ -183,8 +183,12 @@ def search(config: Config, topology: Topology, name: str, *, limit: int, workers
                            f'{name} {candidate.flags()}', tokens, file)
       waiting[future] = candidate
     for future in concurrent.futures.as_completed(waiting):
+      try:
+        made = future.result()
+      except concurrent.futures.process.BrokenProcessPool as e:
+        raise UserError('a compilation was killed, for want of memory perhaps: try fewer at a time '
+                        f'(--workers {max(1, at_once // 2)}). What was finished is kept.') from e
       advance(1)
-      made = future.result()
       if isinstance(made, str):
         print(f'{waiting[future].flags()}: {made}', file=sys.stderr)
       else:
