@@ -2,15 +2,20 @@
 
     python launch.py --config=configs/small.py[:RECIPE] [--workdir=DIR] [--config.SECTION.KEY=VALUE …]
 
-The same command again continues a run that was stopped or killed.
+The same command again continues a run that was stopped or killed. On several hosts it is started on
+each; where no cluster is found, with --coordinator=HOST:PORT --num_processes=N --process_id=I.
 """
 
 import os
 import sys
+import time
+import traceback
 from pathlib import Path
 
-from absl import flags
-from ml_collections import config_flags
+BEGAN = time.monotonic()  # imports take a second
+
+from absl import flags  # noqa: E402
+from ml_collections import config_flags  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file('config', help_string='Config file, with :RECIPE after it.')
 WORKDIR = flags.DEFINE_string(
@@ -20,6 +25,10 @@ DRY_RUN = flags.DEFINE_bool(
 DISTRIBUTED = flags.DEFINE_enum(
     'distributed', 'auto', ['auto', 'on', 'off'],
     'Whether this is one process of several. auto: where the environment shows a cluster.')
+COORDINATOR = flags.DEFINE_string(
+    'coordinator', None, 'HOST:PORT of process 0, where nothing in the environment says it.')
+NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes there are.')
+PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.')
 
 
 def parse_flags(argv: list[str]) -> None:
@@ -45,15 +54,23 @@ def default_workdir() -> str:
 def main(argv: list[str]) -> int:
   parse_flags(argv)
   from gpt2_jax.errors import UserError
-  from gpt2_jax.training import distributed, loop, plan
+  from gpt2_jax.training import compiling, distributed, loop, plan
+  workdir = WORKDIR.value or default_workdir()
   try:
-    distributed.initialize(DISTRIBUTED.value)
+    distributed.initialize(
+        DISTRIBUTED.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     if DRY_RUN.value:
-      print(plan.dry_run(plan.make_plan(CONFIG.value)))
+      made = plan.make_plan(CONFIG.value)
+      compiling.keep_compiled(workdir)  # the run itself then finds it compiled
+      print(plan.dry_run(made))
       return 0
-    return loop.train(CONFIG.value, WORKDIR.value or default_workdir())
+    return loop.train(CONFIG.value, workdir, BEGAN)
   except UserError as e:
+    distributed.leave(f'error: {e}')
     sys.exit(f'error: {e}')
+  except Exception:
+    distributed.leave(traceback.format_exc())
+    raise
 
 
 if __name__ == '__main__':

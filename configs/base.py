@@ -13,6 +13,7 @@ def get_config() -> ConfigDict:
   # Where the parameters begin: a workdir, a folder or file of another format, a name on the hub.
   # Default: drawn at random. What can be read: docs/conversion.md. For use: configs/finetune.py.
   config.init_from = placeholder(str)
+  config.init_positions = 'interpolate'  # where model.n_positions is larger than there; or extend
 
   # The model. Names and values are Hugging Face's; these are GPT-2 124M's.
   config.model = ConfigDict(dict(
@@ -36,6 +37,8 @@ def get_config() -> ConfigDict:
       vocab_multiple=128,  # the vocabulary is padded inside: 50257 = 29·1733 would not split
       dtype='auto',  # of activations: bfloat16 on accelerators, float32 on CPU
       remat='none',  # what the backward pass computes again: none, dots, full
+      attention='auto',  # cudnn on GPUs, splash on TPUs, where they can; xla elsewhere
+      reduce_dtype='float32',  # of gradients while they are summed over devices, or bfloat16
       head='lm',  # or sequence_classification
   ))
 
@@ -51,6 +54,7 @@ def get_config() -> ConfigDict:
       split='document',  # or tail: the end of each document
       split_seed=0,
       sequence_length=placeholder(int),  # tokens a row; default n_positions
+      document_mask=False,  # a token sees its own document alone, not those before it in the row
   ))
 
   # Adapters that are trained in place of the weights (LoRA, arXiv:2106.09685). Names are PEFT's.
@@ -74,6 +78,9 @@ def get_config() -> ConfigDict:
       eps=1e-8,
       weight_decay=0.1,  # of matrices and embeddings, not of biases and layer norms
       clip_norm=1.0,  # global norm of the gradient; 0: no clipping
+      skip_zscore=0.0,  # steps whose log gradient norm is so many standard deviations above its usual
+                        # value, or not finite, are not taken; 6 is rare without a cause; 0: off
+      skip_warmup=100,  # steps to know the usual norm by, before any is judged
       ema_decay=0.0,  # moving average of the parameters, for evaluation and samples; 0: off
   ))
 
@@ -86,14 +93,19 @@ def get_config() -> ConfigDict:
 
   config.checkpoint = ConfigDict(dict(
       every=1000,  # steps
-      keep=2,  # the newest ones
+      keep=2,  # the newest ones, and the one that is offered (evaluate.patience)
+      keep_every=0,  # steps: those of its multiples are kept too; 0: none
+      keep_best=0,  # of the evaluated ones, so many with the lowest held-out loss are kept too
   ))
 
-  # data: batch split; fsdp: batch and parameters split; tensor: heads, MLP and vocabulary split.
+  # Sizes of the mesh's axes; one of them may be -1: what the others leave. data: batch split; fsdp:
+  # batch and parameters split; seq: positions split; tensor: heads, MLP and vocabulary split.
   config.mesh = ConfigDict(dict(
-      data=1,
-      fsdp=-1,  # all devices that the others leave
+      data=placeholder(int),  # default: what fsdp leaves
+      fsdp=-1,  # with data's default: as few as hold the state in a quarter of a device's memory
+      seq=1,  # for rows too long for one device
       tensor=1,
+      slices_over='data',  # the axis that crosses the network between TPU slices, or fsdp
   ))
 
   config.evaluate = ConfigDict(dict(
@@ -102,8 +114,14 @@ def get_config() -> ConfigDict:
       patience=0,  # stop after so many evaluations without a lower loss, offer the best; 0: go on
   ))
 
+  # A trace of the host and the devices for TensorBoard or XProf, in workdir/profile.
+  config.profile = ConfigDict(dict(
+      steps=(0, 0),  # from this step, as metrics.jsonl counts, up to that one, which is not traced
+  ))
+
   config.log = ConfigDict(dict(
       tensorboard=True,
+      straggler_every=100,  # steps from one comparison of several hosts to the next; 0: never
       sample_prompt='\n',  # of the sample at the end
       sample_tokens=128,
       sample_temperature=0.8,

@@ -24,6 +24,7 @@ classification
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from configs import base
 
@@ -35,8 +36,10 @@ def get_config(recipe: str = 'full'):
     raise ValueError(f'recipe {recipe!r} is none of: {", ".join(RECIPES)}')
   config = base.get_config()
   config.init_from = 'gpt2'
-  kept = ('dtype', 'remat', 'head', 'vocab_multiple')  # the other sizes are those of init_from
+  # the other fields are those of init_from
+  kept = ('dtype', 'remat', 'attention', 'reduce_dtype', 'head', 'vocab_multiple')
   config.model = ConfigDict({key: config.model[key] for key in kept})
+  config.model.n_positions = placeholder(int)  # a larger one: see init_positions in base.py
   config.model.update(embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1)
   config.data.update(val_fraction=0.05, split='tail')
   config.optim.update(peak_lr=2e-5, warmup_steps=50, weight_decay=0.01, schedule='linear',

@@ -2,23 +2,30 @@
 
 A checkpoint has items: `params`, `opt_state`, `ema` (where the run has one) and `meta`: a dict with
 the step, the model's config, the data's sha256 and the tree of shapes, which is compared before
-anything is restored. This is the only module that knows Orbax.
+anything is restored. Its manifest is written before Orbax renames the folder to its final name, so
+that what is committed has one; a checkpoint is checked against it before it is used. This is the only
+module that knows Orbax.
 """
 
 import errno
+import json
 import logging
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
+from gpt2_jax import manifest
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError, saving
 from gpt2_jax.model import Params, make_params
-from gpt2_jax.sharding import on_devices
+from gpt2_jax.sharding import on_devices, without_mesh
 
 FOLDER = 'checkpoints'
 VERSION = 1
@@ -26,6 +33,10 @@ VERSION = 1
 # Orbax logs a background thread's exception with its traceback, and then raises it in ours as well.
 logging.getLogger('absl').addFilter(
     lambda record: not (record.exc_info and 'orbax' in record.pathname))
+
+
+def _of_step(step: int) -> str:
+  return f'checkpoint of step {step:,}'
 
 
 def _shapes(tree: Any) -> dict[str, str]:
@@ -41,46 +52,156 @@ def difference(have: dict, want: dict) -> str:
 
 
 class _Best(ocp.checkpoint_managers.PreservationPolicy):
-  """Keeps the checkpoint that `meta` calls the best so far."""
+  """Keeps the checkpoint that `meta` calls the best so far, and those with the lowest losses."""
 
-  step: int | None = None
+  def __init__(self, count: int):
+    self.count, self.step = count, None
+    self.losses: dict[int, float] = {}  # held-out losses by step
 
   def should_preserve(self, checkpoints, *, context):
-    return [checkpoint.step == self.step for checkpoint in checkpoints]
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    ranked = sorted((step for step in steps if step in self.losses), key=lambda s: self.losses[s])
+    return [step == self.step or step in ranked[:self.count] for step in steps]
+
+
+class _Manager(ocp.CheckpointManager):
+
+  def reached_preemption(self, step: int) -> bool:
+    """Never: `StopSignal` asks JAX, counting its questions, and one from here would upset that."""
+    return False
 
 
 class Checkpoints:
   """The checkpoints of a workdir."""
 
-  def __init__(self, workdir: str | Path, keep: int | None = None):
+  def __init__(self, workdir: str | Path, keep: int | None = None, keep_every: int = 0,
+               keep_best: int = 0):
     """
     Args:
       workdir: of the run.
-      keep: how many of the newest to keep, and the best one; None: to read only.
+      keep: how many of the newest to keep, beside the one that is offered; None: to read only.
+      keep_every: steps; those that are multiples of it are kept too. 0: none.
+      keep_best: how many of those with the lowest held-out loss are kept too.
     """
-    self.path, self._best = epath.Path(workdir).resolve() / FOLDER, _Best()
+    self.path, self._best = epath.Path(workdir).resolve() / FOLDER, _Best(keep_best)
+    self._writes, self._saving = keep is not None, 0
     managers = ocp.checkpoint_managers
-    policy = managers.AnyPreservationPolicy([managers.LatestN(keep), self._best]) if keep else None
-    self._manager = ocp.CheckpointManager(
-        self.path, options=ocp.CheckpointManagerOptions(
-            preservation_policy=policy, create=keep is not None, enable_async_checkpointing=True))
+    policies = [managers.LatestN(keep), self._best]
+    if keep_every:
+      policies.append(managers.EveryNSteps(keep_every))
+    self._manager = _Manager(self.path, options=ocp.CheckpointManagerOptions(
+        preservation_policy=managers.AnyPreservationPolicy(policies) if self._writes else None,
+        create=self._writes, cleanup_tmp_directories=self._writes, enable_async_checkpointing=True,
+        async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest)))
 
   def latest_step(self) -> int | None:
     """The newest step there is, None where there is none."""
     return self._manager.latest_step()
 
+  def _write_manifest(self) -> None:
+    """Called by Orbax on process 0, in its thread, when all is written and before the commit."""
+    folder = Path(self.path) / str(self._saving)
+    unfinished = folder.with_name(folder.name + '.orbax-checkpoint-tmp')
+    manifest.write(unfinished if unfinished.exists() else folder)
+
+  def _damage(self, step: int, items: tuple[str, ...] | None = None) -> str | None:
+    """What is wrong with a step's files, None where nothing is."""
+    folder = Path(self.path) / str(step)
+    if (folder / manifest.FILE).exists():
+      return manifest.damage(folder, items)
+    # Of an early version, or half deleted when the run was killed: Orbax tells, by reading it all.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=None, active_processes={jax.process_index()}, barrier_sync_key_prefix='check')
+    try:
+      meta = json.loads((folder / 'meta' / 'metadata').read_text())
+      names = {key.split('.')[0] for key in meta['tree']}
+      for name in names if items is None else names & set(items):
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+          tree = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+                              reader.metadata(folder / name).item_metadata.tree)
+          reader.restore(folder / name, args=ocp.args.PyTreeRestore(restore_args=tree))
+    except Exception as e:  # of whatever kind: the files may hold anything
+      return f'it has no {manifest.FILE} and can\'t be read ({str(e).splitlines()[0][:200]})'
+    return None
+
+  def whole_step(self, items: tuple[str, ...] | None = None) -> int | None:
+    """The newest step whose files are whole, the same on all processes; None where there is none.
+
+    What is wrong with newer ones is said. A run moves them aside, so that it can save them again.
+
+    Args:
+      items: that are to be read; default: all.
+
+    Raises:
+      UserError: there are checkpoints, and all of them are damaged.
+    """
+    shared = self._writes and jax.process_count() > 1
+    step, damaged = None, {}
+    if not shared or jax.process_index() == 0:
+      for step in sorted(self._manager.all_steps(), reverse=True):
+        damage = self._damage(step, items)
+        if damage is None:
+          break
+        damaged[step], step = damage, None
+    lost = bool(damaged) and step is None
+    if shared:  # process 0 decides
+      with without_mesh():
+        agreed = multihost_utils.broadcast_one_to_all(np.array([step or 0, lost], np.int32))
+      step, lost = map(int, agreed)
+    where = {} if lost or not self._writes else {bad: self._move_aside(bad) for bad in damaged}
+    for bad, why in damaged.items():
+      print(f'{_of_step(bad)}: {why}: skipped' + f' and moved to {where.get(bad)}' * (bad in where),
+            file=sys.stderr, flush=True)
+    if lost:
+      raise UserError(f'all checkpoints in {self.path} are damaged. Restore their files from a copy, '
+                      'or begin anew in another --workdir.')
+    if self._writes:
+      if shared:
+        multihost_utils.sync_global_devices('damaged checkpoints are moved')
+      self._manager.reload()
+    return step or None
+
+  def _move_aside(self, step: int) -> Path:
+    """Gives a damaged checkpoint another name, under which no step is looked for."""
+    folder = Path(self.path)
+    names = (f'damaged-{step}' + f'-{n}' * (n > 1) for n in range(1, 1000))
+    target = next(folder / name for name in names if not (folder / name).exists())
+    return (folder / str(step)).rename(target)
+
   def meta(self, step: int) -> dict:
     return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
 
   def step_to_use(self) -> int | None:
-    """The step whose parameters a run offers: its best one where it stops early, else the newest."""
-    step = self.latest_step()
-    return None if step is None else self.meta(step).get('best') or step
+    """The step whose parameters a run offers: its best one where it stops early, else the newest.
 
-  def save(self, step: int, items: dict[str, Any], meta: dict) -> None:
-    """Begins to save; waits only for an earlier save and for the copy to the host's memory."""
+    Damaged ones are named and passed over.
+    """
+    used = ('meta', 'params', 'ema')
+    step = self.whole_step(used)
+    best = step and self.meta(step).get('best')
+    if not best or best == step:
+      return step
+    gone = best not in self._manager.all_steps()
+    if damage := 'it is gone' if gone else self._damage(best, used):
+      print(f'{_of_step(best)}, the best one: {damage}: skipped', file=sys.stderr, flush=True)
+      return step
+    return best
+
+  def save(self, step: int, items: dict[str, Any], meta: dict,
+           losses: dict[int, float] | None = None) -> None:
+    """Begins to save; waits only for an earlier save and for the copy to the host's memory.
+
+    Args:
+      step: number of updates done.
+      items: trees by name.
+      meta: what else is to be known of the checkpoint; `best`: a step that is to be kept.
+      losses: held-out losses so far, by step.
+    """
     meta = meta | {'version': VERSION, 'step': step, 'tree': _shapes(items)}
-    self._best.step = meta.get('best')
+    self._best.step, self._best.losses = meta.get('best'), losses or {}
+    self.wait()
+    self._saving = step
     with saving('a checkpoint', str(self.path)):
       need = sum(leaf.nbytes for leaf in jax.tree.leaves(items)) // jax.process_count()
       if (free := shutil.disk_usage(self.path).free) < need:

@@ -36,9 +36,14 @@ ACTIVATIONS = {
     'linear': lambda x: x,
 }
 
-# What a block keeps for its backward pass; the rest is computed again.
+# How attention is computed: by XLA, or by a kernel that never holds T x T weights, of cuDNN (GPU) or
+# Splash (TPU). 'auto': the device's own, where it can do what is asked (`kernels.py`).
+ATTENTIONS = ('auto', 'xla', 'cudnn', 'splash')
+
+# What a block keeps for its backward pass; the rest is computed again. None keeps what was gathered
+# from other devices: neither weights that `fsdp` splits, nor keys and values that `seq` splits.
 REMAT_POLICIES = {
-    'none': None,  # keeps everything
+    'none': lambda primitive, *_, **__: primitive.name != 'reshard',  # everything else
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # outputs of the projections
     'full': jax.checkpoint_policies.nothing_saveable,  # the block's input alone
 }
@@ -108,6 +113,8 @@ class GPTConfig:
   vocab_multiple: int = 128  # the vocabulary is padded inside to a multiple of this
   dtype: str = 'float32'  # of activations: 'float32' | 'bfloat16'; parameters are float32
   remat: str = 'none'  # a name of REMAT_POLICIES
+  attention: str = 'auto'  # a name of ATTENTIONS
+  reduce_dtype: str = 'float32'  # of gradients while they are summed over devices, or 'bfloat16'
   head: str = 'lm'  # a name of HEADS
   num_labels: int = 2  # of a classification head
   classifier_dropout: float = 0.1  # before the head of token classification
@@ -131,7 +138,8 @@ class GPTConfig:
     for name, known in (
         ('activation_function', ACTIVATIONS), ('remat', REMAT_POLICIES),
         ('init_scheme', ('hf', 'openai_release')), ('head', HEADS), ('form', FORMS),
-        ('dtype', ('float32', 'bfloat16'))):
+        ('attention', ATTENTIONS), ('dtype', ('float32', 'bfloat16')),
+        ('reduce_dtype', ('float32', 'bfloat16'))):
       if getattr(self, name) not in known:
         raise UserError(f'model.{name} = {getattr(self, name)!r} is not one of {sorted(known)}.')
 

@@ -12,7 +12,7 @@ from gpt2_jax import batching
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError
 from gpt2_jax.model import GPT2, Params, bind
-from gpt2_jax.sharding import mesh_of
+from gpt2_jax.sharding import mesh_of, whole_rows
 from gpt2_jax.tokenizer import Tokenizer
 
 ROWS = 8  # texts at a time
@@ -96,7 +96,7 @@ def features(
   Raises:
     UserError: a text is longer than the context, or an id is not in the vocabulary.
   """
-  params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  params = whole_rows(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
   rows = batching.encode(texts, tokenizer or model.tokenizer, model.config)
   as_float32 = lambda x: np.asarray(x, np.float32)
   found = []
@@ -127,7 +127,7 @@ def classify(
   config = model.config
   if config.head == 'lm':
     raise UserError('this model has no classification head: it is a language model, see generate.')
-  params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  params = whole_rows(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
   named = model.source.keys.get('id2label', {}) if model.source is not None else {}
   names = [named.get(str(k), named.get(k, f'LABEL_{k}')) for k in range(config.num_labels)]
   rows = batching.encode(texts, tokenizer or model.tokenizer, config)

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gpt2_jax.config import GPTConfig, LoRA
-from gpt2_jax.sharding import RULES, P, in_mesh, layout, unshard
+from gpt2_jax import fsdp
+from gpt2_jax.config import GPTConfig
+from gpt2_jax.sharding import RULES, P, in_mesh, layout, spec_of, unshard
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, spec: P) -> jax.Array:
@@ -21,13 +22,13 @@ def fold_in(keys_B: jax.Array | None, i: jax.Array | int) -> jax.Array | None:
   return None if keys_B is None else jax.vmap(jax.random.fold_in, (0, None))(keys_B, i)
 
 
-def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None, spec: P | None = None) -> jax.Array:
+def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
   """Dropout with a key for each row of `x`, so that no mask depends on the batch, its split into
-  micro-batches, or the mesh. `spec` is the layout of a row. Off where `keys_B` is None.
+  micro-batches, or the mesh. Off where `keys_B` is None.
   """
   if keys_B is None or rate == 0:
     return x
-  shape, spec = x.shape[1:], None if spec is None else layout(spec)
+  shape, spec = x.shape[1:], P(*spec_of(x)[1:]) if in_mesh() else None
   keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape, out_sharding=spec))(keys_B)
   return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
@@ -87,41 +88,43 @@ def room(cache: Cache) -> int:
 class Embed(nnx.Module):
   """A table of vectors; rows from `rows` on are padding and zero. Of int8 it has a scale a row."""
 
-  def __init__(self, shape, std, spec, *, rows: int, rngs: nnx.Rngs, int8: bool = False):
+  def __init__(self, shape, std, spec, config: GPTConfig, *, rows: int, rngs: nnx.Rngs,
+               int8: bool = False):
+    self.config = config
     table = normal(rngs, shape, std, spec)
     self.weight = nnx.Param(jnp.where(jnp.arange(shape[0])[:, None] < rows, table, 0))
     self.scale = nnx.Param(jnp.ones(shape[0], out_sharding=layout(P(spec[0])))) if int8 else None
 
-  def rows(self, indices: jax.Array, dtype, spec: P) -> jax.Array:
-    """The vectors at some indices, laid out as `spec` says; NaN for one beyond the table."""
+  def rows(self, indices: jax.Array, B: int) -> jax.Array:
+    """The vectors at indices [B, T], or [1, T] for all of B rows; NaN for one beyond the table."""
+    c, spec = self.config, RULES.act_btd
     if self.scale is None:
-      return unshard(self.weight[...].astype(dtype)).at[indices].get(
-          out_sharding=layout(spec), mode='fill', fill_value=jnp.nan)
+      return fsdp.take(self.weight[...], indices, c.dtype, spec, c.reduce_dtype, B)
     steps = unshard(self.weight[...]).at[indices].get(out_sharding=layout(spec))
     scale = unshard(self.scale[...]).at[indices].get(
         out_sharding=layout(P(*spec[:-1])), mode='fill', fill_value=jnp.nan)
-    return (steps * scale[..., None]).astype(dtype)
+    return (steps * scale[..., None]).astype(c.dtype)
 
-  def logits(self, x_BTD: jax.Array, precision: str | None) -> jax.Array:
+  def logits(self, x_BTD: jax.Array) -> jax.Array:
     """Products with all vectors, in float32, [B, T, V]."""
-    y_BTV = jnp.einsum(
-        'BTD,VD->BTV', x_BTD, unshard(self.weight[...].astype(x_BTD.dtype)), precision=precision,
-        preferred_element_type=jnp.float32, out_sharding=layout(RULES.logits_btv))
+    c = self.config
+    how = fsdp.Product('BTD,VD->BTV', RULES.logits_btv, c.precision, c.reduce_dtype, 'float32')
+    y_BTV = fsdp.einsum(how, x_BTD, self.weight[...])
     return y_BTV if self.scale is None else y_BTV * unshard(self.scale[...])
 
 
 class Classifier(nnx.Module):
   """Logits over K labels, in float32: [B, T, D] -> [B, T, K]."""
 
-  def __init__(self, D: int, K: int, std: float, *, bias: bool, rngs: nnx.Rngs):
-    self.weight = nnx.Param(normal(rngs, (D, K), std, RULES.head_dk))
+  def __init__(self, config: GPTConfig, *, bias: bool, rngs: nnx.Rngs):
+    D, K, self.config = config.n_embd, config.num_labels, config
+    self.weight = nnx.Param(normal(rngs, (D, K), config.initializer_range, RULES.head_dk))
     self.bias = nnx.Param(jnp.zeros(K, out_sharding=layout(RULES.head_k))) if bias else None
 
-  def __call__(self, x_BTD: jax.Array, precision: str | None) -> jax.Array:
-    logits_BTK = jnp.einsum(
-        'BTD,DK->BTK', x_BTD, unshard(self.weight[...].astype(x_BTD.dtype)), precision=precision,
-        preferred_element_type=jnp.float32, out_sharding=layout(RULES.act_btd))
-    return logits_BTK if self.bias is None else logits_BTK + self.bias[...]
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    c = self.config
+    how = fsdp.Product('BTD,DK->BTK', spec_of(x_BTD), c.precision, c.reduce_dtype, 'float32')
+    return fsdp.einsum(how, x_BTD, self.weight[...], self.bias[...] if self.bias else None)
 
 
 class LayerNorm(nnx.Module):
@@ -148,43 +151,43 @@ class Linear(nnx.Module):
   the others. A begins as PEFT's, uniform within 1/sqrt(fan-in), B as zero.
   """
 
-  def __init__(self, equation, shape, spec, bias_shape, bias_spec, out_spec, std, *, rngs,
-               form: str, lora: LoRA | None = None):
-    self.equation, self.out_spec, self.lora, self.form = equation, out_spec, lora, form
+  def __init__(self, equation, shape, spec, bias_shape, bias_spec, out_spec, std, *,
+               config: GPTConfig, name: str, rngs: nnx.Rngs):
+    """`name` is the module's in a block, such as 'attn.c_attn'."""
+    self.equation, self.out_spec, self.config = equation, out_spec, config
     self.weight = nnx.Param(normal(rngs, shape, std, spec))
     self.bias = nnx.Param(jnp.zeros(bias_shape, out_sharding=layout(bias_spec)))
-    self.scale = nnx.Param(jnp.ones_like(self.bias[...])) if form == 'int8' else None
-    if lora:
-      ins = len(_contracted(equation))
+    self.scale = nnx.Param(jnp.ones_like(self.bias[...])) if config.form == 'int8' else None
+    self.lora = config.adapter(name)
+    if self.lora:
+      r, ins = self.lora.r, len(_contracted(equation))
       fan_in, spec = math.prod(shape[:ins]), tuple(spec)
       self.lora_A = nnx.LoRAParam(jax.random.uniform(
-          rngs.params(), (*shape[:ins], lora.r), jnp.float32, -fan_in**-0.5, fan_in**-0.5,
+          rngs.params(), (*shape[:ins], r), jnp.float32, -fan_in**-0.5, fan_in**-0.5,
           out_sharding=layout(P(*spec[:ins], None))))
       self.lora_B = nnx.LoRAParam(jnp.zeros(
-          (lora.r, *shape[ins:]), out_sharding=layout(P(None, *spec[ins:]))))
+          (r, *shape[ins:]), out_sharding=layout(P(None, *spec[ins:]))))
 
-  def __call__(self, x: jax.Array, precision: str | None, keys_B: jax.Array | None = None):
+  def __call__(self, x: jax.Array, keys_B: jax.Array | None = None):
     (x_axes, w_axes), out = self.equation.split('->')[0].split(','), self.equation.split('->')[1]
-    ins, dtype = _contracted(self.equation), x.dtype
+    c, ins, dtype = self.config, _contracted(self.equation), x.dtype
     # a training step adds up in the activations' dtype, as its gradient does
-    wide = dtype if self.form == 'train' else jnp.float32
-    product = lambda equation, x, w, spec: jnp.einsum(
-        equation, x, unshard(w.astype(dtype)), precision=precision,
-        preferred_element_type=wide, out_sharding=layout(spec))
-    over_rows = lambda b: b[:, None, None] if b.ndim == 3 else b  # c_attn's are CNH
-    if self.form == 'train':
-      y = product(self.equation, x, self.weight[...], self.out_spec)
+    wide = dtype.name if c.form == 'train' else 'float32'
+    product = lambda equation, x, w, spec, b=None: fsdp.einsum(
+        fsdp.Product(equation, spec, c.precision, c.reduce_dtype, wide), x, w, b)
+    if c.form == 'train':
+      y = product(self.equation, x, self.weight[...], self.out_spec, self.bias[...]).astype(dtype)
     else:  # one axis K is summed over: XLA on CPU would copy a weight with two, N and H, every time
       flat = lambda z: z.reshape(*z.shape[:z.ndim - len(ins)], -1)
       outs = w_axes.removeprefix(ins)
       y = product(f'{x_axes.removesuffix(ins)}K,{outs}K->{out}', flat(x), flat(self.weight[...]),
                   self.out_spec)
-    if self.scale is not None:
-      y = y * over_rows(unshard(self.scale[...]))
-    y = (y + over_rows(unshard(self.bias[...].astype(wide)))).astype(dtype)
+      over_rows = lambda b: b[:, None, None] if b.ndim == 3 else b  # c_attn's are CNH
+      if self.scale is not None:
+        y = y * over_rows(unshard(self.scale[...]))
+      y = (y + over_rows(unshard(self.bias[...].astype(wide)))).astype(dtype)
     if self.lora:
-      spec = P(*jax.typeof(x).sharding.spec[1:]) if in_mesh() else None
-      x = dropout(x, self.lora.dropout, keys_B, spec)
+      x = dropout(x, self.lora.dropout, keys_B)
       x_BTR = product(f'{x_axes},{ins}R->BTR', x, self.lora_A[...], RULES.act_btd).astype(dtype)
       y += (self.lora.alpha / self.lora.r * product(
           f'BTR,R{w_axes.removeprefix(ins)}->{out}', x_BTR, self.lora_B[...], self.out_spec)

@@ -22,8 +22,9 @@ from flax import nnx
 from gpt2_jax.attention import attention, causal_mask
 from gpt2_jax.config import ACTIVATIONS, REMAT_POLICIES, GPTConfig
 from gpt2_jax.errors import UserError
+from gpt2_jax.kernels import Kernel, choose
 from gpt2_jax.layers import Classifier, Embed, LayerNorm, Linear, dropout, fold_in, pick, room
-from gpt2_jax.sharding import RULES, P, reshard
+from gpt2_jax.sharding import RULES, in_mesh, reshard
 
 Params = dict[str, Any]  # nested; leaves are arrays
 
@@ -46,28 +47,29 @@ class Attention(nnx.Module):
     self.c_attn = Linear(
         'BTD,DCNH->CBTNH', (c.n_embd, 3, c.n_head, c.H), r.c_attn_dcnh,
         (3, c.n_head, c.H), r.c_attn_cnh, r.act_cbtnh, c.initializer_range, rngs=rngs,
-        form=c.form, lora=c.adapter('attn.c_attn'))
+        config=c, name='attn.c_attn')
     self.c_proj = Linear(
         'BTNH,NHD->BTD', (c.n_head, c.H, c.n_embd), r.attn_proj_nhd,
-        (c.n_embd,), r.proj_d, r.act_btd, proj_std, rngs=rngs,
-        form=c.form, lora=c.adapter('attn.c_proj'))
+        (c.n_embd,), r.proj_d, r.act_btd, proj_std, rngs=rngs, config=c, name='attn.c_proj')
 
-  def __call__(self, x_BTD, layer, mask_BTS, cache, slot, keys_B):
+  def __call__(self, x_BTD, layer, see, cache, slot, keys_B):
     c = self.config
-    q_BTNH, k_BSNH, v_BSNH = self.c_attn(x_BTD, c.precision, fold_in(keys_B, 3))
+    q_BTNH, *keys_and_values = self.c_attn(x_BTD, fold_in(keys_B, 3))
+    k_BSNH, v_BSNH = (reshard(x, RULES.act_bsnh) for x in keys_and_values)
     if cache is not None:
       cache, k_BSNH, v_BSNH = cache.update(layer, slot, k_BSNH, v_BSNH)
     scale = c.H**-0.5 if c.scale_attn_weights else 1.0
     if c.scale_attn_by_inverse_layer_idx:
       scale = scale / jnp.asarray(layer + 1, jnp.float32)
-    drop = None
-    if keys_B is not None and c.attn_pdrop:
-      drop = lambda weights_BNTS: dropout(
-          weights_BNTS, c.attn_pdrop, fold_in(keys_B, 0), RULES.weights_nts)
-    out_BTNH, weights_BNTS = attention(
-        q_BTNH, k_BSNH, v_BSNH, mask_BTS, scale=scale, upcast=c.reorder_and_upcast_attn,
-        drop=drop, precision=c.precision)
-    out_BTD = self.c_proj(out_BTNH, c.precision, fold_in(keys_B, 4))
+    weights_BNTS = None
+    if isinstance(see, Kernel):
+      out_BTNH = see(q_BTNH, k_BSNH, v_BSNH, scale)
+    else:
+      out_BTNH, weights_BNTS = attention(
+          q_BTNH, k_BSNH, v_BSNH, see, scale=scale, upcast=c.reorder_and_upcast_attn,
+          drop=lambda weights_BNTS: dropout(weights_BNTS, c.attn_pdrop, fold_in(keys_B, 0)),
+          precision=c.precision)
+    out_BTD = self.c_proj(out_BTNH, fold_in(keys_B, 4))
     return dropout(out_BTD, c.resid_pdrop, fold_in(keys_B, 1)), weights_BNTS, cache
 
 
@@ -79,17 +81,15 @@ class MLP(nnx.Module):
     self.config = config
     self.c_fc = Linear(
         'BTD,DF->BTF', (c.n_embd, c.F), r.c_fc_df,
-        (c.F,), r.c_fc_f, r.act_btf, c.initializer_range, rngs=rngs,
-        form=c.form, lora=c.adapter('mlp.c_fc'))
+        (c.F,), r.c_fc_f, r.act_btf, c.initializer_range, rngs=rngs, config=c, name='mlp.c_fc')
     self.c_proj = Linear(
         'BTF,FD->BTD', (c.F, c.n_embd), r.mlp_proj_fd,
-        (c.n_embd,), r.proj_d, r.act_btd, proj_std, rngs=rngs,
-        form=c.form, lora=c.adapter('mlp.c_proj'))
+        (c.n_embd,), r.proj_d, r.act_btd, proj_std, rngs=rngs, config=c, name='mlp.c_proj')
 
   def __call__(self, x_BTD, keys_B):
     c = self.config
-    h_BTF = ACTIVATIONS[c.activation_function](self.c_fc(x_BTD, c.precision, fold_in(keys_B, 5)))
-    out_BTD = self.c_proj(h_BTF, c.precision, fold_in(keys_B, 6))
+    h_BTF = ACTIVATIONS[c.activation_function](self.c_fc(x_BTD, fold_in(keys_B, 5)))
+    out_BTD = self.c_proj(h_BTF, fold_in(keys_B, 6))
     return dropout(out_BTD, c.resid_pdrop, fold_in(keys_B, 2))
 
 
@@ -105,10 +105,10 @@ class Block(nnx.Module):
     self.mlp = MLP(config, proj_std, rngs=rngs)
 
   def __call__(
-      self, x_BTD, layer, mask_BTS, cache=None, slot: jax.Array | int = 0, keys_B=None):
+      self, x_BTD, layer, see, cache=None, slot: jax.Array | int = 0, keys_B=None):
+    """`see` says which keys a query sees: a mask [B, T, S], or a `Kernel` that knows."""
     with jax.named_scope('attn'):
-      out_BTD, weights_BNTS, cache = self.attn(
-          self.ln_1(x_BTD), layer, mask_BTS, cache, slot, keys_B)
+      out_BTD, weights_BNTS, cache = self.attn(self.ln_1(x_BTD), layer, see, cache, slot, keys_B)
       x_BTD = x_BTD + out_BTD
     with jax.named_scope('mlp'):
       x_BTD = x_BTD + self.mlp(self.ln_2(x_BTD), keys_B)
@@ -130,11 +130,11 @@ class GPT2(nnx.Module):
     self.config = config
     self.tokenizer: Any = None  # from_pretrained sets these two
     self.source: Any = None
-    table: Any = dict(rows=c.vocab_size, rngs=rngs, int8=c.form == 'int8')
+    table: Any = dict(config=c, rows=c.vocab_size, rngs=rngs, int8=c.form == 'int8')
     self.wte = Embed((V, c.n_embd), std, r.wte_vd, **table)
     wpe_std = std / 2 if c.init_scheme == 'openai_release' else std
     self.wpe = Embed(
-        (c.n_positions, c.n_embd), wpe_std, r.wpe_td, rows=c.n_positions, rngs=rngs)
+        (c.n_positions, c.n_embd), wpe_std, r.wpe_td, c, rows=c.n_positions, rngs=rngs)
     self.h: Any  # blocks
     if c.form == 'train':
       self.h = nnx.vmap(
@@ -144,9 +144,9 @@ class GPT2(nnx.Module):
       self.h = nnx.List([Block(config, rngs=rngs) for _ in range(c.n_layer)])
     self.ln_f = LayerNorm(c.n_embd, c.layer_norm_epsilon)
     if c.head == 'sequence_classification':
-      self.score = Classifier(c.n_embd, c.num_labels, std, bias=False, rngs=rngs)
+      self.score = Classifier(c, bias=False, rngs=rngs)
     elif c.head == 'token_classification':
-      self.classifier = Classifier(c.n_embd, c.num_labels, std, bias=True, rngs=rngs)
+      self.classifier = Classifier(c, bias=True, rngs=rngs)
     elif not c.tie_word_embeddings:
       self.lm_head = Embed((V, c.n_embd), std, r.lm_head_vd, **table)
 
@@ -167,6 +167,7 @@ class GPT2(nnx.Module):
       *,
       positions_BT: jax.Array | None = None,
       mask_BTS: jax.Array | None = None,
+      documents_BT: jax.Array | None = None,
       cache: Any = None,
       slot: jax.Array | int = 0,
       dropout_keys_B: jax.Array | None = None,
@@ -179,6 +180,8 @@ class GPT2(nnx.Module):
       tokens_BT: ids below `vocab_size`; an id beyond the table gives NaN.
       positions_BT: positions, default `slot` + t.
       mask_BTS: true where query t sees key s, default causal.
+      documents_BT: a number for each token, the same within a document: a query sees its own
+        document alone. Not beside `mask_BTS` or `cache`.
       cache: a `Cache`, where keys and values are kept; T of them are written from `slot` on, and S
         is the cache's length. Without one, S = T.
       slot: where in the cache the first token goes, for all rows or [B].
@@ -188,27 +191,28 @@ class GPT2(nnx.Module):
     Raises:
       UserError: more tokens than `n_positions`.
     """
-    c, T = self.config, tokens_BT.shape[1]
+    c, (B, T) = self.config, tokens_BT.shape
     if T > c.n_positions:
       raise UserError(f'{T} tokens are more than the model has positions (n_positions = '
                       f'{c.n_positions}): shorten the text.')
     if positions_BT is None:
       positions_BT = jnp.reshape(slot, (-1, 1)) + jnp.arange(T)
-    if mask_BTS is None:
-      mask_BTS = causal_mask(T, T if cache is None else room(cache), slot)
-    keys_B = dropout_keys_B
+    keys_B, see = dropout_keys_B, mask_BTS
+    if mask_BTS is None and cache is None and not attentions:
+      name, _ = choose(c, T, drops=keys_B is not None)
+      see = None if name == 'xla' else Kernel(name, documents_BT)
+    if see is None:
+      see = causal_mask(T, T if cache is None else room(cache), slot)
+      if documents_BT is not None:
+        see = see & (documents_BT[:, :, None] == reshard(documents_BT, RULES.rows_b)[:, None])
 
-    x_BTD = self.wte.rows(tokens_BT, c.dtype, RULES.act_btd)
-    if positions_BT.shape[0] == 1:  # the same for all rows
-      x_BTD = x_BTD + self.wpe.rows(positions_BT[0], c.dtype, P(None, None))
-    else:
-      x_BTD = x_BTD + self.wpe.rows(positions_BT, c.dtype, RULES.act_btd)
+    x_BTD = self.wte.rows(tokens_BT, B) + self.wpe.rows(positions_BT, B)
     x_BTD = dropout(x_BTD, c.embd_pdrop, fold_in(keys_B, c.n_layer))
 
     def run(block, x_BTD, number, cache):
       """A block; its output, its cache, and what was asked for."""
       y_BTD, weights_BNTS, cache = block(
-          x_BTD, number, mask_BTS, cache, slot, fold_in(keys_B, number))
+          x_BTD, number, see, cache, slot, fold_in(keys_B, number))
       return y_BTD, cache, (x_BTD if hidden_states else None, weights_BNTS if attentions else None)
 
     if c.form == 'train':
@@ -218,7 +222,7 @@ class GPT2(nnx.Module):
         *carry, kept = run(nnx.merge(block, layer[0]), carry[0], layer[1], carry[1])
         return tuple(carry), kept
 
-      if c.remat != 'none':
+      if c.remat != 'none' or in_mesh():
         body = jax.checkpoint(body, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
       (x_BTD, cache), kept = jax.lax.scan(body, (x_BTD, cache), (layers, jnp.arange(c.n_layer)))
     else:  # one after another, each with its own weights and cache: nothing is sliced or copied
@@ -239,7 +243,7 @@ class GPT2(nnx.Module):
     c = self.config
     table = self.wte if c.tie_word_embeddings else self.lm_head
     with jax.named_scope('logits'):
-      logits_BTV = table.logits(x_BTD, c.precision)
+      logits_BTV = table.logits(x_BTD)
       real_V = jnp.arange(c.padded_vocab_size) < c.vocab_size
       return jnp.where(real_V, logits_BTV, jnp.finfo(jnp.float32).min)
 
@@ -253,9 +257,9 @@ class GPT2(nnx.Module):
     c = self.config
     if c.head == 'token_classification':
       keys_B = fold_in(dropout_keys_B, c.n_layer + 1)
-      return self.classifier(dropout(x_BTD, c.classifier_dropout, keys_B), c.precision)
+      return self.classifier(dropout(x_BTD, c.classifier_dropout, keys_B))
     x_BD = x_BTD[:, -1] if lengths_B is None else pick(x_BTD, lengths_B - 1)
-    return self.score(x_BD[:, None], c.precision)[:, 0]
+    return self.score(x_BD[:, None])[:, 0]
 
 
 @functools.cache

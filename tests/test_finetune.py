@@ -348,3 +348,30 @@ def test_configs_that_contradict_their_source(pretrained, tmp_path):
           lambda c: c.model.update(head='sequence_classification'))
   refused('has no tokenizer that can be used',
           lambda c: c.update(init_from=str(ROOT / 'tests/golden/huggingface/plain')))
+
+
+@pytest.mark.parametrize('mesh', [(1, 1, 1), (2, 4, 1)])
+def test_a_longer_context(pretrained, tmp_path, mesh):
+  """Spread positions pass through the old ones; added ones are those of a new model."""
+  config = tuning(pretrained, tmp_path / 'x', model__n_positions=63,
+                  train__global_batch_tokens=8 * 63)
+  config.mesh.update(data=mesh[0], fsdp=mesh[1], tensor=1)
+  old = gpt2_jax.from_pretrained(pretrained)
+  devices = jax.devices()[:mesh[0] * mesh[1]]
+  made = plan.make_plan(config, devices)
+  assert made.model.n_positions == 63
+  with jax.set_mesh(made.mesh):
+    spread = made.load_source()
+    wpe = np.asarray(spread['wpe']['weight'])
+    np.testing.assert_array_equal(wpe[::2], old.wpe.weight[...])
+    assert_close(wpe[1::2], (wpe[:-1:2] + wpe[2::2]) / 2, 1e-6)
+    config.init_positions = 'extend'
+    wpe = np.asarray(made.load_source()['wpe']['weight'])
+    fresh = init_params(made.model, config.train.seed)['wpe']['weight']
+    np.testing.assert_array_equal(wpe[:32], old.wpe.weight[...])
+    assert_close(wpe[32:], fresh[32:], 1e-6)
+    config.init_positions = 'rotate'
+    with pytest.raises(UserError, match="'rotate' is none of interpolate, extend"):
+      made.load_source()
+  with pytest.raises(UserError, match="n_positions': 16"):
+    plan.make_plan(tuning(pretrained, tmp_path / 'x', model__n_positions=16))

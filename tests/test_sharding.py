@@ -1,6 +1,7 @@
 """Layouts: every mesh computes the same."""
 
 import dataclasses
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,8 @@ def test_impossible_meshes_are_refused(sizes, says):
 
 
 def test_one_size_is_inferred():
-  assert dict(sharding.make_mesh(2, -1, 2).shape) == {'data': 2, 'fsdp': 2, 'tensor': 2}
+  assert dict(sharding.make_mesh(2, -1, 2).shape) == {
+      'data': 2, 'fsdp': 2, 'seq': 1, 'tensor': 2}
 
 
 def test_indivisible_sizes_are_named_with_what_works():
@@ -82,3 +84,63 @@ def test_unshard_gathers_fsdp_alone():
     assert jax.typeof(sharding.unshard(w)).sharding.spec == P(None, 'tensor')
   w = jnp.zeros((4, 4))
   assert sharding.unshard(w) is w
+
+
+# --- several slices, several hosts -------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """A device as a mesh is made of it."""
+
+  id: int
+  slice_index: int
+  process_index: int = 0
+  platform: str = 'tpu'
+  device_kind: str = 'TPU v5 lite'
+  coords: tuple = ()
+  core_on_chip: int = 0
+
+
+def slices(n: int, side: int) -> list[Chip]:
+  """n slices of side x side chips, in an order of no use."""
+  chips = [Chip(id=(s * side + x) * side + y, slice_index=s, process_index=s, coords=(x, y, 0))
+           for s in range(n) for x in range(side) for y in range(side)]
+  return list(np.random.default_rng(0).permutation(np.array(chips, object)))
+
+
+@pytest.mark.parametrize('sizes,over', [
+    ((2, 8, 1, 2), 'data'), ((4, 4, 2, 1), 'data'), ((2, 8, 2, 1), 'fsdp'), ((32, 1, 1, 1), 'data'),
+    ((8, 4, 1, 1), 'data')])
+def test_slices_lie_along_one_axis(sizes, over):
+  data, fsdp, seq, tensor = sizes
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')
+    mesh = sharding.make_mesh(data, fsdp, tensor, seq, devices=slices(2, 4), slices_over=over)
+  where = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
+  axis = sharding.AXES.index(over)
+  first, second = np.split(where, 2, axis)
+  assert (first == first.flat[0]).all() and (second == 1 - first.flat[0]).all()
+  assert len({chip.id for chip in mesh.devices.flat}) == 32
+
+
+def test_slices_that_do_not_divide_the_axis_are_refused():
+  with pytest.raises(UserError, match="2 slices lie along mesh.slices_over = 'data'"):
+    sharding.make_mesh(1, 32, devices=slices(2, 4))
+
+
+def test_whole_rows_moves_nothing(tiny):
+  with mesh_of(2, 2, 1, 2):
+    params = init_params(tiny, 0)
+  moved = sharding.whole_rows(params)
+  assert dict(jax.tree.leaves(moved)[0].sharding.mesh.shape) == {
+      'data': 4, 'fsdp': 2, 'seq': 1, 'tensor': 1}
+  for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(moved)):
+    np.testing.assert_array_equal(a, b)
+    at = lambda x: {s.device: s.data.unsafe_buffer_pointer() for s in x.addressable_shards}
+    assert at(a) == at(b)
+
+
+def test_meshes_that_would_work_are_listed():
+  with pytest.raises(UserError, match=r'of 8 devices these meshes would work: data=8; .*fsdp=4'):
+    sharding.check_divisible(sharding.make_mesh(1, 8), GPTConfig(n_embd=12, n_head=3).divisible())

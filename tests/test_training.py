@@ -19,8 +19,8 @@ from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError
 from gpt2_jax.hardware import peak_flops
 from gpt2_jax.model import bind, init_params
-from gpt2_jax.sharding import BATCH, on_devices
-from gpt2_jax.training import plan
+from gpt2_jax.sharding import BATCH, factorizations, on_devices
+from gpt2_jax.training import fit, plan
 from gpt2_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
 from gpt2_jax.training.step import init_state, make_eval_step, make_train_step, nll
 
@@ -31,8 +31,13 @@ def optim(**fields):
   return config
 
 
-def run_steps(config, A, steps=4, G=8, T=12, mesh=None, **fields):
-  """The losses and gradient norms of some steps on random tokens, in A micro-batches."""
+def run_steps(config, A, steps=4, G=8, T=16, mesh=None, **fields):
+  """The losses and gradient norms of some steps on random tokens, in A micro-batches.
+
+  AdamW with a large eps: a bias of keys changes nothing, its gradient is rounding alone, and eps 1e-8
+  would make whole steps of it.
+  """
+  fields = {'eps': 1e-3} | fields
   schedule = make_schedule(optim(**fields), 10)
   tx = make_optimizer(optim(**fields), schedule)
   rng = np.random.default_rng(0)
@@ -50,7 +55,7 @@ def run_steps(config, A, steps=4, G=8, T=12, mesh=None, **fields):
 @pytest.fixture(scope='module')
 def dropped():
   """A small model with dropout, and its run on one device in one batch."""
-  config = GPTConfig(vocab_size=97, n_positions=16, n_embd=32, n_layer=2, n_head=4,
+  config = GPTConfig(vocab_size=97, n_positions=16, n_embd=32, n_layer=2, n_head=8,
                      vocab_multiple=8, embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1)
   return config, *run_steps(config, 1)
 
@@ -64,11 +69,19 @@ def test_micro_batches_change_nothing(dropped, A):
     np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-@pytest.mark.parametrize('mesh', [(8, 1, 1), (1, 8, 1), (1, 1, 2), (4, 1, 2)])
-def test_meshes_change_nothing(dropped, mesh):
-  config, want, _ = dropped
-  have, _ = run_steps(config, 1, mesh=mesh)
+QUICK_MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 2, 2, 2), (1, 1, 1, 8)]  # data, fsdp, seq, tensor
+ALL_MESHES = [pytest.param(sizes, marks=[] if sizes in QUICK_MESHES else pytest.mark.slow)
+              for sizes in factorizations(8)]
+
+
+@pytest.mark.parametrize('sizes', [*ALL_MESHES, (1, 1, 1, 2), (4, 1, 1, 2)], ids=str)
+def test_meshes_change_nothing(dropped, sizes):
+  config, want, params = dropped
+  data, fsdp, seq, tensor = sizes
+  have, have_params = run_steps(config, 1, mesh=(data, fsdp, tensor, seq))
   assert_close(have, want)
+  for a, b in zip(jax.tree.leaves(have_params), jax.tree.leaves(params), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 def test_mesh_and_micro_batches_together(dropped, capfd):
@@ -193,18 +206,42 @@ def tiny_config(**fields):
     (dict(mesh__fsdp=1, mesh__tensor=8), r'n_head = 4 is not divisible .*may be one of \[1, 2, 4\]'),
     (dict(optim__schedule='step'), "'step' is not one of"),
     (dict(checkpoint__every=0), 'checkpoint.every = 0 must be at least 1'),
+    (dict(checkpoint__keep_every=1500), 'keep_every = 1500 must be 0 or a multiple of .* = 1000'),
+    (dict(checkpoint__keep_best=-1), 'keep_best = -1 must be 0 or more'),
+    (dict(checkpoint__keep_best=1, evaluate__every=500), 'keep_best = 1 keeps the best evaluated'),
 ])
 def test_plans_that_cannot_be(fields, says):
   with pytest.raises(UserError, match=says):
     plan.make_plan(tiny_config(**fields))
 
 
+@pytest.mark.parametrize('limit,asked,sizes', [
+    (2**34, {}, (8, 1, 1, 1)),  # all of the state fits each device: the batch alone is split
+    (4 * 16 * 4_000_000, {}, (2, 4, 1, 1)),  # 13.3 M parameters in four parts
+    (1000, {}, (1, 8, 1, 1)),  # as far as it goes
+    (1000, dict(mesh__tensor=2), (1, 4, 1, 2)),
+    (1000, dict(mesh__seq=2, mesh__tensor=2), (1, 2, 2, 2)),
+    (2**34, dict(mesh__fsdp=2), (4, 2, 1, 1)),
+    (1000, dict(mesh__data=4), (4, 2, 1, 1)),
+    (1000, dict(model__n_embd=36, model__n_head=6), (2, 4, 1, 1)),  # 36 does not divide by 8
+])
+def test_a_mesh_is_chosen_by_what_fits(monkeypatch, limit, asked, sizes):
+  monkeypatch.setattr(fit, 'memory_limit', lambda _: limit)
+  config = tiny_config(**{'model__n_embd': 512, 'model__n_layer': 4} | asked)
+  assert plan.make_plan(config).mesh.devices.shape == sizes
+
+
+def test_rows_divide_over_seq():
+  with pytest.raises(UserError, match='data.sequence_length = 30 is not divisible by mesh.seq = 4'):
+    plan.make_plan(tiny_config(mesh__seq=4, data__sequence_length=30, train__global_batch_tokens=240))
+
+
 def test_micro_batches_follow_the_memory(monkeypatch):
   config = tiny_config(mesh__fsdp=8)
   assert plan.make_plan(config).A == 1
   whole = plan.make_plan(config)
-  need = lambda rows: plan.estimate_bytes(whole.model, whole.mesh, 32, rows, False)
-  monkeypatch.setattr(plan, 'memory_limit', lambda _: need(8))
+  need = lambda rows: fit.estimate_bytes(whole.model, whole.mesh, 32, rows, False)
+  monkeypatch.setattr(fit, 'memory_limit', lambda _: need(8))
   assert plan.make_plan(config).A == 2
   assert need(8) < need(16) < 2 * need(8)
 
@@ -218,7 +255,7 @@ def test_the_memory_estimate_is_near_the_compilers(remat):
   with jax.set_mesh(p.mesh):
     memory = p.compile_train_step().memory_analysis()
   actual = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-  estimate = plan.estimate_bytes(p.model, p.mesh, p.T, p.G, False)
+  estimate = fit.estimate_bytes(p.model, p.mesh, p.T, p.G, False)
   assert 0.6 < estimate / actual < 1.7, (estimate / 2**20, actual / 2**20)
 
 

@@ -198,11 +198,13 @@ def _begin(folder: Path, job: dict) -> None:
   path = folder / JOB
   if path.exists() and json.loads(path.read_text()) == job:
     return
-  if folder.exists() and any(folder.iterdir()):
+  rest = [p for p in folder.iterdir() if p.name not in (JOB, f'{JOB}.tmp')] if folder.exists() else []
+  if rest:
     if not path.exists():
       raise UserError(f'{folder} exists and is no token store: choose another folder.')
     print(f'{folder}: an unfinished preparation of something else is replaced.')
-    shutil.rmtree(folder)
+    for old in rest:  # the job last, so that a kill in between leaves it
+      shutil.rmtree(old) if old.is_dir() else old.unlink()
   folder.mkdir(parents=True, exist_ok=True)
   store.write_whole(path, json.dumps(job))
 

@@ -155,6 +155,7 @@ def _prepare(model: GPT2) -> tuple[GPTConfig, Params]:
   leaves = jax.tree.leaves(params)
   known, prepared = _prepared.get(model, ([], None))
   if len(known) != len(leaves) or any(one is not other for one, other in zip(known, leaves)):
+    params = sharding.whole_rows(params)
     with sharding.mesh_of(params):
       prepared = for_decoding(model.config, params)
     _prepared[model] = leaves, prepared

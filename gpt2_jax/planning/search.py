@@ -25,7 +25,8 @@ from gpt2_jax.planning.report import Report
 from gpt2_jax.planning.topology import Topology
 from gpt2_jax.progress import track
 from gpt2_jax.sharding import check_divisible, make_mesh
-from gpt2_jax.training.plan import estimate_bytes, make_model
+from gpt2_jax.training.fit import estimate_bytes
+from gpt2_jax.training.plan import make_model
 
 WORKER_BYTES = 3 * GIB  # of the host's memory, for one compilation
 MOST_TENSOR = 8

@@ -1,7 +1,6 @@
 """Training, from a config to a trained model: read `train` from top to bottom."""
 
 import dataclasses
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,17 @@ import numpy as np
 from gpt2_jax import tokenizer
 from gpt2_jax.checkpoint import Checkpoints, difference
 from gpt2_jax.config import Config
-from gpt2_jax.counts import flops_per_token
 from gpt2_jax.data import labelled, prepare, store
 from gpt2_jax.data import loader as loader_lib
 from gpt2_jax.decoding.generate import generate_tokens
 from gpt2_jax.errors import UserError, saving
-from gpt2_jax.hardware import peak_flops
 from gpt2_jax.progress import track
-from gpt2_jax.training import metrics, report
+from gpt2_jax.sharding import mesh_of, whole_rows
+from gpt2_jax.training import compiling, distributed, goodput, metrics, report, spikes
 from gpt2_jax.training import record as record_lib
 from gpt2_jax.training.plan import Plan, make_plan, out_of_memory_advice
+from gpt2_jax.training.profiling import Profile
+from gpt2_jax.training.recorder import Recorder, note
 from gpt2_jax.training.stopping import Patience, StopSignal
 
 LOADERS = {'lm': loader_lib, 'sequence_classification': labelled}  # two modules with the same names
@@ -56,27 +56,34 @@ def evaluate(eval_step, params, split: Any, plan: Plan, stop: StopSignal) -> dic
       done(1)
       if len(sums) > 4:  # keeps the host from running ahead of the device
         jax.block_until_ready(sums[-4])
-      if stop.received:
+      if stop.due():
         return {}
   total, count, *right = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
   means = {'eval/loss': float(total / count)}
   return means | ({'eval/accuracy': float(right[0] / count)} if right else {})
 
 
-def train(config: Config, workdir: str | Path) -> int:
+def train(config: Config, workdir: str | Path, began: float | None = None) -> int:
   """Runs, or continues, the training that a config describes. Returns an exit status.
+
+  Args:
+    config: with every knob of configs/base.py.
+    workdir: of the run.
+    began: when the program was started, by `time.monotonic`; default: now.
 
   Raises:
     UserError: for everything that the user can mend.
   """
-  workdir = Path(workdir)
+  workdir, clock = Path(workdir), goodput.Clock(began)
 
   # --- Plan: sizes, mesh, micro-batches --------------------------------------------------------
   plan = make_plan(config)
+  distributed.hello(plan.mesh)
   say(plan.describe())
   steps, tokens_a_step = config.train.steps, plan.G * plan.T
-  flops = flops_per_token(plan.model, plan.T)
-  peak = peak_flops(plan.mesh.devices.flat[0].device_kind)
+  profile = Profile(config.profile.steps, workdir, clock, say)
+  if why := compiling.keep_compiled(workdir):
+    say(why)
 
   # --- Data: a token store, and batch = f(seed, step) ------------------------------------------
   data = open_data(plan)
@@ -95,8 +102,10 @@ def train(config: Config, workdir: str | Path) -> int:
     # --- Workdir: new, or that of the same run --------------------------------------------------
     with saving('the workdir', workdir):
       workdir.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-    start, identity = checkpoints.latest_step() or 0, record_lib.identity(plan, data)
+    distributed.check_shared(workdir)
+    keep = config.checkpoint
+    checkpoints = Checkpoints(workdir, keep.keep, keep.keep_every, keep.keep_best)
+    start, identity = checkpoints.whole_step() or 0, record_lib.identity(plan, data)
     if start and (other := difference(checkpoints.meta(start)['identity'], identity)):
       raise UserError(f'{workdir} holds the run of another model or other data:\n{other}\n'
                       'Choose another --workdir, or the config of that run.')
@@ -104,23 +113,31 @@ def train(config: Config, workdir: str | Path) -> int:
       say(f'{workdir}: step {start} of {steps} is done already.')
       checkpoints.close()
       return 0
-    patience = Patience(config.evaluate.patience, metrics.read(workdir) if start else [], start)
+    lines = metrics.read(workdir)
+    patience = Patience(config.evaluate.patience, lines if start else [], start)
     if patience.over:
       say(f'{workdir}: stopped early at step {start} of {steps}; its best is step {patience.best}.')
       checkpoints.close()
       return 0
     if jax.process_index() == 0:
-      if changed := record_lib.begin(workdir, plan, data):
+      clock.before = goodput.before(lines, record_lib.starts(workdir), start)
+      if changed := record_lib.begin(workdir, plan, data, start, clock.totals()):
         say(f'config changed since the last start:\n{changed}')
 
     # --- State: initial or restored ------------------------------------------------------------
-    began = time.monotonic()
-    train_step, eval_step = plan.compile_train_step(), plan.eval_step()
-    say(f'compiled in {time.monotonic() - began:.1f} s')
-    with out_of_memory_advice(plan):
+    compiling_since = time.monotonic()
+    with clock('compile'), compiling.from_cache() as kept:
+      eot = data.tokenizer().eot
+      train_step, eval_step = plan.compile_train_step(eot), plan.eval_step(eot)
+    say(f'compiled in {time.monotonic() - compiling_since:.1f} s' +
+        ', from the cache' * bool(kept and all(kept)))
+    with out_of_memory_advice(plan, workdir):
       if start:
         abstract = plan.abstract_state()
-        state = abstract.restored(start, checkpoints.restore(start, abstract.items()))
+        with clock('checkpoint'):
+          state = abstract.restored(start, spikes.restored(
+              lambda items: checkpoints.restore(start, items), checkpoints.meta(start)['tree'],
+              abstract.items()))
         say(f'resumed from step {start:,} of {steps:,}')
       else:
         state = plan.init_state(plan.load_source() if plan.source else None)
@@ -130,7 +147,8 @@ def train(config: Config, workdir: str | Path) -> int:
     held_out = len(val_split) > 1
 
     def evaluation(step: int) -> dict:
-      means = evaluate(eval_step, in_use(), val_split, plan, stop)
+      with clock('evaluate'):
+        means = evaluate(eval_step, in_use(), val_split, plan, stop)
       if means:
         right = f', {means["eval/accuracy"]:.2%} right' if 'eval/accuracy' in means else ''
         say(f'step {step:,}: held-out loss {means["eval/loss"]:.4f}{right}')
@@ -143,11 +161,14 @@ def train(config: Config, workdir: str | Path) -> int:
     def save(step: int) -> None:
       nonlocal saved
       saved = step
-      checkpoints.save(step, state.items(), {
-          'identity': identity, 'best': patience.best, 'model': dataclasses.asdict(plan.model),
-          'data': {'sha256': data.sha256, 'tokenizer': data.manifest['tokenizer']}})
+      with clock('checkpoint'):
+        writer.sync()
+        checkpoints.save(step, state.items(), {
+            'identity': identity, 'best': patience.best, 'model': dataclasses.asdict(plan.model),
+            'data': {'sha256': data.sha256, 'tokenizer': data.manifest['tokenizer']}},
+            patience.losses)
 
-    last_line = metrics.read(workdir)[-1:] if start else []
+    last_line = [line for line in metrics.read(workdir) if start and line['step'] == start]
     if last_line and due(start, config.evaluate) and held_out and 'eval/loss' not in last_line[0]:
       writer.amend_last(evaluation(start))  # the last start was stopped within this evaluation
 
@@ -155,38 +176,27 @@ def train(config: Config, workdir: str | Path) -> int:
       evaluation(0)  # what it is to be better than
 
     # --- Loop ----------------------------------------------------------------------------------
-    clock = time.monotonic()
+    recorder = Recorder(plan, clock, workdir, loader, checkpoints, say)
 
     def record(step: int, values: dict, evaluated: bool = False) -> None:
       """Fetches a step's metrics, checks and writes them."""
-      nonlocal clock
-      values = {key: float(value) for key, value in jax.device_get(values).items()}
-      seconds, clock = time.monotonic() - clock, time.monotonic()
-      if not math.isfinite(values['train/loss']) or not math.isfinite(values['train/grad_norm']):
-        checkpoints.wait()
-        raise UserError(_not_finite(step, values, loader, checkpoints.latest_step(), workdir))
-      rate = tokens_a_step / seconds
-      values |= {'train/tokens': step * tokens_a_step, 'perf/step_seconds': seconds,
-                 'perf/tokens_per_second': rate, 'perf/flops_per_second': rate * flops,
-                 'perf/memory_gib': metrics.peak_memory_gib()}
-      if peak:
-        values['perf/mfu'] = rate * flops / (peak * plan.mesh.size)
-      note = (f'loss {values["train/loss"]:.4f} lr {values["train/learning_rate"]:.2e} '
-              f'{rate:,.0f} tokens/s' + (f' mfu {values["perf/mfu"]:.1%}' if peak else ''))
+      line = recorder.line(step, values)
       if step == start + 1:
-        say(f'step {step:,}: {note}')
-      advance(1, note)
+        say(f'step {step:,}: {note(line)}')
+      advance(1, note(line))
       if evaluated and held_out:
-        values |= evaluation(step)
-        clock = time.monotonic()
-      writer.write({'step': step, **values})
+        line |= evaluation(step)
+      writer.write(line | clock.line())
 
-    with track('training', steps, 'steps', done=start) as advance, out_of_memory_advice(plan):
+    with (track('training', steps, 'steps', done=start) as advance, profile, clock('step'),
+          out_of_memory_advice(plan, workdir)):
       batches = loader.batches(start, steps, plan.A, plan.batch_sharding)
-      pending, step = None, start
-      while step < steps and not stop.received and not patience.over:
-        tokens = next(batches)
-        with jax.profiler.StepTraceAnnotation('train', step_num=step):
+      pending, step, values = None, start, None
+      while step < steps and not stop.due() and not patience.over:
+        with clock('data'):
+          tokens = next(batches)
+        profile.before(step + 1, values)
+        with clock('device'), jax.profiler.StepTraceAnnotation('train', step_num=step + 1):
           state, values = train_step(state, tokens)
         step += 1
         if pending:  # one step late, so that the device never waits for the host
@@ -198,16 +208,18 @@ def train(config: Config, workdir: str | Path) -> int:
           pending = None
         if due_to_save:
           save(step)
-          clock = time.monotonic()
       if pending:  # a signal ended the loop
         record(*pending)
       if step > saved:
         save(step)
-    checkpoints.wait()
+    with clock('checkpoint'):
+      checkpoints.wait()
     writer.close()
 
     # --- End -----------------------------------------------------------------------------------
     if stop.received:
+      if jax.process_index() == 0:
+        record_lib.end(workdir, step, clock.totals())
       say(f'stopped at step {step:,} of {steps:,}, which is saved; the same command goes on from it')
       checkpoints.close()
       return 128 + stop.received
@@ -218,22 +230,18 @@ def train(config: Config, workdir: str | Path) -> int:
       params = in_use()
       if patience.best not in (None, step):
         params = checkpoints.params(patience.best, plan.abstract_state().params)
-      sample, = generate_tokens(
-          plan.model, params, config.log.sample_prompt, tokenizer=data.tokenizer(),
-          seed=config.train.seed, max_new_tokens=config.log.sample_tokens,
-          temperature=config.log.sample_temperature, top_k=config.log.sample_top_k)
+      params = whole_rows(params)
+      with clock('evaluate'), mesh_of(params):
+        sample, = generate_tokens(
+            plan.model, params, config.log.sample_prompt, tokenizer=data.tokenizer(),
+            seed=config.train.seed, max_new_tokens=config.log.sample_tokens,
+            temperature=config.log.sample_temperature, top_k=config.log.sample_top_k)
     if jax.process_index() == 0:
-      report.plot_losses(workdir, f'{workdir.name}: {tokens_a_step:,} tokens a step')
-      say(report.summary(workdir, config.log.sample_prompt, sample and sample.text))
+      totals = clock.totals()
+      report.plot_losses(workdir, f'{workdir.name}: {tokens_a_step:,} tokens a step', totals)
+      say(report.summary(workdir, config.log.sample_prompt, sample and sample.text, totals))
     checkpoints.close()
+    if jax.process_index() == 0:
+      record_lib.end(workdir, step, clock.totals())
     return 0
 
-
-def _not_finite(step, values, loader, last_good, workdir) -> str:
-  rows = [f'  row {r}: {", ".join(names[:6])}' for r, names in enumerate(loader.documents(step - 1))]
-  rows = rows[:8] + [f'  … and {len(rows) - 8} more rows'] * (len(rows) > 8)
-  return (f'step {step}: loss {values["train/loss"]}, gradient norm {values["train/grad_norm"]}. '
-          'Nothing of it was saved. The documents of its batch (shard:number):\n' +
-          '\n'.join(rows) + f'\nThe last good checkpoint in {workdir} is ' +
-          (f'that of step {last_good}' if last_good else 'none') +
-          '. A lower optim.peak_lr, a longer optim.warmup_steps or model.dtype=float32 may help.')

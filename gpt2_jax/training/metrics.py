@@ -6,11 +6,19 @@ A line is an object with `step` (number of updates done, from 1) and flat keys:
     train/grad_norm       before clipping; train/update_norm, train/param_norm after
     train/learning_rate   of the step
     train/tokens          tokens seen so far
+    train/skipped         1 where the step was a spike and not taken, else 0; only with
+                          optim.skip_zscore, as is train/grad_norm_zscore: how far the norm's
+                          logarithm lay above its running mean, in standard deviations
     eval/loss             at steps where the held-out split was evaluated
-    perf/step_seconds     from one step's end to the next
+    perf/step_seconds     from one step's end to the next, without evaluation and saving
+    perf/data_wait_seconds  of them, waiting for the batch
+    perf/host_seconds_max, perf/host_seconds_median  over the hosts: what each spends on its own, a
+                          step; every log.straggler_every steps where there are several
     perf/tokens_per_second, perf/flops_per_second (6·P + 12·L·D·T a token, see model.flops_per_token)
     perf/mfu              the latter by the devices' bfloat16 peak, where that is known
     perf/memory_gib       peak so far: of a device, or on CPU of the process
+    perf/goodput          share of the time so far, over all starts, in steps that count
+    time/KIND             seconds so far, over all starts, by kind: see goodput
 """
 
 import json
@@ -84,6 +92,12 @@ class MetricsWriter:
       for key, value in line.items():
         if key != 'step':
           self._board.add_scalar(key, value, line['step'])
+
+  def sync(self) -> None:
+    """Returns when what was written is on the disk, where it outlives the machine."""
+    if self._file is not None:
+      with saving('metrics', self.path):
+        os.fsync(self._file.fileno())
 
   def amend_last(self, values: dict) -> None:
     """Adds keys to the last line."""

@@ -6,6 +6,7 @@ import optax
 from gpt2_jax.config import Config
 from gpt2_jax.errors import UserError
 from gpt2_jax.model import Params
+from gpt2_jax.training.spikes import skip_spikes
 
 SCHEDULES = ('cosine', 'linear', 'wsd', 'constant')
 
@@ -52,8 +53,12 @@ def decay_mask(params: Params) -> Params:
 
 
 def make_optimizer(optim: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
-  """Clipping by the global norm, then AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101)."""
-  adamw = optax.adamw(
+  """Clipping by the global norm, then AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101); without the
+  steps that are spikes, where `skip_zscore` is set.
+  """
+  tx = optax.adamw(
       schedule, b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay,
       mask=decay_mask)
-  return optax.chain(optax.clip_by_global_norm(optim.clip_norm), adamw) if optim.clip_norm else adamw
+  if optim.clip_norm:
+    tx = optax.chain(optax.clip_by_global_norm(optim.clip_norm), tx)
+  return skip_spikes(tx, optim.skip_zscore, optim.skip_warmup) if optim.skip_zscore else tx

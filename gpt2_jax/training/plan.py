@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +12,24 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gpt2_jax import sharding, tokenizer
+from gpt2_jax import kernels, sharding, tokenizer
 from gpt2_jax.config import Config, GPTConfig, LoRA
 from gpt2_jax.counts import flops_per_token, num_params, num_trained
 from gpt2_jax.data import labelled
 from gpt2_jax.errors import UserError
-from gpt2_jax.hardware import chip_of
 from gpt2_jax.interop import peft
 from gpt2_jax.interop.files import whole
 from gpt2_jax.interop.tensors import Source, load_params
 from gpt2_jax.model import Params
 from gpt2_jax.pretrained import open_source
+from gpt2_jax.training import fit, memory
 from gpt2_jax.training.optimizer import make_optimizer, make_schedule
+from gpt2_jax.training.positions import stretched
 from gpt2_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
 
 # Fields of the model that a run may choose anew where its parameters come from elsewhere.
-FREE = ('dtype', 'remat', 'embd_pdrop', 'attn_pdrop', 'resid_pdrop', 'vocab_multiple', 'head')
+FREE = ('dtype', 'remat', 'attention', 'reduce_dtype', 'embd_pdrop', 'attn_pdrop', 'resid_pdrop',
+        'vocab_multiple', 'head')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Plan:
     kept = self.model.head == source.config.head
     config = dataclasses.replace(source.config, vocab_multiple=self.model.vocab_multiple)
     params = load_params(dataclasses.replace(source, config=config))
+    params = stretched(self.model, params, self.config.init_positions, self.config.train.seed)
     return params if kept else {k: v for k, v in params.items() if k in ('wte', 'wpe', 'h', 'ln_f')}
 
   def abstract_state(self) -> TrainState:
@@ -78,17 +80,28 @@ class Plan:
       return array(self.T + 1)
     return {'tokens': array(self.T), 'lengths': array(), 'labels': array()}
 
-  def compile_train_step(self, compiler_options: dict | None = None):
-    """The compiled step: `(state, batch) -> state, metrics`."""
+  def document_start(self, eot: int) -> int | None:
+    """The id that begins a document, where documents are masked from each other; else None."""
+    return eot if self.config.data.document_mask else None
+
+  def compile_train_step(self, eot: int = 0, compiler_options: dict | None = None):
+    """The compiled step: `(state, batch) -> state, metrics`. `eot`: the id that begins documents."""
     c = self.config
-    step = make_train_step(self.model, self.tx, self.schedule,
-                           seed=c.train.seed, ema_decay=c.optim.ema_decay)
+    step = make_train_step(
+        self.model, self.tx, self.schedule, seed=c.train.seed, ema_decay=c.optim.ema_decay,
+        document_start=self.document_start(eot))
     with out_of_memory_advice(self):
       return jax.jit(step, donate_argnums=0).lower(
           self.abstract_state(), self.abstract_batch()).compile(compiler_options)
 
-  def eval_step(self):
-    return jax.jit(make_eval_step(self.model))
+  def eval_step(self, eot: int = 0):
+    return jax.jit(make_eval_step(self.model, self.document_start(eot)))
+
+  def attention(self) -> str:
+    """Which attention the step will have, and why not another."""
+    with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+      name, reason = kernels.choose(self.model, self.T, drops=True)
+    return f'{name} ({reason})' if reason else name
 
   def describe(self) -> str:
     """Some lines for a reader."""
@@ -103,7 +116,7 @@ class Plan:
         f'model    {num_params(c):,} parameters: {c.n_layer} layers, width {c.n_embd}, '
         f'{c.n_head} heads, vocabulary {c.vocab_size:,} (inside {c.padded_vocab_size:,})',
         f'         {flops_per_token(c, self.T):,} FLOPs a token (6·P + 12·L·D·T), {c.dtype}, '
-        f'remat {c.remat}', *tuned,
+        f'remat {c.remat}, attention {self.attention()}', *tuned,
         f'mesh     {shape} of {self.mesh.size} x {device.device_kind}',
         f'batch    {self.G * self.T:,} tokens a step = {self.A} micro-batches x {rows} rows x '
         f'{self.T} tokens, {self.config.train.steps:,} steps, '
@@ -113,71 +126,38 @@ class Plan:
 class out_of_memory_advice:
   """A context that turns the compiler's or device's 'out of memory' into advice."""
 
-  def __init__(self, plan: Plan):
-    self.plan = plan
+  def __init__(self, plan: Plan, workdir: str | Path | None = None):
+    """`workdir`: where a profile of the memory is left; None: there is none while compiling."""
+    self.plan, self.workdir = plan, workdir
 
   def __enter__(self):
     return self
 
   def __exit__(self, kind, error, _):
     if isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' in str(error):
-      rows = self.plan.G // self.plan.A
+      kept = memory.save_profile(self.workdir)  # first: the estimate is only said
       raise UserError(
-          f'the device ran out of memory with micro-batches of {rows} rows x {self.plan.T} tokens '
-          f'({str(error).splitlines()[0][:200]}). Three knobs, cheapest first: '
+          f'the device ran out of memory with micro-batches of {self.plan.G // self.plan.A} rows x '
+          f'{self.plan.T} tokens ({str(error).splitlines()[0][:200]}). Three knobs, cheapest first: '
           '--config.train.micro_batch_rows smaller, --config.model.remat=dots or full, '
-          '--config.mesh.fsdp larger.') from error
+          f'--config.mesh.fsdp larger.\n{memory_table(self.plan)}{kept}') from error
 
 
-def memory_limit(device: Any) -> int:
-  """Bytes that a run may plan with on a device; of a CPU, its share of half the machine's RAM."""
-  if device.platform == 'cpu':
-    ram = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-    return ram // 2 // jax.local_device_count()
-  with contextlib.suppress(jax.errors.JaxRuntimeError):  # a device that is only described has none
-    if (stats := device.memory_stats()) and 'bytes_limit' in stats:
-      return int(0.9 * stats['bytes_limit'])
-  if (chip := chip_of(device.device_kind)) is None:
-    raise UserError(f'how much memory has a {device.device_kind}? Say train.micro_batch_rows.')
-  return int(0.9 * chip.hbm)
-
-
-def estimate_bytes(c: GPTConfig, mesh: Mesh, T: int, rows: int, ema: bool) -> int:
-  """About the bytes a device needs for a step with micro-batches of `rows` rows over all devices.
-
-  State: float32 parameters, gradients, their accumulator and AdamW's two moments. Activations: what
-  the remat policy keeps of each layer, the temporaries of one layer, logits and their gradient.
-  """
-  tensor, split = mesh.shape['tensor'], mesh.shape['fsdp'] * mesh.shape['tensor']
-  b, D, F = jnp.dtype(c.dtype).itemsize, c.n_embd, c.F // tensor
-  state = 4 * ((2 if ema else 1) * num_params(c) + 4 * num_trained(c)) / split
-  attention = (c.n_head // tensor) * T * (4 + 2 * b)  # scores and weights, a token
-  whole = b * (8 * D + 3 * F) + 8 * D + attention
-  kept = {'none': whole, 'dots': b * (6 * D + F), 'full': b * D}[c.remat]
-  logits = 3 * 4 * c.padded_vocab_size / tensor
-  per_device = rows / (mesh.shape['data'] * mesh.shape['fsdp'])
-  return int(state + per_device * T * (c.n_layer * kept + 2 * whole + logits))
-
-
-def _micro_batches(config: Config, model: GPTConfig, mesh: Mesh, T: int, G: int) -> int:
-  """The number A of micro-batches: as asked, or the fewest whose estimate fits the device."""
+def memory_table(plan: Plan) -> str:
+  """The estimate of a step's memory, and what the knobs would make of it."""
+  c, mesh, rows = plan.model, plan.mesh, plan.G // plan.A
+  estimate = functools.partial(
+      fit.estimate_parts, mesh=mesh, T=plan.T, ema=plan.config.optim.ema_decay > 0)
+  parts, knobs = estimate(c, rows=rows), {}
   split = mesh.shape['data'] * mesh.shape['fsdp']
-  if G % split:
-    raise UserError(
-        f'a batch of {G} rows (train.global_batch_tokens = {config.train.global_batch_tokens} / '
-        f'{T}) can\'t be split over mesh.data·mesh.fsdp = {split}: make the rows a multiple of '
-        f'{split}, or the mesh smaller (divisors of {G}).')
-  fits = [A for A in range(1, G + 1) if G % A == 0 and (G // A) % split == 0]
-  asked = config.train.micro_batch_rows
-  if asked is not None:
-    if asked < 1 or G % (asked * split):
-      rows = sorted(G // A // split for A in fits)
-      raise UserError(f'train.micro_batch_rows = {asked} rows a device don\'t divide the batch of '
-                      f'{G} rows on {split} parts; it may be one of {rows}.')
-    return G // (asked * split)
-  limit = memory_limit(sharding.own_device(mesh))
-  ema = config.optim.ema_decay > 0
-  return next((A for A in fits if estimate_bytes(model, mesh, T, G // A, ema) <= limit), fits[-1])
+  for half in [r for r in range(1, rows // split // 2 + 1) if plan.G // split % r == 0][-1:]:
+    knobs[f'--config.train.micro_batch_rows={half}'] = estimate(c, rows=half * split)
+  order = ('none', 'dots', 'full')
+  for remat in order[order.index(c.remat) + 1:]:
+    knobs[f'--config.model.remat={remat}'] = estimate(dataclasses.replace(c, remat=remat), rows=rows)
+  # as many rows a device, on twice the devices or half of mesh.data
+  knobs[f'--config.mesh.fsdp={2 * mesh.shape["fsdp"]}'] = parts | {'state': parts['state'] / 2}
+  return memory.table(parts, knobs, fit.memory_limit(mesh.local_devices[0]))
 
 
 def _tokenizer(config: Config, source: Source | None) -> str:
@@ -215,12 +195,15 @@ def _model(config: Config, source: Source | None, spec: str, platform: str) -> G
     if fields['vocab_size'] is None:
       fields['vocab_size'] = tokenizer.vocab_size(spec)
     return GPTConfig(**fields)
-  other = {k: v for k, v in fields.items() if k not in (*FREE, 'lora', 'num_labels')
-           and v is not None and v != getattr(source.config, k)}
-  if other:
+  free = [*FREE, 'lora', 'num_labels']
+  other = {k: v for k, v in fields.items()
+           if k not in free and v is not None and v != getattr(source.config, k)}
+  if other.keys() == {'n_positions'} and other['n_positions'] > source.config.n_positions:
+    free.append('n_positions')  # a longer context: see `stretched`
+  elif other:
     raise UserError(f'the config says model = {other}, but init_from = {config.init_from} is of '
                     'another shape: use configs/finetune.py, which takes its sizes from there.')
-  fields = {k: v for k, v in fields.items() if k in (*FREE, 'lora', 'num_labels')}
+  fields = {k: v for k, v in fields.items() if k in free}
   return dataclasses.replace(source.config, **fields)
 
 
@@ -232,8 +215,9 @@ def make_model(config: Config, devices=None) -> tuple[Source | None, str, GPTCon
   """
   source = open_source(config.init_from) if config.init_from else None
   spec = _tokenizer(config, source)
-  mesh = sharding.make_mesh(**config.mesh, devices=devices)
-  model = _model(config, source, spec, mesh.devices.flat[0].platform)
+  devices = list(jax.devices() if devices is None else devices)
+  model = _model(config, source, spec, devices[0].platform)
+  mesh = fit.choose_mesh(config.mesh, model, devices)
   sharding.check_divisible(mesh, model.divisible())
   return source, spec, model, mesh
 
@@ -261,7 +245,14 @@ def make_plan(config: Config, devices=None) -> Plan:
                        ('evaluate', 'every')):
     if config[section][key] < 1:
       raise UserError(f'{section}.{key} = {config[section][key]} must be at least 1.')
-  A = _micro_batches(config, model, mesh, T, G)
+  sharding.check_divisible(mesh, {'data.sequence_length': (T, 'seq')})
+  keep = config.checkpoint
+  if keep.keep_every < 0 or keep.keep_every % keep.every:
+    raise UserError(f'checkpoint.keep_every = {keep.keep_every} must be 0 or a multiple of '
+                    f'checkpoint.every = {keep.every}: only what is saved can be kept.')
+  if keep.keep_best < 0:
+    raise UserError(f'checkpoint.keep_best = {keep.keep_best} must be 0 or more.')
+  A = fit.micro_batches(config, model, mesh, T, G)
   split = mesh.shape['data'] * mesh.shape['fsdp']
   eval_rows = config.evaluate.batch_rows
   if eval_rows is None:
@@ -271,10 +262,11 @@ def make_plan(config: Config, devices=None) -> Plan:
                     f'= {split}.')
   schedule = make_schedule(config.optim, config.train.steps)
   every, patience = config.evaluate.every, config.evaluate.patience
-  if patience and every % config.checkpoint.every:
-    raise UserError(f'evaluate.patience = {patience} offers the best evaluated step, so each must be '
-                    f'saved: make evaluate.every = {every} a multiple of checkpoint.every = '
-                    f'{config.checkpoint.every}.')
+  if (patience or keep.keep_best) and every % keep.every:
+    cause = (f'evaluate.patience = {patience} offers' if patience else
+             f'checkpoint.keep_best = {keep.keep_best} keeps')
+    raise UserError(f'{cause} the best evaluated step, so each must be saved: make evaluate.every = '
+                    f'{every} a multiple of checkpoint.every = {keep.every}.')
   return Plan(config, source, spec, model, mesh, T, G, A, eval_rows,
               make_optimizer(config.optim, schedule), schedule)
 
@@ -286,7 +278,7 @@ def dry_run(plan: Plan) -> str:
   gib = functools.partial('{:,.2f} GiB'.format)
   arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
   total = max(arguments + temporary, getattr(memory, 'peak_memory_in_bytes', 0))
-  limit = memory_limit(sharding.own_device(plan.mesh))
+  limit = fit.memory_limit(sharding.own_device(plan.mesh))
   return '\n'.join([
       plan.describe(),
       f'memory   {total:,} bytes a device = {gib(total / 2**30)} (state and batch '

@@ -1,10 +1,12 @@
 """What a run says about itself: which run it is, where and on what it ran."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -13,13 +15,17 @@ from typing import Any
 
 import jax
 
+from gpt2_jax import tokenizer
 from gpt2_jax.checkpoint import difference
-from gpt2_jax.errors import saving
+from gpt2_jax.data.store import write_whole
+from gpt2_jax.errors import UserError, saving
 from gpt2_jax.interop.workdir import LABELS
 from gpt2_jax.training.plan import Plan
 
+ENV = 'env.json'
+
 # Fields of the model that may change between two starts of a run: they don't change what it is.
-FREE = ('dtype', 'remat', 'embd_pdrop', 'attn_pdrop', 'resid_pdrop')
+FREE = ('dtype', 'remat', 'attention', 'reduce_dtype', 'embd_pdrop', 'attn_pdrop', 'resid_pdrop')
 
 
 def environment(plan: Plan, data: Any) -> dict:
@@ -50,22 +56,54 @@ def identity(plan: Plan, data: Any) -> dict:
   return json.loads(json.dumps(model | rest))
 
 
-def begin(workdir: Path, plan: Plan, data: Any) -> str:
-  """Leaves the record of this start; returns what changed in the config since the last one."""
+def starts(workdir: Path) -> list[dict]:
+  """What each start of a run left, the oldest first."""
+  path = workdir / ENV
+  return json.loads(path.read_text())['starts'] if path.exists() else []
+
+
+def begin(workdir: Path, plan: Plan, data: Any, step: int, seconds: dict[str, float]) -> str:
+  """Leaves the record of this start; returns what changed in the config since the last one.
+
+  Args:
+    workdir: of the run.
+    plan, data: as they are now.
+    step: where it goes on.
+    seconds: that the run took so far, by kind.
+  """
   config = json.loads(plan.config.to_json_best_effort())
-  path, starts = workdir / 'config.json', workdir / 'env.json'
+  path = workdir / 'config.json'
   flat = lambda c: {f'{s}.{k}': v for s, keys in c.items() if isinstance(keys, dict)
                     for k, v in keys.items()} | {'init_from': c.get('init_from')}
   changed = difference(flat(json.loads(path.read_text())), flat(config)) if path.exists() else ''
   write_json(path, config)
-  earlier = json.loads(starts.read_text())['starts'] if starts.exists() else []
-  write_json(starts, {'starts': earlier + [environment(plan, data)]})
-  data.tokenizer().save(workdir / 'tokenizer')
+  this = environment(plan, data) | {'step': step, 'seconds': seconds}
+  write_json(workdir / ENV, {'starts': starts(workdir) + [this]})
+  save_tokenizer(data.tokenizer(), workdir / 'tokenizer')
   if plan.model.head != 'lm':
     write_json(workdir / LABELS, data.labels)
   return changed
 
 
+def save_tokenizer(own: tokenizer.Tokenizer, folder: Path) -> None:
+  """Leaves a tokenizer in a folder: never half of it, and not again what is there."""
+  with contextlib.suppress(UserError):  # there is none, or what a kill has left of one
+    if tokenizer.load(folder).sha256 == own.sha256:
+      return
+  scratch = folder.with_name(folder.name + '.tmp')
+  with saving('the tokenizer', folder):
+    shutil.rmtree(scratch, ignore_errors=True)
+    own.save(scratch)
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.rename(folder)
+
+
+def end(workdir: Path, step: int, seconds: dict[str, float]) -> None:
+  """Notes in the record of this start where it ended, in order, and the seconds until then."""
+  *earlier, this = starts(workdir)
+  write_json(workdir / ENV, {'starts': [*earlier, this | {'step': step, 'seconds': seconds}]})
+
+
 def write_json(path: Path, value: Any) -> None:
   with saving(path.name, path):
-    path.write_text(json.dumps(value, indent=2) + '\n')
+    write_whole(path, json.dumps(value, indent=2) + '\n')

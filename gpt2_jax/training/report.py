@@ -1,11 +1,12 @@
 """What a run leaves for its reader at the end: a picture of its losses, a sample, a summary."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 
 from gpt2_jax.errors import saving
-from gpt2_jax.training import metrics
+from gpt2_jax.training import goodput, metrics
 
 PLOT = 'loss.png'
 
@@ -17,8 +18,30 @@ def _smooth(values: np.ndarray) -> np.ndarray:
   return np.convolve(padded, np.ones(width) / width, mode='valid')
 
 
-def plot_losses(workdir: Path, title: str) -> Path:
-  """Draws training and held-out loss against the tokens seen, to `loss.png`."""
+def _draw_time(axes, totals: dict[str, float]) -> None:
+  """A bar of where the time went, the kinds of more than a thousandth named beneath."""
+  whole, left = sum(totals.values()), 0.0
+  for i, (kind, seconds) in enumerate(totals.items()):
+    share = seconds / whole
+    axes.barh(0, share, left=left, color=f'C{i}',
+              label=f'{kind} {share:.1%}' if share > 0.001 else None)
+    left += share
+  axes.set(xlim=(0, 1), yticks=[], xticks=[])
+  axes.set_title(f'time: {_duration(whole)}', fontsize=9, loc='left')
+  axes.legend(loc='upper center', bbox_to_anchor=(0.5, 0), ncols=4, fontsize=7, frameon=False,
+              handlelength=1, columnspacing=1)
+
+
+def _duration(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours} h {minutes} min' if hours else f'{minutes} min {seconds} s'
+
+
+def plot_losses(workdir: Path, title: str, totals: dict[str, float]) -> Path:
+  """Draws training and held-out loss against the tokens seen, and beneath where the time went
+  (seconds by kind), to `loss.png`.
+  """
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
   from matplotlib.ticker import EngFormatter
@@ -26,9 +49,10 @@ def plot_losses(workdir: Path, title: str) -> Path:
   tokens = np.array([line['train/tokens'] for line in lines])
   losses = np.array([line['train/loss'] for line in lines])
   held_out = [(line['train/tokens'], line['eval/loss']) for line in lines if 'eval/loss' in line]
-  figure = Figure(figsize=(7, 4), layout='constrained')
+  figure = Figure(figsize=(7, 4.8), layout='constrained')
   FigureCanvasAgg(figure)
-  axes = figure.add_subplot()
+  axes, below = figure.subplots(2, height_ratios=(16, 1))
+  _draw_time(below, totals)
   axes.plot(tokens, losses, color='tab:blue', alpha=0.25, linewidth=0.8)
   axes.plot(tokens, _smooth(losses), color='tab:blue', label='training')
   if held_out:
@@ -41,11 +65,12 @@ def plot_losses(workdir: Path, title: str) -> Path:
   axes.legend()
   path = workdir / PLOT
   with saving('the plot', path):
-    figure.savefig(path, dpi=120)
+    figure.savefig(path.with_suffix('.tmp'), format='png', dpi=120)
+    os.replace(path.with_suffix('.tmp'), path)
   return path
 
 
-def summary(workdir: Path, prompt: str, sample: str | None) -> str:
+def summary(workdir: Path, prompt: str, sample: str | None, totals: dict[str, float]) -> str:
   """One screen: what came out, where it lies, what to try next."""
   lines = metrics.read(workdir)
   last, final = lines[-1], next((m for m in reversed(lines) if 'eval/loss' in m), {})
@@ -59,6 +84,7 @@ def summary(workdir: Path, prompt: str, sample: str | None) -> str:
       f'done: step {last["step"]:,}, {last["train/tokens"]:,} tokens, training loss '
       f'{last["train/loss"]:.4f}{held_out}',
       f'      {speed:,.0f} tokens/s, peak memory {last["perf/memory_gib"]:.1f} GiB',
+      *goodput.table(totals),
       rule, *([] if sample is None else [prompt + sample, rule]),
       f'record     {workdir / metrics.FILE}',
       f'picture    {workdir / PLOT}',

@@ -10,10 +10,12 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from gpt2_jax import fsdp
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.counts import trainable_paths
 from gpt2_jax.model import GPT2, Params, bind, make_params
 from gpt2_jax.sharding import RULES, reshard
+from gpt2_jax.training import spikes
 
 
 @jax.tree_util.register_dataclass
@@ -68,10 +70,18 @@ def init_state(
   return jax.jit(make, donate_argnums=0)(given or {})
 
 
-def nll(model: GPT2, tokens_BT1: jax.Array, dropout_keys_B: jax.Array | None = None) -> jax.Array:
-  """-log p of each next token: [B, T], float32, in nats, from rows of T + 1 tokens."""
+def nll(model: GPT2, tokens_BT1: jax.Array, dropout_keys_B: jax.Array | None = None,
+        document_start: int | None = None) -> jax.Array:
+  """-log p of each next token: [B, T], float32, in nats, from rows of T + 1 tokens.
+
+  With `document_start`, the id that begins a document, a token sees its own document alone.
+  """
   inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
-  logits_BTV = model.logits(model.transformer(inputs_BT, dropout_keys_B=dropout_keys_B).x_BTD)
+  documents_BT = None
+  if document_start is not None:
+    documents_BT = jnp.cumsum(inputs_BT == document_start, axis=1, dtype=jnp.int32)
+  logits_BTV = model.logits(model.transformer(
+      inputs_BT, documents_BT=documents_BT, dropout_keys_B=dropout_keys_B).x_BTD)
   # a masked sum, since a gather along V fails where V is sharded; XLA fuses it
   is_target_BTV = targets_BT[..., None] == jnp.arange(logits_BTV.shape[-1])
   target_BT = jnp.where(is_target_BTV, logits_BTV, 0).sum(-1)
@@ -90,10 +100,11 @@ def label_nll(logits_BK: jax.Array, labels_B: jax.Array) -> jax.Array:
   return jax.nn.logsumexp(logits_BK, -1) - jnp.where(is_label_BK, logits_BK, 0).sum(-1)
 
 
-def losses(model: GPT2, batch, dropout_keys_B: jax.Array | None = None) -> jax.Array:
+def losses(model: GPT2, batch, dropout_keys_B: jax.Array | None = None,
+           document_start: int | None = None) -> jax.Array:
   """The loss of each target of a batch: [B, T] of next tokens, or [B] of labels."""
   if model.config.head == 'lm':
-    return nll(model, batch, dropout_keys_B)
+    return nll(model, batch, dropout_keys_B, document_start)
   return label_nll(label_logits(model, batch, dropout_keys_B), batch['labels'])
 
 
@@ -111,6 +122,7 @@ def make_train_step(
     *,
     seed: int,
     ema_decay: float,
+    document_start: int | None = None,
 ) -> Callable:
   """`step(state, batch) -> state, metrics` over a batch in A micro-batches of M rows.
 
@@ -126,18 +138,21 @@ def make_train_step(
 
     def loss_fn(part, a, micro):
       keys_M = row_keys(seed, state.step, a * M, M) if drops else None
-      each = losses(bind(config, replaced(state.params, part)), micro, keys_M)
+      each = losses(bind(config, replaced(state.params, part)), micro, keys_M,
+                    document_start)
       return each.sum() / (A * each.size)
 
     def accumulate(carry, micro):
-      loss_and_grads = jax.value_and_grad(loss_fn)(part, *micro)
+      loss_and_grads = jax.value_and_grad(loss_fn)(apart, *micro)
       return jax.tree.map(jnp.add, carry, loss_and_grads), None
 
     if A == 1:
       loss, grads = jax.value_and_grad(loss_fn)(part, 0, jax.tree.map(lambda x: x[0], batch))
     else:
-      zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, part)
+      apart = fsdp.sum_later(part)
+      zeros = jnp.zeros(()), fsdp.zeros_apart(apart)
       (loss, grads), _ = jax.lax.scan(accumulate, zeros, (jnp.arange(A), batch))
+      grads = fsdp.sum_now(grads, part)
 
     updates, opt_state = tx.update(grads, state.opt_state, part)
     params: Any = replaced(state.params, optax.apply_updates(part, updates))  # pyright: ignore
@@ -150,13 +165,14 @@ def make_train_step(
         'train/update_norm': optax.tree.norm(updates),
         'train/param_norm': optax.tree.norm(params),
         'train/learning_rate': jnp.asarray(schedule(state.step), jnp.float32),
+        **spikes.metrics(opt_state),
     }
     return TrainState(state.step + 1, params, opt_state, ema), metrics
 
   return step
 
 
-def make_eval_step(config: GPTConfig) -> Callable:
+def make_eval_step(config: GPTConfig, document_start: int | None = None) -> Callable:
   """`step(params, batch [1, R, …], weights [1, R, …]) -> sums`, each over what the weights count.
 
   Sums: of the losses, of the weights; of a classifier, of the texts judged rightly.
@@ -164,7 +180,7 @@ def make_eval_step(config: GPTConfig) -> Callable:
   def step(params: Params, batch, weights):
     model, batch = bind(config, params), jax.tree.map(lambda x: x[0], batch)
     if config.head == 'lm':
-      return (losses(model, batch) * weights[0]).sum(), weights.sum()
+      return (losses(model, batch, None, document_start) * weights[0]).sum(), weights.sum()
     logits_RK = label_logits(model, batch)
     right_R = (logits_RK.argmax(-1) == batch['labels']) * weights[0]
     return ((label_nll(logits_RK, batch['labels']) * weights[0]).sum(), weights.sum(), right_R.sum())

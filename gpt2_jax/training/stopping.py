@@ -6,24 +6,47 @@ import signal
 import sys
 import threading
 
+import jax
+from jax.experimental import multihost_utils
+
 
 class StopSignal:
-  """Within this context the first SIGTERM or Ctrl-C asks the loop to stop, a second one kills."""
+  """Within this context the first SIGTERM or Ctrl-C asks the loop to stop, a second one kills.
+
+  Of several processes one that is told to stop stops all, at the same step: JAX's preemption service
+  has its own handler for SIGTERM, tells the others, and finds the next `due` that none has come to
+  yet. A second Ctrl-C kills there too, a second SIGTERM does not.
+  """
 
   def __init__(self):
     self.received: int | None = None
+    self._several, self._asked, self._calls = jax.process_count() > 1, False, 0
+
+  def due(self) -> bool:
+    """Whether to stop. Every process must ask at the same points of its work: it counts them."""
+    if self._several and self.received is None:
+      self._calls += 1
+      if multihost_utils.reached_preemption_sync_point(self._calls):
+        self.received = signal.SIGTERM
+        print(f'\nprocess {jax.process_index()}: one of the processes was told to stop: saving and '
+              'leaving after this step', file=sys.stderr, flush=True)
+    return self.received is not None
 
   def _handle(self, number, _):
-    if self.received is not None:
+    if self._asked:
       os._exit(128 + number)
-    self.received = number
+    self._asked = True
     print(f'\n{signal.Signals(number).name}: saving and leaving after this step (once more to leave '
           'at once)', file=sys.stderr, flush=True)
+    if self._several:
+      signal.raise_signal(signal.SIGTERM)  # for JAX's handler
+    else:
+      self.received = number
 
   def __enter__(self):
     self._before = {}
     if threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGTERM, signal.SIGINT):
+      for number in (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT):
         self._before[number] = signal.signal(number, self._handle)
     return self
 
@@ -44,12 +67,14 @@ class Patience:
     """
     self.limit, self._lowest, self._since = limit, math.inf, 0
     self.best: int | None = None
+    self.losses: dict[int, float] = {}  # held-out, by step
     for line in lines:
       if 'eval/loss' in line and line['step'] <= step:
         self.add(line['step'], line['eval/loss'])
 
   def add(self, step: int, loss: float) -> None:
     self._since += 1
+    self.losses[step] = loss
     if self.limit and loss < self._lowest:
       self.best, self._lowest, self._since = step, loss, 0
 

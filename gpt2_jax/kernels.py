@@ -1,0 +1,113 @@
+"""Attention by a kernel that never holds T x T weights: cuDNN's on GPUs, Splash on TPUs.
+
+    FlashAttention: Dao et al. 2022, arXiv:2205.14135
+
+Both compute what `attention.attention` does with a causal mask, to the rounding of bfloat16. They run
+in a `shard_map`: called directly, cuDNN's fails on an explicit mesh.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jax.sharding import PartitionSpec as P
+
+from gpt2_jax.config import GPTConfig
+from gpt2_jax.sharding import RULES, in_mesh, platform, reshard
+
+INTERPRET = False  # run Splash as plain JAX: the tests do, on CPU
+BLOCK = 512  # positions that Splash works on at a time
+LANES = 128  # what it wants T to be a multiple of
+
+
+OWN = {'gpu': 'cudnn', 'tpu': 'splash'}
+
+
+def choose(config: GPTConfig, T: int, *, drops: bool) -> tuple[str, str]:
+  """The implementation for T positions on the mesh that is set, and why it's not what was asked for.
+
+  Args:
+    config: its `attention` 'auto' asks for the platform's own kernel, where there is one.
+    T: positions.
+    drops: whether attention dropout is wanted.
+
+  Returns:
+    'cudnn', 'splash' or 'xla', and a reason, '' where none is needed.
+  """
+  own = 'splash' if INTERPRET else OWN.get(platform(), 'xla')
+  name = own if config.attention == 'auto' else config.attention
+  seq = jax.sharding.get_abstract_mesh().shape['seq'] if in_mesh() else 1
+  fits = config.dtype == 'bfloat16' and config.H % 8 == 0 and config.H <= 128
+  reasons = {
+      f'{name} does not run on a {platform()}': name not in (own, 'xla'),
+      f'{name} has no attention dropout (model.attn_pdrop)': drops and config.attn_pdrop,
+      f'{name} has no reorder_and_upcast_attn': config.reorder_and_upcast_attn,
+      'cudnn wants whole rows, mesh.seq = 1': name == 'cudnn' and seq > 1,
+      'cudnn wants bfloat16 and heads of at most 128, a multiple of 8': name == 'cudnn' and not fits,
+      f'splash wants a multiple of {LANES} positions a device':
+          name == 'splash' and T % (LANES * seq),
+  }
+  reason = next((reason for reason, holds in reasons.items() if holds), '')
+  return ('xla', '') if name == 'xla' else ('xla' if reason else name, reason)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+  """Causal attention, within documents where there are any."""
+
+  name: str
+  documents_BT: Any
+
+  def __call__(self, q_BTNH, k_BSNH, v_BSNH, scale) -> jax.Array:
+    """The attended values, [B, T, N, H]."""
+    q_BTNH = (q_BTNH * scale).astype(q_BTNH.dtype)
+    d, r = self.documents_BT, RULES
+    documents = [] if d is None else [(reshard(d, r.rows_bt), reshard(d, P(r.rows_bt[0], None)))]
+    if self.name == 'cudnn':
+      return _by_shards(_cudnn, q_BTNH, k_BSNH, v_BSNH, *documents)
+    return _by_shards(_run_splash, q_BTNH, k_BSNH, v_BSNH, *documents,
+                      kernel=_splash(*q_BTNH.shape[1:3]))
+
+
+def _by_shards(run, q_BTNH, k_BSNH, v_BSNH, *documents, kernel=None):
+  """`run(q, k, v, *documents)` by each device for its rows, heads and queries."""
+  kernels = () if kernel is None else (kernel,)
+  if not in_mesh():
+    return run(q_BTNH, k_BSNH, v_BSNH, *documents, *kernels)
+  mesh, r = jax.sharding.get_abstract_mesh(), RULES
+  specs = (r.act_btnh, r.act_bsnh, r.act_bsnh, *[(r.rows_bt, P(r.rows_bt[0], None))] * len(documents))
+  if kernel is not None:
+    parts = kernel.manual_sharding_spec(jax.NamedSharding(mesh, P('tensor', 'seq')))
+    specs, kernels = (*specs, parts), (jax.tree.map(jax.sharding.reshard, kernel, parts),)
+  return jax.shard_map(run, in_specs=specs, out_specs=r.act_btnh, check_vma=False)(
+      q_BTNH, k_BSNH, v_BSNH, *documents, *kernels)
+
+
+def _cudnn(q_BTNH, k_BTNH, v_BTNH, documents=None):
+  mask_B1TT = None
+  if documents is not None:
+    mask_B1TT = (documents[0][:, :, None] == documents[1][:, None])[:, None]
+  return jax.nn.dot_product_attention(
+      q_BTNH, k_BTNH, v_BTNH, mask=mask_B1TT, scale=1.0, is_causal=True, implementation='cudnn')
+
+
+def _splash(T: int, N: int):
+  """The kernel for T positions and N heads of a whole batch, with the masks of each device's part."""
+  shape = jax.sharding.get_abstract_mesh().shape if in_mesh() else {'seq': 1, 'tensor': 1}
+  q, kv = math.gcd(T // shape['seq'], BLOCK), math.gcd(T, BLOCK)
+  sizes = splash.BlockSizes(
+      block_q=q, block_kv=kv, block_kv_compute=kv, block_q_dkv=q, block_kv_dkv=kv,
+      block_kv_dkv_compute=kv, block_q_dq=q, block_kv_dq=kv)
+  return splash.make_splash_mha(
+      splash_mask.MultiHeadMask([splash_mask.CausalMask((T, T))] * N), block_sizes=sizes,
+      head_shards=shape['tensor'], q_seq_shards=shape['seq'], interpret=INTERPRET)
+
+
+def _run_splash(q_BTNH, k_BSNH, v_BSNH, *rest):
+  *documents, kernel = rest
+  heads_first = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSNH, v_BSNH))
+  ids = splash.SegmentIds(*documents[0]) if documents else None
+  return jax.vmap(kernel)(*heads_first, ids).swapaxes(1, 2)

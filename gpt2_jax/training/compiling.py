@@ -1,0 +1,48 @@
+"""Compiled programs are kept between starts, in a folder beside the runs."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+FOLDER = '.jax_cache'
+HIT, MISS = '/jax/compilation_cache/cache_hits', '/jax/compilation_cache/cache_misses'
+
+
+def keep_compiled(workdir: str | Path) -> str:
+  """Keeps what takes over a second to compile in `.jax_cache` beside the workdir.
+
+  Where JAX_COMPILATION_CACHE_DIR is set, or the cache is set in another way, JAX does so by itself
+  and this does nothing. To be called before anything is compiled.
+
+  Returns: a line for the user where the folder can't be used, else ''.
+  """
+  if jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
+    return ''
+  folder = Path(workdir).resolve().parent / FOLDER
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+      raise PermissionError(f'{folder} is not writable')
+  except OSError as e:
+    return f'compiled programs are not kept: {e}. JAX_COMPILATION_CACHE_DIR may name another folder.'
+  jax.config.update('jax_compilation_cache_dir', str(folder))
+  return ''
+
+
+@contextlib.contextmanager
+def from_cache() -> Iterator[list[bool]]:
+  """Yields a list, to be read afterwards: for each program compiled within, whether it was kept."""
+  found: list[bool] = []
+
+  def listen(event: str, **_) -> None:
+    if event in (HIT, MISS):
+      found.append(event == HIT)
+
+  jax.monitoring.register_event_listener(listen)
+  try:
+    yield found
+  finally:
+    jax.monitoring.unregister_event_listener(listen)

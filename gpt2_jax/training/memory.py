@@ -1,0 +1,43 @@
+"""What is said, and kept, when a device runs out of memory."""
+
+from pathlib import Path
+
+import jax
+
+from gpt2_jax.training.fit import Parts
+
+PROFILE = 'memory.prof'
+
+
+def save_profile(workdir: str | Path | None) -> str:
+  """Writes which arrays lie in the devices' memory, for pprof; returns a line that says where.
+
+  Never raises: it is called while an error is on its way.
+  """
+  if workdir is None:
+    return ''
+  suffix = f'-{jax.process_index()}' if jax.process_count() > 1 else ''
+  path = Path(workdir) / (PROFILE + suffix)
+  try:
+    jax.profiler.save_device_memory_profile(str(path))
+  except Exception as e:  # whatever: the memory is full, and that is what is to be told
+    return f'\n(No memory profile: {str(e).splitlines()[0][:100] if str(e) else type(e).__name__}.)'
+  return f'\nWhat lay in memory: {path} (`pprof -top {path}`).'
+
+
+def table(parts: Parts, knobs: dict[str, Parts], limit: int) -> str:
+  """The estimate by what it is for, and what each knob would make of it.
+
+  Args:
+    parts: as it is.
+    knobs: the flag that turns it -> as it would be.
+    limit: bytes to plan with.
+  """
+  rows = [('as it is', parts), *knobs.items()]
+  width = max(len(name) for name, _ in rows)
+  head = ''.join(f'{name:>13}' for name in (*parts, 'in all'))
+  return '\n'.join([
+      f'GiB a device, by estimate, of {limit / 2**30:.2f} to plan with:', f'  {"":{width}}{head}',
+      *(f'  {name:{width}}' + ''.join(
+          f'{size / 2**30:13.2f}' for size in (*row.values(), sum(row.values())))
+        for name, row in rows)])

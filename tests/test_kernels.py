@@ -1,0 +1,103 @@
+"""Attention kernels compute what XLA's attention does, within documents too, and lower for GPU, TPU.
+
+Splash runs as plain JAX here. What needs a GPU or TPU is in benchmarks/kernels.py.
+"""
+
+import dataclasses
+from contextlib import nullcontext
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import assert_close, mesh_of
+
+from gpt2_jax import kernels
+from gpt2_jax.config import GPTConfig
+from gpt2_jax.kernels import Kernel, choose
+from gpt2_jax.model import bind, init_params
+from gpt2_jax.training.step import nll
+
+WIDE = GPTConfig(vocab_size=97, n_positions=256, n_embd=128, n_layer=2, n_head=2, vocab_multiple=8,
+                 initializer_range=0.3, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+  monkeypatch.setattr(kernels, 'INTERPRET', True)
+
+
+def loss_and_grads(config: GPTConfig, tokens, document_start=None, mesh=None):
+  with mesh_of(*mesh) if mesh else nullcontext():
+    params = init_params(config, 0)
+    f = jax.value_and_grad(lambda p: nll(bind(config, p), tokens, None, document_start).mean())
+    return jax.device_get(jax.jit(f)(params))
+
+
+@pytest.mark.parametrize('mesh,by_layer,document_start', [
+    (None, True, 5), ((1, 2, 2, 2), False, 5), (None, False, None)])
+def test_splash_is_xla(interpreted, mesh, by_layer, document_start):
+  tokens = jnp.asarray(np.random.default_rng(0).integers(0, 97, (2, 257)))
+  config = dataclasses.replace(WIDE, scale_attn_by_inverse_layer_idx=by_layer)
+  plain = dataclasses.replace(config, attention='xla')
+  (want, want_grads), (have, grads) = (
+      loss_and_grads(c, tokens, document_start, mesh) for c in (plain, config))
+  assert_close(have, want)
+  for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
+    assert_close(a, b, 2e-5)
+
+
+def test_a_document_does_not_see_the_ones_before(tiny):
+  """Each document of a row has the loss that it has at its place with anything before it."""
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(1, 97, (2, 21))
+  tokens[:, [7, 15]] = 0  # a document begins
+  other = tokens.copy()
+  other[:, :7] = rng.integers(1, 97, (2, 7))
+  params = init_params(tiny, 0)
+  f = jax.jit(lambda tokens: nll(bind(tiny, params), tokens, None, 0))
+  have, want = f(jnp.asarray(other)), f(jnp.asarray(tokens))
+  np.testing.assert_array_equal(have[:, 7:], want[:, 7:])
+  assert (np.asarray(have[:, :6]) != np.asarray(want[:, :6])).all()
+  seen = jax.jit(lambda tokens: nll(bind(tiny, params), tokens))
+  assert (np.asarray(seen(jnp.asarray(other)) != seen(jnp.asarray(tokens)))[:, 8:]).all()
+
+
+@pytest.mark.parametrize('fields,T,drops,says', [
+    (dict(attention='cudnn'), 256, False, 'cudnn does not run on a cpu'),
+    (dict(attention='splash', attn_pdrop=0.1), 256, True, 'no attention dropout'),
+    (dict(attention='splash', reorder_and_upcast_attn=True), 256, False, 'reorder_and_upcast'),
+    (dict(attention='splash'), 200, False, 'a multiple of 128 positions'),
+    (dict(attention='xla'), 256, False, ''),
+])
+def test_what_a_kernel_cannot_do_falls_back_with_a_reason(interpreted, fields, T, drops, says):
+  name, reason = choose(dataclasses.replace(WIDE, **fields), T, drops=drops)
+  assert name == 'xla' and says in reason
+
+
+def test_dropout_matters_in_training_alone(interpreted):
+  config = dataclasses.replace(WIDE, attn_pdrop=0.1)
+  assert choose(config, 256, drops=False) == ('splash', '')
+  assert choose(config, 256, drops=True)[0] == 'xla'
+
+
+def lowered(name: str, platform: str) -> str:
+  """StableHLO of a kernel and its gradient for a platform that is not here."""
+  q = jax.ShapeDtypeStruct((4, 256, 2, 64), jnp.bfloat16)
+  documents = jax.ShapeDtypeStruct((4, 256), jnp.int32)
+
+  def f(q, documents):
+    return jax.grad(lambda q: Kernel(name, documents)(q, q, q, 0.125).astype(jnp.float32).sum())(q)
+
+  return jax.jit(f).trace(q, documents).lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_splash_lowers_for_tpu():
+  assert lowered('splash', 'tpu').count('tpu_custom_call') == 3
+
+
+def test_cudnn_lowers_for_gpu(monkeypatch):
+  from jax._src.cudnn import fused_attention_stablehlo
+  monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000)
+  text = lowered('cudnn', 'cuda')
+  assert '__cudnn$fmha' in text and 'Backward' in text
