@@ -62,7 +62,7 @@ def row(size: str, name: str, entry: dict) -> str:
     return head + '**does not fit** | – | – | – |'
   moved = sum(t['ici'] + t['dcn'] for t in r.collectives.values()) / GIB
   return head + (f'{moved:.2f} | {r.times.total * 1e3:,.0f} ({r.times.bound}) | '
-                 f'{r.results["MFU"]:.0%} | {r.results["days"]:.2f} |')
+                 f'{r.results["mfu"]:.0%} | {r.results["days"]:.2f} |')
 
 
 def table(cells: dict) -> str:

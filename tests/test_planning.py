@@ -218,10 +218,10 @@ def test_a_plan_of_a_training_step(tmp_path):
   assert made.collectives['all-gather']['ici'] > 0 and made.collectives['all-gather']['dcn'] == 0
   assert 'HloModule' in (tmp_path / 'x').read_text()
   results = made.results
-  assert math.isclose(results['tokens a second'], 32 * 64 / made.times.total)
-  assert math.isclose(results['days'] * results['tokens a second'] * 86400, 1e9)
-  assert math.isclose(results['chip-hours'], results['days'] * 24 * 8)
-  assert results['MFU'] < report.COMPUTE + 1e-6
+  assert math.isclose(results['tokens_per_second'], 32 * 64 / made.times.total)
+  assert math.isclose(results['days'] * results['tokens_per_second'] * 86400, 1e9)
+  assert math.isclose(results['chip_hours'], results['days'] * 24 * 8)
+  assert results['mfu'] < report.COMPUTE + 1e-6
   made.save(tmp_path / 'plan.json')
   text = (tmp_path / 'plan.json').read_text()
   assert Report.from_json(text) == made
@@ -272,19 +272,19 @@ def test_generation_is_planned(mode):
   config = small_config(data=4, fsdp=1, tensor=2)
   made = plan_decode(config, fake(), 'small', mode, batch=8, prompt=16, new=32, largest=False)
   cache = 2 * 3 * 64 * 48 * 8 * 4  # keys and values, layers, width, slots, rows, float32
-  assert made.results['KV cache, bytes by the formula'] == cache
-  assert made.results['KV cache, bytes of a device'] == cache / 8
+  assert made.results['kv_cache_bytes'] == cache
+  assert made.results['kv_cache_bytes_per_device'] == cache / 8
   assert 0.7 < made.flops_compiled / made.flops < 1.3
   assert made.fits and made.times.total > 0
   if mode == 'decode':
-    assert made.hbm_bytes > made.results['weights, bytes of a device']
+    assert made.hbm_bytes > made.results['weight_bytes_per_device']
 
 
 def test_the_largest_batch_is_one_that_fits():
   config = small_config(data=8, fsdp=1)
   plan = lambda rows, largest: plan_decode(
       config, fake(hbm=6 * 2**20), 'small', 'decode', batch=rows, prompt=16, new=32, largest=largest)
-  rows = int(plan(8, True).results['largest batch that fits'])
+  rows = int(plan(8, True).results['largest_batch'])
   assert rows > 8 and rows % 8 == 0
   assert plan(rows, False).fits and not plan(2 * rows, False).fits
 
@@ -316,7 +316,7 @@ def test_plans_are_kept(tmp_path, monkeypatch):
 def test_the_ranking_puts_what_does_not_fit_last():
   made = plan_train(small_config(), fake(), 'small')
   candidate = search.Candidate(1, 8, 1, 2, 'none')
-  slow = dataclasses.replace(made, results=made.results | {'tokens a second': 1.0})
+  slow = dataclasses.replace(made, results=made.results | {'tokens_per_second': 1.0})
   big = dataclasses.replace(made, fits=False, times=None, results={})
   ranked = search.ranked([(candidate, big), (candidate, slow), (candidate, made)])
   assert [r for _, r in ranked] == [made, slow, big]
@@ -328,7 +328,7 @@ def test_the_ranking_puts_what_does_not_fit_last():
 
 @pytest.mark.parametrize('words,says', [
     (['--topology=v9:2x2'], 'is none that is known'),
-    (['--topology=v5e:4x4', '--config.mesh.foo=3'], 'foo'),
+    (['--topology=v5e:4x4', '--config.mesh.foo=3'], "no knob 'foo'"),
     (['--topology=v5e:4x4', '--search', '--mode=decode'], '--search is for --mode train'),
     (['--config=configs/none.py', '--topology=v5e:4x4'], 'there is no file'),
     (['--config=configs/tiny.py:none', '--topology=v5e:4x4'], "recipe 'none' is none of"),
@@ -336,7 +336,7 @@ def test_the_ranking_puts_what_does_not_fit_last():
 ])
 def test_errors_are_one_message(words, says, monkeypatch, capsys):
   monkeypatch.chdir(ROOT)
-  if importlib.util.find_spec('libtpu') is None and '4x4' in words[-1]:
+  if importlib.util.find_spec('libtpu') is None and '--topology=v5e:4x4' in words:
     pytest.skip('libtpu is not installed')
   if not any(word.startswith('--config=') for word in words):
     words = ['--config=configs/tiny.py', *words]
@@ -367,7 +367,8 @@ def test_a_tpu_plan(tmp_path):
 @tpu
 def test_a_plan_of_two_slices(tmp_path):
   done = run('-m', 'gpt2_jax', 'plan', '--config=configs/tiny.py', '--topology=2*v5e:2x2',
-             f'--json={tmp_path / "plan.json"}', *TINY, '--config.mesh.data=2')
+             f'--json={tmp_path / "plan.json"}', *TINY, '--config.mesh.data=2',
+             '--config.model.n_embd=256')  # heads of 128: narrower ones are padded before they go
   assert done.returncode == 0, done.stderr
   made = Report.from_json((tmp_path / 'plan.json').read_text())
   moved = made.collectives
@@ -397,7 +398,7 @@ def test_a_search(tmp_path):
              XDG_CACHE_HOME=str(tmp_path))
   assert done.returncode == 0, done.stderr
   plans = json.loads((tmp_path / 'plans.json').read_text())
-  speeds = [plan['results']['tokens a second'] for plan in plans]
+  speeds = [plan['results']['tokens_per_second'] for plan in plans]
   assert len(plans) == 2 and speeds == sorted(speeds, reverse=True)
   assert len(list((tmp_path / 'gpt2_jax' / 'plans').glob('*.json'))) == 2
 

@@ -102,7 +102,8 @@ def load_config(path: str, overrides: tuple[str, ...] = ()) -> tuple[Any, str]:
     except Exception as e:  # of many kinds, some with a traceback as their text
       last = (str(e) or repr(e)).strip().splitlines()[-1].strip()
       if i + 1 == len(tries) or 'recipe' not in last:
-        last = f'there is no knob {last}' if isinstance(e, (KeyError, AttributeError)) else last
+        if isinstance(e, (KeyError, AttributeError)):
+          last = 'there is no knob ' + last.strip('"')
         raise UserError(f'--config: {last} (the knobs: configs/base.py)') from e
   raise AssertionError
 

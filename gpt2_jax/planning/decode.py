@@ -131,15 +131,15 @@ def plan_decode(
       batch=f'{rows} texts of {prompt} tokens, with room for {new} more',
       numbers=dict(parameters=num_params(model), rows=rows, prompt=prompt, new=new))
   results: dict[str, float] = {
-      'KV cache, bytes by the formula': cache_bytes(model, rows, prompt + new),
-      'KV cache, bytes of a device': parts['cache'],
-      'weights, bytes of a device': parts['weights']}
+      'kv_cache_bytes': cache_bytes(model, rows, prompt + new),
+      'kv_cache_bytes_per_device': parts['cache'],
+      'weight_bytes_per_device': parts['weights']}
   if made.times is not None:
-    results |= {'tokens a second': tokens / made.times.total}
+    results |= {'tokens_per_second': tokens / made.times.total}
     if mode == 'decode':
       floor = (weights + parts['cache']) / (HBM * chip.hbm_bandwidth)
-      results |= {'ms a token': made.times.total * 1e3,
-                  'ms to read weights and cache alone': floor * 1e3}
+      results |= {'ms_per_token': made.times.total * 1e3,
+                  'ms_to_read_weights_and_cache': floor * 1e3}
   if largest:
     results |= _largest(compile_rows, compiled, parts, rows, split, prompt, new, tensor, model)
   return dataclasses.replace(made, results=results)
@@ -166,4 +166,4 @@ def _largest(compile_rows, compiled: Compiled, parts, rows, split, prompt, new, 
       break
     slope = (memory.total - line[1]) / (n - line[0]) if n != line[0] else memory.total / n
     n, line = int((FILL * hbm - memory.total) / max(slope, 1) + n), (n, memory.total)
-  return {'largest batch that fits': best[0] * split, 'its memory, bytes of a device': best[1]}
+  return {'largest_batch': best[0] * split, 'largest_batch_bytes_per_device': best[1]}

@@ -149,6 +149,6 @@ def plan_train(config: Config, topology: Topology, name: str, *, tokens: int | N
   per_second = step / estimate.total
   days = goal / per_second / 86400
   return dataclasses.replace(made, results={
-      'tokens a second': per_second,
-      'MFU': all_flops / estimate.total / (topology.chip.flops * plan.mesh.size),
-      'tokens to train on': goal, 'days': days, 'chip-hours': days * 24 * topology.chips})
+      'tokens_per_second': per_second,
+      'mfu': all_flops / estimate.total / (topology.chip.flops * plan.mesh.size),
+      'tokens': goal, 'days': days, 'chip_hours': days * 24 * topology.chips})

@@ -87,7 +87,7 @@ class Report:
   hbm_bytes: float = 0
   cycles: float = 0  # the TPU compiler's estimates summed, to compare programs with
   times: Times | None = None
-  results: dict[str, float] = dataclasses.field(default_factory=dict)  # tokens/s, MFU, days, …
+  results: dict[str, float] = dataclasses.field(default_factory=dict)  # tokens_per_second, mfu, …
   notes: tuple[str, ...] = ()
   calibrated: bool = False
   versions: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -130,6 +130,10 @@ class Report:
     for kind, t in self.collectives.items():
       lines.append(f'moved      {kind}: {t["count"]:,} of {size(t["bytes"])} in all; a device sends '
                    f'{size(t["ici"])} over ICI, {size(t["dcn"])} over DCN')
+    kernels = [f'{count:,} {name}' for name, count in self.kernels.items()
+               if name.startswith(('tpu_custom_call', '__cudnn'))]
+    if kernels:
+      lines.append(f'kernels    {", ".join(kernels)}')
     if self.times:
       t = self.times
       lines += [
@@ -141,8 +145,8 @@ class Report:
       if self.cycles:
         lines.append(f'cycles     {self.cycles:,.0f} by the compiler (without collectives and '
                      'kernels; to compare programs with)')
-    lines += [f'{name:22s} {value:,.4g}' if value < 1000 else f'{name:22s} {value:,.0f}'
-              for name, value in self.results.items()]
+    shown = lambda value: f'{value:,.4g}' if value < 1000 else f'{value:,.0f}'
+    lines += [f'{name.replace("_", " ")}: {shown(value)}' for name, value in self.results.items()]
     lines += [f'note       {note}' for note in self.notes]
     if self.times:
       lines += [f'assumed    {line}' for line in ASSUMPTIONS]

@@ -197,7 +197,7 @@ def search(config: Config, topology: Topology, name: str, *, limit: int, workers
 
 def ranked(results: list[tuple[Candidate, Report]]) -> list[tuple[Candidate, Report]]:
   """By tokens a second, what doesn't fit last."""
-  speed = lambda r: r.results.get('tokens a second', 0.0)
+  speed = lambda r: r.results.get('tokens_per_second', 0.0)
   return sorted(results, key=lambda pair: (not pair[1].fits, -speed(pair[1]), str(pair[0])))
 
 
@@ -207,8 +207,8 @@ def table(results: list[tuple[Candidate, Report]]) -> str:
     line = (f'{c.data:6d}{c.fsdp:6d}{c.tensor:7d}{c.rows:6d} {c.remat:6s}'
             f'{"yes" if r.fits else "NO":>6s}{r.memory.total / GIB:8.2f}')
     if r.times:
-      line += (f'{r.times.total * 1e3:9.1f}{r.results["tokens a second"]:11,.0f}'
-               f'{r.results["MFU"]:7.1%}  {r.times.bound}')
+      line += (f'{r.times.total * 1e3:9.1f}{r.results["tokens_per_second"]:11,.0f}'
+               f'{r.results["mfu"]:7.1%}  {r.times.bound}')
     lines.append(line)
   return '\n'.join(lines)
 
