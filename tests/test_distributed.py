@@ -299,3 +299,13 @@ def test_one_process_told_to_stop_stops_all(text_folder, tmp_path, number, to, e
                       **more | {'train.steps': steps[-1] + 2})
   assert f'resumed from step {steps[-1]} ' in train(2, command)
   assert len(lines(workdir)) == steps[-1] + 2
+
+
+@pytest.mark.slow
+def test_a_workdir_that_is_not_shared_is_refused(text_folder, tmp_path):
+  command = arguments(text_folder, tmp_path / 'one', train__micro_batch_rows=4)
+  processes = start(2, command, more={1: [f'--workdir={tmp_path / "other"}']})
+  for status, _, errors in finish(processes):
+    assert status == 1 and 'Traceback' not in errors
+    assert 'is another folder on process 1 than on process 0' in errors
+  assert not list(tmp_path.glob('*/checkpoints'))
