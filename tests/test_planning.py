@@ -172,6 +172,20 @@ def test_products_written_as_convolutions(out, left, right, rest, flops):
   assert cost._product_flops(i, [hlo.arrays_of(left), hlo.arrays_of(right)]) == flops
 
 
+@pytest.mark.parametrize('name,target,dims,products', [
+    ('splash_mha_fwd_residuals.3', 'tpu_custom_call', (4, 12, 128, 64), 2),
+    ('splash_mha_dkv.1', 'tpu_custom_call', (4, 12, 128, 64), 4),
+    ('custom-call.1', '__cudnn$fmhaSoftmax', (4, 128, 12, 64), 2),
+    ('custom-call.2', '__cudnn$fmhaSoftmaxBackward', (4, 128, 12, 64), 5),
+    ('custom-call.3', 'Sharding', (4, 128, 12, 64), 0),
+])
+def test_products_of_attention_kernels(name, target, dims, products):
+  array = hlo.Array('bf16', dims, 0)
+  i = hlo.Instruction(name, 'custom-call', (array,), ('q', 'k'), '', True)
+  flops = cost._library_flops(i, target, [(array,)] * 2)
+  assert flops == products * 2 * 4 * 12 * 128 * 128 * 64
+
+
 # --- Topologies -----------------------------------------------------------------------------------
 
 

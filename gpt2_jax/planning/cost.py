@@ -14,6 +14,9 @@ import numpy as np
 from gpt2_jax.planning.hlo import Array, Instruction, Module, groups_of, parse, trip_count
 
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
+# Attention kernels, by the beginning of their name or target: how many products of T x S they make.
+ATTENTION = {'splash_mha_fwd': 2, 'splash_mha_dq': 3, 'splash_mha_dkv': 4,
+             '__cudnn$fmha': 2, '__cudnn$fmhaSoftmaxBackward': 5}
 MEGASCALE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 NO_TRAFFIC = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'while',
               'conditional', 'call', 'async-start', 'async-update', 'async-done', 'partition-id',
@@ -34,7 +37,7 @@ class Traffic:
 class Cost:
   """Of one device, in one run of the program."""
 
-  flops: float = 0  # of matrix products
+  flops: float = 0  # of matrix products, those in attention kernels too
   hbm_bytes: float = 0  # read and written in main memory by fusions and other instructions
   cycles: float = 0  # the TPU compiler's own estimates summed: without collectives and kernels
   kernels: dict[str, int] = dataclasses.field(default_factory=dict)  # custom calls, by target
@@ -90,12 +93,15 @@ def _product_flops(i: Instruction, operands: list[tuple[Array, ...]]) -> float:
   return total
 
 
-def _library_flops(i: Instruction, operands: list[tuple[Array, ...]]) -> float:
-  """FLOPs of a cuBLAS call; of other custom calls none are counted."""
-  if 'gemm' not in i.attributes and 'matmul' not in i.attributes:
-    return 0
+def _library_flops(i: Instruction, target: str, operands: list[tuple[Array, ...]]) -> float:
+  """FLOPs of a cuBLAS call or an attention kernel, with the causal half; 0 of other calls."""
+  names = [name for name in ATTENTION if i.name.startswith(name) or target.startswith(name)]
+  heads = [arrays[0].dims for arrays in operands if len(arrays[0].dims) == 4]
+  if names and len(heads) > 1:  # q and k, each with batch, heads and positions, or positions first
+    products = ATTENTION[max(names, key=len)]
+    return products * 2 * float(np.prod(heads[0], dtype=float)) * max(heads[1][1:3])
   found = re.search(r'"lhs_contracting_dimensions":(\[[^\]]*\])', i.attributes)
-  if not found:
+  if not found or not ('gemm' in target or 'matmul' in target):
     return 0
   summed = np.prod([operands[0][0].dims[int(n)] for n in json.loads(found[1])])
   return 2 * float(np.prod(i.arrays[0].dims, dtype=float)) * float(summed)
@@ -131,8 +137,8 @@ class _Count:
       if i.op == 'send' and (found := MEGASCALE.search(i.attributes)):
         self._between_slices(found[1].lower().replace('_', '-'), operands, times)
       if i.op == 'custom-call':
-        self.cost.flops += times * _library_flops(i, operands)
         target = i.attributes.split('custom_call_target="')[-1].split('"')[0]
+        self.cost.flops += times * _library_flops(i, target, operands)
         self.cost.kernels[target] = self.cost.kernels.get(target, 0) + int(times)
       if fused is None and i.op not in NO_TRAFFIC:
         self.cost.hbm_bytes += times * self._traffic(i, operands)

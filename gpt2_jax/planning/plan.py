@@ -67,7 +67,10 @@ def compile_for(topology: Topology, mesh, build: Callable[[], Any], arguments: A
   began, hbm = time.monotonic(), topology.chip.hbm
   try:
     compiled = build()
-  except (UserError, jax.errors.JaxRuntimeError) as e:
+  except (UserError, RuntimeError) as e:
+    if 'cuDNN not found' in str(e):
+      raise UserError('cuDNN, whose attention is compiled in, is not installed: pip install '
+                      '"gpt2_jax[cuda12]", or plan with --config.model.attention=xla.') from e
     error = e.__cause__ if isinstance(e, UserError) else e
     if not isinstance(error, jax.errors.JaxRuntimeError) or 'RESOURCE_EXHAUSTED' not in str(error):
       raise

@@ -16,7 +16,7 @@ ASSUMPTIONS = (
     'uncalibrated: no run on this hardware stands behind the times',
     f'the longest of four: FLOPs at {COMPUTE:.0%} of the bfloat16 peak, main memory at {HBM:.0%}, '
     f'ICI (or NVLink) and DCN at {LINKS:.0%} of their bandwidth; the others are hidden behind it',
-    'FLOPs: the larger of the formula and the compiled products (kernels\' are in the formula alone)',
+    'FLOPs: the larger of the formula and the compiled products, of attention the causal half too',
     'main memory: operands and results of all fusions, as the program\'s text has them',
 )
 
