@@ -138,7 +138,8 @@ def train_steps(config, mesh, A=1, steps=3):
     pytest.param(dict(lora=ADAPTERS), marks=pytest.mark.slow, id='lora'),
     pytest.param(dict(head='sequence_classification', num_labels=3), marks=pytest.mark.slow,
                  id='head'),
-    pytest.param(dict(head='sequence_classification', num_labels=3, lora=ADAPTERS), id='both')])
+    pytest.param(dict(head='sequence_classification', num_labels=3, lora=ADAPTERS),
+                 marks=pytest.mark.slow, id='both')])
 def test_meshes_and_micro_batches_change_nothing(tiny, fields):
   config = dataclasses.replace(tiny, resid_pdrop=0.1, initializer_range=0.1, **fields)
   want, params = train_steps(config, (1, 1, 1))
@@ -172,6 +173,7 @@ def test_an_adapter_begins_as_nothing_and_learns(tiny):
 # --- early stopping and resume ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_stops_when_the_loss_rises_and_offers_its_best(pretrained, tmp_path, capsys):
   text = tmp_path / 'short.txt'  # so little that it is soon learnt by heart
   text.write_text(make_text(np.random.default_rng(2), 250))
@@ -237,7 +239,8 @@ def reviews(path, count=120):
   return path
 
 
-@pytest.mark.parametrize('r', [0, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('r', [0, 4])
 def test_a_classifier_learns_and_says_its_labels(pretrained, tmp_path, r):
   config = tuning(pretrained, reviews(tmp_path / 'r.jsonl'), 'classification', lora__r=r,
                   train__steps=40, train__global_batch_tokens=32 * 32, data__sequence_length=32,

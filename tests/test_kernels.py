@@ -35,7 +35,8 @@ def loss_and_grads(config: GPTConfig, tokens, document_start=None, mesh=None):
 
 
 @pytest.mark.parametrize('mesh,by_layer,document_start', [
-    (None, True, 5), ((1, 2, 2, 2), False, 5), (None, False, None)])
+    (None, True, 5), ((1, 2, 2, 2), False, 5),
+    pytest.param(None, False, None, marks=pytest.mark.slow)])
 def test_splash_is_xla(interpreted, mesh, by_layer, document_start):
   tokens = jnp.asarray(np.random.default_rng(0).integers(0, 97, (2, 257)))
   config = dataclasses.replace(WIDE, scale_attn_by_inverse_layer_idx=by_layer)

@@ -147,6 +147,7 @@ def test_a_run_with_another_model_or_data_is_refused(finished, text_folder):
   assert plain(workdir) == before
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_more_steps_go_on(finished, text_folder, tmp_path):
   workdir = tmp_path / 'longer'
   shutil.copytree(finished[0], workdir)
@@ -170,7 +171,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(text_folder, tmp_path):
 
 
 @pytest.mark.parametrize('limit,every,says', [
-    (6_000, 100, 'error: cannot write metrics'), (200_000, 2, 'error: cannot write a checkpoint')])
+    pytest.param(6_000, 100, 'error: cannot write metrics', marks=pytest.mark.slow),
+    (200_000, 2, 'error: cannot write a checkpoint')])
 def test_a_full_disk_is_said(finished, text_folder, tmp_path, limit, every, says):
   """The system refuses files beyond a limit, as it would without room."""
   command = arguments(text_folder, tmp_path / 'run', checkpoint__every=every)

@@ -249,6 +249,7 @@ def test_over_two_slices_gradients_go_over_dcn():
   assert made.collectives['all-reduce']['dcn'] > 0 and made.times.dcn > 0
 
 
+@pytest.mark.slow
 def test_accumulation_repeats_the_gathers_of_the_layers():
   once, twice = small_config(fsdp=8), small_config(fsdp=8)
   once.train.micro_batch_rows = 4
@@ -295,6 +296,7 @@ def test_generation_is_planned(mode):
     assert made.hbm_bytes > made.results['weight_bytes_per_device']
 
 
+@pytest.mark.slow
 def test_the_largest_batch_is_one_that_fits():
   config = small_config(data=8, fsdp=1)
   plan = lambda rows, largest: plan_decode(

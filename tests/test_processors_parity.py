@@ -45,7 +45,8 @@ def theirs():
       vocab_size=V, n_positions=S, n_embd=4, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=EOS))
 
   def process(scores_BV, tokens_BS, prompt, limit, options, eos, prefix, num_beams):
-    config = transformers.GenerationConfig(**options, num_beams=num_beams, max_length=prompt + limit)
+    config = transformers.GenerationConfig(
+        **options, num_beams=num_beams, num_return_sequences=1, max_length=prompt + limit)
     config._eos_token_tensor = torch.tensor(eos)
     processors = model._get_logits_processor(
         config, input_ids_seq_length=prompt, prefix_allowed_tokens_fn=prefix, device='cpu')

@@ -377,6 +377,7 @@ def test_spikes_that_do_not_end_stop_the_run(tmp_path):
     made_recorder.line(2, {'train/loss': np.nan, 'train/grad_norm': 1.0})
 
 
+@pytest.mark.slow
 def test_the_policy_can_be_turned_on_and_off_between_starts(text_folder, tmp_path):
   """On: moments and all go on, and the averages begin. Off again: as if it had never been on."""
   def go(name, steps, **extra):
