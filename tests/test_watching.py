@@ -230,8 +230,8 @@ def test_a_trace_holds_the_steps_of_its_window(watched):
   _, workdir, printed, _ = watched
   path, = (workdir / 'profile').rglob('*.xplane.pb')
   assert path.parent.parent == workdir / 'profile' / 'plugins' / 'profile'  # where TensorBoard looks
-  planes = jax.profiler.ProfileData.from_file(str(path)).planes
-  found = [dict(event.stats)['step_num'] for plane in planes for line in plane.lines
+  profile = jax.profiler.ProfileData.from_file(str(path))  # which its parts do not keep alive
+  found = [dict(event.stats)['step_num'] for plane in profile.planes for line in plane.lines
            for event in line.events if event.name == 'train']
   assert sorted(found) == [10, 11, 12]
   assert f'tensorboard --logdir {workdir / "profile"}' in printed
