@@ -442,8 +442,9 @@ def test_weights_are_gathered_and_nothing_is_copied_whole(size, name, fsdp, tmp_
   assert 'windowed_dot_general' not in text
   made = Report.from_json((tmp_path / 'plan.json').read_text())
   assert ('all-gather' in made.collectives) == (fsdp > 1)
-  if 'collective-permute' in made.collectives:  # a few, of small things
-    assert made.collectives['collective-permute']['bytes'] < 0.05 * 2 * made.numbers['parameters']
+  # a few, of edges: a shard of 200 columns isn't a multiple of a register's 128 lanes
+  moved = {kind: one['bytes'] for kind, one in made.collectives.items()}
+  assert moved.get('collective-permute', 0) < 0.02 * sum(moved.values())
 
 
 def test_memory_limit_of_a_device_that_is_only_described():

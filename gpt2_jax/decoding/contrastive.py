@@ -7,6 +7,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from gpt2_jax.decoding.history import History
@@ -25,7 +26,7 @@ from gpt2_jax.decoding.pytree import register
 from gpt2_jax.decoding.warpers import NEVER, log_probs
 from gpt2_jax.layers import Cache, pick
 from gpt2_jax.model import GPT2
-from gpt2_jax.sharding import by_rows
+from gpt2_jax.sharding import BATCH, by_rows, reshard
 
 
 @register
@@ -64,7 +65,8 @@ class Contrastive:
   def start(self, model: GPT2, request: Request, N: int, K: int) -> Contrasting:
     filled, x_A1D = prefill(model, request, N + self.k)
     C = request.C
-    said_APD = jnp.pad(_directions(filled.x_BTD), ((0, 0), (0, N), (0, 0)))
+    prompts_APD = reshard(filled.x_BTD, P(BATCH, None, None))  # new slots go beside: not over `seq`
+    said_APD = jnp.pad(_directions(prompts_APD), ((0, 0), (0, N), (0, 0)))
     state = Contrasting(
         jnp.asarray(0), expand_cache(filled.cache, C), request.history,
         Record.zeros(request.history, K), expand(next_logits(model, x_A1D)[:, 0], C),
