@@ -1,0 +1,218 @@
+"""How likely a model finds tokens: the one place where evaluation runs a model.
+
+    scored = score(model, [Request(context=[50256], target=[15496, 995])])
+
+A request's result is bitwise the same whatever else is asked: the program that computes it, and the
+number of rows of its batch, follow from its own lengths, the model and the devices.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from gpt2_jax import batching, sharding
+from gpt2_jax.config import GPTConfig
+from gpt2_jax.errors import UserError
+from gpt2_jax.model import GPT2, Params, bind
+from gpt2_jax.progress import track
+
+BATCH_TOKENS = {'cpu': 2048, 'gpu': 16384, 'tpu': 16384}  # a device has at a time
+LOGITS = 2**26  # floats that a device holds at a time (256 MiB)
+FEW = (8, 64)  # targets, which most requests don't have more of: others have no logits
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """What is to be scored.
+
+  Attributes:
+    context: ids before the target, at least one: who asks decides what a text begins with. What
+      doesn't fit the model's window is cut on the left.
+    target: ids to score, at most n_positions.
+  """
+
+  context: Sequence[int]
+  target: Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scored:
+  """The result of a request of n target tokens.
+
+  Attributes:
+    logprobs: [n] float32, log p of each given all before it, in nats.
+    greedy: [n] bool, whether it is the likeliest one (of several, that with the lowest id).
+  """
+
+  logprobs: np.ndarray
+  greedy: np.ndarray
+
+
+class Kept(Protocol):
+  """Results from before; see `keep.Scores`."""
+
+  def get(self, request: Request) -> Scored | None: ...
+  def add(self, done: Sequence[tuple[Request, Scored]]) -> None: ...
+
+
+def rolling(
+    tokens: Sequence[int], *, window: int, stride: int, prefix: int | None = None) -> list[Request]:
+  """Requests that score each token of a long text once, in sliding windows.
+
+  The first has as many targets as fit, each later one up to `stride`; all have as much context as
+  fits. With stride = window these are lm-evaluation-harness's windows (get_rolling_token_windows).
+
+  Args:
+    tokens: of the text.
+    window: positions of the model that are used.
+    stride: targets of a window, at most `window`.
+    prefix: an id before the text; None: the text's first token is context alone, never a target.
+  """
+  if not 1 <= stride <= window:
+    raise UserError(f'stride {stride} must be at least 1 and at most the window, {window}.')
+  text = list(tokens) if prefix is None else [prefix, *tokens]
+  requests, start = [], 1
+  while start < len(text):
+    end = min(len(text), start + (window if start == 1 else stride))
+    requests.append(Request(text[max(0, end - window - 1):start], text[start:end]))
+    start = end
+  return requests
+
+
+def check(config: GPTConfig, requests: Sequence[Request]) -> None:
+  """Raises a UserError that names a request which this model can't score."""
+  if config.head != 'lm':
+    raise UserError('this model has a classification head: there is no next token to score.')
+  for i, request in enumerate(requests):
+    if not len(request.context) or not len(request.target):
+      raise UserError(f'request {i} has no context or no target: begin a text with the '
+                      'end-of-text id.')
+    if len(request.target) > config.n_positions:
+      raise UserError(f'request {i} has {len(request.target)} tokens to score; the model\'s context '
+                      f'is {config.n_positions} (n_positions). Split it, as `rolling` does.')
+    bad = next((t for ids in (request.context, request.target) for t in (min(ids), max(ids))
+                if not 0 <= t < config.vocab_size), None)
+    if bad is not None:
+      raise UserError(f'request {i} holds token id {bad}, but the vocabulary has '
+                      f'{config.vocab_size} ids: the tokenizer is not this model\'s.')
+
+
+def score(
+    model: GPT2, requests: Sequence[Request], *, progress: str = 'scoring',
+    kept: Kept | None = None) -> list[Scored]:
+  """Scores requests, in batches of like length.
+
+  Args:
+    model: a language model, on one device or a mesh.
+    requests: what to score.
+    progress: what the bar says.
+    kept: where results are looked up first and left as they are done.
+
+  Returns:
+    The results, in the order of the requests.
+
+  Raises:
+    UserError: names the request that can't be scored.
+  """
+  check(model.config, requests)
+  found: dict[int, Scored] = {}
+  if kept is not None:
+    found = {i: scored for i, r in enumerate(requests) if (scored := kept.get(r)) is not None}
+  params = sharding.whole_rows(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+  todo = [i for i in range(len(requests)) if i not in found]
+  shown = track(progress, len(requests), 'requests', done=len(found))
+  with sharding.mesh_of(params), shown as advance:
+    for numbers, results in _run(model.config, params, requests, todo):
+      done = [(requests[i], scored) for i, scored in zip(numbers, results)]
+      found.update(zip(numbers, results))
+      if kept is not None:
+        kept.add(done)
+      advance(len(done))
+  return [found[i] for i in range(len(requests))]
+
+
+def _shape(config: GPTConfig, request: Request) -> tuple[int, int]:
+  """(T, K): positions, and targets, that the program for a request has room for."""
+  n = len(request.target)
+  T = batching.bucket(
+      min(len(request.context) + n - 1, config.n_positions), config.n_positions)
+  return T, next((few for few in FEW if n <= few < T), T)
+
+
+def _rows(T: int) -> int:
+  """Rows of a batch on the mesh that is set."""
+  return max(1, BATCH_TOKENS[sharding.platform()] // T) * batching.split()
+
+
+def _run(config: GPTConfig, params: Params, requests: Sequence[Request], todo: list[int]
+         ) -> Iterator[tuple[list[int], list[Scored]]]:
+  """Numbers of requests, a batch at a time, and their results; the longest first."""
+  by_shape: dict[tuple[int, int], list[int]] = {}
+  for i in todo:
+    by_shape.setdefault(_shape(config, requests[i]), []).append(i)
+  running = None  # the host collects a batch while the next one is computed
+  for (T, K), numbers in sorted(by_shape.items(), reverse=True):
+    for first in range(0, len(numbers), B := _rows(T)):
+      batch = numbers[first:first + B]
+      arrays = map(batching.place, _arrays([requests[i] for i in batch], B, T, K))
+      started = batch, _score(config, params, *arrays, K=K)
+      if running:
+        yield _collect(requests, *running)
+      running = started
+  if running:
+    yield _collect(requests, *running)
+
+
+def _arrays(batch: list[Request], B: int, T: int, K: int) -> tuple[np.ndarray, ...]:
+  """Inputs [B, T], the position before each row's first target [B], and the targets [B, K]."""
+  tokens_BT, starts_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32)
+  targets_BK = np.zeros((B, K), np.int32)
+  for b, request in enumerate(batch):
+    n = len(request.target)
+    inputs = [*request.context[-T:], *request.target][-T - 1:-1]
+    tokens_BT[b, :len(inputs)] = inputs
+    starts_B[b] = len(inputs) - n
+    targets_BK[b, :n] = request.target
+  return tokens_BT, starts_B, targets_BK
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'K'))
+def _score(config: GPTConfig, params: Params, tokens_BT, starts_B, targets_BK, *, K: int):
+  """Log-probabilities of K targets a row and whether each is the likeliest, [B, K]."""
+  model = bind(config, params)
+  x_BTD = model.transformer(tokens_BT).x_BTD
+  B, T = tokens_BT.shape
+
+  def take(_, rows):
+    x_BTD, starts_B = rows
+    at_BK = jnp.minimum(starts_B[:, None] + jnp.arange(K), T - 1)  # behind the targets: not read
+    return jnp.take_along_axis(x_BTD, at_BK[..., None], axis=1)
+
+  def some(parts):
+    x_BCD, targets_BC = parts
+    logits_BCV = model.logits(x_BCD)
+    ids_V = jnp.arange(logits_BCV.shape[-1])
+    # masked sums, since a gather along V fails where V is sharded; XLA fuses them
+    target_BC = jnp.where(targets_BC[..., None] == ids_V, logits_BCV, 0).sum(-1)
+    before = (logits_BCV == target_BC[..., None]) & (ids_V < targets_BC[..., None])
+    greedy_BC = (logits_BCV <= target_BC[..., None]).all(-1) & ~before.any(-1)
+    return target_BC - jax.nn.logsumexp(logits_BCV, axis=-1), greedy_BC
+
+  x_BKD = sharding.by_rows(take, (), (x_BTD, starts_B))
+  C = max(1, LOGITS * batching.split() // (B * config.padded_vocab_size))
+  parts = [some((x_BKD[:, c:c + C], targets_BK[:, c:c + C])) for c in range(0, K, C)]
+  return tuple(jnp.concatenate(values, axis=1) for values in zip(*parts))
+
+
+def _collect(requests: Sequence[Request], numbers: list[int], arrays: Any
+             ) -> tuple[list[int], list[Scored]]:
+  logprobs_BK, greedy_BK = batching.fetch(arrays)
+  sizes = [len(requests[i].target) for i in numbers]
+  return numbers, [Scored(logprobs_BK[b, :n].copy(), greedy_BK[b, :n].copy())
+                   for b, n in enumerate(sizes)]
