@@ -9,7 +9,7 @@ number of rows of its batch, follow from its own lengths, the model and the devi
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from flax import nnx
 from gpt2_jax import batching, sharding
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError
+from gpt2_jax.evaluation.keep import Kept
 from gpt2_jax.model import GPT2, Params, bind
 from gpt2_jax.progress import track
 
@@ -54,13 +55,6 @@ class Scored:
   greedy: np.ndarray
 
 
-class Kept(Protocol):
-  """Results from before; see `keep.Scores`."""
-
-  def get(self, request: Request) -> Scored | None: ...
-  def add(self, done: Sequence[tuple[Request, Scored]]) -> None: ...
-
-
 def rolling(
     tokens: Sequence[int], *, window: int, stride: int, prefix: int | None = None) -> list[Request]:
   """Requests that score each token of a long text once, in sliding windows.
@@ -76,9 +70,9 @@ def rolling(
   """
   if not 1 <= stride <= window:
     raise UserError(f'stride {stride} must be at least 1 and at most the window, {window}.')
-  text = list(tokens) if prefix is None else [prefix, *tokens]
+  text = np.asarray([*([] if prefix is None else [prefix]), *tokens], np.int32)
   requests, start = [], 1
-  while start < len(text):
+  while start < len(text):  # slices are views: a window costs no memory
     end = min(len(text), start + (window if start == 1 else stride))
     requests.append(Request(text[max(0, end - window - 1):start], text[start:end]))
     start = end
@@ -96,8 +90,8 @@ def check(config: GPTConfig, requests: Sequence[Request]) -> None:
     if len(request.target) > config.n_positions:
       raise UserError(f'request {i} has {len(request.target)} tokens to score; the model\'s context '
                       f'is {config.n_positions} (n_positions). Split it, as `rolling` does.')
-    bad = next((t for ids in (request.context, request.target) for t in (min(ids), max(ids))
-                if not 0 <= t < config.vocab_size), None)
+    edges = [t for ids in (request.context, request.target) for t in (np.min(ids), np.max(ids))]
+    bad = next((t for t in edges if not 0 <= t < config.vocab_size), None)
     if bad is not None:
       raise UserError(f'request {i} holds token id {bad}, but the vocabulary has '
                       f'{config.vocab_size} ids: the tokenizer is not this model\'s.')
@@ -121,20 +115,32 @@ def score(
     UserError: names the request that can't be scored.
   """
   check(model.config, requests)
-  found: dict[int, Scored] = {}
-  if kept is not None:
-    found = {i: scored for i, r in enumerate(requests) if (scored := kept.get(r)) is not None}
+  keys = [] if kept is None else [
+      kept.key('score', np.asarray(r.context)[-model.config.n_positions:], r.target)
+      for r in requests]
+  found = {i: _thawed(value) for i, key in enumerate(keys)
+           if kept is not None and (value := kept.get(key)) is not None}
   params = sharding.whole_rows(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
   todo = [i for i in range(len(requests)) if i not in found]
   shown = track(progress, len(requests), 'requests', done=len(found))
   with sharding.mesh_of(params), shown as advance:
     for numbers, results in _run(model.config, params, requests, todo):
-      done = [(requests[i], scored) for i, scored in zip(numbers, results)]
       found.update(zip(numbers, results))
       if kept is not None:
-        kept.add(done)
-      advance(len(done))
+        kept.add({keys[i]: _frozen(scored) for i, scored in zip(numbers, results)})
+      advance(len(numbers))
   return [found[i] for i in range(len(requests))]
+
+
+def _frozen(scored: Scored) -> list[str]:
+  """A result for JSON, to the last bit."""
+  return [scored.logprobs.astype('<f4').tobytes().hex(), np.packbits(scored.greedy).tobytes().hex()]
+
+
+def _thawed(value: list[str]) -> Scored:
+  logprobs = np.frombuffer(bytes.fromhex(value[0]), '<f4').astype(np.float32)
+  bits = np.unpackbits(np.frombuffer(bytes.fromhex(value[1]), np.uint8), count=len(logprobs))
+  return Scored(logprobs, bits.astype(bool))
 
 
 def _shape(config: GPTConfig, request: Request) -> tuple[int, int]:

@@ -1,0 +1,86 @@
+"""Results that outlive the process: what an evaluation found before it was killed.
+
+A file of JSON lines, each a key and what was found under it, appended and flushed as a batch is done.
+A line that a kill cut short is dropped when the file is read. A key names all that a result follows
+from: parameters, numerics, version, request.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from flax.traverse_util import flatten_dict
+
+from gpt2_jax import batching, sharding
+from gpt2_jax.errors import saving
+from gpt2_jax.model import GPT2
+
+
+def fingerprint(model: GPT2) -> str:
+  """Names a model's function: SHA-256 of its config and all of its parameters, whatever the mesh."""
+  digest = hashlib.sha256(repr(model.config).encode())
+  params: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  with sharding.mesh_of(params):
+    for path, leaf in sorted(flatten_dict(params).items(), key=lambda item: repr(item[0])):
+      value = np.ascontiguousarray(batching.fetch(leaf))
+      digest.update(f'{path} {value.dtype} {value.shape}'.encode())
+      digest.update(value.view(np.uint8).data)
+  return digest.hexdigest()
+
+
+class Kept:
+  """Results by key, in a file, in memory as well.
+
+  Args:
+    path: of the file; None: in memory alone.
+    identity: of the model, as `fingerprint` gives it.
+  """
+
+  def __init__(self, path: Path | None, identity: str):
+    self.path = path
+    numerics = jax.default_backend(), jax.device_count(), jax.__version__
+    self.identity = f'{identity} {numerics} {importlib.metadata.version("gpt2_jax")}'
+    self._found: dict[str, Any] = {}
+    if path is not None and path.exists():
+      whole = path.read_bytes().rpartition(b'\n')[0]
+      if len(whole) + 1 < path.stat().st_size:  # a line was cut short: the next one begins anew
+        with saving('scores', path), open(path, 'r+b') as f:
+          f.truncate(len(whole) + 1 if whole else 0)
+      for line in whole.splitlines():
+        key, value = json.loads(line)
+        self._found[key] = value
+
+  def key(self, *parts: Any) -> str:
+    """Names a question to the model; parts are numbers, texts, arrays."""
+    digest = hashlib.sha256(self.identity.encode())
+    for part in parts:
+      data = np.asarray(part, np.int32).tobytes() if not isinstance(part, str) else part.encode()
+      digest.update(f'{len(data)} '.encode() + data)
+    return digest.hexdigest()[:32]
+
+  def get(self, key: str) -> Any:
+    """What was found, None where nothing was."""
+    return self._found.get(key)
+
+  def add(self, found: Mapping[str, Any]) -> None:
+    """Leaves what was found; values are those of JSON."""
+    self._found.update(found)
+    if self.path is None:
+      return
+    lines = ''.join(json.dumps(item, separators=(',', ':')) + '\n' for item in found.items())
+    with saving('scores', self.path), open(self.path, 'ab') as f:
+      f.write(lines.encode())
+      f.flush()
+      os.fsync(f.fileno())
+
+  def remove(self) -> None:
+    """Removes the file: its results stand elsewhere."""
+    if self.path is not None:
+      self.path.unlink(missing_ok=True)
