@@ -10,6 +10,8 @@ import http.client
 import lzma
 import os
 import shutil
+import socket
+import ssl
 import tarfile
 import time
 import urllib.error
@@ -79,7 +81,7 @@ def fetch(source: Source) -> Path:
 
 
 def _by_hand(path: Path) -> str:
-  return f'Then name the file or its folder with --data PATH, or save it as {path}.'
+  return f'Then save it as {path}, or tell `evaluate` where it is with --data PATH.'
 
 
 def _download(url: str, path: Path, source: Source) -> None:
@@ -119,7 +121,10 @@ def _transfer_all(url: str, part: Path, source: Source) -> None:
         raise _Failed(f'HTTP {e.code} {e.reason}') from e
       why = f'HTTP {e.code} {e.reason}'
     except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as e:
-      why = str(getattr(e, 'reason', e)) or type(e).__name__
+      reason = getattr(e, 'reason', e)
+      why = str(reason) or type(reason).__name__
+      if isinstance(reason, (socket.gaierror, ssl.SSLCertVerificationError)):
+        raise _Failed(why) from e  # no network, or no site to be trusted: time changes nothing
     idle = 0 if source.sha256 and have() > before else idle + 1
     if idle == ATTEMPTS:
       raise _Failed(f'{why} ({ATTEMPTS} times)')
@@ -173,7 +178,8 @@ def unpack(archive: Path, names: Sequence[str]) -> list[Path]:
         raise UserError(f'{archive} is damaged ({e}): remove it, and it is fetched again.') from e
   for name, path in paths.items():
     if not path.exists():
-      raise UserError(f'{archive} has no {name}.')
+      raise UserError(f'{archive} has no {name}: it is another archive, or cut short. Remove it, and '
+                      'it is fetched again.')
   return list(paths.values())
 
 
