@@ -352,6 +352,17 @@ def test_a_file_without_a_known_hash_is_trusted_once(site):
     downloads.fetch(source)
 
 
+def test_a_file_put_there_by_hand_is_checked(site):
+  source = published(site)
+  downloads.cache().mkdir(parents=True)
+  path = downloads.cache() / 'a.bin'
+  path.write_bytes(CONTENT[:-1])
+  with pytest.raises(UserError, match='is another file: its sha256 is .*Remove it'):
+    downloads.fetch(source)
+  path.write_bytes(CONTENT)
+  assert downloads.fetch(source) == path and not site.asked
+
+
 def test_two_processes_fetch_once(site):
   source = published(site)
   code = f'''

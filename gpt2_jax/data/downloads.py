@@ -52,14 +52,14 @@ def fetch(source: Source) -> Path:
   """The path of a published file, fetched unless it is there, with its sha256 checked.
 
   A transfer that was stopped goes on where it was, in the next process too. Only a file that was
-  checked gets its name.
+  checked gets its name; one that was put there by hand is checked when it is first read.
 
   Raises:
     UserError: no address serves it, or none serves what the sha256 says; has the manual steps.
   """
   path = cache() / source.file
   if path.exists():
-    return path
+    return _check_by_hand(path, source)
   if not source.urls:
     raise UserError(f'{source.file} is not for a program to fetch: {source.steps}. {_by_hand(path)}')
   with saving(source.file, path.parent):
@@ -84,23 +84,41 @@ def _by_hand(path: Path) -> str:
   return f'Then save it as {path}, or tell `evaluate` where it is with --data PATH.'
 
 
-def _download(url: str, path: Path, source: Source) -> None:
-  part = path.with_name(path.name + '.part')
-  resumed = source.sha256 is not None and part.exists()
-  _transfer_all(url, part, source)
-  found = sha256_of(part)
-  if resumed and found != source.sha256:  # the part may have been of another file
-    part.unlink()
-    _transfer_all(url, part, source)
-    found = sha256_of(part)
-  record = path.with_name(path.name + '.sha256')
+def _record(path: Path) -> Path:
+  """Where the sha256 of a file that was checked is written."""
+  return path.with_name(path.name + '.sha256')
+
+
+def _check(content: Path, path: Path, source: Source) -> None:
+  """Checks what is to be, or is, the file at `path`, and records its sha256."""
+  found, record = sha256_of(content), _record(path)
   wanted = source.sha256 or (record.read_text().strip() if record.exists() else found)
   if found != wanted:
-    part.unlink()
     known = 'by ' + source.pinned if source.sha256 else f'when it was first fetched ({record})'
     raise _Failed(f'its sha256 is {found}, not {wanted}, as it was {known}')
-  if source.sha256 is None:
-    record.write_text(found + '\n')
+  record.write_text(found + '\n')
+
+
+def _check_by_hand(path: Path, source: Source) -> Path:
+  if source.urls and not _record(path).exists():
+    try:
+      _check(path, path, source)
+    except _Failed as e:
+      raise UserError(f'{path} is another file: {e}. Remove it.') from e
+  return path
+
+
+def _download(url: str, path: Path, source: Source) -> None:
+  part = path.with_name(path.name + '.part')
+  for begun in (part.exists(), False):
+    _transfer_all(url, part, source)
+    try:
+      _check(part, path, source)
+      break
+    except _Failed:
+      part.unlink()
+      if not begun:  # else what was there may have been of another file
+        raise
   part.rename(path)
 
 
@@ -115,6 +133,7 @@ def _transfer_all(url: str, part: Path, source: Source) -> None:
     try:
       return _transfer(url, part, before, source)
     except urllib.error.HTTPError as e:
+      e.close()
       if e.code == 416:  # there is nothing behind what is here: it is of another file
         part.unlink(missing_ok=True)
       elif e.code < 500 and e.code not in (408, 429):
