@@ -63,9 +63,9 @@ def _configs(**described: str) -> list[tfds.core.BuilderConfig]:
 
 
 def articles(text: str) -> list[str]:
-  """WikiText cut before each title, ` = TITLE = `; joined they are the text."""
-  starts = [match.start() for match in re.finditer(r'^ = (?!=).*(?<!=) = $', text, re.M)]
-  edges = [0, *starts[1:], len(text)]
+  """WikiText cut before each title, ` = TITLE = ` between blank lines; joined they are the text."""
+  titles = re.finditer(r'(?<=\n \n) = (?!=).*(?<!=) = \n(?= \n)', text)
+  edges = [0, *(title.start() for title in titles), len(text)]
   return [text[start:stop] for start, stop in zip(edges, edges[1:]) if stop > start]
 
 
