@@ -164,7 +164,7 @@ MONEY = {c: c for c in '$£#'}
 WIKITEXT = Rules(
     opening=QUOTE | BRACKETS | MONEY, closing=QUOTE | PUNCTUATION | {'°': '°', "'": "'"},
     suffix=r"'[A-Za-z]{1,2}|\.\.\.",
-    inside=(r'(?<=\w)-(?=\w)', r'(?<=\d),(?=\d)', r'(?<=\d)\.(?=\d)'), pad=' ')
+    inside=(r'(?<=[\w>])-(?=[\w<])', r'(?<=[\d>]),(?=[\d<])', r'(?<=[\d>])\.(?=[\d<])'), pad=' ')
 # what the paper's N stands for is a number; any would do, since no token is one
 PTB = Rules(opening=MONEY, closing={'%': '%', "'": "'"}, suffix=r"'[a-z]{1,2}|n't", alone={'1': 'N'},
             pad=' ')
