@@ -171,6 +171,9 @@ def test_what_was_scored_before_a_kill_is_not_scored_again(model, tmp_path, monk
   assert not batches
   score(model, asked[:1], kept=keep.Kept(path, 'another model'))
   assert batches
+  path.write_text('something else\n')
+  with pytest.raises(UserError, match='remove it'):
+    keep.Kept(path, 'model')
 
 
 def test_a_request_that_cannot_be_scored_is_named(model):

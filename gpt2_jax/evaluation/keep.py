@@ -19,7 +19,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from gpt2_jax import batching, sharding
-from gpt2_jax.errors import saving
+from gpt2_jax.errors import UserError, saving
 from gpt2_jax.model import GPT2
 
 
@@ -41,6 +41,9 @@ class Kept:
   Args:
     path: of the file; None: in memory alone.
     identity: of the model, as `fingerprint` gives it.
+
+  Raises:
+    UserError: the file is another.
   """
 
   def __init__(self, path: Path | None, identity: str):
@@ -53,9 +56,10 @@ class Kept:
       if len(whole) + 1 < path.stat().st_size:  # a line was cut short: the next one begins anew
         with saving('scores', path), open(path, 'r+b') as f:
           f.truncate(len(whole) + 1 if whole else 0)
-      for line in whole.splitlines():
-        key, value = json.loads(line)
-        self._found[key] = value
+      try:
+        self._found = dict(json.loads(line) for line in whole.splitlines())
+      except (ValueError, TypeError) as e:
+        raise UserError(f'{path} holds no scores that were kept ({e}): remove it.') from None
 
   def key(self, *parts: Any) -> str:
     """Names a question to the model; parts are numbers, texts, arrays."""
