@@ -69,7 +69,8 @@ def slug(spec: str) -> str:
 # --- readers: Piece, field -> documents -------------------------------------------------------
 
 
-def _utf8(content: bytes, where: str) -> str:
+def utf8(content: bytes, where: str) -> str:
+  """The text of a file or line `where`, without a byte order mark; a UserError if it is not UTF-8."""
   try:
     return content.decode('utf-8-sig')
   except UnicodeDecodeError as e:
@@ -78,12 +79,12 @@ def _utf8(content: bytes, where: str) -> str:
 
 
 def _read_text(piece: Piece, field: str) -> Iterator[Document]:
-  yield Document(_utf8(Path(piece.path).read_bytes(), piece.path))
+  yield Document(utf8(Path(piece.path).read_bytes(), piece.path))
 
 
 def _parse_line(line: bytes, where: str, field: str) -> Document:
   try:
-    return Document(json.loads(_utf8(line, where))[field])
+    return Document(json.loads(utf8(line, where))[field])
   except json.JSONDecodeError as e:
     raise UserError(f'{where}: not a line of JSON ({e}).') from e
   except (KeyError, TypeError) as e:
@@ -147,6 +148,7 @@ def _tfds_builder(name: str) -> Any:
   import tensorflow_datasets as tfds
   if Path(name).is_dir():
     return tfds.builder_from_directory(name)
+  from gpt2_jax.data import builders  # noqa: F401  its classes are known by name once imported
   tfds.text  # noqa: B018  the builders of text are known only once this was touched
   return tfds.builder(name, file_format='array_record')
 
@@ -159,7 +161,7 @@ def _read_tfds(piece: Piece, field: str) -> Iterator[Document]:
     except KeyError as e:
       raise UserError(f'tfds:{piece.path} has the features {sorted(source[i])}, not {field!r}. '
                       f'{DATA_FIELDS}') from e
-    yield Document(_utf8(text, f'tfds:{piece.path} {i}') if isinstance(text, bytes) else text)
+    yield Document(utf8(text, f'tfds:{piece.path} {i}') if isinstance(text, bytes) else text)
 
 
 def _read_bin(piece: Piece, field: str) -> Iterator[Document]:
@@ -247,6 +249,8 @@ def _open_tfds(spec: str, name: str) -> Corpus:
     builder = _tfds_builder(name)
     builder.download_and_prepare()
     examples = builder.info.splits['train'].num_examples
+  except UserError:  # of a builder of ours
+    raise
   except Exception as e:  # the library raises kinds of its own for each of many causes
     raise UserError(f'corpus {spec!r} can\'t be had: {type(e).__name__}: '
                     f'{str(e).strip().splitlines()[0] if str(e) else ""}. See the catalog of '
@@ -257,7 +261,8 @@ def _open_tfds(spec: str, name: str) -> Corpus:
   pieces = [Piece('tfds', name, start, min(start + step, examples),
                   int(mean * (min(start + step, examples) - start)))
             for start in range(0, examples, step)]
-  return Corpus(spec, 'see its page in the catalog of TensorFlow Datasets',
+  licence = getattr(builder, 'licence', 'see its page in the catalog of TensorFlow Datasets')
+  return Corpus(spec, licence,
                 {'tfds': builder.info.full_name, 'examples': examples}, pieces)
 
 

@@ -1,0 +1,194 @@
+"""Benchmarks' files, in the formats they were published in, as lists of examples.
+
+A reader takes a file's bytes and its name (for messages, and where the name says what it holds).
+What each gives is told in `benchmarks.py`. Texts are left as they are: to undo a tokenisation is up
+to a protocol. A file that is not as published is a UserError with the line.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import PurePath
+
+from gpt2_jax.data.corpora import utf8
+from gpt2_jax.errors import UserError
+
+HELD_OUT_BYTES = 5_000_000  # enwik8 and text8: the last 5 of 100 MB are the test set
+WSC = 273  # of the 285 schemas in the collection
+PRONOUNS = {'he', 'him', 'his', 'himself', 'she', 'her', 'hers', 'herself'}
+
+
+@contextlib.contextmanager
+def _reading(place: str, wanted: str):
+  """Turns what goes wrong while an example is taken apart into a `UserError`."""
+  try:
+    yield
+  except (KeyError, IndexError, TypeError, ValueError, AttributeError) as e:
+    raise UserError(f'{place}: wanted {wanted} ({type(e).__name__}: {e}).') from e
+
+
+def _lines(content: bytes, where: str) -> Iterator[tuple[str, str]]:
+  """(place, line) of the lines that aren't blank."""
+  for number, line in enumerate(utf8(content, where).split('\n'), 1):
+    if line.strip():
+      yield f'{where}, line {number}', line.removesuffix('\r')
+
+
+def _words(text: str) -> str:
+  return ' '.join(text.split())
+
+
+def text(content: bytes, where: str) -> list[dict]:
+  return [{'text': utf8(content, where)}]
+
+
+def last_bytes(content: bytes, where: str) -> list[dict]:
+  """The test set of enwik8 or text8, from all of it or from a file of the test set alone."""
+  return [{'text': content[-HELD_OUT_BYTES:]}]
+
+
+def lambada(content: bytes, where: str) -> list[dict]:
+  examples = []
+  for place, line in _lines(content, where):
+    with _reading(place, '{"text": TEXT}'):
+      examples.append({'text': str(json.loads(line)['text'])})
+  return examples
+
+
+def cbt(content: bytes, where: str) -> list[dict]:
+  """Lines `1 SENTENCE` to `20 SENTENCE`, then `21 QUESTION⇥ANSWER⇥⇥OPTION|…|OPTION`."""
+  examples, context = [], []
+  for place, line in _lines(content, where):
+    number, _, sentence = line.partition(' ')
+    with _reading(place, f'the line {len(context) + 1} of a question of the Children\'s Book Test'):
+      if int(number) != len(context) + 1:
+        raise ValueError(number)
+      if len(context) < 20:
+        context.append(sentence.strip())
+        continue
+      question, answer, *_, options = (part.strip() for part in sentence.split('\t'))
+      options = options.split('|')
+      if 'XXXXX' not in question or answer not in options:
+        raise ValueError('the question has no XXXXX, or its answer is not among the options')
+    examples.append({'context': context, 'question': question, 'answer': answer, 'options': options})
+    context = []
+  if context:
+    raise UserError(f'{where} ends in the middle of a question: it is cut short.')
+  return examples
+
+
+def _clean(text: str) -> str:
+  """Without WikiHow's marks, as in lm-evaluation-harness' tasks/hellaswag/utils.py."""
+  return re.sub(r'\[.*?\]', '', text.strip().replace(' [title]', '. ')).replace('  ', ' ')
+
+
+def hellaswag(content: bytes, where: str) -> list[dict]:
+  """Lines as published (`ctx_a`, `ctx_b`, `activity_label`), or with a `query` made of them."""
+  examples = []
+  for place, line in _lines(content, where):
+    with _reading(place, 'an example of HellaSwag with its label'):
+      row = json.loads(line)
+      query, endings, label = row.get('query'), list(row['endings']), int(row['label'])
+      if query is None:
+        query = _clean(f'{row["activity_label"]}: {row["ctx_a"]} {row["ctx_b"].capitalize()}')
+        endings = [_clean(ending) for ending in endings]
+      if len(endings) != 4 or not 0 <= label < 4:
+        raise ValueError(f'{len(endings)} endings, label {label}')
+    examples.append({'query': query, 'endings': endings, 'label': label})
+  return examples
+
+
+def winogrande(content: bytes, where: str) -> list[dict]:
+  examples = []
+  for place, line in _lines(content, where):
+    with _reading(place, 'an example of Winogrande with its answer, 1 or 2'):
+      row = json.loads(line)
+      example = {key: row[key] for key in ('sentence', 'option1', 'option2', 'answer')}
+      if '_' not in example['sentence'] or example['answer'] not in ('1', '2'):
+        raise ValueError(f'sentence {example["sentence"]!r}, answer {example["answer"]!r}')
+    examples.append(example)
+  return examples
+
+
+def _schema(left: str, pronoun: str, right: str, options: list[str], label: int) -> dict:
+  left, pronoun, right = _words(left), _words(pronoun), _words(right)
+  options = [_words(option) for option in options]
+  if not pronoun or len(options) != 2 or label not in (0, 1):
+    raise ValueError(f'pronoun {pronoun!r}, options {options}, label {label}')
+  gap = '' if len(right) == 1 else ' '  # a full stop
+  return {'text': f'{left} [{pronoun}]{gap}{right}'.strip(), 'options': options,
+          'answer': options[label]}
+
+
+def wsc273(content: bytes, where: str) -> list[dict]:
+  """WSCollection.xml, or the same as JSON: a list or lines of text, pronoun, pronoun_loc, options, label.
+
+  The JSON fields are those of the hub's data set `winograd_wsc`.
+  """
+  if content.lstrip().startswith(b'<'):
+    return _wsc_xml(content, where)
+  whole = content.lstrip().startswith(b'[')
+  examples = []
+  for place, line in ([(where, utf8(content, where))] if whole else _lines(content, where)):
+    with _reading(place, 'text, pronoun, pronoun_loc, options and label of a Winograd schema'):
+      for row in (json.loads(line) if whole else [json.loads(line)]):
+        at, pronoun, whole_text = int(row['pronoun_loc']), row['pronoun'], row['text']
+        if whole_text[at:at + len(pronoun)] != pronoun:
+          raise ValueError(f'{pronoun!r} is not at {at} of {whole_text!r}')
+        examples.append(_schema(whole_text[:at], pronoun, whole_text[at + len(pronoun):],
+                                list(row['options']), int(row['label'])))
+  return examples[:WSC]
+
+
+def _wsc_xml(content: bytes, where: str) -> list[dict]:
+  try:
+    root = ElementTree.fromstring(content)
+  except ElementTree.ParseError as e:
+    raise UserError(f'{where} is not well-formed XML ({e}): fetch it again.') from e
+  examples = []
+  for number, schema in enumerate(root.iter('schema'), 1):
+    with _reading(f'{where}, schema {number}', 'txt1, pron, txt2, two answers and correctAnswer'):
+      right = re.search('[AB]', schema.findtext('correctAnswer') or '')
+      examples.append(_schema(
+          schema.findtext('text/txt1') or '', schema.findtext('text/pron') or '',
+          schema.findtext('text/txt2') or '',
+          [answer.text or '' for answer in schema.findall('answers/answer')],
+          'AB'.index(right[0]) if right else -1))
+  return examples[:WSC]
+
+
+def crows_pairs(content: bytes, where: str) -> list[dict]:
+  columns = ('sent_more', 'sent_less', 'stereo_antistereo', 'bias_type')
+  examples = []
+  for number, row in enumerate(csv.DictReader(io.StringIO(utf8(content, where), newline='')), 1):
+    with _reading(f'{where}, pair {number}', f'the columns {", ".join(columns)}'):
+      example = {name: row[name].strip() for name in columns}
+      if example['stereo_antistereo'] not in ('stereo', 'antistereo'):
+        raise ValueError(f'stereo_antistereo is {example["stereo_antistereo"]!r}')
+    examples.append(example)
+  return examples
+
+
+def winobias(content: bytes, where: str) -> list[dict]:
+  """Lines `1 [The REFERENT] … [PRONOUN] …`; the file's name says which side and type they are of."""
+  named = re.match(r'(pro|anti)_stereotyped_type([12])\.', PurePath(where).name)
+  if not named:
+    raise UserError(f'{where}: a file of WinoBias keeps its name, for example '
+                    'pro_stereotyped_type1.txt.test, since it alone says what its sentences are.')
+  examples = []
+  for place, line in _lines(content, where):
+    line = re.sub(r'^\d+\s+', '', line).strip()
+    marked = [_words(part) for part in re.findall(r'\[(.*?)\]', line)]
+    with _reading(place, 'a sentence with a [referent] and its [pronoun]'):
+      pronoun = next((part for part in marked if part.lower() in PRONOUNS), None)
+      referent = next((part for part in marked if part.lower() not in PRONOUNS), None)
+      if not pronoun or not referent:
+        raise ValueError(f'in brackets: {marked}')
+    sentence = re.sub(r'\[\s*(.*?)\s*\]', r'\1', line)
+    examples.append({'sentence': sentence, 'pronoun': pronoun, 'referent': referent,
+                     'stereotyped': named[1] == 'pro', 'type': named[2]})
+  return examples
