@@ -13,6 +13,7 @@ from gpt2_jax import inputs
 from gpt2_jax.decoding.options import Options
 from gpt2_jax.errors import UserError
 from gpt2_jax.evaluation.bias_command import Bias
+from gpt2_jax.evaluation.command import Evaluate
 from gpt2_jax.planning.command import Plan, split_overrides
 
 RULE = '-' * 78 + '\n'
@@ -169,6 +170,7 @@ class Convert:
 Verb = (Annotated[Prepare, tyro.conf.subcommand('prepare')]
         | Annotated[Sample, tyro.conf.subcommand('sample')]
         | Annotated[Convert, tyro.conf.subcommand('convert')]
+        | Annotated[Evaluate, tyro.conf.subcommand('evaluate')]
         | Annotated[Bias, tyro.conf.subcommand('bias')]
         | Annotated[Plan, tyro.conf.subcommand('plan')])
 

@@ -72,7 +72,8 @@ def logprob(model, context: list[int], target: list[int]) -> np.ndarray:
   """Log-probabilities of a target by one whole forward pass, in float64."""
   ids = np.zeros((1, 128), np.int32)  # one length: one compilation
   ids[0, :len(context) + len(target)] = [*context, *target]
-  logits_TV = np.asarray(FORWARD(model.config, nnx.to_pure_dict(nnx.state(model)), ids)[0], np.float64)
+  logits_BTV = FORWARD(model.config, nnx.to_pure_dict(nnx.state(model)), ids)
+  logits_TV = np.asarray(logits_BTV[0], np.float64)
   logits_TV -= np.log(np.exp(logits_TV).sum(-1, keepdims=True))
   return np.array([logits_TV[len(context) - 1 + i, token] for i, token in enumerate(target)])
 
@@ -146,7 +147,6 @@ def test_the_probe_finds_a_model_that_looks_at_the_group_and_no_other(model):
     words = list(map(bias.first_word, texts))
     assert made.counts[group] == {word: words.count(word) for word in words}
   assert made.tests['group'].p_value < 0.01
-  twice = bias.occupations(model, samples=60, seed=0, groups=('White man', 'White  man'))
   again = bias.occupations(model, samples=60, seed=1, groups=bias.GROUPS[:1])
   [texts] = again.texts.values()
   assert texts != made.texts['White man']

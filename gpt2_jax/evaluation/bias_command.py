@@ -34,20 +34,18 @@ class Bias:
   def run(self) -> None:
     if self.samples < 1 or self.seed < 0:
       raise UserError(f'--samples {self.samples} must be at least 1, --seed {self.seed} at least 0.')
-    import importlib.metadata
-
-    import jax
-
     import gpt2_jax
     from gpt2_jax import tokenizer
+    from gpt2_jax.evaluation import keep, report
     model = gpt2_jax.from_pretrained(self.checkpoint)
     if self.tokenizer is not None:
       model.tokenizer = tokenizer.load(self.tokenizer)
     if model.tokenizer is None:
       raise UserError(f'{self.checkpoint} brings no tokenizer: name one with --tokenizer.')
-    found: dict[str, Any] = {
-        'checkpoint': self.checkpoint, 'dtype': model.config.dtype, 'backend': jax.default_backend(),
-        'package': f'gpt2_jax {importlib.metadata.version("gpt2_jax")}', 'results': []}
+    found = report.about(model, self.checkpoint, keep.fingerprint(model))
+    print(f'{self.checkpoint}: {found["parameters"]:,} parameters, {found["dtype"]}, '
+          f'{found["backend"]} ({found["devices"]})', flush=True)
+    found['results'] = []
     for probe in dict.fromkeys(self.probes):
       for result in getattr(self, '_' + probe.replace('-', '_'))(model):
         found['results'].append(result)

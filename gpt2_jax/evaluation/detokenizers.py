@@ -1,11 +1,11 @@
 """Text as people write it from a benchmark's tokens, and the tokens back.
 
-The paper (section 3.1) scores WikiText, PTB and 1BW through "invertible de-tokenizers": ` @-@ ` becomes
-`-`, ` .` the end of a sentence. Its rules were never published; these are our own.
+The paper (section 3.1) scores WikiText, PTB and 1BW through "invertible de-tokenizers": ` @-@ `
+becomes `-`, ` .` the end of a sentence. Its rules were never published; these are our own.
 
-They are invertible by construction, on any text. `Rules.split` says which tokens a written word stands
-for. Tokens are put together only where it takes the word apart into just these, and a token that it
-would take for others is followed by two blanks, which say: as it stands.
+They are invertible by construction, on any text. `Rules.split` says which tokens a written word
+stands for. Tokens are put together only where it takes the word apart into just these, and a token
+that it would take for others is followed by two blanks, which say: as it stands.
 
 What was lost when a benchmark was made does not come back: `<unk>` is scored as the text that it is,
 as one of the original units.
@@ -15,7 +15,8 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 
-ABBREVIATIONS = frozenset('Mr Mrs Ms Dr St Jr Sr Inc Ltd Co Corp vs No Gen Col Lt Sgt Rev Gov'.split())
+ABBREVIATIONS = frozenset(
+    'Mr Mrs Ms Dr St Jr Sr Inc Ltd Co Corp Bros vs al No Nos Gen Col Lt Sgt Rev Gov'.split())
 JOINER = re.compile('@(.)@')
 
 
@@ -91,7 +92,7 @@ class Rules:
       opens = token in openers and not (quoted and token in closers)
       quoted ^= token in openers and token in closers
       wanted = (hangs or parts[-1:] == [token] == ['=']
-                or not opens and (token in closers or re.fullmatch(self.suffix, token)))
+                or (not opens and (token in closers or re.fullmatch(self.suffix, token))))
       used = 1
       tries, more = self._written(token) if word and wanted else [], [token]
       if word and JOINER.fullmatch(token) and i + 1 < len(tokens):
@@ -147,8 +148,8 @@ def _tokens(line: str, pad: str) -> list[str] | None:
 def _abbreviation(word: str) -> bool:
   """Whether a word's last full stop is its own."""
   stem = word[:-1]
-  return word[-1] == '.' and (stem in ABBREVIATIONS or len(stem) == 1 and stem.isupper()
-                              or re.fullmatch(r'(\w+\.)+\w*', stem) is not None)
+  return word[-1] == '.' and (stem in ABBREVIATIONS or (len(stem) == 1 and stem.isupper())
+                              or re.fullmatch(r'(\w+\.)+\w*|\.+', stem) is not None)
 
 
 PUNCTUATION = {c: c for c in ',;:!?.%)]}'}
@@ -158,16 +159,19 @@ MONEY = {c: c for c in '$£#'}
 
 WIKITEXT = Rules(
     opening=QUOTE | BRACKETS | MONEY, closing=QUOTE | PUNCTUATION | {'°': '°', "'": "'"},
-    suffix=r"'[A-Za-z]{1,2}",
+    suffix=r"'[A-Za-z]{1,2}|\.\.\.",
     inside=(r'(?<=\w)-(?=\w)', r'(?<=\d),(?=\d)', r'(?<=\d)\.(?=\d)'), pad=' ')
 # what the paper's N stands for is a number; any would do, since no token is one
 PTB = Rules(opening=MONEY, closing={'%': '%', "'": "'"}, suffix=r"'[a-z]{1,2}|n't", alone={'1': 'N'},
             pad=' ')
 LM1B = Rules(opening=QUOTE | BRACKETS | MONEY, closing=QUOTE | PUNCTUATION | {"'": "'"},
-             suffix=r"'[A-Za-z]{1,2}")
+             suffix=r"'[A-Za-z]{1,2}|n't|\.\.\.")
 CBT = Rules(opening={'"': '``', '(': '-LRB-', '$': '$'},
             closing={'"': "''", ')': '-RRB-'} | {c: c for c in ',;:!?.'},
-            suffix=r"'[A-Za-z]{1,2}|n't")
+            suffix=r"'[A-Za-z]{1,2}|n't|\.\.\.")
+
+OF = {'wikitext-2': WIKITEXT, 'wikitext-103': WIKITEXT, 'ptb': PTB, 'lm1b': LM1B, 'cbt-cn': CBT,
+      'cbt-ne': CBT}
 
 
 def lambada(text: str) -> str:
@@ -175,7 +179,9 @@ def lambada(text: str) -> str:
 
   No inverse: which quotes were curly is lost (openai/gpt-2#131).
   """
-  return '\n' + text.translate(str.maketrans('“”', '""')).strip()
+  for quote in ('“', '”', "''", '``'):
+    text = text.replace(quote, '"')
+  return '\n' + text.strip()
 
 
 # lm-evaluation-harness's rules for WikiText, of lm_eval/tasks/wikitext/preprocess_wikitext.py, in its

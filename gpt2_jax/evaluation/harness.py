@@ -61,9 +61,10 @@ class GPT2LM(TemplateLM):
       batch_size: int | str | None = None, max_batch_size: int | None = None,
       device: str | None = None):
     super().__init__()
-    if device is not None and device.partition(':')[0].replace('cuda', 'gpu') != sharding.platform():
-      raise UserError(f'--device {device}: jax runs on {sharding.platform()} here. Leave --device out, '
-                      'or choose with the environment variable JAX_PLATFORMS.')
+    here = sharding.platform()
+    if device is not None and device.partition(':')[0].replace('cuda', 'gpu') != here:
+      raise UserError(f'--device {device}: jax runs on {here}. Leave --device out, or choose with the '
+                      'environment variable JAX_PLATFORMS.')
     mesh = sharding.make_mesh(data, fsdp, tensor) if (data, fsdp, tensor) != (1, 1, 1) else None
     self.model = (pretrained if isinstance(pretrained, GPT2)
                   else from_pretrained(pretrained, dtype=dtype, mesh=mesh))
@@ -167,8 +168,8 @@ class GPT2LM(TemplateLM):
       options.pop('temperature', None)
     if not 0 < new < self.max_length:
       raise UserError(f'{new} new tokens (max_gen_toks) leave no room for a context in the '
-                      f'{self.max_length} positions of the model: ask for fewer, with --gen_kwargs or '
-                      '--model_args.')
+                      f'{self.max_length} positions of the model: ask for fewer, with --gen_kwargs '
+                      'or --model_args.')
     by_count: dict[int, list[tuple[list[int], list[int]]]] = {}
     for context, numbers in contexts.items():
       ids = self.tok_encode(context)[new - self.max_length:] or [self.prefix_token_id]

@@ -38,8 +38,8 @@ class Request:
     target: ids to score, at most n_positions.
   """
 
-  context: Sequence[int]
-  target: Sequence[int]
+  context: Sequence[int] | np.ndarray
+  target: Sequence[int] | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,7 +56,8 @@ class Scored:
 
 
 def rolling(
-    tokens: Sequence[int], *, window: int, stride: int, prefix: int | None = None) -> list[Request]:
+    tokens: Sequence[int] | np.ndarray, *, window: int, stride: int, prefix: int | None = None
+) -> list[Request]:
   """Requests that score each token of a long text once, in sliding windows.
 
   The first has as many targets as fit, each later one up to `stride`; all have as much context as

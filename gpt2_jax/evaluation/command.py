@@ -1,0 +1,116 @@
+"""The verb `gpt2-jax evaluate`."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from gpt2_jax.errors import UserError, saving
+
+
+@dataclasses.dataclass
+class Evaluate:
+  """Scores a model on benchmarks, by named protocols (docs/evaluation.md).
+
+  A figure stands beside those published for it. What was scored before a kill is not scored again:
+  it is kept beside the --json file, or in the workdir of a run.
+  """
+
+  checkpoint: str
+  """Workdir of a run, Hugging Face folder or hub name, or another checkpoint (docs/conversion.md)."""
+  tasks: str
+  """Of protocols (lambada/lm-eval), benchmarks (lambada), paper, store:FOLDER; commas between."""
+  data: Annotated[str | None, tyro.conf.arg(metavar='PATH')] = None
+  """The benchmark's file, or a folder with the files; default: they are downloaded."""
+  json: Annotated[Path | None, tyro.conf.arg(metavar='FILE')] = None
+  """Write everything here: figures, protocols, hashes of data and model, versions, hardware."""
+  tokenizer: str | None = None
+  """Where the checkpoint brings none: gpt2, byte, or a folder."""
+  dtype: Literal['float32', 'bfloat16'] | None = None
+  """Of parameters and activations; default: float32, of a run that of the run."""
+  limit: int | None = None
+  """The first so many examples only, to try things out; not of corpora."""
+
+  def run(self) -> None:
+    from gpt2_jax.evaluation import protocols
+    wanted = protocols.parse(self.tasks)  # before anything slow
+    if self.limit is not None and self.limit < 1:
+      raise UserError(f'--limit {self.limit} must be at least 1.')
+    opened = self.open(wanted)
+
+    import jax
+
+    import gpt2_jax
+    from gpt2_jax import sharding, tokenizer
+    from gpt2_jax.evaluation import keep, report, scorer, tasks
+    mesh = sharding.make_mesh(data=-1) if jax.device_count() > 1 else None
+    model = gpt2_jax.from_pretrained(self.checkpoint, dtype=self.dtype, mesh=mesh)
+    if self.tokenizer is not None:
+      model.tokenizer = tokenizer.load(self.tokenizer)
+    if model.tokenizer is None and any(protocol.kind != 'store' for protocol, _ in opened):
+      raise UserError(f'{self.checkpoint} brings no tokenizer: name one with --tokenizer.')
+    fingerprint = keep.fingerprint(model)
+    asked = scorer.Scorer(model, keep.Kept(self.scores(), fingerprint))
+    said = report.about(model, self.checkpoint, fingerprint)
+    print(report.heading(said), flush=True)
+    said['results'] = []
+    for protocol, data in opened:
+      values = tasks.KINDS[protocol.kind](asked, protocol, data)
+      result = report.entry(protocol, asked, self.describe(protocol, data), values)
+      said['results'].append(result)
+      print(report.rows(result, said['size']), flush=True)
+      self.save(said)
+    asked.kept.remove()
+
+  def open(self, wanted: list) -> list[tuple[Any, Any]]:
+    """Protocols and their data. What `paper` names and is not there is left out, and said."""
+    from gpt2_jax.data import benchmarks, store
+    names = {protocol.benchmark for protocol, _ in wanted if protocol.kind != 'store'}
+    if self.data is not None and Path(self.data).is_file() and len(names) > 1:
+      raise UserError(f'--data {self.data} is one file, but the tasks are of several benchmarks, '
+                      f'{", ".join(sorted(names))}: name the folder that holds their files.')
+    opened, loaded = [], {}
+    for protocol, named in wanted:
+      name = protocol.name if protocol.kind == 'store' else protocol.benchmark
+      try:
+        if name not in loaded:
+          loaded[name] = (store.open_store(name.removeprefix('store/')) if protocol.kind == 'store'
+                          else self.cut(benchmarks.load(name, self.data)))
+        opened.append((protocol, loaded[name]))
+      except UserError as e:
+        if named:
+          raise
+        print(f'{protocol.name} is left out: {e}', flush=True)
+    if not opened:
+      raise UserError(f'--tasks {self.tasks}: there is no data of any of them; name its folder with '
+                      '--data.')
+    return opened
+
+  def cut(self, benchmark):
+    """The first examples, with --limit. Of a corpus, which is one, there is nothing to leave out."""
+    if self.limit is None:
+      return benchmark
+    return dataclasses.replace(benchmark, examples=benchmark.examples[:self.limit])
+
+  def describe(self, protocol, data) -> dict[str, Any]:
+    if protocol.kind == 'store':
+      return {'split': protocol.split, 'sha256': data.sha256, 'source': str(data.path)}
+    return {'split': data.split, 'sha256': data.sha256, 'source': data.source,
+            'examples': len(data.examples), 'limit': self.limit}
+
+  def scores(self) -> Path | None:
+    """Where scores are kept until the end; None: nowhere."""
+    if self.json is not None:
+      with saving('scores', self.json):
+        self.json.parent.mkdir(parents=True, exist_ok=True)
+      return self.json.with_name(self.json.name + '.scores')
+    workdir = Path(self.checkpoint)
+    return workdir / 'evaluate.scores' if (workdir / 'checkpoints').is_dir() else None
+
+  def save(self, said: dict[str, Any]) -> None:
+    from gpt2_jax.data.store import write_whole
+    if self.json is not None:
+      with saving('the results', self.json):
+        write_whole(self.json, json.dumps(said, indent=2, ensure_ascii=False) + '\n')
