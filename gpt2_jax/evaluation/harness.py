@@ -63,8 +63,8 @@ class GPT2LM(TemplateLM):
     super().__init__()
     here = sharding.platform()
     if device is not None and device.partition(':')[0].replace('cuda', 'gpu') != here:
-      raise UserError(f'--device {device}: jax runs on {here}. Leave --device out, or choose with the '
-                      'environment variable JAX_PLATFORMS.')
+      raise UserError(f'--device {device}: jax runs on {here}. Leave --device out, or choose with '
+                      'the environment variable JAX_PLATFORMS.')
     mesh = sharding.make_mesh(data, fsdp, tensor) if (data, fsdp, tensor) != (1, 1, 1) else None
     self.model = (pretrained if isinstance(pretrained, GPT2)
                   else from_pretrained(pretrained, dtype=dtype, mesh=mesh))
