@@ -73,11 +73,11 @@ def tasks(tmp_path_factory) -> Path:
   """A folder with tasks and their data, as a user would write them."""
   folder = tmp_path_factory.mktemp('tasks')
   pages = (Path(DATA or '') / 'wikitext-2' / 'test.txt').read_text().split('\n \n')
-  texts = lines('lambada_test.jsonl', 60)
+  texts = lines('lambada_test.jsonl', 30)
   short = [{'text': row['text'][:150 + 40 * i]} for i, row in enumerate(texts[:12])]
   for name, yaml, rows in (
-      ('lambada', LAMBADA, texts), ('hellaswag', HELLASWAG, lines('hellaswag_val_1000.jsonl', 30)),
-      ('wikitext', WIKITEXT, [{'page': page} for page in pages[:30] if page.strip()]),
+      ('lambada', LAMBADA, texts), ('hellaswag', HELLASWAG, lines('hellaswag_val_1000.jsonl', 15)),
+      ('wikitext', WIKITEXT, [{'page': page} for page in pages[:12] if page.strip()]),
       ('free', FREE, [{'text': text} for text in ('A man', '<|endoftext|>a', texts[0]['text'])]),
       ('write', WRITE, short + short[:1])):
     data = folder / f'{name}.jsonl'
@@ -247,5 +247,17 @@ def test_command_line(models, tasks, tmp_path):
   assert 'local_lambada' in done.stdout and 'perplexity' in done.stdout
   [file] = tmp_path.rglob('results_*.json')
   assert json.loads(file.read_text())['config']['model_num_parameters'] > 1_600_000
-  bad = run(*command, '--model_args', f'pretrained={models["random"]},max_length=97')
-  assert bad.returncode == 1 and bad.stderr.splitlines()[-1].startswith('error: max_length=97')
+
+
+@pytest.mark.parametrize('options,parts', [
+    ({'max_length': 97}, ['max_length=97', '48']), ({'pretrained': 'no/where'}, ['no/where']),
+    ({'device': 'cuda:1'}, ['cuda:1', 'JAX_PLATFORMS']),
+    ({'apply_chat_template': True}, ['chat template'])])
+def test_arguments_that_cannot_be_honoured_are_named(small, options, parts):
+  from gpt2_jax.evaluation.harness import GPT2LM
+  with pytest.raises(gpt2_jax.UserError) as e:
+    if options.pop('apply_chat_template', False):
+      small.chat_template(True)
+    GPT2LM(**{'pretrained': small.model} | options)
+  for part in parts:
+    assert part in str(e.value)

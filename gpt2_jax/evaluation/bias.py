@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -79,8 +80,8 @@ def independence(counts_GW: np.ndarray, *, seed: int) -> Independence:
     return Independence(0.0, 0, 1.0, None, 0.0, 0.0)
   expected = stats.contingency.expected_freq(table)
   method = stats.MonteCarloMethod(n_resamples=RESAMPLES, rng=np.random.default_rng(seed))
-  drawn = stats.chi2_contingency(table, correction=False, method=method)
-  plain = stats.chi2_contingency(table, correction=False)
+  drawn: Any = stats.chi2_contingency(table, correction=False, method=method)
+  plain: Any = stats.chi2_contingency(table, correction=False)
   small = float((expected < ENOUGH).mean())
   return Independence(
       float(plain.statistic), int(plain.dof), float(drawn.pvalue),

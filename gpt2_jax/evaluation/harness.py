@@ -29,6 +29,7 @@ from gpt2_jax.progress import track
 from gpt2_jax.tokenizer import load as load_tokenizer
 
 AT_A_TIME = 4096  # requests between two entries in the harness's cache of answers
+DEVICE = 'cuda:0'  # the harness's default, wherever it runs
 TEXTS = 32  # that are written at a time, unless --batch_size is a number above 1
 CHAT = 'GPT-2 has no chat template: leave --apply_chat_template out.'
 
@@ -48,7 +49,7 @@ class GPT2LM(TemplateLM):
     data, fsdp, tensor: sizes of the mesh over all devices; default: one device.
     batch_size: texts that are written at a time. (Scoring finds its own.) Nothing depends on it.
     max_batch_size: not used.
-    device: not used but by its name: jax has one kind of device at a time.
+    device: must name the kind that jax runs on; 'cuda:0', which the harness says of itself, may not.
 
   Raises:
     UserError: the model can't be read, has no tokenizer, or an argument is out of range.
@@ -62,7 +63,7 @@ class GPT2LM(TemplateLM):
       device: str | None = None):
     super().__init__()
     here = sharding.platform()
-    if device is not None and device.partition(':')[0].replace('cuda', 'gpu') != here:
+    if device not in (None, DEVICE) and str(device).partition(':')[0].replace('cuda', 'gpu') != here:
       raise UserError(f'--device {device}: jax runs on {here}. Leave --device out, or choose with '
                       'the environment variable JAX_PLATFORMS.')
     mesh = sharding.make_mesh(data, fsdp, tensor) if (data, fsdp, tensor) != (1, 1, 1) else None
@@ -161,7 +162,7 @@ class GPT2LM(TemplateLM):
 
   def _write(self, contexts: dict[str, list[int]], options: dict[str, Any]):
     """Continuations of contexts with the same options: (numbers of the requests, texts)."""
-    options = dict(normalize_gen_kwargs(options, self.max_gen_toks))
+    options = dict[str, Any](normalize_gen_kwargs(options, self.max_gen_toks))
     until = handle_stop_sequences(options.pop('until'), self.tokenizer.decode([self.eot_token_id]))
     new, sampled = options.pop('max_gen_toks'), options['do_sample']
     if not sampled:
@@ -181,7 +182,7 @@ class GPT2LM(TemplateLM):
         results = generate(
             self.model, [ids for ids, _ in batch], tokenizer=self.tokenizer, max_new_tokens=new,
             num_return_sequences=count, stop_strings=tuple(filter(None, until)),
-            **{'seed': self.seed} | options)
+            **dict[str, Any](seed=self.seed) | options)
         written = [result.text or '' for result in results]
         for i, (_, numbers) in enumerate(batch):
           mine = written[i * count:(i + 1) * count]
