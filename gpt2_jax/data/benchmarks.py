@@ -5,12 +5,12 @@
 | wikitext-2, wikitext-103, ptb, lm1b | `text`: all of the file; there is one example |
 | enwik8, text8 | `text`: bytes, the last 5,000,000 of the file; there is one example |
 | lambada | `text` |
-| cbt-cn, cbt-ne | `context`: 20 sentences, `question` with XXXXX, `answer`, `options`: ten, one the answer |
+| cbt-cn, cbt-ne | `context`: 20 sentences, `question` with XXXXX, `options`: 10, `answer`: one |
 | hellaswag | `query`: activity, colon and context; `endings`: 4, `label`: 0 to 3 |
 | winogrande | `sentence` with a _, `option1`, `option2`, `answer`: '1' or '2' |
 | wsc273 | `text` with the pronoun in brackets, `options`: 2, `answer`: the right one of them |
 | crows-pairs | `sent_more`, `sent_less`, `stereo_antistereo`: 'stereo' or 'antistereo', `bias_type` |
-| winobias | `sentence` without brackets, `pronoun`, `referent`, `stereotyped`: bool, `type`: '1' or '2' |
+| winobias | `sentence`, no brackets; `pronoun`, `referent`, `stereotyped`: bool, `type`: '1', '2' |
 
 A benchmark is read from files on this machine, or fetched and then read from there: the same bytes,
 reader and sha256 either way.
@@ -18,6 +18,7 @@ reader and sha256 either way.
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from gpt2_jax.data.sources import Source
 from gpt2_jax.errors import UserError
 
 DEPTH = 3  # folders below the one named in which a file is looked for
+SPLITS = {'train': 'train', 'valid': 'validation', 'validation': 'validation', 'val': 'validation',
+          'dev': 'validation', 'test': 'test', 'heldout': 'test'}  # as files are named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Benchmark:
   """Examples, and what says which they are.
 
   Attributes:
+    split: as the name of the file says; where it doesn't, the one that is fetched.
     examples: dicts; their fields are in this module's table.
     sha256: of the file that was read; of several, of the lines `NAME SHA256`.
     source: path of what was read, or the address it was fetched from.
@@ -80,7 +84,8 @@ HELD_OUT = 'news.en.heldout-00000-of-00050'
 PUBLISHED = {
     'wikitext-2': _wikitext('wikitext-2', sources.WIKITEXT_2),
     'wikitext-103': _wikitext('wikitext-103', sources.WIKITEXT_103),
-    'ptb': Published('test', formats.text, (Part(sources.PTB, '', ('ptb*/test.txt', 'penn*/test.txt')),)),
+    'ptb': Published('test', formats.text,
+                     (Part(sources.PTB, '', ('ptb*/test.txt', 'penn*/test.txt')),)),
     'enwik8': Published('test', formats.last_bytes,
                         (Part(sources.ENWIK8, 'enwik8', ('enwik8/test.txt.raw',)),)),
     'text8': Published('test', formats.last_bytes,
@@ -118,7 +123,8 @@ def load(name: str, data: str | None = None) -> Benchmark:
   published = PUBLISHED[name]
   if data is None:
     paths = [fetched(part.source, part.member) for part in published.parts]
-    source = ' '.join(part.source.urls[0] for part in published.parts)
+    source = ' '.join((*part.source.urls, str(path))[0]
+                      for part, path in zip(published.parts, paths))
   else:
     paths = _find(name, published, Path(data).expanduser())
     source = ' '.join(map(str, paths))
@@ -130,7 +136,8 @@ def load(name: str, data: str | None = None) -> Benchmark:
     raise UserError(f'{source} holds no example of {name}.')
   listing = ''.join(f'{path.name} {sha256}\n' for path, sha256 in zip(paths, hashes))
   sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256(listing.encode()).hexdigest()
-  return Benchmark(name, published.split, examples, sha256, source)
+  named = re.search(rf'(?<![a-z])({"|".join(SPLITS)})(?![a-z])', paths[0].name.lower())
+  return Benchmark(name, SPLITS[named[1]] if named else published.split, examples, sha256, source)
 
 
 def fetched(source: Source, member: str = '') -> Path:
@@ -160,6 +167,6 @@ def _choose(name: str, part: Part, data: Path, there: list[Path]) -> Path:
     if least:
       return least[0]
   raise UserError(
-      f'{data} has no file for {name}: it goes by {", ".join(part.is_at())}. Name the file itself if it '
-      f'is called otherwise, or get it: '
+      f'{data} has no file for {name}: it goes by {", ".join(part.is_at())}. Name the file itself if '
+      'it is called otherwise, or get it: '
       f'{" or ".join(part.source.urls) or part.source.steps} (docs/data.md).')

@@ -10,6 +10,8 @@ import http.client
 import lzma
 import os
 import shutil
+import socket
+import ssl
 import tarfile
 import time
 import urllib.error
@@ -50,14 +52,14 @@ def fetch(source: Source) -> Path:
   """The path of a published file, fetched unless it is there, with its sha256 checked.
 
   A transfer that was stopped goes on where it was, in the next process too. Only a file that was
-  checked gets its name.
+  checked gets its name; one that was put there by hand is checked when it is first read.
 
   Raises:
     UserError: no address serves it, or none serves what the sha256 says; has the manual steps.
   """
   path = cache() / source.file
   if path.exists():
-    return path
+    return _check_by_hand(path, source)
   if not source.urls:
     raise UserError(f'{source.file} is not for a program to fetch: {source.steps}. {_by_hand(path)}')
   with saving(source.file, path.parent):
@@ -79,26 +81,44 @@ def fetch(source: Source) -> Path:
 
 
 def _by_hand(path: Path) -> str:
-  return f'Then name the file or its folder with --data PATH, or save it as {path}.'
+  return f'Then save it as {path}, or tell `evaluate` where it is with --data PATH.'
+
+
+def _record(path: Path) -> Path:
+  """Where the sha256 of a file that was checked is written."""
+  return path.with_name(path.name + '.sha256')
+
+
+def _check(content: Path, path: Path, source: Source) -> None:
+  """Checks what is to be, or is, the file at `path`, and records its sha256."""
+  found, record = sha256_of(content), _record(path)
+  wanted = source.sha256 or (record.read_text().strip() if record.exists() else found)
+  if found != wanted:
+    known = 'by ' + source.pinned if source.sha256 else f'when it was first fetched ({record})'
+    raise _Failed(f'its sha256 is {found}, not {wanted}, as it was {known}')
+  record.write_text(found + '\n')
+
+
+def _check_by_hand(path: Path, source: Source) -> Path:
+  if source.urls and not _record(path).exists():
+    try:
+      _check(path, path, source)
+    except _Failed as e:
+      raise UserError(f'{path} is another file: {e}. Remove it.') from e
+  return path
 
 
 def _download(url: str, path: Path, source: Source) -> None:
   part = path.with_name(path.name + '.part')
-  resumed = source.sha256 is not None and part.exists()
-  _transfer_all(url, part, source)
-  found = sha256_of(part)
-  if resumed and found != source.sha256:  # the part may have been of another file
-    part.unlink()
+  for begun in (part.exists(), False):
     _transfer_all(url, part, source)
-    found = sha256_of(part)
-  record = path.with_name(path.name + '.sha256')
-  wanted = source.sha256 or (record.read_text().strip() if record.exists() else found)
-  if found != wanted:
-    part.unlink()
-    known = 'by ' + source.pinned if source.sha256 else f'when it was first fetched ({record})'
-    raise _Failed(f'its sha256 is {found}, not {wanted}, as it was {known}')
-  if source.sha256 is None:
-    record.write_text(found + '\n')
+    try:
+      _check(part, path, source)
+      break
+    except _Failed:
+      part.unlink()
+      if not begun:  # else what was there may have been of another file
+        raise
   part.rename(path)
 
 
@@ -113,13 +133,17 @@ def _transfer_all(url: str, part: Path, source: Source) -> None:
     try:
       return _transfer(url, part, before, source)
     except urllib.error.HTTPError as e:
+      e.close()
       if e.code == 416:  # there is nothing behind what is here: it is of another file
         part.unlink(missing_ok=True)
       elif e.code < 500 and e.code not in (408, 429):
         raise _Failed(f'HTTP {e.code} {e.reason}') from e
       why = f'HTTP {e.code} {e.reason}'
     except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as e:
-      why = str(getattr(e, 'reason', e)) or type(e).__name__
+      reason = getattr(e, 'reason', e)
+      why = str(reason) or type(reason).__name__
+      if isinstance(reason, (socket.gaierror, ssl.SSLCertVerificationError)):
+        raise _Failed(why) from e  # no network, or no site to be trusted: time changes nothing
     idle = 0 if source.sha256 and have() > before else idle + 1
     if idle == ATTEMPTS:
       raise _Failed(f'{why} ({ATTEMPTS} times)')
@@ -173,7 +197,8 @@ def unpack(archive: Path, names: Sequence[str]) -> list[Path]:
         raise UserError(f'{archive} is damaged ({e}): remove it, and it is fetched again.') from e
   for name, path in paths.items():
     if not path.exists():
-      raise UserError(f'{archive} has no {name}.')
+      raise UserError(f'{archive} has no {name}: it is another archive, or cut short. Remove it, and '
+                      'it is fetched again.')
   return list(paths.values())
 
 

@@ -125,9 +125,9 @@ def _schema(left: str, pronoun: str, right: str, options: list[str], label: int)
 
 
 def wsc273(content: bytes, where: str) -> list[dict]:
-  """WSCollection.xml, or the same as JSON: a list or lines of text, pronoun, pronoun_loc, options, label.
+  """WSCollection.xml, or the same as JSON, a list or lines.
 
-  The JSON fields are those of the hub's data set `winograd_wsc`.
+  The JSON fields are text, pronoun, pronoun_loc, options and label, as in the hub's `winograd_wsc`.
   """
   if content.lstrip().startswith(b'<'):
     return _wsc_xml(content, where)

@@ -1,7 +1,7 @@
 """Where published texts and benchmarks are fetched from, as data: addresses, sizes, sha256, licences.
 
-A sha256 is that of the file behind the address, from the place that `pinned` names. Where nobody has
-published one it is None: then the first download is trusted and recorded, and later ones must equal it.
+A sha256 is that of the file behind the address, from the place that `pinned` names. Where none is
+known it is None: then the first download is trusted and recorded, and later ones must equal it.
 """
 
 import dataclasses
@@ -38,7 +38,8 @@ def _wikitext(name: str, size: int, sha256: str, *more: str) -> Source:
 
 
 WIKITEXT_2 = _wikitext(
-    'wikitext-2-raw-v1', 4_721_645, 'ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11',
+    'wikitext-2-raw-v1', 4_721_645,
+    'ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11',
     'https://huggingface.co/datasets/ggml-org/ci/resolve/main/wikitext-2-raw-v1.zip')
 WIKITEXT_103 = _wikitext(
     'wikitext-103-raw-v1', 191_984_949,
@@ -95,7 +96,7 @@ CROWS_PAIRS = Source(
     'see https://github.com/nyu-mll/crows-pairs')
 WINOBIAS = tuple(
     Source(name, ('https://raw.githubusercontent.com/uclanlp/corefBias/master/WinoBias/wino/data/'
-                  + name,), None, None, 'nobody: trusted on first use', 'MIT')
+                  + name,), None, None, 'nowhere: trusted on first use', 'MIT')
     for name in (f'{side}_stereotyped_type{kind}.txt.test'
                  for kind in (1, 2) for side in ('pro', 'anti')))
 OPENWEBTEXT = Source(

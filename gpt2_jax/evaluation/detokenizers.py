@@ -43,7 +43,11 @@ class Rules:
   def detokenize(self, text: str) -> str:
     """The text without the blanks that people don't write. Lines stay lines."""
     end = '\n' * text.endswith('\n')
-    return '\n'.join(map(self._write, text.removesuffix('\n').split('\n'))) + end
+    lines = text.removesuffix('\n').split('\n')
+    written = [self._write(line) for line in lines]
+    if not (end or written[-1]) and len(lines) > 1:
+      written[-1] = ' ' + lines[-1]  # an empty last line is one, and not the end of the one before
+    return '\n'.join(written) + end
 
   def tokenize_back(self, text: str) -> str:
     """The text that `detokenize` was given."""
@@ -160,12 +164,12 @@ MONEY = {c: c for c in '$£#'}
 WIKITEXT = Rules(
     opening=QUOTE | BRACKETS | MONEY, closing=QUOTE | PUNCTUATION | {'°': '°', "'": "'"},
     suffix=r"'[A-Za-z]{1,2}|\.\.\.",
-    inside=(r'(?<=\w)-(?=\w)', r'(?<=\d),(?=\d)', r'(?<=\d)\.(?=\d)'), pad=' ')
+    inside=(r'(?<=[\w>])-(?=[\w<])', r'(?<=[\d>]),(?=[\d<])', r'(?<=[\d>])\.(?=[\d<])'), pad=' ')
 # what the paper's N stands for is a number; any would do, since no token is one
 PTB = Rules(opening=MONEY, closing={'%': '%', "'": "'"}, suffix=r"'[a-z]{1,2}|n't", alone={'1': 'N'},
             pad=' ')
 LM1B = Rules(opening=QUOTE | BRACKETS | MONEY, closing=QUOTE | PUNCTUATION | {"'": "'"},
-             suffix=r"'[A-Za-z]{1,2}|n't|\.\.\.")
+             suffix=r"'[A-Za-z]{1,2}|\.\.\.")
 CBT = Rules(opening={'"': '``', '(': '-LRB-', '$': '$'},
             closing={'"': "''", ')': '-RRB-'} | {c: c for c in ',;:!?.'},
             suffix=r"'[A-Za-z]{1,2}|n't|\.\.\.")

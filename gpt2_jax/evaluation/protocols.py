@@ -77,13 +77,12 @@ ALL = (
              text='lambada', units='last words', stop_words=True),
     Protocol('lambada/lm-eval', 'last_word', ('ppl', 'acc'), f'{LM_EVAL}, lambada_openai',
              units='last words'),
-    Protocol('cbt-cn/paper', 'cloze', ACC, 'GPT-2 paper, 3.2', text='detokenized', prefix=True),
-    Protocol('cbt-ne/paper', 'cloze', ACC, 'GPT-2 paper, 3.2', text='detokenized', prefix=True),
+    *(Protocol(f'{name}/paper', 'cloze', ACC, 'GPT-2 paper, 3.2', text='detokenized', prefix=True,
+               split='validation') for name in ('cbt-cn', 'cbt-ne')),
     *_corpora(),
-    Protocol('wikitext-2/hf-512', 'hf', ('token_ppl',), 'huggingface/transformers docs, perplexity',
-             stride=512, units='tokens'),
-    Protocol('wikitext-2/hf-1024', 'hf', ('token_ppl',), 'huggingface/transformers docs, perplexity',
-             stride=1024, units='tokens'),
+    *(Protocol(f'wikitext-2/hf-{stride}', 'hf', ('token_ppl',),
+               'huggingface/transformers docs, perplexity.md', stride=stride, units='tokens')
+      for stride in (512, 1024)),
     Protocol('wikitext-2/lm-eval', 'pages', ('word_ppl', 'byte_ppl', 'bits_per_byte'),
              f'{LM_EVAL}, wikitext', text='lm-eval', prefix=True, stride=1024, units='words'),
     Protocol('hellaswag/lm-eval', 'choices', NORM, f'{LM_EVAL}, hellaswag', units='characters',
@@ -104,7 +103,7 @@ PAPER = ('lambada/last-token', 'cbt-cn/paper', 'cbt-ne/paper', 'wikitext-2/detok
 
 def store_protocol(folder: str) -> Protocol:
   """The held-out loss of a token store, as training reports it."""
-  return Protocol(f'store/{folder}', 'store', ('loss', 'token_ppl'), 'training/loop.py',
+  return Protocol(f'store/{folder}', 'store', ('loss', 'token_ppl'), 'gpt2_jax/training/loop.py',
                   units='tokens', split='val')
 
 

@@ -24,7 +24,7 @@ from gpt2_jax.model import GPT2, Params, bind
 from gpt2_jax.progress import track
 
 BATCH_TOKENS = {'cpu': 2048, 'gpu': 16384, 'tpu': 16384}  # a device has at a time
-LOGITS = 2**26  # floats that a device holds at a time (256 MiB)
+LOGITS = {'cpu': 2**23, 'gpu': 2**26, 'tpu': 2**26}  # floats that a device holds at a time
 FEW = (8, 64)  # targets, which most requests don't have more of: others have no logits
 
 
@@ -196,9 +196,12 @@ def _score(config: GPTConfig, params: Params, tokens_BT, starts_B, targets_BK, *
   x_BTD = model.transformer(tokens_BT).x_BTD
   B, T = tokens_BT.shape
 
+  C = max(1, LOGITS[sharding.platform()] * batching.split() // (B * config.padded_vocab_size))
+  n = -(-K // C)  # stretches of C targets, one after another: all logits at once would be too many
+
   def take(_, rows):
     x_BTD, starts_B = rows
-    at_BK = jnp.minimum(starts_B[:, None] + jnp.arange(K), T - 1)  # behind the targets: not read
+    at_BK = jnp.minimum(starts_B[:, None] + jnp.arange(n * C), T - 1)  # behind the targets: not read
     return jnp.take_along_axis(x_BTD, at_BK[..., None], axis=1)
 
   def some(parts):
@@ -212,9 +215,10 @@ def _score(config: GPTConfig, params: Params, tokens_BT, starts_B, targets_BK, *
     return target_BC - jax.nn.logsumexp(logits_BCV, axis=-1), greedy_BC
 
   x_BKD = sharding.by_rows(take, (), (x_BTD, starts_B))
-  C = max(1, LOGITS * batching.split() // (B * config.padded_vocab_size))
-  parts = [some((x_BKD[:, c:c + C], targets_BK[:, c:c + C])) for c in range(0, K, C)]
-  return tuple(jnp.concatenate(values, axis=1) for values in zip(*parts))
+  targets_BK = jnp.pad(targets_BK, ((0, 0), (0, n * C - K)))
+  stretches = lambda x: x.reshape(B, n, C, *x.shape[2:]).swapaxes(0, 1)
+  parts = jax.lax.map(some, (stretches(x_BKD), stretches(targets_BK)))
+  return jax.tree.map(lambda x_nBC: x_nBC.swapaxes(0, 1).reshape(B, n * C)[:, :K], parts)
 
 
 def _collect(requests: Sequence[Request], numbers: list[int], arrays: Any
