@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -297,13 +298,25 @@ def test_transfers_that_break_off_are_resumed(site, faults):
   assert len(site.asked) == len(starts), 'what is there is not fetched again'
 
 
-def test_a_later_process_goes_on(site, tmp_path):
+FETCH = """
+from gpt2_jax.data import downloads
+from gpt2_jax.data.sources import Source
+print(len(downloads.fetch({!r}).read_bytes()))
+"""
+
+
+def test_what_a_killed_process_had_is_not_fetched_again(site):
   source = published(site)
-  path = downloads.cache() / 'a.bin'
-  path.parent.mkdir(parents=True)
-  Path(f'{path}.part').write_bytes(CONTENT[:200_000])
+  site.faults.append('stall')
+  process = subprocess.Popen([sys.executable, '-c', FETCH.format(source)], env=environment())
+  part = downloads.cache() / 'a.bin.part'
+  while not part.exists() or part.stat().st_size < len(CONTENT) // 2:
+    assert process.poll() is None
+    time.sleep(0.01)
+  process.kill()
+  process.wait()
   assert downloads.fetch(source).read_bytes() == CONTENT
-  assert site.asked == [('a.bin', 'bytes=200000-')]
+  assert site.asked == [('a.bin', None), ('a.bin', f'bytes={len(CONTENT) // 2}-')]
 
 
 @pytest.mark.parametrize('part', [b'x' * 1000, b'x' * len(CONTENT), CONTENT + b'more'],
@@ -365,12 +378,7 @@ def test_a_file_put_there_by_hand_is_checked(site):
 
 def test_two_processes_fetch_once(site):
   source = published(site)
-  code = f'''
-from gpt2_jax.data import downloads
-from gpt2_jax.data.sources import Source
-print(len(downloads.fetch({source!r}).read_bytes()))
-'''
-  both = [subprocess.Popen([sys.executable, '-c', code], env=environment(), text=True,
+  both = [subprocess.Popen([sys.executable, '-c', FETCH.format(source)], env=environment(), text=True,
                            stdout=subprocess.PIPE) for _ in range(2)]
   assert [process.communicate(timeout=100)[0] for process in both] == [f'{len(CONTENT)}\n'] * 2
   assert len(site.asked) == 1

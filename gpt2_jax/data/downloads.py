@@ -81,7 +81,7 @@ def fetch(source: Source) -> Path:
 
 
 def _by_hand(path: Path) -> str:
-  return f'Then save it as {path}, or tell `evaluate` where it is with --data PATH.'
+  return f'Then save it as {path}, or give `evaluate` its place, unpacked, with --data PATH.'
 
 
 def _record(path: Path) -> Path:
@@ -168,6 +168,7 @@ def _transfer(url: str, part: Path, start: int, source: Source) -> None:
           progress.track(source.file, total or 0, 'bytes', done=start) as advance):
       while chunk := response.read1(CHUNK):
         f.write(chunk)
+        f.flush()  # what came is there, should this process be killed
         advance(len(chunk))
         if total and f.tell() > total:
           raise _Failed(f'it has more than its {total:,} bytes there')
