@@ -3,11 +3,12 @@
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run
+from conftest import ROOT, run
 
 import gpt2_jax
 from gpt2_jax import tokenizer
@@ -99,10 +100,10 @@ def models(tmp_path_factory) -> dict[str, Path]:
   theirs = transformers.GPT2LMHeadModel.from_pretrained(folder / 'random')
   text = (Path(DATA or '') / 'wikitext-2' / 'valid.txt').read_text()[:60000]
   ids = torch.tensor(model.tokenizer.encode(text)[:96 * 100]).reshape(100, 96)
-  optimizer = torch.optim.AdamW(theirs.parameters(), lr=3e-3)
+  optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-2)
   theirs.train()
   torch.manual_seed(0)
-  for step in range(60):
+  for step in range(25):
     batch = ids[step % 25 * 4:step % 25 * 4 + 4]
     theirs(batch, labels=batch).loss.backward()
     optimizer.step()
@@ -125,7 +126,7 @@ def evaluate(model, args, tasks: Path, names: str, **options):
 
 
 @needs_data
-@pytest.mark.parametrize('name', ['random', 'trained'])
+@pytest.mark.parametrize('name', ['trained', pytest.param('random', marks=pytest.mark.slow)])
 def test_every_result_is_the_one_of_its_own_model(models, tasks, name):
   names = 'lambada hellaswag wikitext free write'
   args = dict(pretrained=str(models[name]))
@@ -167,6 +168,7 @@ def test_the_trained_model_is_worth_testing_with(models, tasks):
 
 
 @needs_data
+@pytest.mark.slow
 def test_nothing_depends_on_the_batch_the_mesh_or_the_cache(models, tasks, tmp_path):
   names = 'lambada write'
   args = dict(pretrained=str(models['trained']))
@@ -239,10 +241,14 @@ def test_options_that_cannot_be_honoured_are_named(small, options, parts):
 
 
 @needs_data
-def test_command_line(models, tasks, tmp_path):
-  command = ('-m', 'gpt2_jax.evaluation.lm_eval', '--model', 'gpt2_jax', '--include_path', str(tasks),
-             '--tasks', 'local_lambada', '--limit', '4', '--output_path', str(tmp_path))
-  done = run(*command, '--model_args', f'pretrained={models["random"]}', HF_HOME=str(tmp_path / 'hf'))
+@pytest.mark.slow
+def test_the_command_of_the_page(models, tasks, tmp_path):
+  page = (ROOT / 'docs' / 'lm-eval.md').read_text()
+  [command] = re.findall(r'^python (-m gpt2_jax.evaluation.lm_eval .*)$', page, re.M)
+  command = command.replace('pretrained=X', f'pretrained={models["random"]}')
+  command = re.sub(r'--tasks \S+', '--tasks local_lambada', command)
+  done = run(*command.split(), '--include_path', str(tasks), '--limit', '4', '--output_path',
+             str(tmp_path), HF_HOME=str(tmp_path / 'hf'))
   assert done.returncode == 0, done.stderr
   assert 'local_lambada' in done.stdout and 'perplexity' in done.stdout
   [file] = tmp_path.rglob('results_*.json')

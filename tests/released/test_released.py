@@ -1,7 +1,7 @@
 """The released weights: what is to be checked where they can be reached.
 
     pytest -n 0 --released tests/released            # all sizes: 11 GB, and the benchmarks
-    pytest -n 0 --released tests/released -k 'gpt2-'  # one: an id begins with the model's name
+    pytest -n 0 --released tests/released -k '[gpt2:'  # one of them
 
 Needs the extra `parity`. `expected.json` says what is expected of which model, and who says so;
 `--expected FILE` names another one, which is how tests/test_released_standin.py runs all of this on
@@ -31,7 +31,7 @@ def pytest_generate_tests(metafunc):
                           .read_text())
   cases = [(subject['model'], expected) for subject in subjects if wanted in subject
            for expected in (subject[wanted] if wanted == 'written' else [subject[wanted]])]
-  metafunc.parametrize('name,expected', cases, ids=[f'{name}-{i}' for i, (name, _) in
+  metafunc.parametrize('name,expected', cases, ids=[f'{name}:{i}' for i, (name, _) in
                                                     enumerate(cases)])
 
 
