@@ -4,9 +4,8 @@
 
 The loop is that of training: a step is dispatched, then the metrics of the one before are fetched, so
 that a save finds the device one step behind. `blocked`: how long `Checkpoints.save` keeps the loop
-from dispatching. `device idle`: the part of it in which no step was under way, which is what is lost.
-`all`: how much longer than without saves the loop took, a save; on a CPU this contains the work of
-writing, which runs on the cores that train.
+from dispatching. `all`: how much longer than without saves the loop took, a save; on a CPU this
+contains the work of writing, which runs on the cores that train.
 """
 
 import argparse

@@ -14,7 +14,8 @@ class UserError(ValueError):
   """
 
 
-NO_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+NO_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS,
+            errno.ENOENT, errno.ENOTDIR)
 
 
 def _errno(e: Exception) -> int | None:

@@ -2,13 +2,18 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tyro
 from conftest import ROOT
+
+from gpt2_jax import cli, inputs
+from gpt2_jax.planning.command import split_overrides
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 BY_CI = ('pip install', 'pytest')  # .ci/run does these, in an environment of its own
@@ -19,6 +24,29 @@ def commands(page: Path) -> list[str]:
   blocks = re.findall(r'^```bash\n(.*?)^```', page.read_text(), re.M | re.S)
   lines = ''.join(blocks).replace('\\\n', ' ').splitlines()
   return [line.split('  #')[0].strip() for line in lines if line.strip() and line[0] != '#']
+
+
+def recipes(page: Path) -> list[str]:
+  """A page's sh blocks: what wants hardware or an account, and so is only looked at."""
+  return re.findall(r'^```sh\n(.*?)^```', page.read_text(), re.M | re.S)
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_recipes_are_well_formed(page):
+  """Shell that parses, and flags and verbs that there are."""
+  for recipe in recipes(page):
+    subprocess.run(['bash', '-n'], input=recipe, text=True, check=True)
+    text = recipe.replace('\\\n', ' ')
+    for program, arguments in re.findall(r'(launch\.py|gpt2-jax) ([^\n&]*)', text):
+      words = shlex.split(arguments.rstrip('\'"'))
+      if program == 'launch.py':
+        code = 'import sys, launch; launch.parse_flags(sys.argv)'
+        done = subprocess.run([sys.executable, '-c', code, *words], cwd=ROOT, capture_output=True,
+                              text=True)
+        assert done.returncode == 0, (arguments, done.stderr)
+      else:
+        words = split_overrides(words)[0] if words[0] == 'plan' else words
+        tyro.cli(cli.Verb, args=words, registry=inputs.registry, config=(tyro.conf.OmitArgPrefixes,))
 
 
 def test_the_two_commands_of_the_readme_are_what_ci_runs():

@@ -246,6 +246,8 @@ def test_wrong_input_gets_one_message(tmp_path, arguments, says):
     (['sample', '--checkpoint', '/nowhere'], '/nowhere is neither a file or folder here nor a name'),
     (['prepare', '--corpus', 'text:/nowhere', '--output', 'OUT'], 'no such file or folder'),
     (['prepare', '--corpus', 'stdlib', '--output', 'OUT', '--tokenizer', 'bpe:9'], 'at least 257'),
+    (['prepare', '--corpus', 'stdlib', '--output', '/proc/a'], 'cannot write the token store to'),
+    (['prepare', '--corpus', 'stdlib', '--output', '/proc/a/b'], 'cannot write the token store to'),
 ])
 def test_wrong_arguments_get_one_message(tmp_path, arguments, says):
   arguments = [str(tmp_path / 'out') if a == 'OUT' else a for a in arguments]

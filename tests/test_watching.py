@@ -17,7 +17,17 @@ from test_launch import arguments, lines, plain, start_and_send
 from test_training import optim, tiny_config
 
 from gpt2_jax.errors import UserError
-from gpt2_jax.training import compiling, fit, goodput, memory, plan, profiling, recorder, spikes
+from gpt2_jax.training import (
+  compiling,
+  fit,
+  goodput,
+  memory,
+  metrics,
+  plan,
+  profiling,
+  recorder,
+  spikes,
+)
 from gpt2_jax.training.optimizer import make_optimizer, make_schedule
 from gpt2_jax.training.step import init_state, make_train_step
 from gpt2_jax.training.stragglers import judge
@@ -372,6 +382,11 @@ def test_spikes_that_do_not_end_stop_the_run(tmp_path):
   line = made_recorder.line(1, step(spikes.LIMIT - 1))
   assert line['train/skipped'] == 1 and 'step 1: skipped' in said[0]
   assert 'train/skipped_in_a_row' not in line
+  writer = metrics.MetricsWriter(tmp_path, 0, tensorboard=False)
+  writer.write(line)
+  writer.close()
+  text, refuse = (tmp_path / metrics.FILE).read_text(), lambda constant: pytest.fail(constant)
+  assert json.loads(text, parse_constant=refuse)['train/loss'] is None  # JSON has no NaN
   with pytest.raises(UserError, match='(?s)as were the 9 steps before.*train-00000:7.*of step 3'):
     made_recorder.line(2, step(spikes.LIMIT))
   with pytest.raises(UserError, match='loss nan'):

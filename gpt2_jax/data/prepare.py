@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import platform
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -281,6 +282,7 @@ def ensure_store(settings: Settings, folder: str | Path, workers: int | None = N
   folder = Path(folder)
   with saving('the token store', folder):
     folder.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder.parent).close()  # the lock waits for ever where none can be
     with filelock.FileLock(f'{folder}.lock'):
       if store.is_store(folder):
         opened = store.open_store(folder)

@@ -1,6 +1,7 @@
 """The record of a run: `metrics.jsonl`, a line a step, and TensorBoard beside it.
 
-A line is an object with `step` (number of updates done, from 1) and flat keys:
+A line is an object with `step` (number of updates done, from 1) and flat keys, null where a value
+is not finite:
 
     train/loss            mean nll of the step's batch, in nats, before its update
     train/grad_norm       before clipping; train/update_norm, train/param_norm after
@@ -22,6 +23,7 @@ A line is an object with `step` (number of updates done, from 1) and flat keys:
 """
 
 import json
+import math
 import os
 import resource
 import sys
@@ -41,6 +43,12 @@ def peak_memory_gib() -> float:
     return max(peaks) / 2**30
   unit = 1 if sys.platform == 'darwin' else 1024
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _dumps(line: dict) -> str:
+  """JSON has no NaN: what is not finite, the loss of a step that was skipped perhaps, is null."""
+  return json.dumps({key: None if isinstance(value, float) and not math.isfinite(value) else value
+                     for key, value in line.items()}, allow_nan=False)
 
 
 def read(workdir: Path) -> list[dict]:
@@ -74,7 +82,7 @@ class MetricsWriter:
           str(workdir / 'tensorboard'), purge_step=step + 1 if step else None)
 
   def _rewrite(self, lines: list[dict]) -> None:
-    text = ''.join(json.dumps(line) + '\n' for line in lines)
+    text = ''.join(_dumps(line) + '\n' for line in lines)
     if self.path.exists() and self.path.read_text() == text:
       return
     temporary = self.path.with_suffix('.tmp')
@@ -86,7 +94,7 @@ class MetricsWriter:
     if self._file is None:
       return
     with saving('metrics', self.path):
-      self._file.write(json.dumps(line) + '\n')
+      self._file.write(_dumps(line) + '\n')
       self._file.flush()
     if self._board is not None:
       for key, value in line.items():

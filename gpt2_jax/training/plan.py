@@ -27,9 +27,8 @@ from gpt2_jax.training.optimizer import make_optimizer, make_schedule
 from gpt2_jax.training.positions import stretched
 from gpt2_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
 
-# Fields of the model that a run may choose anew where its parameters come from elsewhere.
-FREE = ('dtype', 'remat', 'attention', 'reduce_dtype', 'embd_pdrop', 'attn_pdrop', 'resid_pdrop',
-        'vocab_multiple', 'head')
+# Fields of the model that may change between two starts of a run: they don't change what it is.
+FREE = ('dtype', 'remat', 'attention', 'reduce_dtype', 'embd_pdrop', 'attn_pdrop', 'resid_pdrop')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +139,8 @@ class out_of_memory_advice:
           f'the device ran out of memory with micro-batches of {self.plan.G // self.plan.A} rows x '
           f'{self.plan.T} tokens ({str(error).splitlines()[0][:200]}). Three knobs, cheapest first: '
           '--config.train.micro_batch_rows smaller, --config.model.remat=dots or full, '
-          f'--config.mesh.fsdp larger.\n{memory_table(self.plan)}{kept}') from error
+          '--config.mesh.fsdp larger (on more devices, once mesh.data is 1).\n'
+          f'{memory_table(self.plan)}{kept}') from error
 
 
 def memory_table(plan: Plan) -> str:
@@ -195,7 +195,7 @@ def _model(config: Config, source: Source | None, spec: str, platform: str) -> G
     if fields['vocab_size'] is None:
       fields['vocab_size'] = tokenizer.vocab_size(spec)
     return GPTConfig(**fields)
-  free = [*FREE, 'lora', 'num_labels']
+  free = [*FREE, 'vocab_multiple', 'head', 'lora', 'num_labels']  # what a run may choose anew
   other = {k: v for k, v in fields.items()
            if k not in free and v is not None and v != getattr(source.config, k)}
   if other.keys() == {'n_positions'} and other['n_positions'] > source.config.n_positions:

@@ -20,12 +20,9 @@ from gpt2_jax.checkpoint import difference
 from gpt2_jax.data.store import write_whole
 from gpt2_jax.errors import UserError, saving
 from gpt2_jax.interop.workdir import LABELS
-from gpt2_jax.training.plan import Plan
+from gpt2_jax.training.plan import FREE, Plan
 
 ENV = 'env.json'
-
-# Fields of the model that may change between two starts of a run: they don't change what it is.
-FREE = ('dtype', 'remat', 'attention', 'reduce_dtype', 'embd_pdrop', 'attn_pdrop', 'resid_pdrop')
 
 
 def environment(plan: Plan, data: Any) -> dict:

@@ -47,7 +47,7 @@ def plot_losses(workdir: Path, title: str, totals: dict[str, float]) -> Path:
   from matplotlib.ticker import EngFormatter
   lines = metrics.read(workdir)
   tokens = np.array([line['train/tokens'] for line in lines])
-  losses = np.array([line['train/loss'] for line in lines])
+  losses = np.array([line['train/loss'] for line in lines], float)  # null is NaN
   held_out = [(line['train/tokens'], line['eval/loss']) for line in lines if 'eval/loss' in line]
   figure = Figure(figsize=(7, 4.8), layout='constrained')
   FigureCanvasAgg(figure)
