@@ -196,7 +196,8 @@ def _score(config: GPTConfig, params: Params, tokens_BT, starts_B, targets_BK, *
   x_BTD = model.transformer(tokens_BT).x_BTD
   B, T = tokens_BT.shape
 
-  C = max(1, LOGITS[sharding.platform()] * batching.split() // (B * config.padded_vocab_size))
+  room = LOGITS[sharding.platform()] * batching.split() // (B * config.padded_vocab_size)
+  C = max(1, min(K, room))
   n = -(-K // C)  # stretches of C targets, one after another: all logits at once would be too many
 
   def take(_, rows):
@@ -212,7 +213,8 @@ def _score(config: GPTConfig, params: Params, tokens_BT, starts_B, targets_BK, *
     target_BC = jnp.where(targets_BC[..., None] == ids_V, logits_BCV, 0).sum(-1)
     before = (logits_BCV == target_BC[..., None]) & (ids_V < targets_BC[..., None])
     greedy_BC = (logits_BCV <= target_BC[..., None]).all(-1) & ~before.any(-1)
-    return target_BC - jax.nn.logsumexp(logits_BCV, axis=-1), greedy_BC
+    logprobs_BC = target_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
+    return tuple(sharding.reshard(x_BC, sharding.RULES.rows_b) for x_BC in (logprobs_BC, greedy_BC))
 
   x_BKD = sharding.by_rows(take, (), (x_BTD, starts_B))
   targets_BK = jnp.pad(targets_BK, ((0, 0), (0, n * C - K)))
