@@ -12,6 +12,7 @@ import tyro
 from gpt2_jax import inputs
 from gpt2_jax.decoding.options import Options
 from gpt2_jax.errors import UserError
+from gpt2_jax.evaluation.bias_command import Bias
 from gpt2_jax.evaluation.command import Evaluate
 from gpt2_jax.planning.command import Plan, split_overrides
 
@@ -170,6 +171,7 @@ Verb = (Annotated[Prepare, tyro.conf.subcommand('prepare')]
         | Annotated[Sample, tyro.conf.subcommand('sample')]
         | Annotated[Convert, tyro.conf.subcommand('convert')]
         | Annotated[Evaluate, tyro.conf.subcommand('evaluate')]
+        | Annotated[Bias, tyro.conf.subcommand('bias')]
         | Annotated[Plan, tyro.conf.subcommand('plan')])
 
 

@@ -12,6 +12,7 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 # less optimised code: a third less time to compile, which is most of the time these tests take
 QUICK = '--xla_backend_optimization_level=0'
 os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count=8 {QUICK}'
+ONLINE = os.environ.get('HF_HUB_OFFLINE', '0')  # as the user has it
 os.environ['HF_HUB_OFFLINE'] = '1'
 
 import jax  # noqa: E402
@@ -20,6 +21,17 @@ import pytest  # noqa: E402
 
 from gpt2_jax.config import GPTConfig  # noqa: E402
 from gpt2_jax.sharding import make_mesh  # noqa: E402
+
+
+def pytest_addoption(parser):
+  parser.addoption('--released', action='store_true', help='run tests/released on released weights')
+  parser.addoption('--expected', metavar='FILE', help='what they expect, if not its expected.json')
+
+
+def pytest_configure(config):
+  if config.getoption('released'):
+    os.environ['HF_HUB_OFFLINE'] = ONLINE  # read when the library is loaded, which is later
+
 
 WORDS = ('the a of model token layer head width loss data mesh batch step seed cache key value query '
          'norm scale gate sum mean train test held out big small red green').split()
