@@ -15,6 +15,10 @@ def get_config() -> ConfigDict:
   config.init_from = placeholder(str)
   config.init_positions = 'interpolate'  # where model.n_positions is larger than there; or extend
 
+  # The same command gives the same bits each time, in metrics.jsonl too: what is measured by the
+  # clock then stands in timing.jsonl. Costs speed on GPUs; CPU and TPU need nothing.
+  config.deterministic = False
+
   # The model. Names and values are Hugging Face's; these are GPT-2 124M's.
   config.model = ConfigDict(dict(
       vocab_size=placeholder(int),  # default: the tokenizer's

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from gpt2_jax import tokenizer
+from gpt2_jax import determinism, tokenizer
 from gpt2_jax.checkpoint import difference
 from gpt2_jax.data.store import write_whole
 from gpt2_jax.errors import UserError, saving
@@ -23,29 +23,40 @@ from gpt2_jax.interop.workdir import LABELS
 from gpt2_jax.training.plan import Plan
 
 ENV = 'env.json'
+ENVIRONMENT = ('XLA_FLAGS', 'JAX_PLATFORMS')  # variables that have a say in the numbers
 
 # Fields of the model that may change between two starts of a run: they don't change what it is.
 FREE = ('dtype', 'remat', 'attention', 'reduce_dtype', 'embd_pdrop', 'attn_pdrop', 'resid_pdrop')
 
 
-def environment(plan: Plan, data: Any) -> dict:
+def versions() -> dict[str, str]:
+  """Of the packages that have a say in the numbers."""
   packages = ('gpt2_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
+  return {name: importlib.metadata.version(name) for name in packages}
+
+
+def commit() -> str | None:
+  """Of the code that runs, with `-dirty` behind it where it was changed since."""
   try:
-    commit = subprocess.run(
+    found = subprocess.run(
         ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
         cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10).stdout.strip()
   except (OSError, subprocess.TimeoutExpired):
-    commit = ''
+    return None
+  return found or None
+
+
+def environment(plan: Plan, data: Any) -> dict:
   return {
       'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
       'command': sys.argv, 'python': platform.python_version(), 'platform': platform.platform(),
-      'versions': {name: importlib.metadata.version(name) for name in packages},
-      'git_commit': commit or None, 'processes': jax.process_count(),
+      'versions': versions(), 'git_commit': commit(), 'processes': jax.process_count(),
       'devices': f'{plan.mesh.size} x {plan.mesh.devices.flat[0].device_kind}',
       'mesh': dict(plan.mesh.shape), 'micro_batches': plan.A,
       'data': {'corpus': plan.config.data.corpus, 'tokens': len(data.splits['train']),
                'sha256': data.sha256, 'licence': data.manifest['source']['licence']},
-      'env': {k: os.environ[k] for k in ('XLA_FLAGS', 'JAX_PLATFORMS') if k in os.environ},
+      'determinism': determinism.describe() if plan.config.deterministic else {},
+      'env': {k: os.environ[k] for k in ENVIRONMENT if k in os.environ},
   }
 
 
@@ -98,10 +109,25 @@ def save_tokenizer(own: tokenizer.Tokenizer, folder: Path) -> None:
     scratch.rename(folder)
 
 
-def end(workdir: Path, step: int, seconds: dict[str, float]) -> None:
-  """Notes in the record of this start where it ended, in order, and the seconds until then."""
+def end(workdir: Path, step: int, seconds: dict[str, float], finished: bool) -> None:
+  """Notes in the record of this start where it ended, in order, the seconds until then, and whether
+  the run is finished.
+  """
   *earlier, this = starts(workdir)
-  write_json(workdir / ENV, {'starts': [*earlier, this | {'step': step, 'seconds': seconds}]})
+  this |= {'step': step, 'seconds': seconds, 'finished': finished}
+  write_json(workdir / ENV, {'starts': [*earlier, this]})
+
+
+def mark_finished(workdir: Path) -> None:
+  """Notes that a run has come to its end, where a kill just then kept it from doing so."""
+  if jax.process_index() == 0 and starts(workdir) and not finished(workdir):
+    *earlier, last = starts(workdir)
+    write_json(workdir / ENV, {'starts': [*earlier, last | {'finished': True}]})
+
+
+def finished(workdir: Path) -> bool:
+  """Whether a run has come to its end, by its own record."""
+  return bool(found := starts(workdir)) and found[-1].get('finished', False)
 
 
 def write_json(path: Path, value: Any) -> None:
