@@ -270,7 +270,7 @@ def make_plan(config: Config, devices=None) -> Plan:
     raise UserError(f'{cause} the best evaluated step, so each must be saved: make evaluate.every = '
                     f'{every} a multiple of checkpoint.every = {keep.every}.')
   return Plan(config, source, spec, model, mesh, T, G, A, eval_rows,
-              make_optimizer(config.optim, schedule), schedule)
+              make_optimizer(config.optim, schedule, model.width_ratio), schedule)
 
 
 def dry_run(plan: Plan) -> str:

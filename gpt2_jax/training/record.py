@@ -19,6 +19,7 @@ from gpt2_jax import determinism, tokenizer
 from gpt2_jax.checkpoint import difference
 from gpt2_jax.data.store import write_whole
 from gpt2_jax.errors import UserError, saving
+from gpt2_jax.interop import mup
 from gpt2_jax.interop.workdir import LABELS
 from gpt2_jax.training.plan import Plan
 
@@ -62,7 +63,8 @@ def environment(plan: Plan, data: Any) -> dict:
 
 def identity(plan: Plan, data: Any) -> dict:
   """What must not change between two starts of a run, flat and as JSON gives it back."""
-  model = {f'model.{k}': v for k, v in dataclasses.asdict(plan.model).items() if k not in FREE}
+  free = FREE if plan.model.parametrization == 'mup' else (*FREE, *mup.FIELDS)  # older runs lack them
+  model = {f'model.{k}': v for k, v in dataclasses.asdict(plan.model).items() if k not in free}
   rest = {'data.sha256': data.sha256, 'init_from': plan.config.init_from}
   return json.loads(json.dumps(model | rest))
 
