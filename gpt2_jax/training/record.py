@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from gpt2_jax import determinism, tokenizer
+from gpt2_jax import determinism, hardware, tokenizer
 from gpt2_jax.checkpoint import difference
 from gpt2_jax.data.store import write_whole
 from gpt2_jax.errors import UserError, saving
@@ -52,6 +52,7 @@ def environment(plan: Plan, data: Any) -> dict:
       'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
       'command': sys.argv, 'python': platform.python_version(), 'platform': platform.platform(),
       'versions': versions(), 'git_commit': commit(), 'processes': jax.process_count(),
+      'processor': hardware.processor(),
       'devices': f'{plan.mesh.size} x {plan.mesh.devices.flat[0].device_kind}',
       'mesh': dict(plan.mesh.shape), 'micro_batches': plan.A,
       'data': {'corpus': plan.config.data.corpus, 'tokens': len(data.splits['train']),
@@ -90,7 +91,7 @@ def begin(workdir: Path, plan: Plan, data: Any, step: int, seconds: dict[str, fl
                     for k, v in keys.items()} | {'init_from': c.get('init_from')}
   changed = difference(flat(json.loads(path.read_text())), flat(config)) if path.exists() else ''
   write_json(path, config)
-  this = environment(plan, data) | {'step': step, 'seconds': seconds}
+  this = environment(plan, data) | {'began_at': step, 'step': step, 'seconds': seconds}
   write_json(workdir / ENV, {'starts': starts(workdir) + [this]})
   save_tokenizer(data.tokenizer(), workdir / 'tokenizer')
   if plan.model.head != 'lm':
