@@ -12,7 +12,7 @@ def get_config():
   config = base.get_config()
   config.model.update(n_positions=64, n_embd=64, n_layer=2, n_head=4)
   config.data.update(tokenizer='byte', split='tail', val_fraction=0.002)
-  config.optim.update(peak_lr=4e-3, warmup_steps=15)
+  config.optim.update(peak_lr=2e-3, warmup_steps=15)
   config.train.update(steps=150, global_batch_tokens=8 * 64)
   config.checkpoint.every = config.evaluate.every = 150
   config.evaluate.batch_rows = 32

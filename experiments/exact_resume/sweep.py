@@ -23,7 +23,7 @@ def report(runs, axes):
     rows.append([kills, len(run.starts), ', '.join(map(str, begins)), len(run.lines), found])
     losses = [line['train/loss'] + 0.5 * i for line in run.lines]
     axes.plot([line['step'] for line in run.lines], losses, label=f'killed: {kills}', linewidth=1.3)
-    axes.plot(begins[1:], [losses[step - 1] for step in begins[1:]], 'k|', markersize=14)
+    axes.plot(begins[1:], [losses[max(step - 1, 0)] for step in begins[1:]], 'k|', markersize=14)
   axes.set(xlabel='step (bars: where a start went on)',
            ylabel='training loss (nats a byte),\neach curve 0.5 above the one below')
   return [results.markdown(rows)]

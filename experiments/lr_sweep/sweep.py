@@ -4,7 +4,7 @@ from experiments import plots, results
 from experiments.sweeps import grid, seeds
 
 RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
-BASELINE = 4e-3
+BASELINE = 2e-3
 
 
 def sweep():

@@ -4,7 +4,7 @@ from experiments import plots, results
 from experiments.sweeps import grid
 
 BASE, WIDTHS = 32, (32, 64, 128)
-RATES = [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]
+RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
 
 
 def sweep():
