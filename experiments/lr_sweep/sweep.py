@@ -19,9 +19,6 @@ def report(runs, axes):
            for group in results.groups(runs)]
   summaries = [group.summary for group in found]
   plots.line(axes, RATES, [s.mean for s in summaries], error=[s.half_width for s in summaries])
-  best = min(range(len(RATES)), key=lambda i: summaries[i].mean)
-  axes.annotate(f'{RATES[best]:g}', (RATES[best], summaries[best].mean), xytext=(0, -18), ha='center',
-                textcoords='offset points', fontsize=9)
   axes.set(xscale='log', xlabel='peak learning rate', ylabel='held-out loss (nats a byte)')
   axes.margins(y=0.15)
   plots.ticks(axes, RATES)
