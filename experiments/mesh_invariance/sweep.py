@@ -1,5 +1,7 @@
 """One run on several meshes and in several micro-batches: the losses' largest difference."""
 
+import numpy as np
+
 from experiments import results
 
 MESHES = [{}, {'data': 4}, {'fsdp': 4}, {'data': 2, 'tensor': 2}, {'fsdp': 2, 'seq': 2}]
@@ -29,11 +31,13 @@ def report(runs, axes):
                f'{first.last("eval/loss"):.6f}', 'compared with'])
   for run in others:
     differences = [abs(a['train/loss'] / b['train/loss'] - 1) for a, b in zip(run.lines, first.lines)]
+    so_far = np.maximum.accumulate(differences)
     rows.append([name(run.point), f'{run.last("train/loss"):.6f}', f'{run.last("eval/loss"):.6f}',
                  f'{max(differences):.1e}'])
-    axes.plot([line['step'] for line in run.lines], [max(d, 1e-9) for d in differences],
-              linewidth=1.1, label=name(run.point))
-  axes.set(yscale='log', xlabel='step', ylabel='relative difference of the training loss')
+    axes.plot([line['step'] for line in run.lines], so_far, linewidth=1.4,
+              label=name(run.point))
+  axes.set(yscale='log', xlabel='step', ylim=(1e-8, 1e-6),
+           ylabel='largest relative difference so far\nof the training loss')
   axes.axhline(2**-24, color='#4d4d4d', linewidth=0.8, linestyle=':')
   axes.annotate('half a unit in the last place of float32', (60, 2**-24), xytext=(0, -11), ha='right',
                 textcoords='offset points', fontsize=8, color='#4d4d4d')

@@ -30,7 +30,7 @@ def report(runs, axes):
   axes.set(xscale='log', yscale='log', xlabel='bytes of training text',
            ylabel='held-out loss (nats a byte)')
   plots.ticks(axes, tokens, [f'{n:,}' for n in tokens])
-  values = [v for v in (1.75, 2, 2.25, 2.5, 2.75, 3, 3.25, 3.5)
+  values = [v for v in (1.75, 2, 2.25, 2.5, 2.75, 3, 3.25, 3.5, 3.75)
             if min(loss.values()) * 0.97 < v < max(loss.values()) * 1.03]
   axes.set_yticks(values, [f'{v:g}' for v in values])
   head = ['width', 'parameters of the blocks', *(f'{n:,} bytes' for n in tokens)]
