@@ -53,10 +53,13 @@ def default_workdir() -> str:
 
 def main(argv: list[str]) -> int:
   parse_flags(argv)
+  from gpt2_jax import determinism
   from gpt2_jax.errors import UserError
   from gpt2_jax.training import compiling, distributed, loop, plan
   workdir = WORKDIR.value or default_workdir()
   try:
+    if CONFIG.value.deterministic:
+      determinism.require()
     distributed.initialize(
         DISTRIBUTED.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     if DRY_RUN.value:

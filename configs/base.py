@@ -15,6 +15,10 @@ def get_config() -> ConfigDict:
   config.init_from = placeholder(str)
   config.init_positions = 'interpolate'  # where model.n_positions is larger than there; or extend
 
+  # The same command gives the same bits each time, in metrics.jsonl too: what is measured by the
+  # clock then stands in timing.jsonl. Costs speed on GPUs; CPU and TPU need nothing.
+  config.deterministic = False
+
   # The model. Names and values are Hugging Face's; these are GPT-2 124M's.
   config.model = ConfigDict(dict(
       vocab_size=placeholder(int),  # default: the tokenizer's
@@ -34,6 +38,9 @@ def get_config() -> ConfigDict:
       reorder_and_upcast_attn=False,
       tie_word_embeddings=True,
       init_scheme='hf',  # or openai_release
+      parametrization='standard',  # or mup: the best learning rate is that of a narrower model
+      mup_base_width=placeholder(int),  # mup: n_embd of the model whose peak_lr this is
+      mup_base_head_width=placeholder(int),  # mup: width of its heads; default: as wide as here
       vocab_multiple=128,  # the vocabulary is padded inside: 50257 = 29·1733 would not split
       dtype='auto',  # of activations: bfloat16 on accelerators, float32 on CPU
       remat='none',  # what the backward pass computes again: none, dots, full

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -167,12 +168,30 @@ class Convert:
     print(f'{self.target}: {self.to}, {self.dtype or source.dtype}, from {source.where}')
 
 
+@dataclasses.dataclass
+class Reproduce:
+  """Makes a run again from its record. Exit status 1 where a step is not the same to the last bit."""
+
+  workdir: tyro.conf.Positional[Path]
+  """Of the run. Start this where the run was started: its config may have relative paths."""
+  output: Path | None = None
+  """Folder of the repetition; default: beside the run, with -again behind its name."""
+
+  def run(self) -> None:
+    if not self.workdir.is_dir():
+      raise UserError(f'{self.workdir} is no folder: name the --workdir of a run.')
+    from gpt2_jax.training import reproduce
+    if status := reproduce.reproduce(self.workdir, self.output):
+      sys.exit(status)
+
+
 Verb = (Annotated[Prepare, tyro.conf.subcommand('prepare')]
         | Annotated[Sample, tyro.conf.subcommand('sample')]
         | Annotated[Convert, tyro.conf.subcommand('convert')]
         | Annotated[Evaluate, tyro.conf.subcommand('evaluate')]
         | Annotated[Bias, tyro.conf.subcommand('bias')]
-        | Annotated[Plan, tyro.conf.subcommand('plan')])
+        | Annotated[Plan, tyro.conf.subcommand('plan')]
+        | Annotated[Reproduce, tyro.conf.subcommand('reproduce')])
 
 
 def main(argv: list[str] | None = None) -> None:

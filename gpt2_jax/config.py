@@ -110,6 +110,9 @@ class GPTConfig:
   tie_word_embeddings: bool = True
 
   init_scheme: str = 'hf'  # 'hf' | 'openai_release', see `GPT2`
+  parametrization: str = 'standard'  # or 'mup', see `width_ratio`
+  mup_base_width: int | None = None  # n_embd of the model that the hyperparameters were found for
+  mup_base_head_width: int | None = None  # and its width of a head; None: this model's
   vocab_multiple: int = 128  # the vocabulary is padded inside to a multiple of this
   dtype: str = 'float32'  # of activations: 'float32' | 'bfloat16'; parameters are float32
   remat: str = 'none'  # a name of REMAT_POLICIES
@@ -138,10 +141,63 @@ class GPTConfig:
     for name, known in (
         ('activation_function', ACTIVATIONS), ('remat', REMAT_POLICIES),
         ('init_scheme', ('hf', 'openai_release')), ('head', HEADS), ('form', FORMS),
-        ('attention', ATTENTIONS), ('dtype', ('float32', 'bfloat16')),
+        ('parametrization', ('standard', 'mup')), ('attention', ATTENTIONS),
+        ('dtype', ('float32', 'bfloat16')),
         ('reduce_dtype', ('float32', 'bfloat16'))):
       if getattr(self, name) not in known:
         raise UserError(f'model.{name} = {getattr(self, name)!r} is not one of {sorted(known)}.')
+
+    self._check_mup()
+
+  def _check_mup(self):
+    """Raises a `UserError` where the parametrization lacks something or can't be had."""
+    given = {name: getattr(self, name) for name in ('mup_base_width', 'mup_base_head_width')}
+    if self.parametrization == 'standard':
+      if wrong := [name for name, value in given.items() if value is not None]:
+        raise UserError(f'model.{wrong[0]} is of model.parametrization = mup, and this is standard.')
+      return
+    if self.mup_base_width is None:
+      raise UserError('model.parametrization = mup needs model.mup_base_width: n_embd of the model '
+                      'that the learning rate was found for.')
+    for name, value in given.items():
+      if value is not None and value < 1:
+        raise UserError(f'model.{name} = {value} must be positive.')
+    if self.mup_base_head_width is None and self.mup_base_width % self.H:
+      raise UserError(f'heads of width {self.H} (n_embd / n_head) are not those of a model of width '
+                      f'{self.mup_base_width}: set model.mup_base_head_width to the width that its '
+                      'heads have.')
+    if self.lora is not None or not self.scale_attn_weights:
+      raise UserError('model.parametrization = mup goes neither with adapters (lora.r; convert the '
+                      'model to hf first) nor with scale_attn_weights = False.')
+
+  @property
+  def width_ratio(self) -> float:
+    """How much wider than its base a model of maximal-update parametrization is; 1 of a standard one.
+
+    By it (m) and Adam the rules are, as in table 8 of Yang et al. 2022 (Tensor Programs V,
+    arXiv:2203.03466), which leaves input and output embeddings tied:
+
+    - matrices within blocks: initial variance 1/m times, learning rate 1/m times;
+    - embeddings, biases and layer norms: as they are;
+    - logits: multiplied by 1/m;
+    - attention scores: see `score_scale`.
+
+    `n_inner` is taken to grow as n_embd does. At m = 1 all is as in a standard model.
+    """
+    return 1.0 if self.mup_base_width is None else self.n_embd / self.mup_base_width
+
+  @property
+  def score_scale(self) -> float:
+    """Factor of the attention scores.
+
+    1/sqrt(H); of a 'mup' model sqrt(base H)/H. So it falls as 1/H where heads grow wider with the
+    model, since queries and keys become correlated; where they become more and H stays, nothing
+    changes.
+    """
+    if not self.scale_attn_weights:
+      return 1.0
+    base = self.mup_base_head_width
+    return self.H**-0.5 if base in (None, self.H) else base**0.5 / self.H
 
   def adapter(self, module: str) -> LoRA | None:
     """The adapter of a module, such as 'attn.c_attn'; None where it has none."""

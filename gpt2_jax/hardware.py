@@ -7,7 +7,11 @@ what the driver reports or, where we haven't seen it, the data sheet's. Two figu
 machines that the clouds rent out; the TPU v2's HBM is 15/16 of its data sheet's.
 """
 
+import contextlib
 import dataclasses
+import os
+import platform
+from pathlib import Path
 
 GIB = 2**30
 
@@ -41,6 +45,15 @@ CHIPS = {
     'NVIDIA H200': Chip(989e12, 141 * 10**9, 4800e9, 450e9, 50e9),
     'NVIDIA B200': Chip(2250e12, 180 * 10**9, 8000e9, 900e9, 50e9),
 }
+
+
+def processor() -> str:
+  """The host's processor: how many threads it runs, and its name."""
+  name = platform.processor() or platform.machine()
+  with contextlib.suppress(OSError, StopIteration):
+    lines = Path('/proc/cpuinfo').read_text().splitlines()
+    name = next(line.partition(':')[2].strip() for line in lines if line.startswith('model name'))
+  return f'{os.cpu_count()} x {name}'
 
 
 def chip_of(device_kind: str) -> Chip | None:

@@ -38,6 +38,11 @@ class Output(NamedTuple):
   attentions: jax.Array | None  # [L, B, N, T, S]
 
 
+def hidden_std(config: GPTConfig) -> float:
+  """The initial deviation of matrices within blocks, before what the scheme does to projections."""
+  return config.initializer_range / config.width_ratio**0.5
+
+
 class Attention(nnx.Module):
   """Multi-head causal self-attention."""
 
@@ -46,7 +51,7 @@ class Attention(nnx.Module):
     self.config = config
     self.c_attn = Linear(
         'BTD,DCNH->CBTNH', (c.n_embd, 3, c.n_head, c.H), r.c_attn_dcnh,
-        (3, c.n_head, c.H), r.c_attn_cnh, r.act_cbtnh, c.initializer_range, rngs=rngs,
+        (3, c.n_head, c.H), r.c_attn_cnh, r.act_cbtnh, hidden_std(c), rngs=rngs,
         config=c, name='attn.c_attn')
     self.c_proj = Linear(
         'BTNH,NHD->BTD', (c.n_head, c.H, c.n_embd), r.attn_proj_nhd,
@@ -58,7 +63,7 @@ class Attention(nnx.Module):
     k_BSNH, v_BSNH = (reshard(x, RULES.act_bsnh) for x in keys_and_values)
     if cache is not None:
       cache, k_BSNH, v_BSNH = cache.update(layer, slot, k_BSNH, v_BSNH)
-    scale = c.H**-0.5 if c.scale_attn_weights else 1.0
+    scale = c.score_scale
     if c.scale_attn_by_inverse_layer_idx:
       scale = scale / jnp.asarray(layer + 1, jnp.float32)
     weights_BNTS = None
@@ -81,7 +86,7 @@ class MLP(nnx.Module):
     self.config = config
     self.c_fc = Linear(
         'BTD,DF->BTF', (c.n_embd, c.F), r.c_fc_df,
-        (c.F,), r.c_fc_f, r.act_btf, c.initializer_range, rngs=rngs, config=c, name='mlp.c_fc')
+        (c.F,), r.c_fc_f, r.act_btf, hidden_std(c), rngs=rngs, config=c, name='mlp.c_fc')
     self.c_proj = Linear(
         'BTF,FD->BTD', (c.F, c.n_embd), r.mlp_proj_fd,
         (c.n_embd,), r.proj_d, r.act_btd, proj_std, rngs=rngs, config=c, name='mlp.c_proj')
@@ -97,7 +102,7 @@ class Block(nnx.Module):
   """Attention and MLP, each on a layer norm of the residual stream and added back to it."""
 
   def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
-    std = config.initializer_range
+    std = hidden_std(config)
     proj_std = std if config.init_scheme == 'openai_release' else std / (2 * config.n_layer) ** 0.5
     self.ln_1, self.ln_2 = (
         LayerNorm(config.n_embd, config.layer_norm_epsilon) for _ in range(2))
@@ -244,6 +249,8 @@ class GPT2(nnx.Module):
     table = self.wte if c.tie_word_embeddings else self.lm_head
     with jax.named_scope('logits'):
       logits_BTV = table.logits(x_BTD)
+      if c.width_ratio != 1:
+        logits_BTV = logits_BTV / c.width_ratio
       real_V = jnp.arange(c.padded_vocab_size) < c.vocab_size
       return jnp.where(real_V, logits_BTV, jnp.finfo(jnp.float32).min)
 

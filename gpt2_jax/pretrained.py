@@ -22,6 +22,7 @@ from gpt2_jax.interop import (
     hub,
     huggingface,
     llmc,
+    mup,
     nanogpt,
     openai,
     peft,
@@ -153,7 +154,7 @@ def write(source: Source, target: str | os.PathLike, to: str, *, dtype: str | No
   if dtype is not None:
     source = source.astype(dtype)
   if to != 'peft':
-    source = peft.merged(source)
+    source = mup.folded(peft.merged(source))
   known = inspect.signature(WRITERS[to].write).parameters
   if other := sorted(options.keys() - known.keys()):
     raise UserError(f'{", ".join(other)}: no option of the format {to!r}.')

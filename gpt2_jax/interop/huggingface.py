@@ -17,7 +17,7 @@ import numpy as np
 from gpt2_jax import tokenizer
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError
-from gpt2_jax.interop import safetensors_files, torch_files
+from gpt2_jax.interop import mup, safetensors_files, torch_files
 from gpt2_jax.interop.card import model_card
 from gpt2_jax.interop.files import check_place, read_json, unreadable
 from gpt2_jax.interop.tensors import (
@@ -38,7 +38,7 @@ ARCHITECTURES = {
     'token_classification': 'GPT2ForTokenClassification'}
 
 # Fields of GPTConfig that their config.json has not.
-OURS = ('init_scheme', 'vocab_multiple', 'dtype', 'remat', 'head', 'num_labels', 'lora')
+OURS = ('init_scheme', *mup.FIELDS, 'vocab_multiple', 'dtype', 'remat', 'head', 'num_labels', 'lora')
 CONFIG_KEYS = tuple(f.name for f in dataclasses.fields(GPTConfig) if f.name not in OURS)
 # Keys that we write anew.
 MADE_KEYS = ('model_type', 'architectures', 'dtype', 'torch_dtype', 'transformers_version',

@@ -111,12 +111,14 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
                       'Choose another --workdir, or the config of that run.')
     if start >= steps:
       say(f'{workdir}: step {start} of {steps} is done already.')
+      record_lib.mark_finished(workdir)
       checkpoints.close()
       return 0
     lines = metrics.read(workdir)
     patience = Patience(config.evaluate.patience, lines if start else [], start)
     if patience.over:
       say(f'{workdir}: stopped early at step {start} of {steps}; its best is step {patience.best}.')
+      record_lib.mark_finished(workdir)
       checkpoints.close()
       return 0
     if jax.process_index() == 0:
@@ -141,7 +143,8 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
         say(f'resumed from step {start:,} of {steps:,}')
       else:
         state = plan.init_state(plan.load_source() if plan.source else None)
-    writer = metrics.MetricsWriter(workdir, start, config.log.tensorboard)
+    writer = metrics.MetricsWriter(
+        workdir, start, config.log.tensorboard, config.deterministic)
     in_use = lambda: state.params if state.ema is None else state.ema
     due = lambda step, section: step % section.every == 0 or step == steps
     held_out = len(val_split) > 1
@@ -219,7 +222,7 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
     # --- End -----------------------------------------------------------------------------------
     if stop.received:
       if jax.process_index() == 0:
-        record_lib.end(workdir, step, clock.totals())
+        record_lib.end(workdir, step, clock.totals(), finished=False)
       say(f'stopped at step {step:,} of {steps:,}, which is saved; the same command goes on from it')
       checkpoints.close()
       return 128 + stop.received
@@ -242,6 +245,6 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
       say(report.summary(workdir, config.log.sample_prompt, sample and sample.text, totals))
     checkpoints.close()
     if jax.process_index() == 0:
-      record_lib.end(workdir, step, clock.totals())
+      record_lib.end(workdir, step, clock.totals(), finished=True)
     return 0
 

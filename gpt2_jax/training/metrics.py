@@ -20,6 +20,9 @@ is not finite:
     perf/memory_gib       peak so far: of a device, or on CPU of the process
     perf/goodput          share of the time so far, over all starts, in steps that count
     time/KIND             seconds so far, over all starts, by kind: see goodput
+
+With `config.deterministic` the last two families stand in `timing.jsonl`, a line a step as well, and
+`metrics.jsonl` is the same to the last bit each time.
 """
 
 import json
@@ -28,12 +31,14 @@ import os
 import resource
 import sys
 from pathlib import Path
+from typing import IO
 
 import jax
 
 from gpt2_jax.errors import saving
 
-FILE = 'metrics.jsonl'
+FILE, TIMING = 'metrics.jsonl', 'timing.jsonl'
+MEASURED = ('perf/', 'time/')  # begin the keys that are never twice the same
 
 
 def peak_memory_gib() -> float:
@@ -51,9 +56,7 @@ def _dumps(line: dict) -> str:
                      for key, value in line.items()}, allow_nan=False)
 
 
-def read(workdir: Path) -> list[dict]:
-  """The lines of a run, in order. A line cut short by a kill is left out."""
-  path = workdir / FILE
+def _lines(path: Path) -> list[dict]:
   lines = []
   for line in path.read_text().splitlines() if path.exists() else ():
     try:
@@ -63,39 +66,68 @@ def read(workdir: Path) -> list[dict]:
   return lines
 
 
+def read(workdir: Path) -> list[dict]:
+  """The lines of a run, in order. A line cut short by a kill is left out."""
+  timing = {line['step']: line for line in _lines(workdir / TIMING)}
+  return [line | timing.get(line['step'], {}) for line in _lines(workdir / FILE)]
+
+
+def plain(line: dict) -> dict:
+  """A line without what the clock and the memory say: what is the same each time."""
+  return {key: value for key, value in line.items() if not key.startswith(MEASURED)}
+
+
 class MetricsWriter:
   """Appends to the record of a workdir, on process 0 alone."""
 
-  def __init__(self, workdir: Path, step: int, tensorboard: bool):
-    """Continues behind `step`: what a killed run wrote beyond its last checkpoint is dropped."""
-    self.path, self.active = workdir / FILE, jax.process_index() == 0
-    self._file = self._board = None
+  def __init__(self, workdir: Path, step: int, tensorboard: bool, apart: bool = False):
+    """Continues behind `step`: what a killed run wrote beyond its last checkpoint is dropped.
+
+    Args:
+      workdir: of the run.
+      step: number of updates done.
+      tensorboard: whether to write for it too.
+      apart: whether what is measured goes into a file of its own, `timing.jsonl`.
+    """
+    self.workdir, self.active, self._apart = workdir, jax.process_index() == 0, apart
+    self._files: dict[str, IO[str]] = {}
+    self._board = None
     if not self.active:
       return
-    with saving('metrics', self.path):
-      kept = [line for line in read(workdir) if line['step'] <= step]
-      self._rewrite(kept)
-      self._file = open(self.path, 'a')
+    self._begin([line for line in read(workdir) if line['step'] <= step])
     if tensorboard:
       import tensorboardX  # over a second
       self._board = tensorboardX.SummaryWriter(
           str(workdir / 'tensorboard'), purge_step=step + 1 if step else None)
 
-  def _rewrite(self, lines: list[dict]) -> None:
-    text = ''.join(_dumps(line) + '\n' for line in lines)
-    if self.path.exists() and self.path.read_text() == text:
-      return
-    temporary = self.path.with_suffix('.tmp')
-    temporary.write_text(text)
-    os.replace(temporary, self.path)
+  def _split(self, line: dict) -> dict[str, dict]:
+    """A line by the file it goes to, the first one first: a step in FILE has its line in TIMING."""
+    if not self._apart:
+      return {FILE: line}
+    measured = {key: value for key, value in line.items() if key.startswith(MEASURED)}
+    return {TIMING: {'step': line['step']} | measured, FILE: plain(line)}
+
+  def _begin(self, lines: list[dict]) -> None:
+    """Makes these lines the record, and opens it for more."""
+    with saving('metrics', self.workdir / FILE):
+      for name in self._split({'step': 0}):
+        path = self.workdir / name
+        text = ''.join(_dumps(self._split(line)[name]) + '\n' for line in lines)
+        if not path.exists() or path.read_text() != text:
+          path.with_suffix('.tmp').write_text(text)
+          os.replace(path.with_suffix('.tmp'), path)
+        self._files[name] = open(path, 'a')
+      if not self._apart:
+        (self.workdir / TIMING).unlink(missing_ok=True)
 
   def write(self, line: dict) -> None:
     """Appends a line; it is in the file when this returns."""
-    if self._file is None:
+    if not self.active:
       return
-    with saving('metrics', self.path):
-      self._file.write(_dumps(line) + '\n')
-      self._file.flush()
+    with saving('metrics', self.workdir / FILE):
+      for name, part in self._split(line).items():
+        self._files[name].write(_dumps(part) + '\n')
+        self._files[name].flush()
     if self._board is not None:
       for key, value in line.items():
         if key != 'step':
@@ -103,22 +135,20 @@ class MetricsWriter:
 
   def sync(self) -> None:
     """Returns when what was written is on the disk, where it outlives the machine."""
-    if self._file is not None:
-      with saving('metrics', self.path):
-        os.fsync(self._file.fileno())
+    for name, file in self._files.items():
+      with saving('metrics', self.workdir / name):
+        os.fsync(file.fileno())
 
   def amend_last(self, values: dict) -> None:
     """Adds keys to the last line."""
-    if self._file is None:
+    if not self.active:
       return
-    self._file.close()
-    lines = read(self.path.parent)
-    lines[-1] |= values
-    with saving('metrics', self.path):
-      self._rewrite(lines)
-      self._file = open(self.path, 'a')
+    for file in self._files.values():
+      file.close()
+    *lines, last = read(self.workdir)
+    self._begin([*lines, last | values])
 
   def close(self) -> None:
-    for file in (self._file, self._board):
+    for file in (*self._files.values(), self._board):
       if file is not None:
         file.close()

@@ -52,13 +52,33 @@ def decay_mask(params: Params) -> Params:
   return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def make_optimizer(optim: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
+def scale_matrices(factor: float) -> optax.GradientTransformation:
+  """Multiplies the updates of the matrices within blocks."""
+  def scaled(path, update):
+    names = [key.key for key in path]
+    inside = names[0] == 'h' and names[-1] == 'weight' and not names[1].startswith('ln_')
+    return factor * update if inside else update
+
+  return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates))
+
+
+def make_optimizer(
+    optim: Config, schedule: optax.Schedule, width_ratio: float = 1.0
+) -> optax.GradientTransformation:
   """Clipping by the global norm, then AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101); without the
   steps that are spikes, where `skip_zscore` is set.
+
+  Args:
+    optim: that section of the config.
+    schedule: step -> learning rate.
+    width_ratio: of the model, see `GPTConfig`. Adam's step of matrices within blocks is divided by
+      it; what decays is not, so that weights decay as fast at every width.
   """
-  tx = optax.adamw(
-      schedule, b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay,
-      mask=decay_mask)
+  tx = optax.chain(
+      optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
+      *([] if width_ratio == 1 else [scale_matrices(1 / width_ratio)]),
+      optax.add_decayed_weights(optim.weight_decay, decay_mask),
+      optax.scale_by_learning_rate(schedule))
   if optim.clip_norm:
     tx = optax.chain(optax.clip_by_global_norm(optim.clip_norm), tx)
   return skip_spikes(tx, optim.skip_zscore, optim.skip_warmup) if optim.skip_zscore else tx

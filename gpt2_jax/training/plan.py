@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gpt2_jax import kernels, sharding, tokenizer
+from gpt2_jax import determinism, kernels, sharding, tokenizer
 from gpt2_jax.config import Config, GPTConfig, LoRA
 from gpt2_jax.counts import flops_per_token, num_params, num_trained
 from gpt2_jax.data import labelled
@@ -232,6 +232,8 @@ def make_plan(config: Config, devices=None) -> Plan:
   Raises:
     UserError: the config contradicts itself or doesn't fit the devices.
   """
+  if config.deterministic:
+    determinism.check()
   source, spec, model, mesh = make_model(config, devices)
   T = model.n_positions if config.data.sequence_length is None else config.data.sequence_length
   if not 1 <= T <= model.n_positions:
@@ -268,7 +270,7 @@ def make_plan(config: Config, devices=None) -> Plan:
     raise UserError(f'{cause} the best evaluated step, so each must be saved: make evaluate.every = '
                     f'{every} a multiple of checkpoint.every = {keep.every}.')
   return Plan(config, source, spec, model, mesh, T, G, A, eval_rows,
-              make_optimizer(config.optim, schedule), schedule)
+              make_optimizer(config.optim, schedule, model.width_ratio), schedule)
 
 
 def dry_run(plan: Plan) -> str:

@@ -15,40 +15,54 @@ from typing import Any
 
 import jax
 
-from gpt2_jax import tokenizer
+from gpt2_jax import determinism, hardware, tokenizer
 from gpt2_jax.checkpoint import difference
 from gpt2_jax.data.store import write_whole
 from gpt2_jax.errors import UserError, saving
+from gpt2_jax.interop import mup
 from gpt2_jax.interop.workdir import LABELS
 from gpt2_jax.training.plan import FREE, Plan
 
 ENV = 'env.json'
+ENVIRONMENT = ('XLA_FLAGS', 'JAX_PLATFORMS')  # variables that have a say in the numbers
 
 
-def environment(plan: Plan, data: Any) -> dict:
+def versions() -> dict[str, str]:
+  """Of the packages that have a say in the numbers."""
   packages = ('gpt2_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
+  return {name: importlib.metadata.version(name) for name in packages}
+
+
+def commit() -> str | None:
+  """Of the code that runs, with `-dirty` behind it where it was changed since."""
   try:
-    commit = subprocess.run(
+    found = subprocess.run(
         ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
         cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10).stdout.strip()
   except (OSError, subprocess.TimeoutExpired):
-    commit = ''
+    return None
+  return found or None
+
+
+def environment(plan: Plan, data: Any) -> dict:
   return {
       'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
       'command': sys.argv, 'python': platform.python_version(), 'platform': platform.platform(),
-      'versions': {name: importlib.metadata.version(name) for name in packages},
-      'git_commit': commit or None, 'processes': jax.process_count(),
+      'versions': versions(), 'git_commit': commit(), 'processes': jax.process_count(),
+      'processor': hardware.processor(),
       'devices': f'{plan.mesh.size} x {plan.mesh.devices.flat[0].device_kind}',
       'mesh': dict(plan.mesh.shape), 'micro_batches': plan.A,
       'data': {'corpus': plan.config.data.corpus, 'tokens': len(data.splits['train']),
                'sha256': data.sha256, 'licence': data.manifest['source']['licence']},
-      'env': {k: os.environ[k] for k in ('XLA_FLAGS', 'JAX_PLATFORMS') if k in os.environ},
+      'determinism': determinism.describe() if plan.config.deterministic else {},
+      'env': {k: os.environ[k] for k in ENVIRONMENT if k in os.environ},
   }
 
 
 def identity(plan: Plan, data: Any) -> dict:
   """What must not change between two starts of a run, flat and as JSON gives it back."""
-  model = {f'model.{k}': v for k, v in dataclasses.asdict(plan.model).items() if k not in FREE}
+  free = FREE if plan.model.parametrization == 'mup' else (*FREE, *mup.FIELDS)  # older runs lack them
+  model = {f'model.{k}': v for k, v in dataclasses.asdict(plan.model).items() if k not in free}
   rest = {'data.sha256': data.sha256, 'init_from': plan.config.init_from}
   return json.loads(json.dumps(model | rest))
 
@@ -74,7 +88,7 @@ def begin(workdir: Path, plan: Plan, data: Any, step: int, seconds: dict[str, fl
                     for k, v in keys.items()} | {'init_from': c.get('init_from')}
   changed = difference(flat(json.loads(path.read_text())), flat(config)) if path.exists() else ''
   write_json(path, config)
-  this = environment(plan, data) | {'step': step, 'seconds': seconds}
+  this = environment(plan, data) | {'began_at': step, 'step': step, 'seconds': seconds}
   write_json(workdir / ENV, {'starts': starts(workdir) + [this]})
   save_tokenizer(data.tokenizer(), workdir / 'tokenizer')
   if plan.model.head != 'lm':
@@ -95,10 +109,25 @@ def save_tokenizer(own: tokenizer.Tokenizer, folder: Path) -> None:
     scratch.rename(folder)
 
 
-def end(workdir: Path, step: int, seconds: dict[str, float]) -> None:
-  """Notes in the record of this start where it ended, in order, and the seconds until then."""
+def end(workdir: Path, step: int, seconds: dict[str, float], finished: bool) -> None:
+  """Notes in the record of this start where it ended, in order, the seconds until then, and whether
+  the run is finished.
+  """
   *earlier, this = starts(workdir)
-  write_json(workdir / ENV, {'starts': [*earlier, this | {'step': step, 'seconds': seconds}]})
+  this |= {'step': step, 'seconds': seconds, 'finished': finished}
+  write_json(workdir / ENV, {'starts': [*earlier, this]})
+
+
+def mark_finished(workdir: Path) -> None:
+  """Notes that a run has come to its end, where a kill just then kept it from doing so."""
+  if jax.process_index() == 0 and starts(workdir) and not finished(workdir):
+    *earlier, last = starts(workdir)
+    write_json(workdir / ENV, {'starts': [*earlier, last | {'finished': True}]})
+
+
+def finished(workdir: Path) -> bool:
+  """Whether a run has come to its end, by its own record."""
+  return bool(found := starts(workdir)) and found[-1].get('finished', False)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,0 +1,184 @@
+"""A run made again from its own record, and where the two part.
+
+What counts is each line of `metrics.jsonl` without what the clock says. A run repeats itself to the
+last bit on the same devices with the same versions; on GPUs it does so with `config.deterministic`.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from gpt2_jax import determinism
+from gpt2_jax.checkpoint import difference
+from gpt2_jax.config import Config
+from gpt2_jax.errors import UserError
+from gpt2_jax.training import metrics, record
+from gpt2_jax.training.loop import say, train
+
+NOTE = 'reproduces.json'  # in the folder of the second run: of which run it is the repetition
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+  """A value of a step that is not the same in both records; one that is absent is None."""
+
+  step: int
+  key: str
+  there: float | None  # in the run
+  here: float | None  # in its repetition
+
+  @property
+  def relative(self) -> float:
+    """|there - here| by the larger of the two; infinite where one is absent or not finite."""
+    a, b = self.there, self.here
+    if a is None or b is None or not math.isfinite(a - b):
+      return math.inf
+    return abs(a - b) / (max(abs(a), abs(b)) or 1.0)
+
+  def __str__(self) -> str:
+    show = lambda value: 'absent' if value is None else repr(value)
+    far = f' (relative {self.relative:.1e})' if math.isfinite(self.relative) else ''
+    return f'{self.key}: {show(self.there)} there, {show(self.here)} here{far}'
+
+
+def differences(there: list[dict], here: list[dict]) -> Iterator[Difference]:
+  """What differs between two records, in the order of the steps.
+
+  Args:
+    there, here: lines of `metrics.jsonl`, measured keys among them or not.
+  """
+  left, right = ({line['step']: metrics.plain(line) for line in lines} for lines in (there, here))
+  for step in sorted(left.keys() | right.keys()):
+    a, b = left.get(step, {}), right.get(step, {})
+    for key in sorted((a.keys() | b.keys()) - {'step'}):
+      x, y = a.get(key), b.get(key)
+      if json.dumps(x) != json.dumps(y):  # bits: NaN is NaN, and 0.0 is not -0.0
+        yield Difference(step, key, x, y)
+
+
+def _restrict(config: Config, last: int, start: dict) -> None:
+  """Makes the config say what the run derived from its devices, up to its last recorded step."""
+  for axis, size in start['mesh'].items():
+    config.mesh[axis] = size
+  T = config.data.sequence_length or config.model.n_positions
+  rows = config.train.global_batch_tokens // T
+  split = config.mesh.data * config.mesh.fsdp
+  config.train.micro_batch_rows = rows // start['micro_batches'] // split
+  if last < config.train.steps:  # it was stopped: its schedule is that of all steps
+    config.optim.decay_steps = config.optim.decay_steps or config.train.steps
+    config.train.steps = last
+
+
+def _recorded(workdir: Path) -> tuple[dict, list[dict], list[dict]]:
+  """A run's config, starts and lines."""
+  try:
+    config = json.loads((workdir / 'config.json').read_text())
+    starts, lines = record.starts(workdir), metrics.read(workdir)
+  except (OSError, ValueError) as e:
+    raise UserError(f'{workdir} holds no run that can be made again ({e}): name the --workdir of a '
+                    'run of launch.py.') from e
+  if not starts or not lines:
+    raise UserError(f'{workdir} has no {record.ENV} or no step in {metrics.FILE} yet: there is '
+                    'nothing to compare with.')
+  return config, starts, lines
+
+
+def _environment(start: dict) -> dict[str, Any]:
+  """What has a say in the numbers, of a run or, without its data, of this process."""
+  return {'python': start['python'], 'platform': start['platform'], 'commit': start['git_commit'],
+          **start['versions'], **{name: start['env'].get(name) for name in record.ENVIRONMENT}}
+
+
+def _here() -> dict[str, Any]:
+  return _environment({
+      'python': platform.python_version(), 'platform': platform.platform(), 'env': os.environ,
+      'git_commit': record.commit(), 'versions': record.versions()})
+
+
+def _take_environment(start: dict) -> None:
+  """Sets the variables that the run had, as long as no device was used."""
+  for name in record.ENVIRONMENT:
+    if name in start['env']:
+      os.environ[name] = start['env'][name]
+  if platforms := start['env'].get('JAX_PLATFORMS'):  # which JAX has read already
+    jax.config.update('jax_platforms', platforms)
+
+
+def _claim(output: Path, workdir: Path) -> None:
+  """Notes in a fresh folder whose repetition it holds, so that a killed one goes on."""
+  note = output / NOTE
+  if output.exists() and any(output.iterdir()) and not (
+      note.exists() and json.loads(note.read_text()).get('run') == str(workdir)):
+    raise UserError(f'{output} is there already and holds no repetition of {workdir}: name another '
+                    'folder with --output.')
+  output.mkdir(parents=True, exist_ok=True)
+  record.write_json(note, {'run': str(workdir)})
+
+
+def reproduce(workdir: str | Path, output: str | Path | None = None) -> int:
+  """Runs a run's config once more and says where the two part. Returns an exit status.
+
+  The config, the mesh, the micro-batches and the variables of the environment are those of the run's
+  last start; what differs of versions, machine and commit is said first. Relative paths in the config
+  are looked for from where this is called.
+
+  Args:
+    workdir: of the run, finished or not: it is repeated up to its last recorded step.
+    output: folder of the repetition. Default: beside the run, its name and '-again'. A repetition
+      that was stopped there goes on.
+
+  Returns:
+    0 where each step is bitwise the same, 1 where one is not, 128 + the signal that stopped it.
+
+  Raises:
+    UserError: there is no such run, or it can't be run here.
+  """
+  workdir = Path(workdir)
+  output = workdir.with_name(workdir.name + '-again') if output is None else Path(output)
+  config, starts, lines = _recorded(workdir)
+  start = starts[-1]
+  _claim(output, workdir)
+  changed = difference(_environment(start), _here())
+  _take_environment(start)  # before `say`, which asks the devices who is to speak
+  if changed:
+    say(f'what is not as it was:\n{changed}')
+  for name in ('mesh', 'micro_batches', 'git_commit', 'versions'):
+    if any(other[name] != start[name] for other in starts):
+      say(f'its {len(starts)} starts differ in {name}: only the last one\'s is repeated')
+  again: Config = ConfigDict({'deterministic': False} | config)  # there was no such knob once
+  _restrict(again, lines[-1]['step'], start)
+  if again.deterministic:
+    determinism.require()
+  if status := train(again, output):
+    return status
+  used = lambda start: f'{start["devices"]}, data {start["data"]["sha256"]}'
+  if (there := used(start)) != (here := used(record.starts(output)[-1])):
+    say(f'it ran on {there}; this on {here}')
+  return report(lines, metrics.read(output))
+
+
+def report(there: list[dict], here: list[dict]) -> int:
+  """Says where two records part; 0 where they don't, else 1."""
+  found = list(differences(there, here))
+  if not found:
+    say(f'the same to the last bit: {len(there):,} steps')
+    return 0
+  first = [d for d in found if d.step == found[0].step]
+  say(f'the first step that differs is {found[0].step:,} of {there[-1]["step"]:,}:')
+  for each in first:
+    say(f'  {each}')
+  worst: dict[str, Difference] = {}
+  for each in found:
+    worst[each.key] = max(worst.get(each.key, each), each, key=lambda d: d.relative)
+  say('the largest differences of all steps:')
+  for each in worst.values():
+    say(f'  step {each.step:,}: {each}')
+  return 1
