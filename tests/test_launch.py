@@ -160,6 +160,21 @@ def test_a_finished_run_says_so_and_more_steps_go_on(finished, text_folder, tmp_
   assert len(lines(workdir)) == STEPS + 3
 
 
+@pytest.mark.slow
+def test_an_evaluation_that_was_stopped_is_made_up_for_at_the_end_too(
+    finished, text_folder, tmp_path):
+  """As a signal within the last one leaves it: its step is saved, its held-out loss is missing."""
+  workdir = tmp_path / 'cut'
+  shutil.copytree(finished[0], workdir)
+  *before, last = lines(workdir)
+  del last['eval/loss']
+  (workdir / 'metrics.jsonl').write_text(''.join(json.dumps(x) + '\n' for x in (*before, last)))
+  result = run(*arguments(text_folder, workdir))
+  assert result.returncode == 0, result.stderr
+  assert plain(workdir) == plain(finished[0])
+  assert 'is done already' in run(*arguments(text_folder, workdir)).stdout
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(text_folder, tmp_path):
   workdir = tmp_path / 'run'
   result = run(*arguments(text_folder, workdir, optim__peak_lr=1e25, optim__warmup_steps=0,

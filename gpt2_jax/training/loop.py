@@ -109,12 +109,16 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
     if start and (other := difference(checkpoints.meta(start)['identity'], identity)):
       raise UserError(f'{workdir} holds the run of another model or other data:\n{other}\n'
                       'Choose another --workdir, or the config of that run.')
-    if start >= steps:
+    lines, held_out = metrics.read(workdir), len(val_split) > 1
+    due = lambda step, section: step % section.every == 0 or step == steps
+    # whether the last start was stopped within an evaluation
+    cut = held_out and due(start, config.evaluate) and any(
+        line['step'] == start and 'eval/loss' not in line for line in lines)
+    if start > steps or (start == steps and not cut):
       say(f'{workdir}: step {start} of {steps} is done already.')
       record_lib.mark_finished(workdir)
       checkpoints.close()
       return 0
-    lines = metrics.read(workdir)
     patience = Patience(config.evaluate.patience, lines if start else [], start)
     if patience.over:
       say(f'{workdir}: stopped early at step {start} of {steps}; its best is step {patience.best}.')
@@ -146,8 +150,6 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
     writer = metrics.MetricsWriter(
         workdir, start, config.log.tensorboard, config.deterministic)
     in_use = lambda: state.params if state.ema is None else state.ema
-    due = lambda step, section: step % section.every == 0 or step == steps
-    held_out = len(val_split) > 1
 
     def evaluation(step: int) -> dict:
       with clock('evaluate'):
@@ -171,9 +173,8 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
             'data': {'sha256': data.sha256, 'tokenizer': data.manifest['tokenizer']}},
             patience.losses)
 
-    last_line = [line for line in metrics.read(workdir) if start and line['step'] == start]
-    if last_line and due(start, config.evaluate) and held_out and 'eval/loss' not in last_line[0]:
-      writer.amend_last(evaluation(start))  # the last start was stopped within this evaluation
+    if cut:
+      writer.amend_last(evaluation(start))
 
     if plan.source and not start and held_out:
       evaluation(0)  # what it is to be better than
