@@ -258,6 +258,7 @@ def test_transformers_loads_our_export(tmp_path, silent, knobs, dtype):
           'output_attentions', 'chunk_size_feed_forward', 'is_encoder_decoder', 'problem_type',
           'id2label', 'label2id', 'num_labels'}  # of every model, with defaults
   assert want - junk <= have, want - junk - have
+  assert have <= want, have - want  # none of ours
 
 
 @pytest.mark.parametrize('fields', [{}, dict(tie_word_embeddings=False)])

@@ -38,7 +38,8 @@ ARCHITECTURES = {
     'token_classification': 'GPT2ForTokenClassification'}
 
 # Fields of GPTConfig that their config.json has not.
-OURS = ('init_scheme', *mup.FIELDS, 'vocab_multiple', 'dtype', 'remat', 'head', 'num_labels', 'lora')
+OURS = ('init_scheme', *mup.FIELDS, 'vocab_multiple', 'dtype', 'remat', 'attention', 'reduce_dtype',
+        'form', 'head', 'num_labels', 'lora')
 CONFIG_KEYS = tuple(f.name for f in dataclasses.fields(GPTConfig) if f.name not in OURS)
 # Keys that we write anew.
 MADE_KEYS = ('model_type', 'architectures', 'dtype', 'torch_dtype', 'transformers_version',
