@@ -269,6 +269,7 @@ def flatbuffers():
   return pytest.importorskip('flatbuffers')
 
 
+@pytest.mark.slow
 def test_stablehlo_generates_as_we_do(tmp_path, flatbuffers):
   config = dataclasses.replace(
       TINY, n_positions=16, tie_word_embeddings=False, n_inner=20, activation_function='quick_gelu',

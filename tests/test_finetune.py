@@ -74,6 +74,7 @@ def tuning(init_from, text, recipe='full', **overrides):
 # --- adapters ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_adapters_lower_the_loss_on_other_text(pretrained, tmp_path, capsys):
   text = other_text(tmp_path / 'other.txt')
   config = tuning(pretrained, text, 'lora', train__steps=40, evaluate__every=20)

@@ -118,8 +118,8 @@ with StopSignal() as stop:
   assert result.stdout == f'first {int(signal.SIGINT)}\n' and 'once more' in result.stderr
 
 
-@pytest.mark.parametrize('mesh', [
-    'fsdp=8', pytest.param('data=2,tensor=2', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('mesh', ['fsdp=8', 'data=2,tensor=2'])
 def test_a_run_continues_on_another_mesh(finished, text_folder, tmp_path, mesh):
   workdir = tmp_path / 'moved'
   shutil.copytree(finished[0], workdir)
@@ -185,9 +185,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(text_folder, tmp_path):
   assert all(np.isfinite(line['train/loss']) for line in lines(workdir))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('limit,every,says', [
-    pytest.param(6_000, 100, 'error: cannot write metrics', marks=pytest.mark.slow),
-    (200_000, 2, 'error: cannot write a checkpoint')])
+    (6_000, 100, 'error: cannot write metrics'), (200_000, 2, 'error: cannot write a checkpoint')])
 def test_a_full_disk_is_said(finished, text_folder, tmp_path, limit, every, says):
   """The system refuses files beyond a limit, as it would without room."""
   command = arguments(text_folder, tmp_path / 'run', checkpoint__every=every)
@@ -202,6 +202,7 @@ def test_a_full_disk_is_said(finished, text_folder, tmp_path, limit, every, says
   assert plain(tmp_path / 'run') == plain(finished[0])
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_bars(finished, text_folder, tmp_path):
   """In a pseudo-terminal: a bar for the training, and one inside it for each evaluation."""
   outer, inner = pty.openpty()
@@ -220,6 +221,7 @@ def test_a_terminal_shows_bars(finished, text_folder, tmp_path):
     assert text.encode() in shown, text
 
 
+@pytest.mark.slow
 def test_sampling_from_a_run(finished, tmp_path):
   command = ['-m', 'gpt2_jax', 'sample', '--checkpoint', str(finished[0]), '--prompt', 'the model',
              'a b', '--max-new-tokens', '12', '--seed', '3', '--top-k', '20', '--json']

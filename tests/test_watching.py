@@ -51,6 +51,7 @@ PARAMS = {'ln_f': {'weight': np.ones(7, np.float32)},
           'wte': {'weight': np.random.default_rng(1).normal(size=(11, 7)).astype(np.float32)}}
 
 
+@pytest.mark.slow
 def test_the_policy_changes_no_bit_where_nothing_is_skipped(tiny):
   """A whole training step, with clipping, decay and moments."""
   out = []
@@ -205,6 +206,7 @@ def watched(text_folder, tmp_path_factory):
   return killed, workdir, result.stdout, float(result.stdout.split()[-1])
 
 
+@pytest.mark.slow
 def test_lost_is_what_the_killed_steps_took(watched):
   killed, workdir, printed, _ = watched
   found = re.search(r'resumed from step (\d+)', printed)

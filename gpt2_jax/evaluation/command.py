@@ -96,7 +96,7 @@ class Evaluate:
 
   def describe(self, protocol, data) -> dict[str, Any]:
     if protocol.kind == 'store':
-      return {'split': protocol.split, 'sha256': data.sha256, 'source': str(data.path)}
+      return {'split': protocol.split, 'sha256': data.sha256, 'source': str(data.path), 'limit': None}
     return {'split': data.split, 'sha256': data.sha256, 'source': data.source,
             'examples': len(data.examples), 'limit': self.limit}
 

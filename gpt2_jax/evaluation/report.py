@@ -63,7 +63,7 @@ def rows(result: dict[str, Any], size: str | None) -> str:
            f'sha256 {data["sha256"][:16]}']
   if protocol['stride']:
     lines[0] += f', window {protocol["window"]}, stride {protocol["stride"]}'
-  if data.get('limit'):
+  if data['limit']:
     lines[0] += f', the first {data["limit"]} examples only'
   for name, metric in result['metrics'].items():
     error = '' if metric['stderr'] is None else f' ± {metric["stderr"]:.2g}'
