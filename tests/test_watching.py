@@ -223,6 +223,7 @@ def test_lost_is_what_the_killed_steps_took(watched):
   assert all(0 < line['perf/goodput'] < 1 for line in record)
 
 
+@pytest.mark.slow
 def test_the_kinds_add_up_to_the_time_of_the_run(watched):
   _, workdir, printed, seconds = watched
   first, second = json.loads((workdir / 'env.json').read_text())['starts']
@@ -238,6 +239,7 @@ def test_the_kinds_add_up_to_the_time_of_the_run(watched):
 # --- profiles ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:builtin type:DeprecationWarning')  # an error aborts jaxlib 0.12
 def test_a_trace_holds_the_steps_of_its_window(watched):
   _, workdir, printed, _ = watched
@@ -413,6 +415,7 @@ def test_the_policy_can_be_turned_on_and_off_between_starts(text_folder, tmp_pat
       [line[key] for key in keys] for line in want]
 
 
+@pytest.mark.slow
 def test_resume_with_the_policy_is_bitwise(watched):
   """The averages are part of the checkpoint: the killed run judges as one that was never killed."""
   killed, workdir, _, _ = watched
