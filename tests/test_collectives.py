@@ -60,6 +60,11 @@ def test_data_parallel_reduces_each_gradient_once(micro_batches):
   assert parameters <= kinds['all-reduce']['bytes'] / 4 <= parameters + norms
 
 
+def test_a_program_is_compiled_again_as_it_was():
+  """JAX's persistent cache, which tests have, holds no program of a GPU that is not there."""
+  assert moved({'data': 8}) == moved({'data': 8})
+
+
 def test_between_replicas_of_shards_shards_alone_are_reduced():
   kinds = moved({'data': 2, 'fsdp': 4}, 2)
   assert kinds['reduce-scatter']['bytes'] / 4 == 2 * (L * WEIGHTS + TABLES)  # each micro-batch

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from gpt2_jax.config import Config, GPTConfig
 from gpt2_jax.counts import flops_per_token, num_params
@@ -52,6 +53,21 @@ class Compiled:
   seconds: float
 
 
+@contextlib.contextmanager
+def _without_cache():
+  """A context without JAX's persistent cache, which can't read back what was compiled for a GPU that
+  is not there ("PjRtCompiler must be constructed with a Client").
+  """
+  before = jax.config.read('jax_enable_compilation_cache')
+  jax.config.update('jax_enable_compilation_cache', False)
+  compilation_cache.reset_cache()  # it looks at the switch once
+  try:
+    yield
+  finally:
+    jax.config.update('jax_enable_compilation_cache', before)
+    compilation_cache.reset_cache()
+
+
 def compile_for(topology: Topology, mesh, build: Callable[[], Any], arguments: Any,
                 dump: Path | None = None, *, one_turn: bool = False) -> Compiled:
   """Compiles, and counts what the program needs.
@@ -66,7 +82,9 @@ def compile_for(topology: Topology, mesh, build: Callable[[], Any], arguments: A
   """
   began, hbm = time.monotonic(), topology.chip.hbm
   try:
-    compiled = build()
+    gpu = mesh.devices.flat[0].platform == 'gpu'
+    with _without_cache() if gpu else contextlib.nullcontext():
+      compiled = build()
   except (UserError, RuntimeError) as e:
     if 'cuDNN not found' in str(e):
       raise UserError('cuDNN, whose attention is compiled in, is not installed: pip install '
