@@ -58,7 +58,7 @@ def _without_cache():
   """A context without JAX's persistent cache, which can't read back what was compiled for a GPU that
   is not there ("PjRtCompiler must be constructed with a Client").
   """
-  before = jax.config.read('jax_enable_compilation_cache')
+  before = jax.config.values['jax_enable_compilation_cache']
   jax.config.update('jax_enable_compilation_cache', False)
   compilation_cache.reset_cache()  # it looks at the switch once
   try:
