@@ -5,7 +5,7 @@
 
 stdlib: 600 steps x 8 rows x 256 tokens = 1.2 M tokens of a 2,048-entry vocabulary trained on the
 text, 40 % of an epoch. Measured on 2 CPU cores (AMD EPYC, AVX-512), Python 3.11.7, jax 0.10.2, commit
-0d9796e: 7,400 tokens/s, 3 min 17 s in all, peak memory 1.0 GiB, held-out loss 5.05, 4.79, 4.62 at
+984a801: 7,200 tokens/s, 3 min 25 s in all, peak memory 0.9 GiB, held-out loss 5.05, 4.79, 4.62 at
 steps 200, 400, 600. The text is that of the running Python, so another version's loss differs a
 little; two runs on one machine give the same to the last bit.
 
