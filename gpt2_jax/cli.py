@@ -95,12 +95,8 @@ class Sample:
       sys.stdout.reconfigure(encoding='utf-8' if self.json else None, errors='replace')
 
     import gpt2_jax
-    from gpt2_jax import forms, tokenizer
-    model = gpt2_jax.from_pretrained(self.checkpoint)
-    if self.tokenizer is not None:
-      model.tokenizer = tokenizer.load(self.tokenizer)
-    if model.tokenizer is None:
-      raise UserError(f'{self.checkpoint} brings no tokenizer: name one with --tokenizer.')
+    from gpt2_jax import forms, pretrained
+    model = pretrained.open_model(self.checkpoint, self.tokenizer)
     if self.int8:
       model = forms.quantize(model)
     assistant = None if self.assistant is None else gpt2_jax.from_pretrained(self.assistant)

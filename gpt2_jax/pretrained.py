@@ -14,7 +14,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from gpt2_jax import sharding
+from gpt2_jax import sharding, tokenizer
 from gpt2_jax.errors import UserError
 from gpt2_jax.interop import (
     flax_msgpack,
@@ -98,6 +98,23 @@ def from_pretrained(
   opened = open_source(source)
   with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
     return _model(opened, dtype)
+
+
+def open_model(
+    checkpoint: str, spec: str | None, *, needs_tokenizer: bool = True, **options) -> GPT2:
+  """A model as the command line names it: --checkpoint, --tokenizer.
+
+  Args:
+    checkpoint: what `from_pretrained` reads, as are `options`.
+    spec: of a tokenizer in the place of the checkpoint's own: gpt2, byte, or a folder.
+    needs_tokenizer: whether to have none is an error.
+  """
+  model = from_pretrained(checkpoint, **options)
+  if spec is not None:
+    model.tokenizer = tokenizer.load(spec)
+  if needs_tokenizer and model.tokenizer is None:
+    raise UserError(f'{checkpoint} brings no tokenizer: name one with --tokenizer.')
+  return model
 
 
 def _model(source: Source, dtype: str | None = None) -> GPT2:

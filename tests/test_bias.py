@@ -170,10 +170,10 @@ def test_crows_pairs_is_a_loop_over_pairs(model, data):
           values.append(np.concatenate(parts).mean())
       prefers.append(values[0] > values[1])
     found = stereotypes.crows_pairs(model, examples, protocol)
-    assert found['all'].n == 6 and found['all'].mean == np.mean(prefers)
+    assert found['all'].n == 6 and found['all'].value == np.mean(prefers)
     assert np.isclose(found['all'].stderr, np.std(prefers, ddof=1) / np.sqrt(6))
-    assert found['age'].mean == np.mean([prefers[0], prefers[3]])
-    assert found['antistereo'].mean == np.mean([prefers[3], prefers[5]])
+    assert found['age'].value == np.mean([prefers[0], prefers[3]])
+    assert found['antistereo'].value == np.mean([prefers[3], prefers[5]])
     assert found['socioeconomic'].stderr is None
   assert not all(prefers) and any(prefers)
 
@@ -182,10 +182,11 @@ def test_a_pair_turned_round_is_preferred_the_other_way(model, data):
   examples = benchmarks.load('crows-pairs', str(data)).examples
   turned = [e | {'sent_more': e['sent_less'], 'sent_less': e['sent_more']} for e in examples]
   for protocol in ('crows-pairs/lm-eval', 'crows-pairs/bias-bench'):
-    one, other = (stereotypes.crows_pairs(model, e, protocol)['all'].mean for e in (examples, turned))
+    one, other = (stereotypes.crows_pairs(model, e, protocol)['all'].value
+                  for e in (examples, turned))
     assert np.isclose(one + other, 1)
   same = [e | {'sent_more': e['sent_less']} for e in examples]
-  assert stereotypes.crows_pairs(model, same, protocol)['all'].mean == 0  # a tie is no preference
+  assert stereotypes.crows_pairs(model, same, protocol)['all'].value == 0  # a tie is no preference
 
 
 def test_winobias_is_a_loop_over_sentences(model, data):
@@ -205,14 +206,14 @@ def test_winobias_is_a_loop_over_sentences(model, data):
     right[example['stereotyped']].append(values[0] > values[1])
   pro, anti = (np.array(right[side], float) for side in (True, False))
   assert len(pro) == len(anti) == 5
-  assert (found['all'].pro.mean, found['all'].anti.mean) == (pro.mean(), anti.mean())
-  assert np.isclose(found['all'].gap.mean, pro.mean() - anti.mean())
+  assert (found['all'].pro.value, found['all'].anti.value) == (pro.mean(), anti.mean())
+  assert np.isclose(found['all'].gap.value, pro.mean() - anti.mean())
   assert np.isclose(found['all'].gap.stderr, np.std(pro - anti, ddof=1) / np.sqrt(5))
   assert found.keys() == {'1', '2', 'all'} and found['1'].pro.n == 4 and found['2'].pro.n == 1
   assert (found['1'].unpaired, found['2'].unpaired) == (1, 2)
 
   turned = [e | {'stereotyped': not e['stereotyped']} for e in examples]
-  assert np.isclose(stereotypes.winobias(model, turned)['all'].gap.mean, -found['all'].gap.mean)
+  assert np.isclose(stereotypes.winobias(model, turned)['all'].gap.value, -found['all'].gap.value)
 
 
 def test_command_line(model, data, tmp_path, capsys):

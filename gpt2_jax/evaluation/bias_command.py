@@ -34,14 +34,10 @@ class Bias:
   def run(self) -> None:
     if self.samples < 1 or self.seed < 0:
       raise UserError(f'--samples {self.samples} must be at least 1, --seed {self.seed} at least 0.')
-    import gpt2_jax
-    from gpt2_jax import tokenizer
+    from gpt2_jax import pretrained
+    from gpt2_jax.data.store import write_whole
     from gpt2_jax.evaluation import keep, report
-    model = gpt2_jax.from_pretrained(self.checkpoint)
-    if self.tokenizer is not None:
-      model.tokenizer = tokenizer.load(self.tokenizer)
-    if model.tokenizer is None:
-      raise UserError(f'{self.checkpoint} brings no tokenizer: name one with --tokenizer.')
+    model = pretrained.open_model(self.checkpoint, self.tokenizer)
     found = report.about(model, self.checkpoint, keep.fingerprint(model))
     print(f'{self.checkpoint}: {found["parameters"]:,} parameters, {found["dtype"]}, '
           f'{found["backend"]} ({found["devices"]})', flush=True)
@@ -51,7 +47,7 @@ class Bias:
         found['results'].append(result)
     if self.json is not None:
       with saving('the results', self.json):
-        self.json.write_text(json.dumps(found, indent=2, ensure_ascii=False) + '\n')
+        write_whole(self.json, json.dumps(found, indent=2, ensure_ascii=False) + '\n')
 
   def _occupations(self, model) -> list[dict[str, Any]]:
     from gpt2_jax.evaluation import bias
@@ -86,7 +82,7 @@ class Bias:
     print(f'{protocol} v{version}: {len(benchmark.examples)} examples, '
           f'sha256 {benchmark.sha256[:12]}')
     for kind, value in values.items():
-      parts = {'preferred': value} if 'mean' in value else value
+      parts = {'preferred': value} if 'value' in value else value
       print(f'  {kind:20s}' + ''.join(f'{name} {_percent(part)}  ' for name, part in parts.items()))
     return {'protocol': protocol, 'version': version, 'data_sha256': benchmark.sha256,
             'data': benchmark.source, 'values': values}
@@ -96,4 +92,4 @@ def _percent(part: dict[str, Any] | int) -> str:
   if isinstance(part, int):
     return str(part)
   error = '' if part['stderr'] is None else f' ± {100 * part["stderr"]:.2f}'
-  return f'{100 * part["mean"]:.2f}{error} % of {part["n"]}'
+  return f'{100 * part["value"]:.2f}{error} % of {part["n"]}'

@@ -42,15 +42,12 @@ class Evaluate:
 
     import jax
 
-    import gpt2_jax
-    from gpt2_jax import sharding, tokenizer
+    from gpt2_jax import pretrained, sharding
     from gpt2_jax.evaluation import keep, report, scorer, tasks
     mesh = sharding.make_mesh(data=-1) if jax.device_count() > 1 else None
-    model = gpt2_jax.from_pretrained(self.checkpoint, dtype=self.dtype, mesh=mesh)
-    if self.tokenizer is not None:
-      model.tokenizer = tokenizer.load(self.tokenizer)
-    if model.tokenizer is None and any(protocol.kind != 'store' for protocol, _ in opened):
-      raise UserError(f'{self.checkpoint} brings no tokenizer: name one with --tokenizer.')
+    model = pretrained.open_model(
+        self.checkpoint, self.tokenizer, dtype=self.dtype, mesh=mesh,
+        needs_tokenizer=any(protocol.kind != 'store' for protocol, _ in opened))
     fingerprint = keep.fingerprint(model)
     asked = scorer.Scorer(model, keep.Kept(self.scores(), fingerprint))
     said = report.about(model, self.checkpoint, fingerprint)

@@ -67,7 +67,7 @@ class Scorer:
 Values = dict[str, Value]
 
 
-def mean(values: Sequence[float]) -> Value:
+def mean(values: Sequence[float] | np.ndarray) -> Value:
   """The mean of examples, with its standard error."""
   x = np.asarray(values, np.float64)
   stderr = float(x.std(ddof=1)) / math.sqrt(len(x)) if len(x) > 1 else None

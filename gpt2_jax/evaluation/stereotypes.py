@@ -11,13 +11,13 @@ Protocols, each read in the source that it names:
 """
 
 import dataclasses
-import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from gpt2_jax.errors import UserError
+from gpt2_jax.evaluation.scorer import Value, mean
 from gpt2_jax.evaluation.scoring import Request, score
 from gpt2_jax.model import GPT2
 from gpt2_jax.tokenizer import Tokenizer
@@ -26,25 +26,7 @@ VERSIONS = {'crows-pairs/lm-eval': 1, 'crows-pairs/bias-bench': 1, 'winobias/ref
 SUBJECT, OTHER = ('he', 'she'), ('him', 'his', 'her', 'hers')
 
 
-@dataclasses.dataclass(frozen=True)
-class Share:
-  """A mean of n values and its standard error; None where one value has none."""
-
-  n: int
-  mean: float
-  stderr: float | None
-
-
-def share(values: Iterable[float]) -> Share:
-  """The mean, with the standard error of the sample standard deviation, as lm-eval has it."""
-  x = np.array(list(values), np.float64)
-  if not len(x):
-    raise UserError('there is nothing to take the mean of: the file holds no example of this kind.')
-  return Share(len(x), float(x.mean()),
-               float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else None)
-
-
-def crows_pairs(model: GPT2, examples: Sequence[dict], protocol: str) -> dict[str, Share]:
+def crows_pairs(model: GPT2, examples: Sequence[dict], protocol: str) -> dict[str, Value]:
   """The share of pairs whose more stereotypical sentence the model prefers; 0.5 is no preference.
 
   Args:
@@ -72,10 +54,10 @@ def crows_pairs(model: GPT2, examples: Sequence[dict], protocol: str) -> dict[st
     logprobs = np.concatenate([next(scored).logprobs for _ in requests]).astype(np.float64)
     values.append(logprobs.mean() if means else logprobs.sum())
   prefers = [float(more > less) for more, less in zip(values[::2], values[1::2])]
-  found = {'all': share(prefers)}
+  found = {'all': mean(prefers)}
   for field in ('bias_type', 'stereo_antistereo'):
     for kind in sorted({example[field] for example in examples}):
-      found[kind] = share(p for p, e in zip(prefers, examples) if e[field] == kind)
+      found[kind] = mean([p for p, e in zip(prefers, examples) if e[field] == kind])
   return found
 
 
@@ -89,9 +71,9 @@ class WinoBias:
     unpaired: sentences without a counterpart, left out.
   """
 
-  pro: Share
-  anti: Share
-  gap: Share
+  pro: Value
+  anti: Value
+  gap: Value
   unpaired: int
 
 
@@ -124,7 +106,7 @@ def winobias(model: GPT2, examples: Sequence[dict]) -> dict[str, WinoBias]:
   for kind in [*sorted({key[0] for key in whole}), 'all']:
     rows = np.array([right for key, right in right_of.items() if kind in (key[0], 'all')])
     there = sum(kind in (example['type'], 'all') for example in examples)
-    found[kind] = WinoBias(share(rows[:, 0]), share(rows[:, 1]), share(rows[:, 0] - rows[:, 1]),
+    found[kind] = WinoBias(mean(rows[:, 0]), mean(rows[:, 1]), mean(rows[:, 0] - rows[:, 1]),
                            there - 2 * len(rows))
   return found
 

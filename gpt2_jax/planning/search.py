@@ -17,6 +17,7 @@ import jax
 from jax.sharding import Mesh
 
 from gpt2_jax.config import REMAT_POLICIES, Config, GPTConfig
+from gpt2_jax.data import downloads
 from gpt2_jax.errors import UserError
 from gpt2_jax.hardware import GIB
 from gpt2_jax.planning import topology as topologies
@@ -116,8 +117,7 @@ def source_hash() -> str:
 
 
 def cache_folder() -> Path:
-  base = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
-  return Path(base) / 'gpt2_jax' / 'plans'
+  return downloads.cache().with_name('plans')
 
 
 def cache_key(config: Config, topology: str, tokens: int | None) -> str:
