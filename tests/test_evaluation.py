@@ -1,5 +1,6 @@
 """Evaluation: every protocol against plain loops over a float64 model, and what must not matter."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 from conftest import ROOT, assert_close, environment, mesh_of
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,6 +30,7 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.evaluation import detokenizers, keep, protocols, published, scoring, stop_words, tasks
 from gpt2_jax.evaluation.scorer import Scorer
 from gpt2_jax.evaluation.scoring import Request, rolling, score
+from gpt2_jax.training.step import nll
 
 CONFIG = GPTConfig(vocab_size=257, n_positions=48, n_embd=32, n_layer=2, n_head=4,
                    initializer_range=0.25)
@@ -49,10 +53,42 @@ def model():
   return model
 
 
+def trained_params():
+  """Weights that have learned a little of the text of this file."""
+  text = np.frombuffer(Path(__file__).read_bytes(), np.uint8).astype(np.int32)
+  tx, rows = optax.adam(3e-3), text[:len(text) // 784 * 784].reshape(-1, 16, 49)
+  params = gpt2_jax.init_params(dataclasses.replace(CONFIG, initializer_range=0.02), 0)
+
+  @jax.jit
+  def step(params, state, tokens):
+    loss, gradients = jax.value_and_grad(
+        lambda params: nll(gpt2_jax.bind(CONFIG, params), tokens).mean())(params)
+    updates, state = tx.update(gradients, state)
+    return optax.apply_updates(params, updates), state, loss
+
+  state, losses = tx.init(params), []
+  for i in range(800):
+    params, state, loss = step(params, state, rows[i % len(rows)])
+    losses.append(float(loss))
+  assert losses[-1] < 2.5 < 5 < losses[0]  # letters alone: about 3.1
+  return params
+
+
+@pytest.fixture(scope='module', params=['random', pytest.param('trained', marks=pytest.mark.slow)])
+def subject(request, model):
+  """The models whose figures are compared with plain loops."""
+  if request.param == 'random':
+    return model
+  trained = gpt2_jax.bind(CONFIG, trained_params())
+  trained.tokenizer = BYTES
+  return trained
+
+
 @pytest.fixture(scope='module')
-def slow(model):
+def slow(subject):
   """ids -> log-probabilities [T, V] of what follows each: GPT-2 in float64, written out."""
-  p = jax.tree.map(lambda x: np.asarray(x, np.float64), gpt2_jax.init_params(CONFIG, 0))
+  params = nnx.to_pure_dict(nnx.state(subject, nnx.Param))
+  p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
   def norm(x, w):
     x = x - x.mean(-1, keepdims=True)
@@ -93,9 +129,9 @@ def same(one, other) -> bool:
              for a, b in zip(one, other, strict=True))
 
 
-def test_scores_are_those_of_the_whole_model_in_float64(model, slow):
+def test_scores_are_those_of_the_whole_model_in_float64(subject, slow):
   asked = requests()
-  for request, scored in zip(asked, score(model, asked)):
+  for request, scored in zip(asked, score(subject, asked)):
     ids, n = [*request.context, *request.target][-CONFIG.n_positions - 1:], len(request.target)
     want = slow(ids[:-1])[-n:]
     assert_close(scored.logprobs, want[np.arange(n), request.target], 1e-6)
@@ -207,10 +243,10 @@ def benchmark(name: str, examples: list[dict]) -> Benchmark:
 
 
 @pytest.fixture(scope='module')
-def run(model):
+def run(subject):
   def values(name: str, examples: list[dict]) -> dict[str, float]:
     protocol = protocols.BY_NAME[name]
-    scorer = Scorer(model, keep.Kept(None, 'model'))
+    scorer = Scorer(subject, keep.Kept(None, 'model'))
     found = tasks.KINDS[protocol.kind](scorer, protocol, benchmark(protocol.benchmark, examples))
     assert found.keys() == set(protocol.metrics)
     return {metric: value.value for metric, value in found.items()}
@@ -302,14 +338,14 @@ def test_lm_evals_wikitext(run, slow):
        byte_ppl=math.exp(nll / size), bits_per_byte=nll / size / math.log(2))
 
 
-def test_held_out_tokens_of_a_store_as_in_training(model, slow, tmp_path):
+def test_held_out_tokens_of_a_store_as_in_training(subject, slow, tmp_path):
   rng = np.random.default_rng(3)
   for split, n in (('train', 40), ('val', 120)):
     rng.integers(0, 257, n).astype('<u2').tofile(tmp_path / f'{split}.bin')
   row, T = np.fromfile(tmp_path / 'val.bin', '<u2').astype(int), CONFIG.n_positions
   nll = [-slow(row[first:t])[-1][row[t]] for first in range(0, 119, T)
          for t in range(first + 1, min(first + T + 1, 120))]
-  found = tasks.KINDS['store'](Scorer(model, keep.Kept(None, 'model')),
+  found = tasks.KINDS['store'](Scorer(subject, keep.Kept(None, 'model')),
                                protocols.store_protocol(str(tmp_path)), open_store(tmp_path))
   near({name: value.value for name, value in found.items()}, loss=np.mean(nll),
        token_ppl=math.exp(np.mean(nll)))
@@ -402,9 +438,9 @@ def test_cloze(run, slow):
 
 
 @pytest.fixture(scope='module')
-def checkpoint(model, tmp_path_factory):
+def checkpoint(subject, tmp_path_factory):
   folder = tmp_path_factory.mktemp('checkpoint') / 'hf'
-  gpt2_jax.save_pretrained(model, folder)
+  gpt2_jax.save_pretrained(subject, folder)
   return str(folder)
 
 
