@@ -40,10 +40,16 @@ ACTIVATIONS = {
 # Splash (TPU). 'auto': the device's own, where it can do what is asked (`kernels.py`).
 ATTENTIONS = ('auto', 'xla', 'cudnn', 'splash')
 
+# Elementwise functions and sums along an axis: they cost less to compute again than to keep.
+CHEAP = frozenset((
+    'add', 'broadcast_in_dim', 'convert_element_type', 'div', 'erf', 'exp', 'integer_pow',
+    'logistic', 'max', 'min', 'mul', 'neg', 'pow', 'reduce_max', 'reduce_sum', 'rsqrt', 'select_n',
+    'square', 'sub', 'tanh'))
+
 # What a block keeps for its backward pass; the rest is computed again. None keeps what was gathered
 # from other devices: neither weights that `fsdp` splits, nor keys and values that `seq` splits.
 REMAT_POLICIES = {
-    'none': lambda primitive, *_, **__: primitive.name != 'reshard',  # everything else
+    'none': lambda primitive, *_, **__: primitive.name not in CHEAP | {'reshard'},
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # outputs of the projections
     'full': jax.checkpoint_policies.nothing_saveable,  # the block's input alone
 }

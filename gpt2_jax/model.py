@@ -24,7 +24,7 @@ from gpt2_jax.config import ACTIVATIONS, REMAT_POLICIES, GPTConfig
 from gpt2_jax.errors import UserError
 from gpt2_jax.kernels import Kernel, choose
 from gpt2_jax.layers import Classifier, Embed, LayerNorm, Linear, dropout, fold_in, pick, room
-from gpt2_jax.sharding import RULES, in_mesh, reshard
+from gpt2_jax.sharding import RULES, reshard
 
 Params = dict[str, Any]  # nested; leaves are arrays
 
@@ -227,8 +227,7 @@ class GPT2(nnx.Module):
         *carry, kept = run(nnx.merge(block, layer[0]), carry[0], layer[1], carry[1])
         return tuple(carry), kept
 
-      if c.remat != 'none' or in_mesh():
-        body = jax.checkpoint(body, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
+      body = jax.checkpoint(body, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
       (x_BTD, cache), kept = jax.lax.scan(body, (x_BTD, cache), (layers, jnp.arange(c.n_layer)))
     else:  # one after another, each with its own weights and cache: nothing is sliced or copied
       caches: list[Any] = [None] * c.n_layer if cache is None else [*cache]

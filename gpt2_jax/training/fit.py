@@ -46,9 +46,10 @@ def estimate_parts(c: GPTConfig, mesh: Mesh, T: int, rows: int, ema: bool) -> Pa
   state = 4 * ((2 if ema else 1) * num_params(c) + 4 * num_trained(c)) / split
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     plain = kernels.choose(c, T, drops=True)[0] == 'xla'
-  attention = plain * (c.n_head // tensor) * T * (4 + 2 * b)  # scores and weights, a token
-  whole = b * (8 * D + 3 * F) + 8 * D + attention
-  kept = {'none': whole, 'dots': b * (6 * D + F), 'full': b * D}[c.remat]
+  pairs = plain * (c.n_head // tensor) * T  # of a query and a key, a token
+  whole = b * (8 * D + 3 * F) + 8 * D + pairs * (4 + 2 * b)
+  products = b * (6 * D + F)
+  kept = {'none': products + 4 * pairs, 'dots': products, 'full': b * D}[c.remat]
   logits = 3 * 4 * c.padded_vocab_size / tensor
   tokens = rows * T / (mesh.size / tensor)  # of a device
   return {'state': state, 'activations': tokens * (c.n_layer * kept + 2 * whole),
