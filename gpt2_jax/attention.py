@@ -43,14 +43,16 @@ def attention(
     The attended values [B, T, N, H] in the dtype of `v_BSNH`, and the weights [B, N, T, S],
     which the compiler drops where they are not used.
   """
+  # heads first, as a cache holds them: keys and values of one are then read where they lie
+  q_BNTH, k_BNSH, v_BNSH = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSNH, v_BSNH))
   if upcast:
-    q_BTNH, k_BSNH = q_BTNH.astype(jnp.float32), k_BSNH.astype(jnp.float32)
+    q_BNTH, k_BNSH = q_BNTH.astype(jnp.float32), k_BNSH.astype(jnp.float32)
   scores_BNTS = scale * jnp.einsum(
-      'BTNH,BSNH->BNTS', q_BTNH, k_BSNH,
+      'BNTH,BNSH->BNTS', q_BNTH, k_BNSH,
       preferred_element_type=jnp.float32, precision='highest' if upcast else precision)
   scores_BNTS = jnp.where(mask_BTS[:, None], scores_BNTS, jnp.finfo(jnp.float32).min)
-  weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(v_BSNH.dtype)
+  weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(v_BNSH.dtype)
   if drop is not None:
     weights_BNTS = drop(weights_BNTS)
-  out_BTNH = jnp.einsum('BNTS,BSNH->BTNH', weights_BNTS, v_BSNH, precision=precision)
-  return out_BTNH, weights_BNTS
+  out_BNTH = jnp.einsum('BNTS,BNSH->BNTH', weights_BNTS, v_BNSH, precision=precision)
+  return out_BNTH.swapaxes(1, 2), weights_BNTS

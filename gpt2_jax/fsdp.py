@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from gpt2_jax import matmul
 from gpt2_jax.sharding import in_mesh, layout, spec_of, unshard
 
 
@@ -43,9 +44,7 @@ def _forward(how: Product, x, w, b):
 
 
 def _multiply(how: Product, x, gathered, b):
-  y = jnp.einsum(
-      how.equation, x, gathered, precision=how.precision, preferred_element_type=how.wide,
-      out_sharding=layout(how.out_spec))
+  y = matmul.einsum(how.equation, x, gathered, how.out_spec, how.precision, how.wide)
   if b is None:
     return y
   return y + unshard(b.astype(how.wide)).reshape(_over_rows(how, b.shape))

@@ -42,47 +42,75 @@ def pick(x_BS: jax.Array, indices_B: jax.Array) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-  """Keys and values of L layers, preallocated for S positions."""
+  """Keys and values, preallocated for S positions: of L layers [L, B, N, S, H], or of one
+  [B, N, S, H]. Heads come before positions, as the products of attention read them.
+  """
 
-  k_LBNSH: jax.Array  # heads before positions, as the products of attention read them
-  v_LBNSH: jax.Array
+  k: jax.Array
+  v: jax.Array
 
   @classmethod
   def zeros(cls, config: GPTConfig, B: int, S: int) -> 'Cache':
-    """An empty cache of a model: in the form 'train' one, else one for each layer."""
-    def empty(L):
-      shape, spec = (L, B, config.n_head, S, config.H), layout(RULES.cache_lbnsh)
-      return cls(*(jnp.zeros(shape, config.dtype, out_sharding=spec) for _ in 'kv'))
+    """An empty cache of a model: in the form 'train' one, else one for each layer, which is written
+    in place (a slice of a larger array would be copied).
+    """
+    def empty(*layers):
+      shape, spec = (*layers, B, config.n_head, S, config.H), RULES.cache_lbnsh[1 - len(layers):]
+      return cls(*(jnp.zeros(shape, config.dtype, out_sharding=layout(P(*spec))) for _ in 'kv'))
 
     return empty(config.n_layer) if config.form == 'train' else (
-        tuple(empty(1) for _ in range(config.n_layer)))
+        tuple(empty() for _ in range(config.n_layer)))
 
   def update(self, layer, slot, k_BTNH, v_BTNH) -> tuple['KVCache', jax.Array, jax.Array]:
     """Writes T positions of a layer at `slot`, one for all rows or one a row; returns the cache and
     that layer's k and v, [B, S, N, H].
     """
-    layer = layer if self.k_LBNSH.shape[0] > 1 else 0
-
-    def put(all_LBNSH, new_BTNH):
+    def put(old, new_BTNH):
       new_BNTH = new_BTNH.swapaxes(1, 2)
+      if old.ndim == 4 and old.shape[0] > 1:
+        old = _write(old, new_BNTH, slot)
+        return old, old
+      if old.ndim == 4:  # see `squeezed`
+        old = jax.lax.dynamic_update_slice(old[0], new_BNTH[0], (0, jnp.reshape(slot, ()), 0))[None]
+        return old, old
       if jnp.ndim(slot) == 0:
-        all_LBNSH = jax.lax.dynamic_update_slice(all_LBNSH, new_BNTH[None], (layer, 0, 0, slot, 0))
-        return all_LBNSH, jax.lax.dynamic_index_in_dim(all_LBNSH, layer, keepdims=False)
-      rows_BNSH = jax.lax.dynamic_index_in_dim(all_LBNSH, layer, keepdims=False)
-      write = lambda row_NSH, new_NTH, s: jax.lax.dynamic_update_slice(row_NSH, new_NTH, (0, s, 0))
-      rows_BNSH = jax.vmap(write)(rows_BNSH, new_BNTH, slot)
-      return jax.lax.dynamic_update_index_in_dim(all_LBNSH, rows_BNSH, layer, 0), rows_BNSH
+        old = jax.lax.dynamic_update_slice(old, new_BNTH[None], (layer, 0, 0, slot, 0))
+        return old, jax.lax.dynamic_index_in_dim(old, layer, keepdims=False)
+      rows_BNSH = _write(jax.lax.dynamic_index_in_dim(old, layer, keepdims=False), new_BNTH, slot)
+      return jax.lax.dynamic_update_index_in_dim(old, rows_BNSH, layer, 0), rows_BNSH
 
-    (k_all, k_BNSH), (v_all, v_BNSH) = put(self.k_LBNSH, k_BTNH), put(self.v_LBNSH, v_BTNH)
-    return KVCache(k_all, v_all), k_BNSH.swapaxes(1, 2), v_BNSH.swapaxes(1, 2)
+    (k, k_BNSH), (v, v_BNSH) = put(self.k, k_BTNH), put(self.v, v_BTNH)
+    return KVCache(k, v), k_BNSH.swapaxes(1, 2), v_BNSH.swapaxes(1, 2)
+
+
+def _write(rows_BNSH, new_BNTH, slot):
+  """Rows with T new positions from `slot` on, one for all or [B]."""
+  if jnp.ndim(slot) == 0:
+    return jax.lax.dynamic_update_slice(rows_BNSH, new_BNTH, (0, 0, slot, 0))
+  write = lambda row_NSH, new_NTH, s: jax.lax.dynamic_update_slice(row_NSH, new_NTH, (0, s, 0))
+  return jax.vmap(write)(rows_BNSH, new_BNTH, slot)
 
 
 Cache = KVCache | tuple[KVCache, ...]
 
 
+def squeezed(cache: Cache) -> Cache:
+  """A cache of layers without an axis of one row; `unsqueezed` undoes it.
+
+  To be carried through a loop: XLA leaves such an axis out of products, and where what is carried has
+  it, writes a cache twice, once for the product, and copies it for that.
+  """
+  one = lambda x: x.ndim == 4 and x.shape[0] == 1 and not in_mesh()
+  return jax.tree.map(lambda x: x[0] if one(x) else x, cache)
+
+
+def unsqueezed(cache: Cache) -> Cache:
+  return jax.tree.map(lambda x: x[None] if x.ndim == 3 else x, cache)
+
+
 def room(cache: Cache) -> int:
   """For how many positions a cache has room."""
-  return (cache if isinstance(cache, KVCache) else cache[0]).k_LBNSH.shape[3]
+  return (cache if isinstance(cache, KVCache) else cache[0]).k.shape[-2]
 
 
 class Embed(nnx.Module):

@@ -30,7 +30,7 @@ from gpt2_jax.decoding.pytree import register
 from gpt2_jax.decoding.warpers import NEVER
 from gpt2_jax.layers import Cache, pick
 from gpt2_jax.model import GPT2
-from gpt2_jax.sharding import BATCH, RULES, P, by_rows, in_mesh
+from gpt2_jax.sharding import BATCH, P, by_rows, in_mesh, spec_of
 
 
 @register
@@ -106,12 +106,12 @@ def _reorder(cache: Cache, parents_B: jax.Array, K: int) -> Cache:
   """The cache of beams that continue others, numbered among the K of their prompt."""
   def take(cache, parents_B):
     rows_B = _rows(parents_B.reshape(-1, K), K)
-    return jax.tree.map(lambda x_LBNSH: x_LBNSH[:, rows_B], cache)
+    return jax.tree.map(lambda x_BNSH: x_BNSH[..., rows_B, :, :, :], cache)
 
   if not in_mesh():
     return take(cache, parents_B)
-  spec = RULES.cache_lbnsh
-  return jax.shard_map(take, in_specs=(spec, P(BATCH)), out_specs=spec)(cache, parents_B)
+  specs = jax.tree.map(spec_of, cache)
+  return jax.shard_map(take, in_specs=(specs, P(BATCH)), out_specs=specs)(cache, parents_B)
 
 
 @register

@@ -108,11 +108,12 @@ class Contrastive:
         (history, state.record, state.logits_BV, logprobs_BK, tokens_BK, state.said_BSD,
          _directions(out.x_BTD), expand(request.windows_A, C)))
 
-    def keep(x_LBNSH):
-      new_LBNKH = jax.lax.dynamic_slice_in_dim(x_LBNSH, slot, self.k, axis=3)
+    def keep(x_BNSH):
+      S = x_BNSH.ndim - 2
+      new_BNKH = jax.lax.dynamic_slice_in_dim(x_BNSH, slot, self.k, S)
       chosen_BK = chosen_B[:, None] == jnp.arange(self.k)
-      new_LBN1H = jnp.where(chosen_BK[:, None, :, None], new_LBNKH, 0).sum(3, keepdims=True)
-      return jax.lax.dynamic_update_slice_in_dim(x_LBNSH, new_LBN1H, slot, axis=3)
+      new_BN1H = jnp.where(chosen_BK[:, None, :, None], new_BNKH, 0).sum(S, keepdims=True)
+      return jax.lax.dynamic_update_slice_in_dim(x_BNSH, new_BN1H, slot, S)
 
     x_B1D = pick(out.x_BTD, chosen_B)[:, None]
     said_BSD = jax.lax.dynamic_update_slice_in_dim(state.said_BSD, _directions(x_B1D), slot, axis=1)

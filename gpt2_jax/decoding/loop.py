@@ -23,7 +23,7 @@ from gpt2_jax.config import GPTConfig
 from gpt2_jax.decoding.history import Endings, History
 from gpt2_jax.decoding.processors import Processor
 from gpt2_jax.decoding.pytree import register
-from gpt2_jax.layers import Cache, KVCache, pick, room
+from gpt2_jax.layers import Cache, KVCache, pick, room, squeezed, unsqueezed
 from gpt2_jax.model import GPT2, Output, Params, bind
 from gpt2_jax.sharding import BATCH, P, by_rows, reshard
 
@@ -116,7 +116,7 @@ def expand(x: jax.Array, C: int, axis: int = 0) -> jax.Array:
 
 
 def expand_cache(cache: Cache, C: int) -> Cache:
-  return jax.tree.map(lambda x_LANSH: expand(x_LANSH, C, axis=1), cache)
+  return jax.tree.map(lambda x_ANSH: expand(x_ANSH, C, axis=x_ANSH.ndim - 4), cache)
 
 
 def next_logits(model: GPT2, x_BTD: jax.Array) -> jax.Array:
@@ -252,6 +252,11 @@ def start(config: GPTConfig, params: Params, search: Search, request: Request, *
 def advance(config: GPTConfig, params: Params, search: Search, request: Request, state, until):
   """Makes steps until all rows have stopped, or `until` steps were made in all."""
   model = bind(config, params)
-  state = jax.lax.while_loop(lambda state: search.running(state) & (state.t < until),
-                             lambda state: search.step(model, request, state), state)
-  return state, search.running(state)
+  with_cache = lambda f, state: dataclasses.replace(state, cache=f(state.cache))
+
+  def step(state):
+    return with_cache(squeezed, search.step(model, request, with_cache(unsqueezed, state)))
+
+  state = jax.lax.while_loop(lambda state: search.running(state) & (state.t < until), step,
+                             with_cache(squeezed, state))
+  return with_cache(unsqueezed, state), search.running(state)

@@ -141,13 +141,13 @@ def _programs(
     cache = KVCache.zeros(config, tokens_BT.shape[0], S)
     x_BTD, cache, *_ = model.transformer(tokens_BT, cache=cache)
     logits_B1V = model.logits(pick(x_BTD, lengths_B - 1)[:, None])
-    return logits_B1V[:, 0, :V], cache.k_LBNSH, cache.v_LBNSH
+    return logits_B1V[:, 0, :V], cache.k, cache.v
 
   def decode_step(params, token_B, positions_B, k_LBNSH, v_LBNSH):
     model = bind(config, unflatten_dict(params, sep='.'))
     x_BTD, cache, *_ = model.transformer(
         token_B[:, None], cache=KVCache(k_LBNSH, v_LBNSH), slot=positions_B)
-    return model.logits(x_BTD)[:, 0, :V], cache.k_LBNSH, cache.v_LBNSH
+    return model.logits(x_BTD)[:, 0, :V], cache.k, cache.v
 
   ints = lambda *shape: jax.ShapeDtypeStruct(shape, 'int32')
   exported: Callable[..., Any] = lambda f: export.export(jax.jit(f), platforms=PLATFORMS)
