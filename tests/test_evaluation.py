@@ -62,7 +62,7 @@ def trained_params():
   @jax.jit
   def step(params, state, tokens):
     loss, gradients = jax.value_and_grad(
-        lambda params: nll(gpt2_jax.bind(CONFIG, params), tokens).mean())(params)
+        lambda params: nll(gpt2_jax.bind(CONFIG, params), tokens).total)(params)
     updates, state = tx.update(gradients, state)
     return optax.apply_updates(params, updates), state, loss
 
