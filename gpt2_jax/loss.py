@@ -1,17 +1,17 @@
 """The loss of next tokens, without the logits of a batch in memory.
 
-A batch's logits are by far its largest array: 8 rows of 1,024 tokens have 1.6 GB of them in float32, and
-their gradient as many again. Here they are made for some tokens at a time, in a scan. Their gradient
-is made with them, since a loss is a scalar: what flows back into it only multiplies what is there. So
-the logits aren't computed a second time for the backward pass, and what is kept for it are the
-gradients of the hidden states and of the table.
+A batch's logits are by far its largest array: of 8 rows of 1,024 tokens 1.6 GB in float32, and their
+gradient is as large again. Here they are made for some tokens at a time, in a scan. Their gradient is
+made with them: a loss is a scalar, and what flows back into it only multiplies what is there. So no
+logits are computed again for the backward pass, which finds the gradients of the hidden states and of
+the table.
 
 On a mesh each device scans its own tokens against its own part of the vocabulary, inside one
 `jax.shard_map`; the table's gradient is summed over the devices once, as `fsdp.einsum`'s are.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,15 +63,15 @@ def cross_entropy(
     scale_V: a factor for each row of an int8 table.
   """
   rows = P(*spec_of(x_BTD)[:2])
-  total, each_BT = _cross_entropy(
+  loss: Any = _cross_entropy(
       config, x_BTD, table_VD, scale_V, reshard(targets_BT, rows), reshard(weights_BT, rows))
-  return Loss(total, jax.lax.stop_gradient(each_BT))
+  return loss._replace(each=jax.lax.stop_gradient(loss.each))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(config, x_BTD, table_VD, scale_V, targets_BT, weights_BT):
   each_BT, _, _ = _on_mesh(config, '', x_BTD, table_VD, scale_V, targets_BT, weights_BT)
-  return (weights_BT * each_BT).sum(), each_BT
+  return Loss((weights_BT * each_BT).sum(), each_BT)
 
 
 def _forward(config, x, table, *others):
@@ -79,12 +79,12 @@ def _forward(config, x, table, *others):
   scale_V, targets_BT, weights_BT = (None if a is None else a.value for a in others)
   each_BT, dx_BTD, dw_VD = _on_mesh(
       config, wanted, x.value, table.value, scale_V, targets_BT, weights_BT)
-  return ((weights_BT * each_BT).sum(), each_BT), (each_BT, dx_BTD, dw_VD)
+  return Loss((weights_BT * each_BT).sum(), each_BT), (each_BT, dx_BTD, dw_VD)
 
 
 def _backward(config, kept, cotangents):
   del config
-  by = cotangents[0]  # those of `each` are zero
+  by = cotangents.total  # that of `each` is zero
 
   def times(gradient):
     if gradient is None:

@@ -93,9 +93,8 @@ def nll(model: GPT2, tokens_BT1: jax.Array, dropout_keys_B: jax.Array | None = N
 
 def of_each(weights: jax.Array | float | None, targets: jax.Array) -> jax.Array:
   """The weight of each target; of None those of a mean."""
-  if weights is None:
-    weights = 1 / targets.size
-  return jnp.full(targets.shape, weights, jnp.float32) if jnp.ndim(weights) == 0 else weights
+  weights = 1 / targets.size if weights is None else weights
+  return jnp.broadcast_to(jnp.asarray(weights, jnp.float32), targets.shape)
 
 
 def label_logits(model: GPT2, batch: dict, dropout_keys_B: jax.Array | None = None) -> jax.Array:
