@@ -27,7 +27,7 @@ def held_out_loss(model: gpt2_jax.GPT2, split: Split, tokens: int | None) -> tup
   """Mean loss in nats, and over how many tokens."""
   config, T = model.config, model.config.n_positions
   params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-  losses = jax.jit(lambda params, tokens_BT1: nll(bind(config, params), tokens_BT1))
+  losses = jax.jit(lambda params, tokens_BT1: nll(bind(config, params), tokens_BT1).each)
   count = min(len(split) - 1, tokens or len(split))
   total, seen = 0.0, 0
   for first in range(0, count, ROWS * T):

@@ -10,6 +10,7 @@ compiler it is often an all-reduce of whole gradients, twice the bytes, in the a
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -91,13 +92,26 @@ def summed(f, *rows: jax.Array, like: jax.Array) -> jax.Array:
     rows: arrays that are split over the batch (and `seq`).
     like: the parameter; the result lies like it.
   """
+  total, spec, apart = sum_of(like)
+  return jax.shard_map(lambda *rows: total(f(*rows)), in_specs=tuple(map(spec_of, rows)),
+                       out_specs=spec, check_vma=apart)(*rows)
+
+
+def sum_of(like: jax.Array) -> tuple[Callable[[jax.Array], jax.Array], P, bool]:
+  """How the devices' parts of a parameter's gradient are summed inside a `jax.shard_map`.
+
+  Args:
+    like: the parameter.
+
+  Returns:
+    a function from a device's part, whole along `fsdp`, to its share of the sum; the `out_specs` of
+    that; and whether sums over some axes wait (`sum_later`), which needs the map's `check_vma`.
+  """
   mesh, spec = jax.sharding.get_abstract_mesh(), spec_of(like)
   split = next((i for i, axis in enumerate(spec) if axis == 'fsdp'), None)
-
   later = jax.typeof(like).sharding.spec.reduced
 
-  def total(*rows):
-    part = f(*rows)
+  def total(part):
     if split is not None and mesh.shape['fsdp'] > 1:
       part = jax.lax.psum_scatter(part, 'fsdp', scatter_dimension=split, tiled=True)
     if now := tuple(axis for axis in summed_over(spec) if axis not in later):
@@ -106,9 +120,7 @@ def summed(f, *rows: jax.Array, like: jax.Array) -> jax.Array:
       part = jax.lax.pcast(part, tuple(later), to='unreduced')
     return part.astype(like.dtype)
 
-  out_spec = P(*spec, unreduced=later) if later else spec
-  return jax.shard_map(
-      total, in_specs=tuple(map(spec_of, rows)), out_specs=out_spec, check_vma=bool(later))(*rows)
+  return total, P(*spec, unreduced=later) if later else spec, bool(later)
 
 
 def summed_over(spec: P) -> tuple[str, ...]:

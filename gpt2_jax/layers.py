@@ -9,6 +9,7 @@ from flax import nnx
 
 from gpt2_jax import fsdp
 from gpt2_jax.config import GPTConfig
+from gpt2_jax.loss import Loss, cross_entropy
 from gpt2_jax.sharding import RULES, P, in_mesh, layout, spec_of, unshard
 
 
@@ -139,6 +140,12 @@ class Embed(nnx.Module):
     how = fsdp.Product('BTD,VD->BTV', RULES.logits_btv, c.precision, c.reduce_dtype, 'float32')
     y_BTV = fsdp.einsum(how, x_BTD, self.weight[...])
     return y_BTV if self.scale is None else y_BTV * unshard(self.scale[...])
+
+  def loss(self, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> Loss:
+    """`cross_entropy` of these products."""
+    scale_V = None if self.scale is None else self.scale[...]
+    return cross_entropy(
+        self.config, x_BTD, self.weight[...], targets_BT, weights_BT, scale_V)
 
 
 class Classifier(nnx.Module):

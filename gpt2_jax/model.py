@@ -24,6 +24,7 @@ from gpt2_jax.config import ACTIVATIONS, REMAT_POLICIES, GPTConfig
 from gpt2_jax.errors import UserError
 from gpt2_jax.kernels import Kernel, choose
 from gpt2_jax.layers import Classifier, Embed, LayerNorm, Linear, dropout, fold_in, pick, room
+from gpt2_jax.loss import Loss
 from gpt2_jax.sharding import RULES, reshard
 
 Params = dict[str, Any]  # nested; leaves are arrays
@@ -245,13 +246,22 @@ class GPT2(nnx.Module):
   def logits(self, x_BTD: jax.Array) -> jax.Array:
     """Float32 logits over the padded vocabulary; those of padding are the lowest float32."""
     c = self.config
-    table = self.wte if c.tie_word_embeddings else self.lm_head
     with jax.named_scope('logits'):
-      logits_BTV = table.logits(x_BTD)
+      logits_BTV = self.output_table.logits(x_BTD)
       if c.width_ratio != 1:
         logits_BTV = logits_BTV / c.width_ratio
       real_V = jnp.arange(c.padded_vocab_size) < c.vocab_size
       return jnp.where(real_V, logits_BTV, jnp.finfo(jnp.float32).min)
+
+  def loss(self, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> Loss:
+    """The cross entropy of next tokens, each and their weighted sum, without all logits in memory."""
+    with jax.named_scope('loss'):
+      return self.output_table.loss(x_BTD, targets_BT, weights_BT)
+
+  @property
+  def output_table(self) -> Embed:
+    """The vectors that logits are products with."""
+    return self.wte if self.config.tie_word_embeddings else self.lm_head
 
   def classify(
       self, x_BTD: jax.Array, lengths_B: jax.Array | None = None,

@@ -62,7 +62,7 @@ def test_logits_gradients_and_a_step(name):
   @jax.jit
   def compute(params):
     out = bind(source.config, params).transformer(x, hidden_states=True, attentions=True)
-    gradients = jax.grad(lambda p: nll(bind(source.config, p), x).mean())(params)
+    gradients = jax.grad(lambda p: nll(bind(source.config, p), x).total)(params)
     updates, _ = tx.update(gradients, tx.init(params), params)
     return (bind(source.config, params)(x), out.hidden_states, out.attentions, gradients,
             optax.apply_updates(params, updates))

@@ -30,7 +30,7 @@ def interpreted(monkeypatch):
 def loss_and_grads(config: GPTConfig, tokens, document_start=None, mesh=None):
   with mesh_of(*mesh) if mesh else nullcontext():
     params = init_params(config, 0)
-    f = jax.value_and_grad(lambda p: nll(bind(config, p), tokens, None, document_start).mean())
+    f = jax.value_and_grad(lambda p: nll(bind(config, p), tokens, None, document_start).total)
     return jax.device_get(jax.jit(f)(params))
 
 
@@ -56,11 +56,11 @@ def test_a_document_does_not_see_the_ones_before(tiny):
   other = tokens.copy()
   other[:, :7] = rng.integers(1, 97, (2, 7))
   params = init_params(tiny, 0)
-  f = jax.jit(lambda tokens: nll(bind(tiny, params), tokens, None, 0))
+  f = jax.jit(lambda tokens: nll(bind(tiny, params), tokens, None, 0).each)
   have, want = f(jnp.asarray(other)), f(jnp.asarray(tokens))
   np.testing.assert_array_equal(have[:, 7:], want[:, 7:])
   assert (np.asarray(have[:, :6]) != np.asarray(want[:, :6])).all()
-  seen = jax.jit(lambda tokens: nll(bind(tiny, params), tokens))
+  seen = jax.jit(lambda tokens: nll(bind(tiny, params), tokens).each)
   assert (np.asarray(seen(jnp.asarray(other)) != seen(jnp.asarray(tokens)))[:, 8:]).all()
 
 

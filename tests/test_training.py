@@ -117,7 +117,7 @@ def test_nll_is_optax_cross_entropy(tiny):
   params = init_params(tiny, 0)
   tokens = jnp.asarray(np.random.default_rng(0).integers(0, 97, (3, 10)))
   have, want = jax.jit(lambda p: (
-      nll(bind(tiny, p), tokens), optax.softmax_cross_entropy_with_integer_labels(
+      nll(bind(tiny, p), tokens).each, optax.softmax_cross_entropy_with_integer_labels(
           bind(tiny, p)(tokens[:, :-1]), tokens[:, 1:])))(params)
   assert_close(have, want)
 
@@ -127,7 +127,7 @@ def test_evaluation_weighs_tokens(tiny):
   tokens = np.random.default_rng(0).integers(0, 97, (1, 3, 10)).astype(np.int32)
   weights = np.ones((1, 3, 9), np.float32)
   weights[0, 2, 4:] = 0
-  each = np.asarray(jax.jit(lambda p: nll(bind(tiny, p), jnp.asarray(tokens[0])))(params))
+  each = np.asarray(jax.jit(lambda p: nll(bind(tiny, p), jnp.asarray(tokens[0])).each)(params))
   total, count = jax.jit(make_eval_step(tiny))(params, tokens, weights)
   assert count == 22
   assert_close(total / count, each[weights[0] == 1].mean())

@@ -13,6 +13,7 @@ from gpt2_jax.config import Config, GPTConfig
 from gpt2_jax.counts import num_params, num_trained
 from gpt2_jax.errors import UserError
 from gpt2_jax.hardware import chip_of
+from gpt2_jax.loss import num_chunks
 
 Parts = dict[str, float]  # bytes a device by what they are for
 
@@ -39,21 +40,23 @@ def estimate_parts(c: GPTConfig, mesh: Mesh, T: int, rows: int, ema: bool) -> Pa
   """The bytes of `estimate_bytes` by what they are for.
 
   State: float32 parameters, gradients, their accumulator and AdamW's two moments. Activations: what
-  the remat policy keeps of each layer, the temporaries of one layer, logits and their gradient.
+  the remat policy keeps of each layer, the temporaries of one layer. Logits: those of a chunk of
+  tokens (`loss.py`) and their gradient, the table gathered, its gradient, that of the hidden states.
   """
   tensor, split = mesh.shape['tensor'], mesh.shape['fsdp'] * mesh.shape['tensor']
   b, D, F = jnp.dtype(c.dtype).itemsize, c.n_embd, c.F // tensor
   state = 4 * ((2 if ema else 1) * num_params(c) + 4 * num_trained(c)) / split
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     plain = kernels.choose(c, T, drops=True)[0] == 'xla'
+    V, tokens = c.padded_vocab_size // tensor, rows * T // (mesh.size // tensor)  # of a device
+    chunk = -(-tokens // num_chunks(tokens, V))
   pairs = plain * (c.n_head // tensor) * T  # of a query and a key, a token
   whole = b * (8 * D + 3 * F) + 8 * D + pairs * (4 + 2 * b)
   products = b * (6 * D + F)
   kept = {'none': products + 4 * pairs, 'dots': products, 'full': b * D}[c.remat]
-  logits = 3 * 4 * c.padded_vocab_size / tensor
-  tokens = rows * T / (mesh.size / tensor)  # of a device
+  logits = (4 + b) * V * (chunk + D) + tokens * b * D
   return {'state': state, 'activations': tokens * (c.n_layer * kept + 2 * whole),
-          'logits': tokens * logits}
+          'logits': logits if c.head == 'lm' else 0}
 
 
 def choose_mesh(asked: Config, model: GPTConfig, devices: list) -> Mesh:

@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from gpt2_jax import fsdp
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.counts import trainable_paths
+from gpt2_jax.loss import Loss
 from gpt2_jax.model import GPT2, Params, bind, make_params
 from gpt2_jax.sharding import RULES, reshard
 from gpt2_jax.training import spikes
@@ -71,21 +72,29 @@ def init_state(
 
 
 def nll(model: GPT2, tokens_BT1: jax.Array, dropout_keys_B: jax.Array | None = None,
-        document_start: int | None = None) -> jax.Array:
-  """-log p of each next token: [B, T], float32, in nats, from rows of T + 1 tokens.
+        document_start: int | None = None, weights: jax.Array | float | None = None) -> Loss:
+  """-log p of each next token, from rows of T + 1 tokens.
 
-  With `document_start`, the id that begins a document, a token sees its own document alone.
+  Args:
+    model: the model.
+    tokens_BT1: ids.
+    dropout_keys_B: a key for each row; None: no dropout.
+    document_start: the id that begins a document; then a token sees its own document alone.
+    weights: in the total, [B, T] or one for all; None: the total is the mean.
   """
   inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
   documents_BT = None
   if document_start is not None:
     documents_BT = jnp.cumsum(inputs_BT == document_start, axis=1, dtype=jnp.int32)
-  logits_BTV = model.logits(model.transformer(
-      inputs_BT, documents_BT=documents_BT, dropout_keys_B=dropout_keys_B).x_BTD)
-  # a masked sum, since a gather along V fails where V is sharded; XLA fuses it
-  is_target_BTV = targets_BT[..., None] == jnp.arange(logits_BTV.shape[-1])
-  target_BT = jnp.where(is_target_BTV, logits_BTV, 0).sum(-1)
-  return jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT
+  x_BTD = model.transformer(
+      inputs_BT, documents_BT=documents_BT, dropout_keys_B=dropout_keys_B).x_BTD
+  return model.loss(x_BTD, targets_BT, of_each(weights, targets_BT))
+
+
+def of_each(weights: jax.Array | float | None, targets: jax.Array) -> jax.Array:
+  """The weight of each target; of None those of a mean."""
+  weights = 1 / targets.size if weights is None else weights
+  return jnp.broadcast_to(jnp.asarray(weights, jnp.float32), targets.shape)
 
 
 def label_logits(model: GPT2, batch: dict, dropout_keys_B: jax.Array | None = None) -> jax.Array:
@@ -94,18 +103,20 @@ def label_logits(model: GPT2, batch: dict, dropout_keys_B: jax.Array | None = No
   return model.classify(x_BTD, batch['lengths'], dropout_keys_B)
 
 
-def label_nll(logits_BK: jax.Array, labels_B: jax.Array) -> jax.Array:
-  """-log p of each text's label: [B], float32, in nats."""
+def label_nll(
+    logits_BK: jax.Array, labels_B: jax.Array, weights: jax.Array | float | None = None) -> Loss:
+  """-log p of each text's label; `weights` as of `nll`, [B]."""
   is_label_BK = labels_B[:, None] == jnp.arange(logits_BK.shape[-1])
-  return jax.nn.logsumexp(logits_BK, -1) - jnp.where(is_label_BK, logits_BK, 0).sum(-1)
+  each_B = jax.nn.logsumexp(logits_BK, -1) - jnp.where(is_label_BK, logits_BK, 0).sum(-1)
+  return Loss((of_each(weights, labels_B) * each_B).sum(), jax.lax.stop_gradient(each_B))
 
 
 def losses(model: GPT2, batch, dropout_keys_B: jax.Array | None = None,
-           document_start: int | None = None) -> jax.Array:
-  """The loss of each target of a batch: [B, T] of next tokens, or [B] of labels."""
+           document_start: int | None = None, weights: jax.Array | float | None = None) -> Loss:
+  """The losses of a batch's targets: [B, T] next tokens, or [B] labels; `weights` as of `nll`."""
   if model.config.head == 'lm':
-    return nll(model, batch, dropout_keys_B, document_start)
-  return label_nll(label_logits(model, batch, dropout_keys_B), batch['labels'])
+    return nll(model, batch, dropout_keys_B, document_start, weights)
+  return label_nll(label_logits(model, batch, dropout_keys_B), batch['labels'], weights)
 
 
 def row_keys(seed: int, step: jax.Array, first: jax.Array | int, rows: int) -> jax.Array:
@@ -134,13 +145,13 @@ def make_train_step(
 
   def step(state: TrainState, batch):
     A, M = jax.tree.leaves(batch)[0].shape[:2]
+    targets = A * M * (batch.shape[-1] - 1 if config.head == 'lm' else 1)
     part = trained(config, state.params)
 
     def loss_fn(part, a, micro):
       keys_M = row_keys(seed, state.step, a * M, M) if drops else None
-      each = losses(bind(config, replaced(state.params, part)), micro, keys_M,
-                    document_start)
-      return each.sum() / (A * each.size)
+      return losses(bind(config, replaced(state.params, part)), micro, keys_M,
+                    document_start, 1 / targets).total
 
     def accumulate(carry, micro):
       loss_and_grads = jax.value_and_grad(loss_fn)(apart, *micro)
@@ -180,9 +191,10 @@ def make_eval_step(config: GPTConfig, document_start: int | None = None) -> Call
   def step(params: Params, batch, weights):
     model, batch = bind(config, params), jax.tree.map(lambda x: x[0], batch)
     if config.head == 'lm':
-      return (losses(model, batch, None, document_start) * weights[0]).sum(), weights.sum()
+      return losses(model, batch, None, document_start, weights[0]).total, weights.sum()
     logits_RK = label_logits(model, batch)
     right_R = (logits_RK.argmax(-1) == batch['labels']) * weights[0]
-    return ((label_nll(logits_RK, batch['labels']) * weights[0]).sum(), weights.sum(), right_R.sum())
+    loss = label_nll(logits_RK, batch['labels'], weights[0])
+    return loss.total, weights.sum(), right_R.sum()
 
   return step
