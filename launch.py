@@ -17,6 +17,8 @@ BEGAN = time.monotonic()  # imports take a second
 from absl import flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
+from gpt2_jax import hardware  # noqa: E402
+
 CONFIG = config_flags.DEFINE_config_file('config', help_string='Config file, with :RECIPE after it.')
 WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Folder of the run. Default: runs/NAME of the config and recipe.')
@@ -77,4 +79,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
+  hardware.use_huge_pages()
   sys.exit(main(sys.argv))
