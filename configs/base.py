@@ -96,6 +96,7 @@ def get_config() -> ConfigDict:
       seed=0,  # of the initial weights, the order of the data, dropout and the sample
       global_batch_tokens=2**19,  # tokens an update: part of the recipe, whatever the hardware
       micro_batch_rows=placeholder(int),  # rows a device at a time; default: what fits its memory
+      compiler_options='',  # XLA's, for the step: 'xla_gpu_enable_triton_gemm=false …'; docs/gpu.md
   ))
 
   config.checkpoint = ConfigDict(dict(

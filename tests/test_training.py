@@ -259,6 +259,19 @@ def test_the_memory_estimate_is_near_the_compilers(remat):
   assert 0.6 < estimate / actual < 1.7, (estimate / 2**20, actual / 2**20)
 
 
+def test_compiler_options_reach_the_compiler():
+  config = tiny_config(mesh__fsdp=8, train__compiler_options='xla_cpu_no_such_thing=1')
+  made = plan.make_plan(config)
+  with jax.set_mesh(made.mesh), pytest.raises(UserError, match='xla_cpu_no_such_thing'):
+    made.compile_train_step()
+  config.train.compiler_options = 'xla_backend_optimization_level=0'
+  with jax.set_mesh(made.mesh):
+    plan.make_plan(config).compile_train_step()
+  config.train.compiler_options = '--fast'
+  with jax.set_mesh(made.mesh), pytest.raises(UserError, match="'--fast' is not xla_NAME=VALUE"):
+    plan.make_plan(config).compile_train_step()
+
+
 def test_peak_flops_of_known_devices():
   assert peak_flops('NVIDIA H100 80GB HBM3') == 989e12
   assert peak_flops('NVIDIA H100 PCIe') == 756e12

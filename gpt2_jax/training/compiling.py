@@ -1,11 +1,14 @@
-"""Compiled programs are kept between starts, in a folder beside the runs."""
+"""How programs are compiled: with which options, and kept between starts beside the runs."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+
+from gpt2_jax.errors import UserError
 
 FOLDER = '.jax_cache'
 HIT, MISS = '/jax/compilation_cache/cache_hits', '/jax/compilation_cache/cache_misses'
@@ -30,6 +33,35 @@ def keep_compiled(workdir: str | Path) -> str:
     return f'compiled programs are not kept: {e}. JAX_COMPILATION_CACHE_DIR may name another folder.'
   jax.config.update('jax_compilation_cache_dir', str(folder))
   return ''
+
+
+def options(text: str) -> dict[str, bool | int | float | str]:
+  """XLA's options from a text such as 'xla_gpu_enable_triton_gemm=false xla_gpu_autotune_level=2'.
+
+  Raises:
+    UserError: it is not of this form.
+  """
+  found = {}
+  for pair in text.split():
+    name, _, value = pair.removeprefix('--').partition('=')
+    if not name.startswith('xla_') or not value:
+      raise UserError(f'train.compiler_options: {pair!r} is not xla_NAME=VALUE.')
+    try:
+      found[name] = json.loads(value.lower())
+    except ValueError:
+      found[name] = value
+  return found
+
+
+@contextlib.contextmanager
+def known_options(options: dict) -> Iterator[None]:
+  """Says which option it is that the compiler does not know."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as e:
+    if not any(name in str(e) for name in options):
+      raise
+    raise UserError(f'train.compiler_options: {str(e).splitlines()[0]}') from e
 
 
 @contextlib.contextmanager

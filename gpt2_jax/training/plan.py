@@ -22,7 +22,7 @@ from gpt2_jax.interop.files import whole
 from gpt2_jax.interop.tensors import Source, load_params
 from gpt2_jax.model import Params
 from gpt2_jax.pretrained import open_source
-from gpt2_jax.training import fit, memory
+from gpt2_jax.training import compiling, fit, memory
 from gpt2_jax.training.optimizer import make_optimizer, make_schedule
 from gpt2_jax.training.positions import stretched
 from gpt2_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
@@ -89,9 +89,10 @@ class Plan:
     step = make_train_step(
         self.model, self.tx, self.schedule, seed=c.train.seed, ema_decay=c.optim.ema_decay,
         document_start=self.document_start(eot))
-    with out_of_memory_advice(self):
+    options = compiling.options(c.train.compiler_options) | (compiler_options or {})
+    with out_of_memory_advice(self), compiling.known_options(options):
       return jax.jit(step, donate_argnums=0).lower(
-          self.abstract_state(), self.abstract_batch()).compile(compiler_options)
+          self.abstract_state(), self.abstract_batch()).compile(options)
 
   def eval_step(self, eot: int = 0):
     return jax.jit(make_eval_step(self.model, self.document_start(eot)))
