@@ -26,6 +26,7 @@ from gpt2_jax import hardware
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'torch', 'transformers', 'tiktoken')
 THREADS = len(os.sched_getaffinity(0))
 RESULTS = Path(__file__).parent / 'results'
+HUGE_PAGES = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}  # as launch.py sets it
 SERVE = '''
 import json, os, sys, time
 threads = len(os.sched_getaffinity(0))
@@ -84,9 +85,12 @@ class Worker:
   def __enter__(self) -> 'Worker':
     return self
 
-  def __exit__(self, *_) -> None:
+  def stop(self) -> None:
     self.process.kill()
     self.process.wait()
+
+  def __exit__(self, *_) -> None:
+    self.stop()
 
 
 def take_turns(sides: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
