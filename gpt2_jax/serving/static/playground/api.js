@@ -44,6 +44,11 @@ export async function models() {
   return (await (await ask('/v1/models')).json()).data;
 }
 
+// What /v1/attention says of a text.
+export async function attention(model, text, lens, signal) {
+  return (await ask('/v1/attention', { model, input: text, lens }, signal)).json();
+}
+
 // The objects of a stream of server-sent events, as they come.
 async function* events(response, signal) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
