@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import importlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -107,7 +107,8 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T | None:
 
 
 def make_app(models: dict[str, GPT2], *, slots: int = 8, queue: int = 64,
-             limits: Limits | None = None, api_key: str | None = None) -> FastAPI:
+             limits: Limits | None = None, api_key: str | None = None,
+             roots: Mapping[str, str] | None = None) -> FastAPI:
   """The application that serves some models by name.
 
   Args:
@@ -116,6 +117,7 @@ def make_app(models: dict[str, GPT2], *, slots: int = 8, queue: int = 64,
     queue: texts that may wait for a slot; beyond that, requests are refused with 429.
     limits: of requests.
     api_key: that requests must bring, but for the pages and `/healthz`.
+    roots: where models came from, as a command line would name them; default: their names.
 
   Raises:
     UserError: a model that can't be served.
@@ -177,7 +179,8 @@ def make_app(models: dict[str, GPT2], *, slots: int = 8, queue: int = 64,
   async def list_models():
     """The models that are served."""
     return {'object': 'list', 'data': [
-        describe(name) | {'context_length': engine.config.n_positions}
+        describe(name) | {'context_length': engine.config.n_positions,
+                          'root': (roots or {}).get(name, name)}
         for name, engine in serving.engines.items()]}
 
   @app.get('/v1/models/{name:path}')

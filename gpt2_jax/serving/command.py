@@ -71,7 +71,8 @@ class Serve:
     limits = Limits(
         body_bytes=self.max_body_bytes, prompt_tokens=self.max_prompt_tokens,
         new_tokens=self.max_tokens, texts=self.max_texts, seconds=self.timeout)
-    made = app.make_app(models, slots=self.slots, queue=self.queue, limits=limits, api_key=key)
+    made = app.make_app(models, slots=self.slots, queue=self.queue, limits=limits, api_key=key,
+                        roots=dict(zip(names, self.checkpoint)))
     for name, engine in made.state.serving.engines.items():
       print(f'{name}: {engine.config.n_positions} positions, {self.slots} slots', flush=True)
       engine.warm()

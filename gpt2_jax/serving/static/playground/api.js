@@ -98,7 +98,9 @@ async function fitted(body, signal) {
       return [prompt, response];
     } catch (e) {
       if (e.code !== 'context_length_exceeded' || prompt.length < 2) throw e;
-      prompt = tail(prompt, Math.floor(prompt.length * 0.75));
+      const [, context, tokens] = e.message.match(/length is (\d+) .*\((\d+) in your prompt/) ?? [];
+      const share = 0.98 * (context - body.max_tokens) / tokens;  // NaN where the message is another
+      prompt = tail(prompt, Math.floor(prompt.length * (share > 0 && share < 0.98 ? share : 0.75)));
     }
   }
 }

@@ -24,8 +24,8 @@ function options({ n, max_tokens, temperature, top_p, top_k, seed, stop }) {
 }
 
 export const texts = {
-  cli(request) {
-    const words = [`--checkpoint ${shell(request.model)}`, `--prompt=${shell(request.prompt)}`];
+  cli(request, { checkpoint }) {
+    const words = [`--checkpoint ${shell(checkpoint)}`, `--prompt=${shell(request.prompt)}`];
     for (const [name, value] of Object.entries(options(request))) {
       if (name === 'do_sample') words.push('--greedy');
       else words.push(`--${name.replaceAll('_', '-')} ${[value].flat().map(v => shell(String(v))).join(' ')}`);
@@ -33,19 +33,19 @@ export const texts = {
     return `gpt2-jax sample ${words.slice(0, 2).join(' ')} \\\n  ${words.slice(2).join(' ')}\n`;
   },
 
-  curl(request, index, { origin, key }) {
+  curl(request, { origin, key }) {
     const headers = ["-H 'Content-Type: application/json'"];
     if (key) headers.push('-H "Authorization: Bearer $GPT2_JAX_API_KEY"');
     return `curl -s ${shell(origin + '/v1/completions')} ${headers.join(' ')} \\\n  -d ${shell(JSON.stringify(request))}\n`;
   },
 
-  python(request, index) {
+  python(request, { index, checkpoint }) {
     const value = v => Array.isArray(v) ? `[${v.map(value).join(', ')}]`
       : v === false ? 'False' : typeof v === 'string' ? python(v) : String(v);
     const given = Object.entries(options(request)).map(([name, v]) => `${name}=${value(v)}`);
     return [
       'import gpt2_jax', '',
-      `model = gpt2_jax.from_pretrained(${python(request.model)})`,
+      `model = gpt2_jax.from_pretrained(${python(checkpoint)})`,
       `results = gpt2_jax.generate(model, ${python(request.prompt)}, ${given.join(', ')})`,
       `print(results[${index}].text)`, ''].join('\n');
   },

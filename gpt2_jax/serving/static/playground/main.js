@@ -122,7 +122,8 @@ find('copy-menu').addEventListener('click', async event => {
     request: settings.request(editor.text.slice(0, editor.caret), 3, settings.get('seed')), index: 0 };
   try {
     const text = what === 'text' ? editor.text
-      : texts[what](request, index, { origin: location.origin, key: hasKey() });
+      : texts[what](request, {
+        index, checkpoint: settings.sourceOf(request), origin: location.origin, key: hasKey() });
     const done = await toClipboard(text);
     Object.assign(find('copied'), { value: text, hidden: false });
     if (!done) find('copied').select();

@@ -11,6 +11,7 @@ const randomSeed = () => crypto.getRandomValues(new Uint32Array(1))[0] % 1_000_0
 
 export class Settings {
   #values = { ...DEFAULTS };
+  #sources = {};
 
   constructor() {
     const kept = load(KEY, {});
@@ -53,10 +54,14 @@ export class Settings {
   // The server's checkpoints; one that was chosen before stays chosen.
   offer(models) {
     find('model').replaceChildren(...models.map(({ id }) => element('option', { value: id, textContent: id })));
+    this.#sources = Object.fromEntries(models.map(({ id, root }) => [id, root ?? id]));
     if (!models.some(({ id }) => id === this.#values.model)) this.#values.model = models[0]?.id ?? '';
     find('model-field').hidden = models.length < 2;
     this.#show();
   }
+
+  // Where the checkpoint of a request came from, as a command line names it.
+  sourceOf({ model }) { return this.#sources[model] ?? model; }
 
   // The seed of the next request; `last`: that of one whose texts were not enough.
   nextSeed(last) {
