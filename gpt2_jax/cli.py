@@ -16,6 +16,7 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.evaluation.bias_command import Bias
 from gpt2_jax.evaluation.command import Evaluate
 from gpt2_jax.planning.command import Plan, split_overrides
+from gpt2_jax.serving.command import Serve
 
 RULE = '-' * 78 + '\n'
 
@@ -183,6 +184,7 @@ class Reproduce:
 
 Verb = (Annotated[Prepare, tyro.conf.subcommand('prepare')]
         | Annotated[Sample, tyro.conf.subcommand('sample')]
+        | Annotated[Serve, tyro.conf.subcommand('serve')]
         | Annotated[Convert, tyro.conf.subcommand('convert')]
         | Annotated[Evaluate, tyro.conf.subcommand('evaluate')]
         | Annotated[Bias, tyro.conf.subcommand('bias')]

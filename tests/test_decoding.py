@@ -332,9 +332,9 @@ def test_processors_of_ones_own(tiny, params):
 
 
 def test_the_parameters_are_prepared_once_and_anew_when_they_change(writer):
-  from gpt2_jax.decoding.generate import _prepare
-  before = _prepare(writer)
-  assert _prepare(writer) is before
+  from gpt2_jax.decoding.generate import prepare
+  before = prepare(writer)
+  assert prepare(writer) is before
   [one] = generate(writer, 'ab', max_new_tokens=8, do_sample=False)
   weight = writer.wte.weight[...]
   writer.wte.weight[...] = weight[::-1]

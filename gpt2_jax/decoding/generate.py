@@ -1,6 +1,5 @@
 """Text in, text out."""
 
-import codecs
 import dataclasses
 import functools
 import time
@@ -22,6 +21,7 @@ from gpt2_jax.decoding.driver import Job, Row, run
 from gpt2_jax.decoding.history import Endings
 from gpt2_jax.decoding.loop import Rules
 from gpt2_jax.decoding.options import Options
+from gpt2_jax.decoding.pieces import Pieces
 from gpt2_jax.decoding.processors import Processor
 from gpt2_jax.decoding.searches import make_search
 from gpt2_jax.errors import UserError
@@ -113,16 +113,17 @@ class Decoder:
   def text(self, row: Row) -> bytes:
     """What a row shows."""
     assert self.tokenizer is not None
-    data = self.tokenizer.decode_bytes(self._shown(row))
+    data = self.tokenizer.decode_bytes(self.shown(row))
     if row.reason == h.STOP_STRING:
       data = data[:automaton.cut(data, self.stop_strings)]
     return data
 
-  def _shown(self, row: Row) -> list[int]:
+  def shown(self, row: Row) -> list[int]:
+    """The ids that are part of the text: all but one that ended it."""
     return row.new[:-1] if row.reason == h.END_ID else row.new
 
   def _result(self, row: Row) -> Generated:
-    tokens = self._shown(row)
+    tokens = self.shown(row)
     text = self.text(row).decode('utf-8', 'replace') if self.tokenizer else None
     top = row.top[:len(tokens)] if self.options.top_logprobs else None
     reason = 'time' if row.out_of_time else REASONS[row.reason]
@@ -146,7 +147,7 @@ def generate_tokens(
 _prepared: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> (its leaves, prepared)
 
 
-def _prepare(model: GPT2) -> tuple[GPTConfig, Params]:
+def prepare(model: GPT2) -> tuple[GPTConfig, Params]:
   """A model's config and parameters in a form to decode with; made once for the same parameters."""
   if model.config.head != 'lm':
     raise UserError(
@@ -163,16 +164,22 @@ def _prepare(model: GPT2) -> tuple[GPTConfig, Params]:
   return prepared
 
 
+def own_ends(model: GPT2) -> list[int] | None:
+  """The ids that end a text by the model's checkpoint; None where it names none."""
+  eos = None if model.source is None else model.source.eos_token_id
+  if eos is None:
+    return None
+  # it may name ids that its vocabulary has not
+  return [i for i in np.atleast_1d(eos).tolist() if 0 <= i < model.config.vocab_size]
+
+
 def _decoder(
     model: GPT2, prompts, tokenizer, assistant_model, inputs: dict, options: dict) -> Decoder:
-  if model.source is not None and options.get('eos_token_id') is None:
-    eos = model.source.eos_token_id  # a checkpoint may name ids that its vocabulary has not
-    if eos is not None:
-      eos = [i for i in np.atleast_1d(eos).tolist() if 0 <= i < model.config.vocab_size]
-    options = options | {'eos_token_id': eos}
-  prepared, assistant = _prepare(model), None
+  if options.get('eos_token_id') is None:
+    options = options | {'eos_token_id': own_ends(model)}
+  prepared, assistant = prepare(model), None
   if assistant_model is not None:
-    assistant = _prepare(assistant_model)
+    assistant = prepare(assistant_model)
     if len({sharding.devices_of(params) for _, params in (prepared, assistant)}) > 1:
       raise UserError('the assistant model lies on other devices than the model: load both with the '
                       'same mesh.')
@@ -243,14 +250,17 @@ def stream(
 
 
 def _pieces(decoder: Decoder) -> Generator[str, None, Generated]:
-  [row], shown, utf8 = decoder.rows, 0, codecs.getincrementaldecoder('utf-8')('replace')
+  [row], pushed = decoder.rows, 0
+  assert decoder.tokenizer is not None
+  pieces = Pieces(decoder.tokenizer, decoder.stop_strings)
   steps, going = decoder.run(steps=1), True
   while going:
     with sharding.mesh_of(decoder.job.params):  # not while the caller has its turn
       going = next(steps, steps) is None
-    data = decoder.text(row)
-    held = automaton.held_back(data, decoder.stop_strings) if going and decoder.stop_strings else 0
-    if piece := utf8.decode(data[shown:len(data) - held], final=not going):
+    tokens = decoder.shown(row)
+    for token in tokens[pushed:]:
+      pieces.push(token)
+    pushed = len(tokens)
+    if piece := pieces.take(final=not going):
       yield piece
-    shown = max(shown, len(data) - held)
   return decoder.results()[0]

@@ -1,0 +1,57 @@
+"""Makes the pictures of the playground in docs/images.
+
+    python docs/screenshots.py WORKDIR
+
+needs the extras `serve` and `serve-test`, Chromium, and a run of configs/tiny.py.
+"""
+
+import sys
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+
+import gpt2_jax  # noqa: E402
+from serving_fixtures import ARGUMENTS, CHROMIUM, serving  # noqa: E402
+
+IMAGES = ROOT / 'docs' / 'images'
+START = 'class Reader:\n    def __init__(self, path):\n        self.path = path\n\n    def read(self'
+DONE = 'document.querySelectorAll("#choices li").length === 3 && !document.querySelector(".coming")'
+
+
+def playground(page, scheme: str) -> None:
+  """Light: continuations to choose from; dark: tokens and the alternatives of one."""
+  page.goto('/')
+  page.evaluate('localStorage.setItem("gpt2_jax.settings", JSON.stringify({face: "mono", seed: 11, '
+                'fixed: true, temperature: 0.7, length: 20}))')
+  page.reload()
+  page.fill('#text', START)
+  page.focus('#text')
+  page.keyboard.press('Tab')
+  page.wait_for_function(DONE)
+  page.keyboard.press('ArrowDown')
+  if scheme == 'dark':
+    page.keyboard.press('Enter')
+    page.click('#colour')
+    page.wait_for_selector('.token')
+    page.locator('.token', has_text='path').nth(1).scroll_into_view_if_needed()
+    box = page.locator('.token', has_text='path').nth(1).bounding_box()
+    page.mouse.move(box['x'] + box['width'] / 2, box['y'] + box['height'] / 2)
+    page.wait_for_selector('#card')
+  page.screenshot(path=IMAGES / f'playground-{scheme}.png')
+
+
+def main(workdir: str) -> None:
+  with serving({'tiny': gpt2_jax.from_pretrained(workdir)}) as address, sync_playwright() as playwright:
+    browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+    for scheme in ('light', 'dark'):
+      context = browser.new_context(base_url=address, color_scheme=scheme,
+                                    viewport={'width': 1280, 'height': 720})
+      playground(context.new_page(), scheme)
+    browser.close()
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])

@@ -1,0 +1,156 @@
+"""What is sent to the server, and the form of its errors: OpenAI's."""
+
+import dataclasses
+import json
+from typing import Annotated, Any, Literal
+
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+INT64 = 2**63
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """What a server takes.
+
+  Attributes:
+    body_bytes: of a request.
+    prompt_tokens: of one prompt; None: as many as the model has positions.
+    new_tokens: of one text; None likewise.
+    texts: of one request, prompts times best_of.
+    features_tokens: of one request's texts, whose features are asked for.
+    features_values: numbers in the answer to it.
+    attention_tokens: of the text whose attention is asked for.
+    seconds: for a whole request.
+    read_seconds: for a request's body to arrive.
+    send_seconds: for a reader to take what it is sent.
+  """
+
+  body_bytes: int = 1 << 20
+  prompt_tokens: int | None = None
+  new_tokens: int | None = None
+  texts: int = 128
+  features_tokens: int = 8192
+  features_values: int = 1 << 22
+  attention_tokens: int = 256
+  seconds: float = 600
+  read_seconds: float = 20
+  send_seconds: float = 30
+
+
+class ApiError(Exception):
+  """An answer that is an error."""
+
+  def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None,
+               headers: dict[str, str] | None = None):
+    super().__init__(message)
+    self.status, self.message, self.param, self.code = status, message, param, code
+    self.headers = headers
+
+  def body(self) -> dict[str, Any]:
+    kind = {401: 'authentication_error', 429: 'rate_limit_error', 503: 'service_unavailable_error',
+            408: 'timeout_error', 504: 'timeout_error', 500: 'server_error'}
+    return {'error': {'message': self.message, 'type': kind.get(self.status, 'invalid_request_error'),
+                      'param': self.param, 'code': self.code}}
+
+  def response(self) -> 'Json':
+    return Json(self.body(), self.status, self.headers)
+
+
+def dumps(content: Any) -> bytes:
+  """JSON; half of a surrogate pair, which a request may hold, becomes ?."""
+  text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(',', ':'))
+  return text.encode('utf-8', 'replace')
+
+
+class Json(JSONResponse):
+  def render(self, content: Any) -> bytes:
+    return dumps(content)
+
+
+def _listed(value: Any) -> Any:
+  return [value] if isinstance(value, str) else value
+
+
+def _numbered(value: Any) -> Any:
+  """Ids are the keys of a JSON object, and so texts."""
+  if not isinstance(value, dict):
+    return value
+  try:
+    return {int(key): bias for key, bias in value.items()}
+  except ValueError:
+    raise ValueError('the keys must be token ids') from None
+
+
+class Body(BaseModel):
+  """What all requests share: no field is dropped in silence, no text is taken for a number."""
+
+  model_config = ConfigDict(strict=True, extra='forbid', allow_inf_nan=False)
+  model: str | None = Field(None, description='Default: the first model that is served.')
+
+
+class StreamOptions(BaseModel):
+  model_config = ConfigDict(strict=True, extra='forbid')
+  include_usage: bool = False
+
+
+Ids = Annotated[list[int], Field(min_length=1)]
+
+
+class Completion(Body):
+  """OpenAI's `POST /v1/completions`, and `top_k`."""
+
+  prompt: str | Ids | Annotated[list[str] | list[Ids], Field(min_length=1)] | None = None
+  max_tokens: int | None = Field(16, ge=0)
+  temperature: float | None = Field(1.0, ge=0, le=2)
+  top_p: float | None = Field(1.0, ge=0, le=1)
+  top_k: int | None = Field(None, ge=1, description='Draw from the k likeliest tokens only.')
+  n: int | None = Field(1, ge=1, le=128)
+  best_of: int | None = Field(None, ge=1, le=128)
+  stream: bool | None = False
+  stream_options: StreamOptions | None = None
+  logprobs: int | None = Field(None, ge=0, le=5)
+  echo: bool | None = False
+  stop: Annotated[Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]],
+                            Field(max_length=4)] | None, BeforeValidator(_listed)] = None
+  presence_penalty: float | None = Field(0.0, ge=-2, le=2)
+  frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
+  logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]] | None,
+                        BeforeValidator(_numbered)] = None
+  seed: int | None = Field(None, ge=-INT64, lt=INT64)
+  suffix: None = Field(None, description='Not supported: the model writes what comes after a text.')
+  user: str | None = None
+
+
+class FeaturesRequest(Body):
+  """The features of a text or texts."""
+
+  input: str | Annotated[list[str], Field(min_length=1)]
+  hidden_states: bool = False
+  attentions: bool = False
+  embedding: Literal['mean', 'last'] = 'mean'
+
+
+class AttentionRequest(Body):
+  """The attention weights of a text, and what each layer would say next."""
+
+  input: str
+  lens: int = Field(5, ge=0, le=20)
+
+
+def refusal(errors: list[dict[str, Any]]) -> ApiError:
+  """The error for what pydantic found. Of the kinds of a union, the first complaint is as good."""
+  first = errors[0]
+  where = [str(part) for part in first['loc'] if part != 'body']
+  if first['type'] == 'json_invalid':
+    return ApiError(400, f'The body is not JSON: {first.get("ctx", {}).get("error", first["msg"])}.')
+  param = where[0] if where else None
+  if first['type'] == 'extra_forbidden':
+    return ApiError(400, f'Unrecognized request argument: {".".join(where)}.', param=param,
+                    code='unknown_parameter')
+  if param == 'suffix':
+    return ApiError(400, 'suffix is not supported: the model writes what comes after a text, not '
+                    'what lies between two.', param=param, code='unsupported_parameter')
+  says = first['msg'].removeprefix('Value error, ')
+  return ApiError(400, f'{param}: {says}.' if param else f'The body: {says}.', param=param)

@@ -1,0 +1,233 @@
+"""The HTTP application: OpenAI's completions, features, metrics, pages."""
+
+import asyncio
+import contextlib
+import importlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response, StreamingResponse
+from fastapi.staticfiles import StaticFiles
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from gpt2_jax.errors import UserError
+from gpt2_jax.model import GPT2
+from gpt2_jax.serving.api import (
+  ApiError,
+  AttentionRequest,
+  Completion,
+  FeaturesRequest,
+  Json,
+  Limits,
+  dumps,
+  refusal,
+)
+from gpt2_jax.serving.completions import Answer, encode
+from gpt2_jax.serving.engine import Engine
+from gpt2_jax.serving.features import features_data
+from gpt2_jax.serving.guard import Guard
+from gpt2_jax.serving.metrics import Metrics
+
+STATIC = Path(__file__).parent / 'static'
+T = TypeVar('T')
+
+
+class Serving:
+  """What one application has: its engines, limits and counts."""
+
+  def __init__(self, models: dict[str, GPT2], limits: Limits, slots: int, queue: int):
+    self.limits, self.metrics = limits, Metrics()
+    self.engines = {name: Engine(name, model, self.metrics, slots=slots, queue=queue)
+                    for name, model in models.items()}
+    self.draining = False
+    self.alone = asyncio.Semaphore(1)  # whole passes beside the engines, one at a time
+    self.behind = 0  # of them, how many wait
+    self.queue = queue
+
+  def engine(self, name: str | None) -> Engine:
+    """Raises: ApiError: there is no such model, or the server is being stopped."""
+    if self.draining:
+      raise ApiError(503, 'The server is being stopped.', headers={'Retry-After': '10'})
+    found = self.engines.get(name if name is not None else next(iter(self.engines)))
+    if found is None:
+      raise ApiError(404, f'The model {name!r} does not exist; there is {", ".join(self.engines)}.',
+                     param='model', code='model_not_found')
+    return found
+
+  async def apart(self, work: Callable[[], Any]) -> Json:
+    """The answer that `work` makes, in another thread.
+
+    Raises:
+      ApiError: too many wait for such work, or the input can't be used.
+    """
+    if self.behind >= self.queue:
+      raise ApiError(429, 'The server is busy: too many requests wait. Try again later.',
+                     code='rate_limit_exceeded', headers={'Retry-After': '1'})
+    self.behind += 1
+    try:
+      async with self.alone:
+        return await run_in_threadpool(lambda: Json(work()))
+    except UserError as e:
+      raise ApiError(400, str(e), param='input') from None
+    finally:
+      self.behind -= 1
+
+  def drain(self) -> None:
+    """Refuses new requests; those that run are finished."""
+    self.draining = True
+    for engine in self.engines.values():
+      engine.close()
+
+  @property
+  def idle(self) -> bool:
+    return not self.behind and all(engine.idle for engine in self.engines.values())
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T | None:
+  """What `work` returns; None, and `work` is cancelled, if the client leaves before."""
+  task = asyncio.ensure_future(work)
+
+  async def leaves():
+    while (await request.receive())['type'] != 'http.disconnect':
+      pass
+
+  watch = asyncio.ensure_future(leaves())
+  try:
+    await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+    return task.result() if task.done() else None
+  finally:
+    for each in (task, watch):
+      each.cancel()
+    await asyncio.gather(task, watch, return_exceptions=True)
+
+
+def make_app(models: dict[str, GPT2], *, slots: int = 8, queue: int = 64,
+             limits: Limits | None = None, api_key: str | None = None,
+             roots: Mapping[str, str] | None = None) -> FastAPI:
+  """The application that serves some models by name.
+
+  Args:
+    models: each with its tokenizer, on one device. The first one is the default.
+    slots: texts that a model writes at a time.
+    queue: texts that may wait for a slot; beyond that, requests are refused with 429.
+    limits: of requests.
+    api_key: that requests must bring, but for the pages and `/healthz`.
+    roots: where models came from, as a command line would name them; default: their names.
+
+  Raises:
+    UserError: a model that can't be served.
+  """
+  limits = limits or Limits()
+  serving = Serving(models, limits, slots, queue)
+
+  @contextlib.asynccontextmanager
+  async def lifespan(_):
+    yield
+    serving.drain()
+
+  app = FastAPI(title='gpt2_jax', docs_url=None, redoc_url=None, lifespan=lifespan,
+                default_response_class=Json)
+  app.state.serving = serving
+  app.add_middleware(Guard, limits=limits, metrics=serving.metrics, api_key=api_key)
+  pages = StaticFiles(directory=STATIC)
+  app.mount('/static', pages, 'static')
+
+  @app.exception_handler(ApiError)
+  async def api_error(_, e: ApiError):
+    return e.response()
+
+  @app.exception_handler(RequestValidationError)
+  async def invalid(_, e: RequestValidationError):
+    return refusal([*e.errors()]).response()
+
+  @app.exception_handler(HTTPException)
+  async def http_error(_, e: HTTPException):
+    return ApiError(e.status_code, f'{e.detail}.', headers=dict(e.headers or {})).response()
+
+  @app.get('/', include_in_schema=False)
+  async def playground(request: Request):
+    return await pages.get_response('index.html', request.scope)
+
+  @app.get('/attention', include_in_schema=False)
+  async def attention_page(request: Request):
+    return await pages.get_response('attention.html', request.scope)
+
+  @app.get('/favicon.ico', include_in_schema=False)
+  async def icon(request: Request):
+    return await pages.get_response('icon.svg', request.scope)
+
+  @app.get('/healthz')
+  async def health():
+    """200 while requests are taken."""
+    if serving.draining:
+      raise ApiError(503, 'The server is being stopped.')
+    return {'status': 'ok'}
+
+  @app.get('/metrics', response_class=Response)
+  async def metrics():
+    """Counts, in Prometheus' format."""
+    return Response(generate_latest(serving.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+  describe = lambda name: {'id': name, 'object': 'model', 'created': 0, 'owned_by': 'gpt2_jax'}
+
+  @app.get('/v1/models')
+  async def list_models():
+    """The models that are served."""
+    return {'object': 'list', 'data': [
+        describe(name) | {'context_length': engine.config.n_positions,
+                          'root': (roots or {}).get(name, name)}
+        for name, engine in serving.engines.items()]}
+
+  @app.get('/v1/models/{name:path}')
+  async def one_model(name: str):
+    """A model that is served."""
+    return describe(serving.engine(name).name)
+
+  @app.post('/v1/completions')
+  async def completions(asked: Completion, request: Request):
+    """Continues a text, texts, ids or lists of ids, as OpenAI's API does."""
+    engine = serving.engine(asked.model)
+    answer = await run_in_threadpool(Answer, engine, asked, limits)
+    ticket = answer.submit(limits.seconds)
+    if asked.stream:
+      return StreamingResponse(sse(answer.stream(ticket)), media_type='text/event-stream',
+                               headers={'Cache-Control': 'no-cache'})
+    found = await unless_gone(request, answer.whole(ticket))
+    return Response(status_code=499) if found is None else Json(found)
+
+  @app.post('/v1/features')
+  async def features(asked: FeaturesRequest):
+    """Hidden states, attention weights and embeddings of texts."""
+    engine = serving.engine(asked.model)
+    return await serving.apart(lambda: features_data(engine, asked, limits))
+
+  @app.post('/v1/attention')
+  async def attention(asked: AttentionRequest):
+    """Attention weights of a text, and what each layer would say next."""
+    engine = serving.engine(asked.model)
+
+    def work():
+      [ids] = encode(engine, asked.input, param='input')
+      most = min(limits.attention_tokens, engine.config.n_positions)
+      if len(ids) > most:
+        raise ApiError(400, f'The text has {len(ids)} tokens; the attention of at most {most} is '
+                       'shown.', param='input', code='context_length_exceeded')
+      view = importlib.import_module('gpt2_jax.serving.attention')
+      return view.attention_data(engine.model, asked.input, lens=asked.lens)
+
+    return await serving.apart(work)
+
+  return app
+
+
+async def sse(objects: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+  """Objects as server-sent events, with OpenAI's last one."""
+  async with contextlib.aclosing(objects):  # type: ignore[type-var]
+    async for each in objects:
+      yield b'data: ' + dumps(each) + b'\n\n'
+  yield b'data: [DONE]\n\n'

@@ -1,0 +1,94 @@
+"""The verb `gpt2-jax serve`."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from gpt2_jax.errors import UserError
+
+KEY = 'GPT2_JAX_API_KEY'
+
+
+@dataclasses.dataclass
+class Serve:
+  """Answers HTTP requests as OpenAI's completions API does, with a playground (docs/serving.md)."""
+
+  checkpoint: tuple[str, ...]
+  """Workdirs of runs, Hugging Face folders, hub names, or others (docs/conversion.md)."""
+  host: str = '127.0.0.1'
+  """Address to listen at; 0.0.0.0: all. Beyond this machine, set a key."""
+  port: int = 8000
+  """Port; 0: any that is free."""
+  api_key: Annotated[str | None, tyro.conf.arg(metavar='KEY')] = None
+  """That requests must bring; default: $GPT2_JAX_API_KEY, which other users here don't see."""
+  tokenizer: str | None = None
+  """Where a checkpoint brings none: gpt2, byte, or a folder."""
+  dtype: Literal['float32', 'bfloat16'] | None = None
+  """Of parameters and activations; default: float32, of a run that of the run."""
+  int8: bool = False
+  """Keep the weights in 8 bits."""
+  slots: int = 8
+  """Texts that a model writes at a time; each has a cache for the model's whole context."""
+  queue: int = 64
+  """Texts that may wait for a slot; beyond that, requests are refused (429)."""
+  max_prompt_tokens: int | None = None
+  """Of one prompt; default: the model's context."""
+  max_tokens: int | None = None
+  """The most that a request's max_tokens may be; default: the model's context."""
+  max_texts: int = 128
+  """Of one request: prompts times best_of."""
+  max_body_bytes: int = 1 << 20
+  """Of one request."""
+  max_connections: int = 1000
+  """At a time."""
+  timeout: float = 600
+  """Seconds for a request, waiting included."""
+
+  def run(self) -> None:
+    for name in ('slots', 'queue', 'max_texts', 'max_body_bytes', 'max_connections', 'timeout',
+                 'max_prompt_tokens', 'max_tokens'):
+      if (value := getattr(self, name)) is not None and value <= 0:
+        raise UserError(f'--{name.replace("_", "-")} {value} must be positive.')
+    if not 0 <= self.port < 1 << 16:
+      raise UserError(f'--port {self.port} must lie between 0 and 65535.')
+    names = model_names(self.checkpoint)
+    key = self.api_key if self.api_key is not None else os.environ.get(KEY)
+    if key == '':
+      raise UserError(f'the API key is empty: set --api-key or ${KEY} to one, or neither.')
+    try:
+      from gpt2_jax.serving import app, server
+    except ModuleNotFoundError as e:
+      raise UserError(f'serve needs more packages ({e}): pip install "gpt2_jax[serve]".') from None
+    from gpt2_jax import forms, pretrained
+    from gpt2_jax.serving.api import Limits
+    models = {}
+    for name, checkpoint in zip(names, self.checkpoint):
+      model = pretrained.open_model(checkpoint, self.tokenizer, dtype=self.dtype)
+      models[name] = forms.quantize(model) if self.int8 else model
+    limits = Limits(
+        body_bytes=self.max_body_bytes, prompt_tokens=self.max_prompt_tokens,
+        new_tokens=self.max_tokens, texts=self.max_texts, seconds=self.timeout)
+    made = app.make_app(models, slots=self.slots, queue=self.queue, limits=limits, api_key=key,
+                        roots=dict(zip(names, self.checkpoint)))
+    for name, engine in made.state.serving.engines.items():
+      print(f'{name}: {engine.config.n_positions} positions, {self.slots} slots', flush=True)
+      engine.warm()
+    server.make_server(made, host=self.host, port=self.port, connections=self.max_connections).run()
+
+
+def model_names(checkpoints: tuple[str, ...]) -> list[str]:
+  """By what names checkpoints are served: the last part of a path, or the name on the hub.
+
+  Raises:
+    UserError: there is none, or two are the same.
+  """
+  names = [Path(checkpoint).resolve().name if Path(checkpoint).exists() else checkpoint
+           for checkpoint in checkpoints]
+  if not names:
+    raise UserError('--checkpoint names nothing to serve.')
+  if twice := next((name for name in names if names.count(name) > 1), None):
+    raise UserError(f'two checkpoints would be served as {twice!r}: rename one.')
+  return names

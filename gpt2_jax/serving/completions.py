@@ -1,0 +1,216 @@
+"""A request for completions to rows of the engine, and what has been written to OpenAI's objects."""
+
+import dataclasses
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from gpt2_jax import batching
+from gpt2_jax.decoding.pieces import Pieces
+from gpt2_jax.errors import UserError
+from gpt2_jax.serving.api import ApiError, Completion, Limits
+from gpt2_jax.serving.engine import Closing, Engine, Failed, Full, Row, Scored, Ticket
+
+
+def error_of(why: Failed) -> ApiError:
+  """The answer to a text that could not be written."""
+  status = 504 if why.kind == 'timeout' else 500
+  return ApiError(status, f'{str(why).rstrip(".")}.', code=why.kind)
+
+
+def encode(engine: Engine, texts: Any, param: str = 'prompt') -> list[list[int]]:
+  """Ids of texts, of any length. Raises: ApiError: they can't be used."""
+  # OpenAI's API has an error of its own for a context that is too long
+  unbounded = dataclasses.replace(engine.config, n_positions=1 << 30)
+  try:
+    return batching.encode(texts or '', engine.model.tokenizer, unbounded)
+  except UserError as e:
+    raise ApiError(400, str(e), param=param) from None
+
+
+class Answer:
+  """One request for completions.
+
+  Raises, when it is made:
+    ApiError: names what can't be honoured.
+  """
+
+  def __init__(self, engine: Engine, asked: Completion, limits: Limits):
+    self.engine, self.asked = engine, asked
+    self.id, self.created = f'cmpl-{secrets.token_hex(12)}', int(time.time())
+    a, V = asked, engine.config.vocab_size
+    self.n = a.n or 1
+    self.best_of = a.best_of or self.n
+    self.most = 16 if a.max_tokens is None else a.max_tokens
+    self.scored = a.logprobs is not None
+    if self.best_of < self.n:
+      raise ApiError(400, f'best_of = {a.best_of} must be at least n = {self.n}.', param='best_of')
+    if a.stream and self.best_of > self.n:
+      raise ApiError(400, 'What is the best of best_of is known at the end: it can\'t be streamed.',
+                     param='best_of')
+    if a.stream_options is not None and not a.stream:
+      raise ApiError(400, 'stream_options needs stream = true.', param='stream_options')
+    if bad := [token for token in a.logit_bias or () if not 0 <= token < V]:
+      raise ApiError(400, f'logit_bias has token id {bad[0]}, but the vocabulary has {V} ids.',
+                     param='logit_bias')
+    self.prompts = encode(engine, a.prompt)
+    self._check_lengths(limits)
+    seed = secrets.randbits(31) if a.seed is None else a.seed
+    given = lambda value, default: default if value is None else value
+    options = dict(
+        temperature=given(a.temperature, 1.0), top_k=a.top_k, top_p=max(given(a.top_p, 1.0), 1e-6),
+        presence=a.presence_penalty or 0.0, frequency=a.frequency_penalty or 0.0,
+        bias=a.logit_bias or {}, logprobs=self.scored or self.best_of > self.n)
+    try:
+      self.rows = [
+          Row(ids, self.most, seed, k, options, Pieces(engine.model.tokenizer, a.stop or ()),
+              index=i * self.best_of + k, scored=bool(self.scored and a.echo))
+          for i, ids in enumerate(self.prompts) for k in range(self.best_of)]
+      self.echoes = [engine.model.tokenizer.decode(ids) if a.echo else '' for ids in self.prompts]
+    except UserError as e:
+      raise ApiError(400, str(e), param='prompt') from None
+
+  def _check_lengths(self, limits: Limits) -> None:
+    n_positions, texts = self.engine.config.n_positions, len(self.prompts) * self.best_of
+    if texts > limits.texts:
+      raise ApiError(400, f'{len(self.prompts)} prompts times best_of = {self.best_of} are {texts} '
+                     f'texts; a request may ask for {limits.texts}.', param='prompt')
+    longest = max(map(len, self.prompts))
+    if longest + self.most > n_positions:
+      raise ApiError(
+          400, f'This model\'s maximum context length is {n_positions} tokens, however you requested '
+          f'{longest + self.most} tokens ({longest} in your prompt; {self.most} for the completion). '
+          'Please reduce your prompt; or completion length.', param='prompt' if longest >= n_positions
+          else 'max_tokens', code='context_length_exceeded')
+    if limits.prompt_tokens is not None and longest > limits.prompt_tokens:
+      raise ApiError(400, f'The prompt has {longest} tokens; this server takes '
+                     f'{limits.prompt_tokens}.', param='prompt', code='context_length_exceeded')
+    if limits.new_tokens is not None and self.most > limits.new_tokens:
+      raise ApiError(400, f'max_tokens = {self.most}: this server writes at most '
+                     f'{limits.new_tokens}.', param='max_tokens')
+
+  def submit(self, seconds: float) -> Ticket:
+    """Asks the engine. Raises: ApiError: it is too busy, or being stopped."""
+    try:
+      return self.engine.submit(self.rows, stream=bool(self.asked.stream), timeout=seconds)
+    except Full:
+      raise ApiError(429, 'The server is busy: too many requests wait. Try again later.',
+                     code='rate_limit_exceeded', headers={'Retry-After': '1'}) from None
+    except Closing:
+      raise ApiError(503, 'The server is being stopped.', headers={'Retry-After': '10'}) from None
+
+  async def whole(self, ticket: Ticket) -> dict[str, Any]:
+    """All at once. Raises: ApiError."""
+    texts = [''] * len(self.rows)
+    try:
+      async for event in ticket.events():
+        texts[event.row.index] += event.text
+    except Failed as why:
+      raise error_of(why) from None
+    choices = []
+    for i in range(len(self.prompts)):
+      rows = self.rows[i * self.best_of:(i + 1) * self.best_of]
+      if self.best_of > self.n:
+        rows = sorted(rows, key=_likelihood, reverse=True)
+      for row in rows[:self.n]:
+        tokens = Logprobs(self, row)
+        found = tokens.echo() if self.asked.echo else None
+        found = _joined(found, tokens.more(row.new, row.pieces.shown))
+        choices.append(self._choice(len(choices), self.echoes[i] + texts[row.index],
+                                    found if self.scored else None, row.reason))
+    return self._object(choices) | {'usage': self._usage()}
+
+  async def stream(self, ticket: Ticket) -> AsyncIterator[dict[str, Any]]:
+    """Piece by piece; an error is the last one."""
+    usage = bool(self.asked.stream_options and self.asked.stream_options.include_usage)
+    more = {'usage': None} if usage else {}
+    logprobs = [Logprobs(self, row) for row in self.rows]
+    begun = [False] * len(self.rows)
+    try:
+      async for event in ticket.events():
+        i, found, echo = event.row.index, None, ''
+        if self.asked.echo and not begun[i]:
+          echo, found = self.echoes[i // self.best_of], logprobs[i].echo()
+        begun[i] = True
+        if self.scored:
+          found = _joined(found, logprobs[i].more(
+              event.row.new[:event.tokens], event.shown, final=bool(event.reason)))
+        yield self._object([self._choice(i, echo + event.text, found if self.scored else None,
+                                         event.reason or None)]) | more
+    except Failed as why:
+      yield error_of(why).body()
+      return
+    if usage:
+      yield self._object([]) | {'usage': self._usage()}
+
+  def _object(self, choices: list) -> dict[str, Any]:
+    return {'id': self.id, 'object': 'text_completion', 'created': self.created,
+            'model': self.engine.name, 'choices': choices}
+
+  def _choice(self, index: int, text: str, logprobs, reason: str | None) -> dict[str, Any]:
+    return {'text': text, 'index': index, 'logprobs': logprobs, 'finish_reason': reason}
+
+  def _usage(self) -> dict[str, int]:
+    prompt, new = sum(map(len, self.prompts)), sum(len(row.new) for row in self.rows)
+    return {'prompt_tokens': prompt, 'completion_tokens': new, 'total_tokens': prompt + new}
+
+
+def _likelihood(row: Row) -> float:
+  """Log-probability per token."""
+  return sum(scored.logprob or 0.0 for scored in row.new) / max(len(row.new), 1)
+
+
+def _joined(a: dict[str, list] | None, b: dict[str, list]) -> dict[str, list]:
+  return b if a is None else {name: a[name] + b[name] for name in b}
+
+
+class Logprobs:
+  """The `logprobs` objects of one row, for the tokens of one piece after another."""
+
+  def __init__(self, answer: Answer, row: Row):
+    self.row, self.tokenizer = row, answer.engine.model.tokenizer
+    self.count = answer.asked.logprobs or 0
+    self.taken = self.offset = 0  # new tokens that were told of, and their bytes
+    self.chars, self._text = 0, Pieces(self.tokenizer)  # of the text before the next token
+
+  def echo(self) -> dict[str, list]:
+    """Of the prompt."""
+    row = self.row
+    found = self._table(row.prompt or [Scored(row.ids[0], None, None)] if row.scored else [])
+    self.chars, self._text = len(self.tokenizer.decode(row.ids)), Pieces(self.tokenizer)
+    return found
+
+  def more(self, new: list[Scored], shown: int, *, final: bool = True) -> dict[str, list]:
+    """Of the new tokens that begin within the text's first `shown` bytes, and were not told of."""
+    first, all_of_them = self.taken, final and not self.row.pieces.stopped
+    while self.taken < len(new) and (self.offset < shown or all_of_them):
+      self.offset += len(self.tokenizer.token_bytes[new[self.taken].token])
+      self.taken += 1
+    return self._table(new[first:self.taken])
+
+  def _table(self, scored: list[Scored]) -> dict[str, list]:
+    offsets = []
+    for each in scored:
+      offsets.append(self.chars)
+      self._text.push(each.token)
+      self.chars += len(self._text.take())
+    return {'tokens': [self._name(each.token) for each in scored],
+            'token_logprobs': [each.logprob for each in scored],
+            'top_logprobs': [self._top(each) for each in scored],
+            'text_offset': offsets, 'token_ids': [each.token for each in scored]}
+
+  def _top(self, scored: Scored) -> dict[str, float] | None:
+    """The likeliest tokens, and the one that stands there."""
+    if scored.top is None or scored.logprob is None:
+      return None
+    best = dict(list(scored.top.items())[:self.count]) | {scored.token: scored.logprob}
+    return {self._name(token): logprob for token, logprob in best.items()}
+
+  def _name(self, token: int) -> str:
+    """A token's text; where its bytes are none, as OpenAI's API writes it."""
+    data = self.tokenizer.token_bytes.get(token, b'')  # the model may have ids that it has not
+    try:
+      return data.decode()
+    except UnicodeDecodeError:
+      return 'bytes:' + ''.join(f'\\x{byte:02x}' for byte in data)

@@ -1,0 +1,418 @@
+"""Continuous batching: texts share the steps of one compiled program, and come and go between them.
+
+One thread a model does all of its work. While the device makes a step, the host looks at what the
+last one has made.
+"""
+
+import asyncio
+import collections
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpt2_jax import batching, sharding
+from gpt2_jax.decoding import history as h
+from gpt2_jax.decoding.driver import REFUSED
+from gpt2_jax.decoding.generate import REASONS, own_ends, prepare
+from gpt2_jax.decoding.pieces import Pieces
+from gpt2_jax.errors import UserError
+from gpt2_jax.model import GPT2
+from gpt2_jax.serving import steps
+from gpt2_jax.serving.metrics import Metrics
+
+BUDGET = 2 * steps.CHUNK  # ids of prompts that are read between two steps
+LEAST = 32  # to what a chunk is padded at least
+BUFFER = 256  # pieces of a text that its reader may be behind
+
+DEFAULTS = dict(temperature=1.0, top_k=None, top_p=1.0, presence=0.0, frequency=0.0, bias={},
+                logprobs=False)  # of `steps.chosen_of`
+
+log = logging.getLogger('gpt2_jax.serving')
+
+
+class Full(Exception):
+  """The queue has no room."""
+
+
+class Closing(Exception):
+  """No more texts are taken."""
+
+
+class Failed(Exception):
+  """A text can't be written; `kind` is 'timeout', 'slow', or 'server'."""
+
+  def __init__(self, message: str, kind: str = 'server'):
+    super().__init__(message)
+    self.kind = kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+  """A token and what the model says of its place."""
+
+  token: int
+  logprob: float | None  # None: of the first, which nothing is before
+  top: dict[int, float] | None
+
+
+@dataclasses.dataclass(eq=False)
+class Row:
+  """A text that is asked for, and what has been written of it."""
+
+  ids: list[int]  # of the prompt
+  limit: int  # the most new ids
+  seed: int
+  sample: int  # which of its prompt
+  options: dict[str, Any]  # of `steps.chosen_of`, beside its key
+  pieces: Pieces
+  index: int = 0  # in its request
+  scored: bool = False  # whether the log-probabilities of the prompt are asked for
+  prompt: list[Scored] = dataclasses.field(default_factory=list)
+  new: list[Scored] = dataclasses.field(default_factory=list)
+  read: int = 0  # ids of the prompt that are in the cache
+  made: int = 0  # steps that were begun for it
+  admitted: bool = False
+  done: bool = False
+  reason: str = ''
+
+  @property
+  def unread(self) -> int:
+    """Ids of the prompt that are to be read before the first step, which reads its last one."""
+    return len(self.ids) - 1 - self.read
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+  """News of a row: text that can be shown. The last one has `reason`."""
+
+  row: Row
+  text: str
+  reason: str = ''
+  tokens: int = 0  # how many new ones there are
+  shown: int = 0  # bytes of the text that have been shown
+
+
+class Ticket:
+  """A request: rows, and what is heard of them."""
+
+  def __init__(self, engine: 'Engine', rows: Sequence[Row], stream: bool, timeout: float):
+    self.engine, self.rows, self.stream = engine, rows, stream
+    self.began = time.monotonic()
+    self.deadline = self.began + timeout
+    self.loop = asyncio.get_running_loop()
+    self.heard: asyncio.Queue[Event | Failed] = asyncio.Queue()
+    self.cancelled = False
+
+  def deliver(self, event: Event | Failed) -> None:
+    if self.heard.qsize() >= BUFFER * len(self.rows) and not self.cancelled:
+      self.cancel()
+      event = Failed('the reader is too far behind', 'slow')
+    elif self.cancelled and not isinstance(event, Failed):
+      return
+    self.heard.put_nowait(event)
+
+  def cancel(self) -> None:
+    """Nobody waits for it any more."""
+    self.cancelled = True
+    self.engine.look()
+
+  async def events(self) -> AsyncIterator[Event]:
+    """News, until all rows have ended. Left early, the rows are given up.
+
+    Raises:
+      Failed: they can't be written.
+    """
+    left = len(self.rows)
+    try:
+      while left:
+        event = await self.heard.get()
+        if isinstance(event, Failed):
+          raise event
+        left -= bool(event.reason)
+        yield event
+    finally:
+      if left:
+        self.cancel()
+
+
+class Engine:
+  """Writes texts with one model."""
+
+  def __init__(self, name: str, model: GPT2, metrics: Metrics, *, slots: int = 8, queue: int = 64):
+    """`slots` texts are written at a time, `queue` may wait.
+
+    Raises:
+      UserError: the model has no tokenizer, another head, or lies on several devices.
+    """
+    if model.tokenizer is None:
+      raise UserError(f'{name} has no tokenizer.')
+    self.name, self.model, self.config, self.tokenizer = name, model, model.config, model.tokenizer
+    self.form, self.params = prepare(model)
+    if len(sharding.devices_of(self.params)) > 1:
+      raise UserError(f'{name} lies on several devices: a server\'s model lies on one.')
+    ends = own_ends(model)
+    self.eos = jnp.asarray([model.tokenizer.eot] if ends is None else ends, jnp.int32)
+    self.size, self.room = slots, queue
+    self.rows: list[Row | None] = [None] * slots
+    self.tickets: dict[Row, Ticket] = {}  # of rows that wait or are written
+    self.waiting: collections.deque[Row] = collections.deque()
+    self.stale = np.zeros(slots, bool)  # slots that the device doesn't know to be idle
+    self.spoilt: set[int] = set()  # slots with a NaN in them
+    self.reading: list[tuple[Row, int, Any]] = []  # prompts' scores that are computed
+    self.outbox: list[tuple[Ticket, Event | Failed]] = []
+    self.wake = threading.Condition()
+    self.closing = False
+    of = lambda metric: metric.labels(name)
+    self.prompt_tokens, self.new_tokens = of(metrics.prompt_tokens), of(metrics.new_tokens)
+    self.used, self.queued = of(metrics.used), of(metrics.queued)
+    self.first, self.step_time, self.finished = of(metrics.first), of(metrics.step), metrics.finished
+    of(metrics.slots).set(slots)
+    self.slots: Any = None
+    self.thread = threading.Thread(target=self._run, name=f'engine {name}', daemon=True)
+    self.thread.start()
+
+  # --- other threads ------------------------------------------------------------------------------
+
+  def submit(self, rows: Sequence[Row], *, stream: bool = False, timeout: float = 600) -> Ticket:
+    """Asks for texts, in the event loop that hears of them.
+
+    Raises:
+      Full: more wait than may.
+      Closing: the server is being stopped.
+    """
+    ticket = Ticket(self, rows, stream, timeout)
+    with self.wake:
+      if self.closing:
+        raise Closing
+      free = sum(row is None for row in self.rows)
+      if self.waiting and len(self.waiting) + len(rows) > self.room + free:
+        raise Full
+      self.waiting.extend(rows)
+      self.tickets |= dict.fromkeys(rows, ticket)
+      self.queued.set(len(self.waiting))
+      self.wake.notify()
+    return ticket
+
+  def look(self) -> None:
+    with self.wake:
+      self.wake.notify()
+
+  def close(self) -> None:
+    """Takes no more texts. Those that are asked for are written; then the thread ends."""
+    with self.wake:
+      self.closing = True
+      self.wake.notify()
+
+  def warm(self) -> None:
+    """Compiles all that requests will need."""
+    slots = steps.empty(self.form, B=self.size)
+    for T in {batching.bucket(n, steps.CHUNK, LEAST) for n in range(1, steps.CHUNK + 1)}:
+      ids_2T = np.zeros((2, T), np.int32)
+      slots, _ = steps.prefill(self.form, self.params, slots, 0, 0, *ids_2T, False)
+    slots = self._admit(slots, 0, Row([0], 1, 0, 0, DEFAULTS, Pieces(self.tokenizer)))
+    slots, _ = steps.step(self.form, self.params, self.eos, slots)
+    jax.block_until_ready(steps.stop(slots, np.ones(self.size, bool)))
+
+  @property
+  def idle(self) -> bool:
+    """Whether nothing is asked for."""
+    return not self.tickets
+
+  # --- the engine's thread --------------------------------------------------------------------------
+
+  def _run(self) -> None:
+    with sharding.mesh_of(self.params):
+      made = None  # by the device, meanwhile
+      while True:
+        with self.wake:
+          while not (self.tickets or made or self.closing):
+            self.wake.wait()
+          if self.closing and not self.tickets:
+            return
+        try:
+          made = self._turn(made)
+        except Exception:
+          log.exception('%s: a step failed', self.name)
+          made, self.slots, self.reading = None, None, []
+          for row in list(self.rows):
+            if row is not None:
+              self._fail(row, Failed('the server could not compute this text'))
+        self._send()
+
+  def _turn(self, made):
+    """Between two steps. `made` is what the device is at; returns what it is at then."""
+    if self.slots is None:
+      self.slots = steps.empty(self.form, B=self.size)
+    self._drop()
+    self._fill()
+    began = self._step()
+    if made is not None:
+      self._collect(*made)
+    self._collect_prompts()
+    self.used.set(sum(row is not None for row in self.rows))
+    return began
+
+  def _drop(self) -> None:
+    """Frees the slots of what nobody waits for, or for too long."""
+    now = time.monotonic()
+    for row, ticket in list(self.tickets.items()):
+      if ticket.cancelled:
+        self._end(row, 'cancelled')
+      elif now > ticket.deadline:
+        self._fail(row, Failed('the request took longer than this server allows', 'timeout'))
+    if self.stale.any():
+      self.slots = steps.stop(self.slots, self.stale)
+      self.stale = np.zeros(self.size, bool)
+    while self.spoilt:
+      self.slots = steps.wipe(self.slots, self.spoilt.pop())
+
+  def _fill(self) -> None:
+    """Gives slots to what waits, and reads prompts, but not so much that others wait for long."""
+    with self.wake:
+      for b in [b for b, row in enumerate(self.rows) if row is None][:len(self.waiting)]:
+        self.rows[b] = self.waiting.popleft()
+      self.queued.set(len(self.waiting))
+    budget = BUDGET
+    for b, row in enumerate(self.rows):
+      while row is not None and not row.admitted and budget > 0:
+        budget -= self._read(b, row)
+
+  def _read(self, b: int, row: Row) -> int:
+    """Reads a chunk of a prompt, or lets the row run; returns how many ids were read."""
+    if row.unread and (row.limit or row.scored):
+      n = min(row.unread, steps.CHUNK)
+      T = batching.bucket(n, steps.CHUNK, LEAST)
+      ids_2T = np.zeros((2, T), np.int32)
+      ids_2T[0, :n], ids_2T[1, :n] = (row.ids[row.read + i:row.read + i + n] for i in (0, 1))
+      self.slots, scores = steps.prefill(
+          self.form, self.params, self.slots, b, row.read, *ids_2T, row.scored)
+      row.read += n
+      if row.scored:
+        self.reading.append((row, n, scores))
+      return T
+    row.admitted = True
+    self.prompt_tokens.inc(len(row.ids))
+    if row.limit:
+      self.slots = self._admit(self.slots, b, row)
+    return 0
+
+  def _admit(self, slots, b: int, row: Row):
+    tokens_S = np.zeros(self.form.n_positions, np.int32)
+    tokens_S[:len(row.ids)] = row.ids
+    key = jax.random.fold_in(jax.random.key(row.seed), row.sample)
+    return steps.admit(slots, b, tokens_S, len(row.ids), row.limit,
+                       steps.chosen_of(self.form.vocab_size, key, **row.options))
+
+  def _step(self):
+    """Begins a step, if any row wants one; returns what it will have made, and of whom."""
+    rows = [row if row and row.admitted and row.made < row.limit else None for row in self.rows]
+    if not any(rows):
+      return None
+    for row in filter(None, rows):
+      row.made += 1
+    began = time.perf_counter()
+    self.slots, made = steps.step(self.form, self.params, self.eos, self.slots)
+    return rows, made, began
+
+  def _collect(self, rows: list[Row | None], made, began: float) -> None:
+    """Looks at what a step has made."""
+    made = jax.device_get(made)
+    self.step_time.observe(time.perf_counter() - began)
+    tokens_B, reason_B = made.tokens_B.tolist(), made.reason_B.tolist()
+    for b, row in enumerate(rows):
+      if row is None or row.done:
+        continue
+      if not row.new:
+        self.first.observe(time.monotonic() - self.tickets[row].began)
+      if reason_B[b] in REFUSED:
+        if reason_B[b] == h.NOT_A_NUMBER:
+          self.spoilt.add(b)
+        self._fail(row, Failed(REFUSED[reason_B[b]]))
+      else:
+        scores = jax.tree.map(lambda x, b=b: x[b], made.scores) if row.options['logprobs'] else None
+        self._news(row, tokens_B[b], reason_B[b], scores)
+
+  def _news(self, row: Row, token: int, reason: int, scores) -> None:
+    """A row's next token."""
+    if reason != h.END_ID:
+      row.new.append(_scored(token, scores))
+      self.new_tokens.inc()
+      try:
+        row.pieces.push(token)
+      except UserError as e:  # an id that the tokenizer has not
+        return self._fail(row, Failed(str(e)))
+      if row.pieces.stopped:
+        reason = h.STOP_STRING
+    ticket = self.tickets[row]
+    if reason != h.RUNNING:
+      why = REASONS[reason]
+      return self._end(row, 'length' if why == 'context' else why)
+    if ticket.stream and (text := row.pieces.take()):
+      self.outbox.append((ticket, Event(row, text, '', len(row.new), row.pieces.shown)))
+
+  def _collect_prompts(self) -> None:
+    """Looks at what the model says of prompts; ends rows of which no more is asked."""
+    for row, n, scores in self.reading:
+      if row.done:
+        continue
+      scores = jax.device_get(scores)
+      start = len(row.prompt) or 1
+      row.prompt = row.prompt or [Scored(row.ids[0], None, None)]
+      row.prompt += [_scored(token, jax.tree.map(lambda x, t=t: x[t], scores))
+                     for t, token in enumerate(row.ids[start:start + n])]
+    self.reading = []
+    for row in self.rows:
+      if row is not None and row.admitted and not row.limit:
+        self._end(row, 'length')
+
+  def _end(self, row: Row, reason: str) -> None:
+    row.reason = reason
+    text = row.pieces.take(final=True)
+    self._leave(row, Event(row, text, reason, len(row.new), row.pieces.shown))
+
+  def _fail(self, row: Row, why: Failed) -> None:
+    row.reason = why.kind
+    self._leave(row, why)
+
+  def _leave(self, row: Row, event: Event | Failed) -> None:
+    """Frees a row's slot."""
+    row.done = True
+    self.finished.labels(self.name, row.reason).inc()
+    with self.wake:
+      self.outbox.append((self.tickets.pop(row), event))
+      if row in self.rows:
+        b = self.rows.index(row)
+        self.rows[b], self.stale[b] = None, True
+      else:
+        self.waiting.remove(row)
+
+  def _send(self) -> None:
+    """Tells the event loops what has come."""
+    by_loop: dict[asyncio.AbstractEventLoop, list] = {}
+    for ticket, event in self.outbox:
+      by_loop.setdefault(ticket.loop, []).append((ticket, event))
+    self.outbox = []
+    for loop, news in by_loop.items():
+      try:
+        loop.call_soon_threadsafe(_deliver, news)
+      except RuntimeError:  # the loop has been closed: nobody waits
+        pass
+
+
+def _deliver(news: list[tuple[Ticket, Event | Failed]]) -> None:
+  for ticket, event in news:
+    ticket.deliver(event)
+
+
+def _scored(token: int, scores) -> Scored:
+  if scores is None:
+    return Scored(token, None, None)
+  top = dict(zip(scores.top_ids.tolist(), scores.top_logprobs.tolist()))
+  return Scored(token, float(scores.logprobs), top)

@@ -1,0 +1,114 @@
+"""A server of the real application, and a browser that reaches nothing but it."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gpt2_jax
+from gpt2_jax import tokenizer
+from gpt2_jax.config import GPTConfig
+
+CHROMIUM = next((path for path in map(Path, ('/usr/bin/chromium', '/usr/bin/chromium-browser',
+                                             '/usr/bin/google-chrome')) if path.exists()), None)
+ARGUMENTS = ['--no-sandbox', '--disable-gpu', '--disable-background-networking',
+             '--disable-component-update', '--disable-sync', '--no-first-run']
+
+
+def byte_model(n_positions: int = 256):
+  """Random weights, large enough that some bytes are likelier than others."""
+  config = GPTConfig(vocab_size=257, n_positions=n_positions, n_embd=32, n_layer=2, n_head=2,
+                     initializer_range=0.2)
+  model = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))
+  model.tokenizer = tokenizer.load('byte')
+  return model
+
+
+@contextlib.contextmanager
+def serving(models: dict[str, Any], **options: Any) -> Iterator[str]:
+  """Serves models from a thread; the value is the server's address."""
+  from gpt2_jax.serving.app import make_app
+  from gpt2_jax.serving.server import make_server
+  server = make_server(make_app(models, **options), host='127.0.0.1', port=0, log_level='warning')
+  thread = threading.Thread(target=server.run)
+  thread.start()
+  try:
+    while not server.started:
+      assert thread.is_alive()
+      time.sleep(0.01)
+    yield f'http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}'
+  finally:
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture(scope='module')
+def byte_server() -> Iterator[tuple[str, Any]]:
+  """The address of a server of a `byte_model` named 'bytes', and the model."""
+  for package in ('fastapi', 'uvicorn', 'prometheus_client'):
+    pytest.importorskip(package)
+  model = byte_model()
+  with serving({'bytes': model}) as address:
+    yield address, model
+
+
+@pytest.fixture(scope='module')
+def browser() -> Iterator[Any]:
+  api = pytest.importorskip('playwright.sync_api')
+  if CHROMIUM is None:
+    pytest.skip('needs a browser: apt-get install chromium')
+  with api.sync_playwright() as playwright:
+    opened = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def open_page(browser, byte_server) -> Iterator[Callable[..., Any]]:
+  """Opens a path of the server; keyword arguments are those of a browser's context.
+
+  In the end, no page may have asked anybody else for anything, nor have complained.
+  """
+  address, _ = byte_server
+  outside, complaints, contexts = [], [], []
+
+  def guard(route):
+    if route.request.url.startswith(address + '/'):
+      return route.continue_()
+    outside.append(route.request.url)
+    route.abort()
+
+  def said(message):
+    refused = message.text.startswith('Failed to load resource')  # what a test does on purpose
+    if message.type in ('error', 'warning') and not refused:
+      complaints.append(message.text)
+
+  def open_(path: str = '/', **options):
+    context = browser.new_context(base_url=address, **options)
+    contexts.append(context)
+    context.route('**/*', guard)
+    page = context.new_page()
+    page.set_default_timeout(20_000)
+    page.on('console', said)
+    page.on('pageerror', lambda error: complaints.append(str(error)))
+    page.goto(path)
+    return page
+
+  yield open_
+  for context in contexts:
+    context.close()
+  assert not outside
+  assert not complaints
+
+
+def audit(page) -> list[str]:
+  """What axe finds that keeps people out: serious and critical violations, and where."""
+  axe = pytest.importorskip('axe_playwright_python.sync_playwright')
+  found = axe.Axe().run(page).response['violations']
+  return [f'{violation["id"]}: {node["html"][:120]} {node["failureSummary"][:300]}'
+          for violation in found if violation['impact'] in ('serious', 'critical')
+          for node in violation['nodes']]
