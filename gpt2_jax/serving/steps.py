@@ -93,21 +93,21 @@ def _if_asked(asked, logits_XV: jax.Array, ids_X: jax.Array) -> Scores:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-  """One layer's cache of all slots, of which one is read and written, in place."""
+  """One layer's cache of all slots, [B, N, S, H], of which one is read and written, in place."""
 
-  k_LBNSH: jax.Array
-  v_LBNSH: jax.Array
+  k: jax.Array
+  v: jax.Array
   slot: jax.Array
 
   def update(self, layer, start, k_1TNH, v_1TNH) -> tuple['_Part', jax.Array, jax.Array]:
     """As `KVCache.update`, for the one row that is the slot's."""
-    def put(all_LBNSH, new_1TNH):
-      place = (0, self.slot, 0, start, 0)
-      all_LBNSH = jax.lax.dynamic_update_slice(all_LBNSH, new_1TNH.swapaxes(1, 2)[None], place)
-      return all_LBNSH, jax.lax.dynamic_slice_in_dim(all_LBNSH, self.slot, 1, axis=1)[0]
+    def put(all_BNSH, new_1TNH):
+      all_BNSH = jax.lax.dynamic_update_slice(
+          all_BNSH, new_1TNH.swapaxes(1, 2), (self.slot, 0, start, 0))
+      return all_BNSH, jax.lax.dynamic_slice_in_dim(all_BNSH, self.slot, 1, axis=0)
 
-    (k_all, k_1NSH), (v_all, v_1NSH) = put(self.k_LBNSH, k_1TNH), put(self.v_LBNSH, v_1TNH)
-    return _Part(k_all, v_all, self.slot), k_1NSH.swapaxes(1, 2), v_1NSH.swapaxes(1, 2)
+    (k, k_1NSH), (v, v_1NSH) = put(self.k, k_1TNH), put(self.v, v_1TNH)
+    return _Part(k, v, self.slot), k_1NSH.swapaxes(1, 2), v_1NSH.swapaxes(1, 2)
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'B'))
@@ -148,8 +148,8 @@ def prefill(config: GPTConfig, params: Params, slots: Slots, slot, start, tokens
   positions_1T = jnp.minimum(start + jnp.arange(T), config.n_positions - 1)[None]
   out = model.transformer(
       tokens_T[None], positions_BT=positions_1T, slot=start,
-      cache=tuple(_Part(layer.k_LBNSH, layer.v_LBNSH, slot) for layer in slots.cache))
-  cache = tuple(KVCache(layer.k_LBNSH, layer.v_LBNSH) for layer in out.cache)
+      cache=tuple(_Part(layer.k, layer.v, slot) for layer in slots.cache))
+  cache = tuple(KVCache(layer.k, layer.v) for layer in out.cache)
 
   # no logits are computed where they are not asked for
   score = lambda x_1TD: _scores(next_logits(model, x_1TD)[0], next_T)
@@ -192,7 +192,7 @@ def stop(slots: Slots, stopped_B) -> Slots:
 @functools.partial(jax.jit, donate_argnames=('slots',))
 def wipe(slots: Slots, slot) -> Slots:
   """Zeroes a slot's cache. A NaN there would spoil later rows, unseen as it is: 0 · NaN is NaN."""
-  cache = jax.tree.map(lambda x_LBNSH: x_LBNSH.at[:, slot].set(0), slots.cache)
+  cache = jax.tree.map(lambda x_BNSH: x_BNSH.at[slot].set(0), slots.cache)
   return dataclasses.replace(slots, cache=cache)
 
 

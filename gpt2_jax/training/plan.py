@@ -89,7 +89,7 @@ class Plan:
     step = make_train_step(
         self.model, self.tx, self.schedule, seed=c.train.seed, ema_decay=c.optim.ema_decay,
         document_start=self.document_start(eot))
-    options = compiling.options(c.train.compiler_options) | (compiler_options or {})
+    options: Any = compiling.options(c.train.compiler_options) | (compiler_options or {})
     with out_of_memory_advice(self), compiling.known_options(options):
       return jax.jit(step, donate_argnums=0).lower(
           self.abstract_state(), self.abstract_batch()).compile(options)
