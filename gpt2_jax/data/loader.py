@@ -8,7 +8,7 @@ of (seed, step), whatever the number of processes, and nothing but the step need
 Evaluation: all windows of the held-out split in order, each token counted once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
 import jax
@@ -49,14 +49,20 @@ class TrainLoader:
   def _start(self, step: int, row: int) -> int:
     return int(self._order[step * self.G + row]) * self.T  # pyright: ignore[reportArgumentType]
 
-  def row(self, step: int, row: int) -> np.ndarray:
-    """Row `row` of the batch of `step`: T + 1 tokens."""
-    start = self._start(step, row)
-    tokens = self.split.read(start, start + self.T + 1)
+  def rows(self, step: int, rows: Sequence[int]) -> np.ndarray:
+    """These rows of the batch of `step`: T + 1 tokens each."""
+    starts = [self._start(step, row) for row in rows]
+    tokens = np.stack([self.split.read(start, start + self.T + 1) for start in starts])
     if tokens.max() >= self.vocab_size:
-      raise store.bad_token(int(tokens.max()), f'the split {self.split.name!r} of the data (tokens '
+      start, largest = next((start, row.max()) for start, row in zip(starts, tokens)
+                            if row.max() >= self.vocab_size)
+      raise store.bad_token(int(largest), f'the split {self.split.name!r} of the data (tokens '
                             f'{start} to {start + self.T})', self.vocab_size)
     return tokens
+
+  def row(self, step: int, row: int) -> np.ndarray:
+    """Row `row` of the batch of `step`: T + 1 tokens."""
+    return self.rows(step, [row])[0]
 
   def documents(self, step: int) -> list[list[str]]:
     """Per row of a batch, the names of the documents in it."""
@@ -75,7 +81,7 @@ class TrainLoader:
     """
     shape = (A, self.G // A, self.T + 1)
     rows = sharding_lib.local_rows(shape[:2], sharding)
-    load = lambda step: np.stack([self.row(start + step, row) for row in rows])
+    load = lambda step: self.rows(start + step, rows)
     if stop <= start:
       return
     steps = grain.MapDataset.range(stop - start).map(load)
