@@ -120,7 +120,7 @@ def attention_data(
     model: a model with its tokenizer.
     text: what to read. An empty one is the end-of-text token alone.
     lens: how many predictions of each layer at each token; 0: none.
-    max_tokens: the longest text. The answer grows with its square: 9 MB for 256 tokens and 144 heads.
+    max_tokens: the longest text. The answer grows with its square: 13 MB for 256 tokens and 144 heads.
 
   Returns:
     tokens, ids: of the text.

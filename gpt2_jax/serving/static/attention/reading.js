@@ -9,7 +9,7 @@ export const KINDS = {
   repeat: { letter: 'R', name: 'earlier occurrences', does: 'earlier occurrences of the same token' },
   induction: { letter: 'I', name: 'what followed them', does: 'what followed earlier occurrences of the same token' },
   first: { letter: 'F', name: 'first token', does: 'the first token' },
-  broad: { letter: 'B', name: 'spread out', does: 'many tokens, evenly' },
+  broad: { letter: 'B', name: 'spread out', does: 'spread over many tokens' },
 };
 
 // A token on one line, spaces made visible too.
