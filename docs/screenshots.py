@@ -13,8 +13,9 @@ from playwright.sync_api import sync_playwright
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
-import gpt2_jax  # noqa: E402
 from serving_fixtures import ARGUMENTS, CHROMIUM, serving  # noqa: E402
+
+import gpt2_jax  # noqa: E402
 
 IMAGES = ROOT / 'docs' / 'images'
 START = 'class Reader:\n    def __init__(self, path):\n        self.path = path\n\n    def read(self'

@@ -58,7 +58,7 @@ def characters(attentions_LNTS: np.ndarray, ids: list[int]) -> dict[str, np.ndar
 
 @functools.partial(jax.jit, static_argnames=('config', 'k'))
 def _lens(config: GPTConfig, params: Params, states_LTD, k: int):
-  """The k likeliest tokens after each token, read from each state: probabilities and ids, [L, T, k]."""
+  """The k likeliest tokens after each token, from each state: probabilities and ids, [L, T, k]."""
   model = bind(config, params)
 
   def read(x_TD):  # a layer at a time: logits are the largest arrays here
@@ -120,7 +120,7 @@ def attention_data(
     model: a model with its tokenizer.
     text: what to read. An empty one is the end-of-text token alone.
     lens: how many predictions of each layer at each token; 0: none.
-    max_tokens: the longest text. The answer grows with its square: 13 MB for 256 tokens and 144 heads.
+    max_tokens: the longest text. The answer grows with its square: 13 MB for 256 tokens, 144 heads.
 
   Returns:
     tokens, ids: of the text.
@@ -145,12 +145,13 @@ def attention_data(
     raise UserError(f'the text has {len(ids)} tokens; the attention view takes {max_tokens}. '
                     'Shorten it.')
   found, = features(model, ids, hidden_states=lens > 0)
+  assert found.attentions is not None
   kinds = characters(found.attentions, ids)
   L, N = found.attentions.shape[:2]
   special = np.max([kinds[kind] for kind in KINDS if kind not in ('first', 'broad')], 0)
   shown = functools.partial(token_text, tokenizer)
   predictions = []
-  if lens:
+  if found.hidden_states is not None:
     for p_TK, ids_TK in zip(*logit_lens(model, found.hidden_states, lens)):
       predictions.append([[[shown(i), float(f'{p:.5g}')] for i, p in zip(row, ps)]
                           for row, ps in zip(ids_TK.tolist(), p_TK.tolist())])
