@@ -47,7 +47,7 @@ def test_openai_client(client):
       **dict(model='tiny', prompt='ab', max_tokens=20, seed=1) | more)
   whole = ask(n=2, logprobs=3, echo=True)
   assert [choice.index for choice in whole.choices] == [0, 1]
-  assert whole.usage.total_tokens == 2 + 2 * 20 and whole.object == 'text_completion'
+  assert whole.usage.total_tokens == whole.usage.completion_tokens + 2 and whole.object == 'text_completion'
   logprobs = whole.choices[0].logprobs
   assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.top_logprobs) == 22
   assert whole.choices[0].text.startswith('ab') and whole.choices[0].finish_reason == 'length'
@@ -57,8 +57,10 @@ def test_openai_client(client):
   assert pieces[-1].usage.completion_tokens == 20
   [best] = ask(best_of=3).choices
   assert best.text in [choice.text for choice in ask(n=3).choices]
-  stopped = ask(stop=[whole.choices[0].text[6:8]]).choices[0]
-  assert stopped.finish_reason == 'stop' and len(stopped.text) <= 4
+  text = ask().choices[0].text
+  letter = next(c for c in text if c.isascii())  # most bytes of a random model are no characters
+  [stopped] = ask(stop=['no such text', letter]).choices
+  assert stopped.finish_reason == 'stop' and stopped.text == text[:text.index(letter)]
   assert ask(extra_body={'top_k': 1}).choices[0].text == ask(temperature=0).choices[0].text
   assert len(ask(prompt=[[1, 2], [3]], n=2, max_tokens=1).choices) == 4
   with pytest.raises(openai.BadRequestError) as error:
@@ -89,10 +91,10 @@ BODIES = st.lists(st.fixed_dictionaries(
         stop=st.sampled_from(['a', ['e', 'bc'], ['é']]), presence_penalty=st.floats(-2, 2),
         frequency_penalty=st.floats(-2, 2),
         logit_bias=st.dictionaries(st.integers(0, 256).map(str), st.floats(-100, 100), max_size=5))),
-    min_size=2, max_size=10)
+    min_size=2, max_size=6)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True,
+@settings(max_examples=15, deadline=None, derandomize=True,
           suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(bodies=BODIES)
 def test_any_mix_gives_what_each_gives_alone(bodies):
