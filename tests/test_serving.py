@@ -1,0 +1,374 @@
+"""A server answers as `generate` does, whatever else it is asked, and whoever asks."""
+
+import concurrent.futures
+import json
+import socket
+import time
+
+import pytest
+from conftest import ROOT
+
+pytest.importorskip('fastapi', reason='the server needs the extra serve')
+httpx = pytest.importorskip('httpx', reason='the client of these tests, of the extra test')
+
+from serving import CONFIG, events, serve, tiny_model  # noqa: E402
+
+import gpt2_jax  # noqa: E402
+from gpt2_jax.errors import UserError  # noqa: E402
+from gpt2_jax.serving.api import Limits  # noqa: E402
+from gpt2_jax.serving.command import Serve, model_names  # noqa: E402
+
+TEXT = 'A prompt that is read in two chunks, as it has more bytes than one of them holds. ' * 2
+LONG = TEXT[:132]
+
+
+@pytest.fixture(scope='module')
+def server():
+  limits = Limits(body_bytes=20_000, texts=8, features_values=50_000)
+  with serve(slots=4, queue=16, limits=limits) as running:
+    yield running
+
+
+def post(server, path='/v1/completions', **body):
+  return httpx.post(server.url + path, json=body, timeout=120)
+
+
+def complete(server, **body) -> list[dict]:
+  """The choices."""
+  answer = post(server, **body)
+  assert answer.status_code == 200, answer.text
+  return answer.json()['choices']
+
+
+# the same options in OpenAI's words and in those of `generate`
+SAME = [
+    (dict(temperature=0), dict(do_sample=False)),
+    (dict(), dict()),
+    (dict(temperature=0.7, top_k=20, top_p=0.9, n=2), dict(
+        temperature=0.7, top_k=20, top_p=0.9, num_return_sequences=2)),
+    (dict(presence_penalty=1.5, frequency_penalty=-0.5, logit_bias={'65': 3, '66': -100},
+          stop=['e', 'AA']),
+     dict(presence_penalty=1.5, frequency_penalty=-0.5, sequence_bias={65: 3.0, 66: -100.0},
+          stop_strings=('e', 'AA'))),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('ours, theirs', SAME)
+def test_the_text_is_that_of_generate(server, ours, theirs):
+  model = server.serving.engines['tiny'].model
+  for prompt in ('a', LONG):
+    want = gpt2_jax.generate(model, prompt, max_new_tokens=25, seed=7, **theirs)
+    have = complete(server, prompt=prompt, max_tokens=25, seed=7, logprobs=0, **ours)
+    assert [choice['text'] for choice in have] == [result.text for result in want]
+    for choice, result in zip(have, want):
+      tokens = result.tokens[:len(choice['logprobs']['token_ids'])]  # none of what was cut off
+      assert choice['logprobs']['token_ids'] == tokens and (tokens or not choice['text'])
+      assert choice['logprobs']['token_logprobs'] == pytest.approx(
+          result.logprobs[:len(tokens)], abs=2e-4)
+      assert choice['finish_reason'] == result.finish_reason
+
+
+MIXED = [dict(prompt=prompt, max_tokens=4 + 7 * i, seed=i, logprobs=2, echo=i % 2 == 0, **options)
+         for i, (prompt, options) in enumerate((prompt, options) for options in (
+             {}, {'temperature': 0}, {'top_k': 5}, {'top_p': 0.5, 'n': 2, 'stop': 'a'},
+             {'presence_penalty': 2, 'logit_bias': {'65': 4}}) for prompt in ('x', LONG[:77]))]
+
+
+def test_texts_do_not_depend_on_what_else_is_asked(server):
+  """To the last bit of the log-probabilities."""
+  alone = [complete(server, **body) for body in MIXED]
+  with concurrent.futures.ThreadPoolExecutor(len(MIXED)) as pool:
+    together = list(pool.map(lambda body: complete(server, **body), MIXED))
+  assert together == alone
+  server.settle()
+
+
+def stream(server, **body):
+  with httpx.stream('POST', server.url + '/v1/completions', json=body | {'stream': True},
+                    timeout=120) as answer:
+    assert answer.status_code == 200
+    return events(answer.iter_lines())
+
+
+def test_pieces_joined_are_the_whole(server):
+  """Text, log-probabilities and usage; held back for stop strings and characters in several bytes."""
+  for body in (dict(prompt='ab', max_tokens=40, seed=3, logprobs=1, n=2, echo=True),
+               dict(prompt=['ab', 'é'], max_tokens=40, seed=4, logprobs=3, stop=['a', 'bcd']),
+               dict(prompt='ab', max_tokens=25, seed=5)):
+    whole = post(server, **body).json()
+    pieces = stream(server, stream_options={'include_usage': True}, **body)
+    assert pieces[-1]['usage'] == whole['usage'] and pieces[-1]['choices'] == []
+    assert all(piece['usage'] is None for piece in pieces[:-1])
+    for i, choice in enumerate(whole['choices']):
+      mine = [p['choices'][0] for p in pieces[:-1] if p['choices'][0]['index'] == i]
+      assert ''.join(piece['text'] for piece in mine) == choice['text']
+      assert [piece['finish_reason'] for piece in mine] == [None] * (len(mine) - 1) + [
+          choice['finish_reason']]
+      if 'logprobs' in body:
+        for name, values in choice['logprobs'].items():
+          assert [x for piece in mine for x in piece['logprobs'][name]] == values
+    if 'stop' not in body:
+      assert len(pieces) > 5, 'it came in pieces'
+
+
+@pytest.mark.slow
+def test_log_probabilities_of_a_given_text(server):
+  """`echo` without new tokens: each token's log-probability is the full forward pass's."""
+  import jax
+  import numpy as np
+  model = server.serving.engines['tiny'].model
+  [choice] = complete(server, prompt=TEXT[:150], max_tokens=0, echo=True, logprobs=5)
+  found = choice['logprobs']
+  assert choice['text'] == TEXT[:150] == ''.join(found['tokens'])
+  assert found['text_offset'] == list(range(150))
+  ids = found['token_ids']
+  want_TV = np.asarray(jax.nn.log_softmax(model(np.array([ids]))[0]))
+  assert found['token_logprobs'][0] is None and found['top_logprobs'][0] is None
+  np.testing.assert_allclose(found['token_logprobs'][1:], want_TV[range(149), ids[1:]], atol=2e-4)
+  for t, top in enumerate(found['top_logprobs'][1:]):
+    best = np.sort(want_TV[t])[::-1][:5]
+    np.testing.assert_allclose(sorted(top.values(), reverse=True)[:5], best, atol=2e-4)
+    assert found['tokens'][t + 1] in top and len(top) <= 6
+
+
+@pytest.mark.slow
+def test_the_best_of_several_is_the_likeliest_per_token(server):
+  all_of_them = complete(server, prompt='q', n=6, max_tokens=12, seed=1, logprobs=0, stop='e')
+  mean = lambda choice: sum(choice['logprobs']['token_logprobs']) / max(
+      1, len(choice['logprobs']['token_logprobs']))
+  answer = post(server, prompt='q', n=2, best_of=6, max_tokens=12, seed=1, stop='e').json()
+  usage = post(server, prompt='q', n=6, max_tokens=12, seed=1, stop='e').json()['usage']
+  assert answer['usage'] == usage, 'what was thrown away was written too'
+  without_stops = [c for c in all_of_them if c['finish_reason'] == 'length']
+  if len(without_stops) == 6:
+    want = sorted(all_of_them, key=mean, reverse=True)[:2]
+    assert [c['text'] for c in answer['choices']] == [c['text'] for c in want]
+  assert {c['text'] for c in answer['choices']} <= {c['text'] for c in all_of_them}
+
+
+REFUSED = [  # status, param, body
+    (400, 'max_tokens', dict(prompt='a', max_tokens='5')),
+    (400, 'max_tokens', dict(prompt='a', max_tokens=True)),
+    (400, 'max_tokens', dict(prompt='a', max_tokens=-1)),
+    (400, 'max_tokens', dict(prompt='a', max_tokens=160)),
+    (400, 'prompt', dict(prompt='a' * 200)),
+    (400, 'prompt', dict(prompt=[1, 257])),
+    (400, 'prompt', dict(prompt=[1, -1])),
+    (400, 'prompt', dict(prompt=[])),
+    (400, 'prompt', dict(prompt=[[1], []])),
+    (400, 'prompt', dict(prompt=['a', 1])),
+    (400, 'prompt', dict(prompt={'a': 1})),
+    (400, 'prompt', dict(prompt=['a'] * 5, n=2)),
+    (400, 'temperature', dict(prompt='a', temperature=2.5)),
+    (400, 'temperature', dict(prompt='a', temperature='hot')),
+    (400, 'top_p', dict(prompt='a', top_p=1.5)),
+    (400, 'top_k', dict(prompt='a', top_k=0)),
+    (400, 'n', dict(prompt='a', n=0)),
+    (400, 'best_of', dict(prompt='a', n=3, best_of=2)),
+    (400, 'best_of', dict(prompt='a', best_of=2, stream=True)),
+    (400, 'stream', dict(prompt='a', stream='yes')),
+    (400, 'stream_options', dict(prompt='a', stream_options={'include_usage': True})),
+    (400, 'logprobs', dict(prompt='a', logprobs=6)),
+    (400, 'echo', dict(prompt='a', echo=1)),
+    (400, 'stop', dict(prompt='a', stop='')),
+    (400, 'stop', dict(prompt='a', stop=list('abcde'))),
+    (400, 'stop', dict(prompt='a', stop=5)),
+    (400, 'presence_penalty', dict(prompt='a', presence_penalty=3)),
+    (400, 'frequency_penalty', dict(prompt='a', frequency_penalty=[])),
+    (400, 'logit_bias', dict(prompt='a', logit_bias={'x': 1})),
+    (400, 'logit_bias', dict(prompt='a', logit_bias={'999': 1})),
+    (400, 'logit_bias', dict(prompt='a', logit_bias={'1': 101})),
+    (400, 'seed', dict(prompt='a', seed=2**63)),
+    (400, 'seed', dict(prompt='a', seed=1.5)),
+    (400, 'suffix', dict(prompt='a', suffix='z')),
+    (400, 'user', dict(prompt='a', user=5)),
+    (400, 'temprature', dict(prompt='a', temprature=1)),
+    (404, 'model', dict(prompt='a', model='other')),
+    (413, None, dict(prompt='a' * 30_000)),
+]
+
+
+def assert_error(answer, status, param=None):
+  """OpenAI's form, and nothing of the program's insides."""
+  assert answer.status_code == status, answer.text
+  error = answer.json()['error']
+  assert set(error) == {'message', 'type', 'param', 'code'}
+  assert error['param'] == param and error['message'] and error['type']
+  assert 'Traceback' not in answer.text and '.py' not in answer.text
+
+
+def test_what_cannot_be_honoured_is_said_by_name(server):
+  for status, param, body in REFUSED:
+    assert_error(post(server, **body), status, param)
+  raw = lambda content, kind='application/json': httpx.post(
+      server.url + '/v1/completions', content=content, headers={'Content-Type': kind}, timeout=60)
+  for content in (b'', b'{', b'[]', b'null', b'\xff\xfe', b'{"prompt": NaN}', b'"a"',
+                  b'[' * 10_000, b'{"prompt": "a", "temperature": Infinity}'):
+    answer = raw(content)
+    assert answer.status_code == 400 and answer.json()['error']['message'], content
+  assert_error(httpx.get(server.url + '/v1/nothing'), 404)
+  assert_error(httpx.get(server.url + '/v1/completions'), 405)
+  codes = [post(server, **body).json()['error']['code'] for body in (
+      dict(prompt='a' * 200), dict(prompt='a', max_tokens=160), dict(prompt='a', model='other'))]
+  assert codes == ['context_length_exceeded', 'context_length_exceeded', 'model_not_found']
+
+
+def test_any_text_is_continued(server):
+  for prompt in ('', None, '\x00\x01\x1b[2J\r\n\x7f', '<script>alert(1)</script>', '\u202e\ufeff😀',
+                 '\ud800', [256], [[1], [2, 3]], ['', 'a']):
+    body = json.dumps(dict(prompt=prompt, max_tokens=3, echo=True, user='x', seed=-2**63))
+    answer = httpx.post(server.url + '/v1/completions', content=body, timeout=60,
+                        headers={'Content-Type': 'application/json'})
+    assert answer.status_code == 200 and answer.json()['choices'], answer.text
+    assert answer.headers['content-type'] == 'application/json'
+    assert answer.headers['x-content-type-options'] == 'nosniff'
+  model = dict(prompt='a', model='\ud800<b>')
+  answer = httpx.post(server.url + '/v1/completions', content=json.dumps(model),
+                      headers={'Content-Type': 'application/json'})
+  assert_error(answer, 404, 'model')
+
+
+def test_other_routes(server):
+  assert httpx.get(server.url + '/healthz').json() == {'status': 'ok'}
+  [model] = httpx.get(server.url + '/v1/models').json()['data']
+  assert model['id'] == 'tiny' and model['context_length'] == CONFIG.n_positions
+  assert httpx.get(server.url + '/v1/models/tiny').json()['id'] == 'tiny'
+  assert_error(httpx.get(server.url + '/v1/models/huge'), 404, 'model')
+  assert 'gpt2_jax_slots{model="tiny"} 4.0' in httpx.get(server.url + '/metrics').text
+  icon = httpx.get(server.url + '/static/icon.svg')
+  assert icon.status_code == 200 and "default-src 'self'" in icon.headers['content-security-policy']
+
+
+def send(server, data: bytes, seconds: float = 20) -> bytes:
+  """What is answered to some bytes."""
+  with socket.create_connection(('127.0.0.1', server.port), timeout=seconds) as connection:
+    connection.sendall(data)
+    found = b''
+    while more := connection.recv(65536):
+      found += more
+    return found
+
+
+def test_static_files_are_those_of_the_package_only(server):
+  secret = (ROOT / 'gpt2_jax/serving/app.py').read_bytes()[:60]
+  for path in ('../app.py', '..%2fapp.py', '%2e%2e/app.py', '..%5capp.py', '%2fetc/passwd',
+               '//etc/passwd', '....//app.py', 'icon.svg/../../app.py', 'icon.svg%00.html', '.',
+               '%252e%252e/app.py', ''):
+    line = f'GET /static/{path} HTTP/1.1\r\n'
+    found = send(server, f'{line}Host: x\r\nConnection: close\r\n\r\n'.encode())
+    assert found.split(b' ')[1] in (b'400', b'404', b'405'), (path, found[:100])
+    assert secret not in found and b'root:' not in found
+
+
+@pytest.mark.slow
+def test_features_are_those_of_the_library(server):
+  import numpy as np
+  model = server.serving.engines['tiny'].model
+  answer = post(server, '/v1/features', input=['ab', 'c'], hidden_states=True, attentions=True,
+                embedding='last').json()
+  for found, want in zip(answer['data'], gpt2_jax.features(model, ['ab', 'c'])):
+    assert found['tokens'] == want.tokens
+    np.testing.assert_allclose(found['hidden_states'], want.hidden_states, rtol=1e-6)
+    np.testing.assert_allclose(found['attentions'], want.attentions, rtol=1e-6)
+    np.testing.assert_allclose(found['embedding'], want.last_hidden_state[-1], rtol=1e-6)
+  assert answer['usage'] == {'prompt_tokens': 3, 'total_tokens': 3}
+  assert 'attentions' not in post(server, '/v1/features', input='a').json()['data'][0]
+  for body in (dict(input='a' * 161), dict(input=[]), dict(input=5), dict(input=['a' * 150] * 60)):
+    assert_error(post(server, '/v1/features', **body), 400, 'input')
+  assert_error(post(server, '/v1/features', input='a', hidden_states='no'), 400, 'hidden_states')
+  assert_error(post(server, '/v1/features', input='a' * 150, attentions=True, hidden_states=True),
+               400, 'input')
+
+
+@pytest.mark.slow
+def test_attention_of_a_text(server):
+  pytest.importorskip('gpt2_jax.serving.attention', reason='the attention view is not there')
+  answer = post(server, '/v1/attention', input='abc', lens=2)
+  assert answer.status_code == 200 and answer.json()['tokens'] == ['a', 'b', 'c']
+  assert_error(post(server, '/v1/attention', input='a' * 161), 400, 'input')
+
+
+@pytest.mark.slow
+def test_who_leaves_gives_up_the_slot(server):
+  """Many ask for long texts and leave at once, streaming or not; the slots are free again."""
+  before = server.value('texts_total', model='tiny', reason='cancelled')
+  for streams in (True, False):
+    body = json.dumps(dict(prompt='a', max_tokens=159, stream=streams, n=4)).encode()
+    head = (f'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n'
+            f'Content-Length: {len(body)}\r\n\r\n').encode()
+    connections = [socket.create_connection(('127.0.0.1', server.port)) for _ in range(4)]
+    for connection in connections:
+      connection.sendall(head + body)
+    until = time.monotonic() + 60
+    while not server.value('slots_used') and time.monotonic() < until:
+      time.sleep(0.002)
+    for connection in connections:
+      connection.close()
+    server.settle()
+  assert server.value('texts_total', model='tiny', reason='cancelled') > before
+  assert server.value('queue_length') == 0
+  assert complete(server, prompt='a', max_tokens=2)
+
+
+def test_a_key_is_asked_for():
+  with serve(api_key='sesame', slots=4) as running:
+    url = running.url + '/v1/models'
+    for key in (None, 'Basic sesame', 'sesame', 'Bearer', 'Bearer sesame2', 'Bearer ł'):
+      headers = {} if key is None else {'Authorization': key.encode()}
+      for path in ('/v1/models', '/metrics', '/v1/nothing'):
+        assert_error(httpx.get(running.url + path, headers=headers), 401)
+    assert httpx.get(url, headers={'Authorization': 'Bearer sesame'}).status_code == 200
+    assert httpx.get(running.url + '/healthz').status_code == 200
+    assert httpx.get(running.url + '/static/icon.svg').status_code == 200
+
+
+@pytest.mark.slow
+def test_no_more_than_the_queue_holds_wait():
+  """Beyond it: 429, and when to come again. What was taken is written."""
+  with serve(slots=4, queue=2) as running:
+    ask = lambda i: post(running, prompt='a', max_tokens=100, seed=i, n=3)
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+      answers = list(pool.map(ask, range(16)))
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert refused and len(refused) < 16
+    assert all(answer.status_code in (200, 429) for answer in answers)
+    assert all(answer.headers['retry-after'] for answer in refused)
+    assert_error(refused[0], 429)
+
+
+@pytest.mark.slow
+def test_a_request_may_take_so_long_only():
+  with serve(slots=4, limits=Limits(seconds=0.0)) as running:
+    assert_error(post(running, prompt='a', max_tokens=150), 504)
+    last = stream(running, prompt='a', max_tokens=150)[-1]
+    assert last['error']['code'] == 'timeout'
+    running.settle()
+
+
+def test_a_server_that_is_being_stopped_refuses():
+  with serve(slots=4) as running:
+    running.serving.behind = 1  # something still runs
+    running.serving.drain()
+    assert_error(post(running, prompt='a'), 503)
+    assert_error(httpx.get(running.url + '/healthz'), 503)
+    running.serving.behind = 0
+
+
+def test_models_have_names(tmp_path):
+  (tmp_path / 'mine').mkdir()
+  assert model_names((f'{tmp_path}/mine/', 'someone/gpt2')) == ['mine', 'someone/gpt2']
+  for twice in (('gpt2', 'gpt2'), ()):
+    with pytest.raises(UserError):
+      model_names(twice)
+  with pytest.raises(UserError, match='--slots 0 must be positive'):
+    Serve(('gpt2',), slots=0).run()
+
+
+@pytest.mark.slow
+def test_a_model_of_several_names():
+  with serve({'one': tiny_model(1), 'two': tiny_model(2)}, slots=4) as running:
+    texts = {name: complete(running, prompt='a', max_tokens=20, seed=1, model=name)[0]['text']
+             for name in ('one', 'two')}
+    assert texts['one'] != texts['two']
+    assert complete(running, prompt='a', max_tokens=20, seed=1)[0]['text'] == texts['one']
