@@ -13,9 +13,8 @@ from playwright.sync_api import sync_playwright
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
-from serving_fixtures import ARGUMENTS, CHROMIUM, serving  # noqa: E402
-
 import gpt2_jax  # noqa: E402
+from serving_fixtures import ARGUMENTS, CHROMIUM, serving, until  # noqa: E402
 
 IMAGES = ROOT / 'docs' / 'images'
 START = 'class Reader:\n    def __init__(self, path):\n        self.path = path\n\n    def read(self'
@@ -31,7 +30,7 @@ def playground(page, scheme: str) -> None:
   page.fill('#text', START)
   page.focus('#text')
   page.keyboard.press('Tab')
-  page.wait_for_function(DONE)
+  until(page, DONE)
   page.keyboard.press('ArrowDown')
   if scheme == 'dark':
     page.keyboard.press('Enter')

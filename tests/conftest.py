@@ -21,6 +21,7 @@ import pytest  # noqa: E402
 
 from gpt2_jax.config import GPTConfig  # noqa: E402
 from gpt2_jax.sharding import make_mesh  # noqa: E402
+from serving_fixtures import browser, byte_server, open_page  # noqa: E402, F401
 
 
 def pytest_addoption(parser):

@@ -112,3 +112,11 @@ def audit(page) -> list[str]:
   return [f'{violation["id"]}: {node["html"][:120]} {node["failureSummary"][:300]}'
           for violation in found if violation['impact'] in ('serious', 'critical')
           for node in violation['nodes']]
+
+
+def until(page, holds: str) -> None:
+  """Waits for an expression of JavaScript; Playwright's own wait is kept out by the page's CSP."""
+  end = time.monotonic() + 20
+  while not page.evaluate(holds):
+    assert time.monotonic() < end, holds
+    page.wait_for_timeout(20)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 import tyro
-from serving_fixtures import audit, browser, byte_server, open_page  # noqa: F401
+from serving_fixtures import audit, until
 
 import gpt2_jax
 from gpt2_jax import cli, inputs
@@ -38,8 +38,8 @@ def fix_seed(page, seed: int) -> None:
 
 def choices(page, n: int = 3) -> list[str]:
   """What is offered, once it is whole: each as the text that it would become."""
-  page.wait_for_function(f'document.querySelectorAll("{DONE}").length === {n}')
-  page.wait_for_function('document.querySelector("#live").textContent.includes("1 of")')
+  until(page, f'document.querySelectorAll("{DONE}").length === {n}')
+  until(page, 'document.querySelector("#live").textContent.includes("1 of")')
   found = []
   for _ in range(n):
     found.append(page.text_content('.ghost'))
@@ -50,9 +50,10 @@ def choices(page, n: int = 3) -> list[str]:
 def colour(page) -> None:
   page.click('#colour')
   page.wait_for_selector('.token')
+  page.focus('#text')
 
 
-def test_a_text_is_continued_chosen_taken_undone_and_kept(open_page, byte_server):  # noqa: F811
+def test_a_text_is_continued_chosen_taken_undone_and_kept(open_page, byte_server):
   page = open_page()
   write(page, 'ab')
   fix_seed(page, 7)
@@ -78,7 +79,7 @@ def test_a_text_is_continued_chosen_taken_undone_and_kept(open_page, byte_server
   assert page.input_value('#seed') == '7' and page.is_checked('#fixed')
 
 
-def test_tab_again_draws_others_and_stands_where_the_caret_is(open_page, byte_server):  # noqa: F811
+def test_tab_again_draws_others_and_stands_where_the_caret_is(open_page, byte_server):
   page = open_page()
   write(page, 'one two')
   fix_seed(page, 3)
@@ -86,7 +87,7 @@ def test_tab_again_draws_others_and_stands_where_the_caret_is(open_page, byte_se
   page.keyboard.press('Tab')
   first = choices(page)
   page.keyboard.press('Tab')
-  page.wait_for_function('document.querySelector("#choices-foot").textContent.includes("seed 4")')
+  until(page, 'document.querySelector("#choices-foot").textContent.includes("seed 4")')
   second = choices(page)
   for seed, offered in ((3, first), (4, second)):
     wanted = gpt2_jax.generate(byte_server[1], 'one', num_return_sequences=3, max_new_tokens=24,
@@ -98,11 +99,11 @@ def test_tab_again_draws_others_and_stands_where_the_caret_is(open_page, byte_se
   assert text(page).startswith('one') and text(page).endswith(' two') and len(text(page)) > 7
 
 
-def test_escape_drops_and_ends_the_request_and_lets_tab_leave(open_page):  # noqa: F811
+def test_escape_drops_and_ends_the_request_and_lets_tab_leave(open_page):
   page = open_page()
   write(page, 'abc')
   ended, held = [], []
-  page.route('**/v1/completions', held.append)  # never answered
+  page.route('**/v1/completions', lambda route: held.append(route))  # never answered
   page.on('requestfailed', lambda request: ended.append(request.url))
   page.keyboard.press('Tab')
   page.wait_for_selector('#choices-box')
@@ -125,7 +126,7 @@ def test_escape_drops_and_ends_the_request_and_lets_tab_leave(open_page):  # noq
   assert focused() == 'text' and text(page) == 'abcd'
 
 
-def test_tokens_say_what_the_model_holds_of_them(open_page, byte_server):  # noqa: F811
+def test_tokens_say_what_the_model_holds_of_them(open_page, byte_server):
   page = open_page()
   write(page, 'aé<i>🙂.')
   colour(page)
@@ -147,7 +148,7 @@ def test_tokens_say_what_the_model_holds_of_them(open_page, byte_server):  # noq
   np.testing.assert_allclose(said[:5], 100 * np.array(likeliest), rtol=0.06)
 
 
-def test_an_alternative_branches_and_the_old_text_stays(open_page):  # noqa: F811
+def test_an_alternative_branches_and_the_old_text_stays(open_page):
   page = open_page()
   write(page, 'abcdef')
   colour(page)
@@ -157,8 +158,8 @@ def test_an_alternative_branches_and_the_old_text_stays(open_page):  # noqa: F81
   other = page.evaluate('document.activeElement.querySelector("code").textContent')
   assert page.evaluate('document.activeElement.closest("#card") !== null')
   page.keyboard.press('Enter')
-  page.wait_for_function('document.querySelector("#text").value.length > 3')
-  page.wait_for_function('document.querySelector("#choices-box").hidden')
+  until(page, 'document.querySelector("#text").value.length > 3')
+  until(page, 'document.querySelector("#choices-box").hidden')
   branched = text(page)
   assert branched.startswith('ab') and branched[2] != 'c' and len(other) >= 1
   assert page.text_content('#branch-count') == '2'
@@ -172,7 +173,7 @@ def test_an_alternative_branches_and_the_old_text_stays(open_page):  # noqa: F81
   assert text(page) == branched and page.text_content('#branch-count') == '2'
 
 
-def test_the_pointer_finds_the_token_under_it(open_page):  # noqa: F811
+def test_the_pointer_finds_the_token_under_it(open_page):
   page = open_page()
   write(page, 'abcdef')
   colour(page)
@@ -184,7 +185,7 @@ def test_the_pointer_finds_the_token_under_it(open_page):  # noqa: F811
   page.wait_for_selector('#card', state='hidden')
 
 
-def test_what_is_copied_gives_the_same_texts(open_page, byte_server):  # noqa: F811
+def test_what_is_copied_gives_the_same_texts(open_page, byte_server):
   address, model = byte_server
   page = open_page()
   page.context.grant_permissions(['clipboard-read', 'clipboard-write'], origin=address)
@@ -203,9 +204,10 @@ def test_what_is_copied_gives_the_same_texts(open_page, byte_server):  # noqa: F
   written = text(page)
 
   def copied(what: str) -> str:
+    page.evaluate('document.querySelector("#live").textContent = ""')
     page.click('#copy-button')
     page.click(f'[data-copy={what}]')
-    page.wait_for_function('document.querySelector("#live").textContent.startsWith("Copied")')
+    until(page, 'document.querySelector("#live").textContent.startsWith("Copied")')
     page.keyboard.press('Escape')
     return page.evaluate('navigator.clipboard.readText()')
 
@@ -233,15 +235,15 @@ def bash_words(command: str) -> list[str]:
   return done.stdout.split('\0')[:-1]
 
 
-def test_a_phone_has_a_button_and_takes_by_touch(open_page):  # noqa: F811
+def test_a_phone_has_a_button_and_takes_by_touch(open_page):
   page = open_page(viewport={'width': 390, 'height': 844}, has_touch=True, is_mobile=True)
   page.locator('#text').tap()
   page.keyboard.type('hello')
   page.tap('#continue')
-  page.wait_for_function(f'document.querySelectorAll("{DONE}").length === 3')
-  page.wait_for_function('document.querySelector("#live").textContent.includes("1 of")')
+  until(page, f'document.querySelectorAll("{DONE}").length === 3')
+  until(page, 'document.querySelector("#live").textContent.includes("1 of")')
   for name in ('#continue', '#choice-1'):
-    assert page.locator(name).bounding_box()['height'] >= 36
+    assert page.locator(name).bounding_box()['height'] >= 44
   page.tap('#choice-1')
   assert text(page).startswith('hello') and len(text(page)) > 5
   wide = 'document.documentElement.scrollWidth - document.documentElement.clientWidth'
@@ -254,7 +256,7 @@ def test_a_phone_has_a_button_and_takes_by_touch(open_page):  # noqa: F811
     page.keyboard.press('Escape')
 
 
-def test_text_is_text(open_page):  # noqa: F811
+def test_text_is_text(open_page):
   """What is written, what the server sends, and what is kept: none of it becomes markup."""
   page = open_page()
   bad = '<img src=x onerror=alert(1)>\x1b[31m&amp;\u202e'
@@ -285,7 +287,7 @@ def test_text_is_text(open_page):  # noqa: F811
   assert page.get_attribute('#attention', 'href').startswith('/attention#text=%3Cimg')
 
 
-def test_trouble_is_one_line_and_nothing_is_lost(open_page):  # noqa: F811
+def test_trouble_is_one_line_and_nothing_is_lost(open_page):
   page = open_page()
   write(page, 'abc')
   page.context.set_offline(True)
@@ -313,7 +315,7 @@ def test_trouble_is_one_line_and_nothing_is_lost(open_page):  # noqa: F811
   assert len(tries) == 2 and page.is_hidden('#error') and text(page) == 'abc'
 
 
-def test_a_key_is_asked_for_once(open_page):  # noqa: F811
+def test_a_key_is_asked_for_once(open_page):
   page = open_page()
 
   def locked(route):
@@ -327,7 +329,7 @@ def test_a_key_is_asked_for_once(open_page):  # noqa: F811
     page.wait_for_selector('#key-form')
     page.fill('#key', key)
     page.keyboard.press('Enter')
-  page.wait_for_function('document.querySelector("#model").value === "bytes"')
+  until(page, 'document.querySelector("#model").value === "bytes"')
   assert page.is_hidden('#key-form') and page.is_hidden('#error')
   write(page, 'abc')
   page.keyboard.press('Tab')
@@ -339,14 +341,14 @@ def test_a_key_is_asked_for_once(open_page):  # noqa: F811
   assert '"Authorization: Bearer $GPT2_JAX_API_KEY"' in page.input_value('#copied')
 
 
-def test_of_a_long_text_the_end_is_read(open_page, byte_server):  # noqa: F811
+def test_of_a_long_text_the_end_is_read(open_page, byte_server):
   page = open_page()
   words = ' '.join(map(str, range(400)))
   write(page, words)
   fix_seed(page, 1)
   page.keyboard.press('Tab')
   offered = choices(page)
-  read = int(page.text_content('#note').split()[4])
+  read = int(page.text_content('#note').split()[5])
   assert 150 < read <= 256 - 24
   wanted = gpt2_jax.generate(byte_server[1], words[-read:], num_return_sequences=3,
                              max_new_tokens=24, temperature=0.8, top_p=0.95, seed=1)
@@ -355,7 +357,7 @@ def test_of_a_long_text_the_end_is_read(open_page, byte_server):  # noqa: F811
 
 
 @pytest.mark.parametrize('face', ['serif', 'sans', 'mono'])
-def test_the_mirror_breaks_lines_where_the_field_does(open_page, face):  # noqa: F811
+def test_the_mirror_breaks_lines_where_the_field_does(open_page, face):
   page = open_page()
   page.evaluate(f'document.documentElement.dataset.face = "{face}"')
   rng = np.random.default_rng(0)
@@ -376,7 +378,7 @@ def test_the_mirror_breaks_lines_where_the_field_does(open_page, face):  # noqa:
 
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
-def test_nobody_is_kept_out(open_page, scheme):  # noqa: F811
+def test_nobody_is_kept_out(open_page, scheme):
   page = open_page(color_scheme=scheme)
   assert audit(page) == []
   write(page, 'abcdef')
@@ -398,7 +400,7 @@ def test_nobody_is_kept_out(open_page, scheme):  # noqa: F811
   assert audit(page) == []
 
 
-def test_the_theme_is_the_system_s_until_it_is_chosen(open_page):  # noqa: F811
+def test_the_theme_is_the_system_s_until_it_is_chosen(open_page):
   page = open_page(color_scheme='dark')
   paper = lambda: page.evaluate('getComputedStyle(document.documentElement).backgroundColor')
   dark = paper()

@@ -11,10 +11,13 @@ export function clear() {
 // `retry`, if given, becomes a button.
 export function say(text, retry) {
   line.replaceChildren(element('span', { textContent: text }));
-  if (retry) {
-    line.append(element('button', { type: 'button', textContent: 'Try again', onclick: () => { clear(); retry(); } }));
-  }
-  line.append(element('button', { type: 'button', textContent: 'Close', onclick: clear }));
+  const button = (textContent, then) => element('button', { type: 'button', textContent, onclick: () => {
+    clear();
+    find('text').focus();
+    then?.();
+  } });
+  if (retry) line.append(button('Try again', retry));
+  line.append(button('Close'));
   line.hidden = false;
 }
 
@@ -47,6 +50,7 @@ export async function askForKey(refused, signal) {
       clear();
       resolve(key.value);
       key.value = '';
+      find('text').focus();
       asked = null;
     };
   });
