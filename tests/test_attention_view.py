@@ -34,6 +34,11 @@ def model():
   return byte_model()
 
 
+@pytest.fixture(scope='module')
+def data(model):
+  return json.loads(json.dumps(attention_data(model, TEXT)))
+
+
 def one_hot(*keys: int) -> np.ndarray:
   """A head whose query t looks at keys[t] alone, [1, 1, T, T]."""
   return np.eye(len(keys), dtype=np.float32)[list(keys)][None, None]
@@ -84,8 +89,7 @@ def test_weights_survive_packing():
   assert len(pack(weights)) == -(-2 * 3 * 15 * 2 // 3) * 4
 
 
-def test_data_is_what_the_model_says(model):
-  data = json.loads(json.dumps(attention_data(model, TEXT, lens=4)))
+def test_data_is_what_the_model_says(model, data):
   found, = gpt2_jax.features(model, TEXT)
   assert data['ids'] == found.tokens and ''.join(data['tokens']) == TEXT
   back = unpack(data['attentions'], data['layers'], data['heads'], len(TEXT))
@@ -98,33 +102,35 @@ def test_data_is_what_the_model_says(model):
   assert max(x[layer, head] for x in numbers.values()) == max(x.max() for x in numbers.values())
 
 
-def test_the_lens_ends_in_the_models_own_predictions(model):
-  ids = model.tokenizer.encode(TEXT)
-  want_TV = np.asarray(jax.nn.softmax(model(np.array([ids]))[0]))
-  rows = attention_data(model, TEXT, lens=5)['lens'][-1]
-  for row, p_V in zip(rows, want_TV):
+def own(model) -> np.ndarray:
+  """The model's probabilities after each token of TEXT, [T, V]."""
+  tokens_BT = np.array([model.tokenizer.encode(TEXT)])
+  return np.asarray(jax.jit(lambda tokens_BT: jax.nn.softmax(model(tokens_BT)[0]))(tokens_BT))
+
+
+def test_the_lens_ends_in_the_models_own_predictions(model, data):
+  assert len(data['lens']) == 3
+  for row, p_V in zip(data['lens'][-1], own(model), strict=True):
     top = np.argsort(-p_V)[:5]
     assert [token for token, _ in row] == [token_text(model.tokenizer, i) for i in top]
     assert_close([p for _, p in row], p_V[top], 1e-4)
 
 
-@pytest.mark.parametrize('config', [
-    dict(), dict(tie_word_embeddings=False), dict(layer_norm_epsilon=0.1)], ids=str)
-def test_each_layer_of_the_lens_is_layer_norm_and_logits(tiny, config):
-  config = dataclasses.replace(tiny, **config)
+def test_each_layer_of_the_lens_is_layer_norm_and_logits(tiny):
+  config = dataclasses.replace(tiny, tie_word_embeddings=False, layer_norm_epsilon=0.1)
   params = gpt2_jax.init_params(config, 1)
   rng = np.random.default_rng(2)
-  params['ln_f'] = jax.tree.map(lambda x: x + rng.normal(0, 0.3, x.shape).astype(x.dtype), params['ln_f'])
+  params['ln_f'] = {name: rng.normal(1, 0.3, 32).astype(np.float32) for name in ('weight', 'bias')}
   model = gpt2_jax.bind(config, params)
   found, = gpt2_jax.features(model, rng.integers(0, 97, 11).tolist())
   p_LTK, ids_LTK = logit_lens(model, found.hidden_states, 97)
-  table = np.asarray(params['wte' if config.tie_word_embeddings else 'lm_head']['weight'], np.float64)[:97]
-  weight, bias = (np.asarray(params['ln_f'][name], np.float64) for name in ('weight', 'bias'))
+  table_VD = np.asarray(params['lm_head']['weight'], np.float64)[:97]
+  weight, bias = params['ln_f']['weight'], params['ln_f']['bias']
   for layer, x_TD in enumerate(found.hidden_states.astype(np.float64)):
     if layer < config.n_layer:
       x_TD = x_TD - x_TD.mean(-1, keepdims=True)
-      x_TD = x_TD / np.sqrt((x_TD**2).mean(-1, keepdims=True) + config.layer_norm_epsilon) * weight + bias
-    logits_TV = x_TD @ table.T
+      x_TD = x_TD / np.sqrt((x_TD**2).mean(-1, keepdims=True) + 0.1) * weight + bias
+    logits_TV = x_TD @ table_VD.T
     p_TV = np.exp(logits_TV - logits_TV.max(-1, keepdims=True))
     p_TV /= p_TV.sum(-1, keepdims=True)
     have_TV = np.zeros_like(p_TV)
@@ -133,7 +139,7 @@ def test_each_layer_of_the_lens_is_layer_norm_and_logits(tiny, config):
 
 
 def test_half_a_character_is_shown_as_its_bytes(model):
-  tokens = attention_data(model, 'aé', lens=0)['tokens']
+  tokens = attention_data(model, 'aé')['tokens']
   assert tokens == ['a', '\\xc3', '\\xa9']
 
 
@@ -144,6 +150,10 @@ def test_what_cannot_be_shown_is_said(model):
     attention_data(model, 'a', lens=258)
   with pytest.raises(gpt2_jax.UserError, match='layer 2: the model has 2'):
     attention_figure(model, 'a', layer=2)
+
+
+@pytest.mark.slow
+def test_a_classifier_attends_but_predicts_no_tokens(model):
   config = GPTConfig(vocab_size=257, n_positions=32, n_embd=32, n_layer=2, n_head=2,
                      head='sequence_classification')
   classifier = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))
@@ -165,25 +175,26 @@ def svg_texts(svg: str) -> list[str]:
 
 
 def test_a_figure_is_a_picture_and_a_page(model, tmp_path):
-  figure = attention_figure(model, ODD, layer=1)
-  assert figure.heads == [2, 3] and attention_figure(model, ODD, head=1).heads == [1, 3]
+  figure = attention_figure(model, ODD[-12:], layer=1)
+  assert figure.heads == [2, 3] and attention_figure(model, ODD[-12:], head=1).heads == [1, 3]
   texts = svg_texts(figure.svg)
-  assert {'<', '↵', '␁', '⇥', '"', '&'} <= set(texts)
+  assert {'>', '↵', '␁', '⇥', '"', '&'} <= set(texts)
   figure.save(tmp_path / 'a.svg')
   assert (tmp_path / 'a.svg').read_text() == figure.svg
   assert not re.search(r'(?:src|href|url\()=?["\']?(?:https?:)?//', figure.html)
-  assert '<img' not in figure.html  # a text that is not to become markup
+  assert '</i>' not in attention_figure(model, 'a</i>').html.partition('const [data, heads]')[2]
   with pytest.raises(gpt2_jax.UserError, match=r'\.svg or \.html'):
     figure.save(tmp_path / 'a.png')
 
 
-def test_a_heavier_weight_is_a_stronger_line():
-  figure = attention_figure(byte_model(), 'abcd', layer=0, head=0, lens=0)
-  figure.data['attentions'] = pack(np.repeat(one_hot(0, 0, 1, 0) * 0.5, 4, 0).reshape(2, 2, 4, 4))
+def test_a_heavier_weight_is_a_stronger_line(model):
+  figure = attention_figure(model, 'abcd', layer=0, head=0)
+  weights_TT = np.array([[1, 0, 0, 0], [.5, .5, 0, 0], [0, 0, .25, .75], [0, 0, 0, 0]])
+  figure.data['attentions'] = pack(np.broadcast_to(np.tril(weights_TT), (2, 2, 4, 4)))
   root = ElementTree.fromstring(figure.svg.encode())
   lines = root.findall('{http://www.w3.org/2000/svg}path')
-  assert len(lines) == 4
-  assert {line.get('stroke-opacity') for line in lines} == {'0.455'}
+  widths = [float(line.get('stroke-width')) for line in lines]
+  assert_close(widths, [3.7, 2.2, 2.2, 1.45], 1e-3)
 
 
 # ---- the page ---------------------------------------------------------------
@@ -200,9 +211,8 @@ def ink(page, canvas: str = '.strings .all') -> str:
 
 
 @pytest.mark.slow
-def test_choosing_heads_changes_the_picture(open_page, model):  # noqa: F811
+def test_choosing_heads_changes_the_picture(open_page, data):  # noqa: F811
   page = attend(open_page)
-  data = attention_data(model, TEXT)
   layer, head = data['strongest']
   assert page.text_content('.summary-of').startswith(f'Layer {layer}, head {head}: ')
   cells = page.locator('.map td.kind')
@@ -229,10 +239,10 @@ def test_choosing_heads_changes_the_picture(open_page, model):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_a_token_is_followed_by_pointer_and_by_keyboard(open_page, model):  # noqa: F811
+def test_a_token_is_followed_by_pointer_and_by_keyboard(open_page, data):  # noqa: F811
   page = attend(open_page)
   page.locator('.map td.kind').nth(0).click()
-  weights = unpack(attention_data(model, TEXT)['attentions'], 2, 2, len(TEXT))[0, 0]
+  weights = unpack(data['attentions'], 2, 2, len(TEXT))[0, 0]
   values = lambda side: [float(v or 0) for v in page.locator(f'.{side} button span').all_text_contents()]
   near = lambda have, want: np.abs(np.array(have) - np.where(want < 0.005, 0, want)).max() < 0.0051
   assert not any(values('to'))
@@ -257,10 +267,10 @@ def test_a_token_is_followed_by_pointer_and_by_keyboard(open_page, model):  # no
 
 
 @pytest.mark.slow
-def test_the_matrix_says_its_cells(open_page, model):  # noqa: F811
+def test_the_matrix_says_its_cells(open_page, data):  # noqa: F811
   page = attend(open_page)
   page.locator('.map td.kind').nth(3).click()
-  weights = unpack(attention_data(model, TEXT)['attentions'], 2, 2, len(TEXT))[1, 1]
+  weights = unpack(data['attentions'], 2, 2, len(TEXT))[1, 1]
   page.focus('.map td[tabindex="0"]')
   page.locator('.field-of-cells').focus()
   for key in ['ArrowDown'] * 4 + ['ArrowRight'] * 3 + ['ArrowUp']:
@@ -274,10 +284,9 @@ def test_the_matrix_says_its_cells(open_page, model):  # noqa: F811
 @pytest.mark.slow
 def test_the_lens_shows_what_the_model_predicts(open_page, model):  # noqa: F811
   page = attend(open_page)
-  ids = model.tokenizer.encode(TEXT)
-  p_TV = np.asarray(jax.nn.softmax(model(np.array([ids]))[0]))
+  p_TV = own(model)
   last = page.locator('.lens tbody tr:nth-child(3) td')
-  assert last.count() == len(ids)
+  assert last.count() == len(TEXT)
   last.nth(6).hover()
   top = [token_text(model.tokenizer, i) for i in np.argsort(-p_TV[6])[:5]]
   shown = page.locator('.lens-card code').all_text_contents()[1:]
@@ -306,7 +315,7 @@ def test_markup_in_a_text_stays_text(open_page):  # noqa: F811
   assert ''.join(page.locator('.from code').all_text_contents()).startswith('<img␣src=x␣onerror=')
   page.fill('#text', '<script>document.title = "gone"</script>')
   page.keyboard.press('Control+Enter')
-  page.wait_for_function('document.querySelectorAll(".from li").length === 40')
+  page.wait_for_selector('.from li:nth-child(40):last-child')
   assert page.title().startswith('Attention')
   assert 'script' in page.evaluate('decodeURIComponent(location.hash)')
 
@@ -322,10 +331,10 @@ def test_what_the_server_refuses_is_one_line(open_page):  # noqa: F811
   page.context.set_offline(True)
   page.fill('#text', 'abc')
   page.click('#look')
-  page.wait_for_function('document.querySelector("#error").textContent.includes("reached")')
+  page.wait_for_selector('#error:has-text("reached")')
   page.context.set_offline(False)
   page.click('text=Try again')
-  page.wait_for_function('document.querySelectorAll(".from li").length === 3')
+  page.wait_for_selector('.from li:nth-child(3):last-child')
   assert page.is_hidden('#error')
 
 

@@ -42,7 +42,8 @@ export function layout(T, width) {
   return { label, cell, size: label + cell * T + 1 };
 }
 
-export const shade = weight => Math.min(1, weight ** 0.6);
+// How strong a cell is: small weights are seen too.
+const shade = weight => weight < 0.002 ? 0 : Math.min(1, weight ** 0.6);
 
 // The matrix: row t looks, column s is looked at.
 export function drawMatrix(pen, weights, tokens, { label, cell, x0 = 0, y0 = 0, colours: c, skipFirst }) {
@@ -50,13 +51,7 @@ export function drawMatrix(pen, weights, tokens, { label, cell, x0 = 0, y0 = 0, 
   for (let t = 0; t < T; t++) {  // what causality leaves, so that an empty cell is seen to be one
     pen.rect(x, y + t * cell, (t + 1) * cell, cell, c.line, 0.35);
   }
-  for (let t = 0; t < T; t++) {
-    for (let s = skipFirst ? 1 : 0; s <= t; s++) {
-      const weight = weights[place(t, s)];
-      const gap = cell >= 8 ? 1 : 0;
-      if (weight > 0.002) pen.rect(x + s * cell, y + t * cell, cell - gap, cell - gap, c.accent, shade(weight));
-    }
-  }
+  pen.cells(x, y, cell, T, (t, s) => (skipFirst && s === 0 ? 0 : shade(weights[place(t, s)])), c.accent);
   if (!label) return;
   const size = Math.min(12, cell * 0.8);
   tokens.forEach((token, i) => {

@@ -17,6 +17,8 @@ export class HeadMap {
     for (let n = 0; n < reading.heads; n++) head.append(element('th', { scope: 'col', textContent: n }));
     const rows = Array.from({ length: reading.layers }, (_, layer) => this.#row(layer));
     this.node = element('table', { className: 'map' }, element('thead', {}, head), element('tbody', {}, ...rows));
+    this.node.style.maxWidth = `${36 + 34 * reading.heads}px`;
+    this.node.style.minWidth = `${36 + 24 * reading.heads}px`;
     this.node.setAttribute('role', 'grid');
     this.node.setAttribute('aria-label', 'Heads: a row a layer. Arrows move; the space bar adds a head or takes it away.');
     this.node.setAttribute('aria-multiselectable', 'true');

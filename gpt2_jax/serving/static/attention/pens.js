@@ -31,6 +31,25 @@ export class CanvasPen {
     this.context.fillRect(x, y, width, height);
   }
 
+  // A lower triangle of T rows; alpha(t, s) of each cell. One picture, as there may be 30,000 of them.
+  cells(x, y, cell, T, alpha, colour) {
+    const picture = new ImageData(T, T);
+    const [r, g, b] = [1, 3, 5].map(i => parseInt(colour.slice(i, i + 2), 16));
+    for (let t = 0; t < T; t++) {
+      for (let s = 0; s <= t; s++) picture.data.set([r, g, b, 255 * alpha(t, s)], 4 * (t * T + s));
+    }
+    const small = new OffscreenCanvas(T, T);
+    small.getContext('2d').putImageData(picture, 0, 0);
+    this.context.globalAlpha = 1;
+    this.context.imageSmoothingEnabled = false;
+    this.context.drawImage(small, x, y, cell * T, cell * T);
+    if (cell < 8) return;
+    for (let i = 1; i < T; i++) {  // hairlines between large cells
+      this.context.clearRect(x + i * cell - 1, y + i * cell, 1, (T - i) * cell);
+      this.context.clearRect(x, y + i * cell - 1, i * cell, 1);
+    }
+  }
+
   frame(x, y, width, height, colour) {
     this.context.globalAlpha = 1;
     this.context.strokeStyle = colour;
@@ -78,6 +97,14 @@ export class SvgPen {
 
   rect(x, y, width, height, colour, alpha = 1) {
     this.#add(this.root, 'rect', { x, y, width, height, fill: colour, 'fill-opacity': alpha });
+  }
+
+  cells(x, y, cell, T, alpha, colour) {
+    for (let t = 0; t < T; t++) {
+      for (let s = 0; s <= t; s++) {
+        if (alpha(t, s)) this.rect(x + s * cell, y + t * cell, cell, cell, colour, alpha(t, s));
+      }
+    }
   }
 
   frame(x, y, width, height, colour) {
