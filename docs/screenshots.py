@@ -13,8 +13,9 @@ from playwright.sync_api import sync_playwright
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
-import gpt2_jax  # noqa: E402
 from serving_fixtures import ARGUMENTS, CHROMIUM, serving, until  # noqa: E402
+
+import gpt2_jax  # noqa: E402
 
 IMAGES = ROOT / 'docs' / 'images'
 START = 'class Reader:\n    def __init__(self, path):\n        self.path = path\n\n    def read(self'
@@ -44,7 +45,8 @@ def playground(page, scheme: str) -> None:
 
 
 def main(workdir: str) -> None:
-  with serving({'tiny': gpt2_jax.from_pretrained(workdir)}) as address, sync_playwright() as playwright:
+  model = gpt2_jax.from_pretrained(workdir)
+  with serving({'tiny': model}) as address, sync_playwright() as playwright:
     browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
     for scheme in ('light', 'dark'):
       context = browser.new_context(base_url=address, color_scheme=scheme,
