@@ -45,8 +45,8 @@ def playground(page, scheme: str) -> None:
 
 
 def main(workdir: str) -> None:
-  models = {'tiny': gpt2_jax.from_pretrained(workdir)}
-  with serving(models) as address, sync_playwright() as playwright:
+  model = gpt2_jax.from_pretrained(workdir)
+  with serving({'tiny': model}) as address, sync_playwright() as playwright:
     browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
     for scheme in ('light', 'dark'):
       context = browser.new_context(base_url=address, color_scheme=scheme,
