@@ -1,4 +1,4 @@
-"""Makes the pictures of the playground in docs/images.
+"""Makes the pictures of the served pages in docs/images.
 
     python docs/screenshots.py WORKDIR
 
@@ -7,6 +7,7 @@ needs the extras `serve` and `serve-test`, Chromium, and a run of configs/tiny.p
 
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 from playwright.sync_api import sync_playwright
 
@@ -19,6 +20,7 @@ import gpt2_jax  # noqa: E402
 
 IMAGES = ROOT / 'docs' / 'images'
 START = 'class Reader:\n    def __init__(self, path):\n        self.path = path\n\n    def read(self'
+READ = 'import os\nimport sys\n\n\ndef main(argv):\n    return os.path.join(argv[0], argv[1])\n'
 DONE = 'document.querySelectorAll("#choices li").length === 3 && !document.querySelector(".coming")'
 
 
@@ -44,6 +46,15 @@ def playground(page, scheme: str) -> None:
   page.screenshot(path=IMAGES / f'playground-{scheme}.png')
 
 
+def attention(page, scheme: str) -> None:
+  """A token that is followed."""
+  page.goto(f'/attention#text={quote(READ)}')
+  page.wait_for_selector('.map', timeout=120_000)  # it is compiled
+  page.locator('.from button', has_text='join').first.click()
+  page.evaluate('scrollTo(0, 0)')
+  page.screenshot(path=IMAGES / f'attention-{scheme}.png', full_page=True)
+
+
 def main(workdir: str) -> None:
   model = gpt2_jax.from_pretrained(workdir)
   with serving({'tiny': model}) as address, sync_playwright() as playwright:
@@ -52,6 +63,7 @@ def main(workdir: str) -> None:
       context = browser.new_context(base_url=address, color_scheme=scheme,
                                     viewport={'width': 1280, 'height': 720})
       playground(context.new_page(), scheme)
+      attention(context.new_page(), scheme)
     browser.close()
 
 

@@ -218,7 +218,7 @@ def make_app(models: dict[str, GPT2], *, slots: int = 8, queue: int = 64,
         raise ApiError(400, f'The text has {len(ids)} tokens; the attention of at most {most} is '
                        'shown.', param='input', code='context_length_exceeded')
       view = importlib.import_module('gpt2_jax.serving.attention')
-      return view.attention_data(engine.model, asked.input, lens=asked.lens)
+      return view.attention_data(engine.model, asked.input, lens=asked.lens, max_tokens=most)
 
     return await serving.apart(work)
 

@@ -37,7 +37,7 @@ export function drawLines(pen, weights, { T, x0, x1, y0 = 0, row, colour, follow
 
 // How a matrix fits a width: the cell's side and the room for tokens beside and above it, if any.
 export function layout(T, width) {
-  const label = (width - 92) / T >= 11 ? 92 : 0;
+  const label = (width - 92) / T >= 10 ? 92 : 0;
   const cell = Math.min(24, (width - label - 1) / T);
   return { label, cell, size: label + cell * T + 1 };
 }
