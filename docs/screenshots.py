@@ -14,7 +14,7 @@ from playwright.sync_api import sync_playwright
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
-from serving_fixtures import ARGUMENTS, CHROMIUM, serving, until  # noqa: E402
+from serving_fixtures import ARGUMENTS, CHROMIUM, serving  # noqa: E402
 
 import gpt2_jax  # noqa: E402
 
@@ -33,7 +33,7 @@ def playground(page, scheme: str) -> None:
   page.fill('#text', START)
   page.focus('#text')
   page.keyboard.press('Tab')
-  until(page, DONE)
+  page.wait_for_function(DONE)
   page.keyboard.press('ArrowDown')
   if scheme == 'dark':
     page.keyboard.press('Enter')
@@ -56,8 +56,8 @@ def attention(page, scheme: str) -> None:
 
 
 def main(workdir: str) -> None:
-  model = gpt2_jax.from_pretrained(workdir)
-  with serving({'tiny': model}) as address, sync_playwright() as playwright:
+  models = {'tiny': gpt2_jax.from_pretrained(workdir)}
+  with serving(models) as address, sync_playwright() as playwright:
     browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
     for scheme in ('light', 'dark'):
       context = browser.new_context(base_url=address, color_scheme=scheme,

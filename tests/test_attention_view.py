@@ -243,13 +243,8 @@ def test_a_token_is_followed_by_pointer_and_by_keyboard(open_page, data):  # noq
   page = attend(open_page)
   page.locator('.map td.kind').nth(0).click()
   weights = unpack(data['attentions'], 2, 2, len(TEXT))[0, 0]
-<<<<<<< HEAD
-  texts = lambda side: page.locator(f'.{side} button span').all_text_contents()
-  values = lambda side: [float(text or 0) for text in texts(side)]
-=======
   shown = lambda side: page.locator(f'.{side} button span').all_text_contents()
   values = lambda side: [float(value or 0) for value in shown(side)]
->>>>>>> attn
   near = lambda have, want: np.abs(np.array(have) - np.where(want < 0.005, 0, want)).max() < 0.0051
   assert not any(values('to'))
   page.locator('.from button').nth(7).hover()

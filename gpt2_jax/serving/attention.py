@@ -58,11 +58,7 @@ def characters(attentions_LNTS: np.ndarray, ids: list[int]) -> dict[str, np.ndar
 
 @functools.partial(jax.jit, static_argnames=('config', 'k'))
 def _lens(config: GPTConfig, params: Params, states_LTD, k: int):
-<<<<<<< HEAD
-  """The k likeliest tokens after each token, from each state: probabilities and ids, [L, T, k]."""
-=======
   """The k likeliest tokens after each token, read from each state: probabilities, ids, [L, T, k]."""
->>>>>>> attn
   model = bind(config, params)
 
   def read(x_TD):  # a layer at a time: logits are the largest arrays here
@@ -124,12 +120,8 @@ def attention_data(
     model: a model with its tokenizer.
     text: what to read. An empty one is the end-of-text token alone.
     lens: how many predictions of each layer at each token; 0: none.
-<<<<<<< HEAD
-    max_tokens: the longest text. The answer grows with its square: 13 MB for 256 tokens, 144 heads.
-=======
     max_tokens: the longest text. The answer grows with its square: 13 MB for 256 tokens and 144
       heads.
->>>>>>> attn
 
   Returns:
     tokens, ids: of the text.
