@@ -47,7 +47,8 @@ def test_openai_client(client):
       **dict(model='tiny', prompt='ab', max_tokens=20, seed=1) | more)
   whole = ask(n=2, logprobs=3, echo=True)
   assert [choice.index for choice in whole.choices] == [0, 1]
-  assert whole.usage.total_tokens == whole.usage.completion_tokens + 2 and whole.object == 'text_completion'
+  assert whole.object == 'text_completion'
+  assert whole.usage.total_tokens == whole.usage.completion_tokens + 2
   logprobs = whole.choices[0].logprobs
   assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.top_logprobs) == 22
   assert whole.choices[0].text.startswith('ab') and whole.choices[0].finish_reason == 'length'
