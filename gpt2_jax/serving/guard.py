@@ -46,6 +46,8 @@ class Guard:
     except (Gone, OSError):
       exchange.status = exchange.status or 499
     except Exception:
+      if exchange.error is not None:  # what Starlette makes of it
+        return await exchange.refuse(exchange.error, scope)
       log.exception('%s %s', scope['method'], scope['path'].encode('ascii', 'backslashreplace'))
       await exchange.refuse(ApiError(500, 'The server has failed; its log says how.'), scope)
     finally:
@@ -99,8 +101,7 @@ class Exchange:
 
   async def send(self, message: MutableMapping[str, Any]) -> None:
     if self.error is not None:
-      error, self.error = self.error, None
-      raise error
+      raise self.error
     if message['type'] == 'http.response.start':
       self.status = message['status']
       message = {**message, 'headers': [*message.get('headers', ()), *HEADERS]}
@@ -112,6 +113,7 @@ class Exchange:
 
   async def refuse(self, error: ApiError, scope) -> None:
     """Answers with an error, if no answer has begun."""
+    self.error = None
     if not self.status:
       try:
         await error.response()(scope, self.receive, self.send)
