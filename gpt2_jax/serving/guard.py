@@ -46,6 +46,8 @@ class Guard:
     except (Gone, OSError):
       exchange.status = exchange.status or 499
     except Exception:
+      if exchange.error is not None:  # what Starlette makes of it
+        return await exchange.refuse(exchange.error, scope)
       log.exception('%s %s', scope['method'], scope['path'].encode('ascii', 'backslashreplace'))
       await exchange.refuse(ApiError(500, 'The server has failed; its log says how.'), scope)
     finally:
@@ -76,6 +78,7 @@ class Exchange:
   def __init__(self, limits: Limits, receive, send):
     self.limits, self._receive, self._send = limits, receive, send
     self.size, self.status, self.whole = 0, 0, False
+    self.error: ApiError | None = None  # of the body; FastAPI would make its own of it
     self.deadline = time.monotonic() + limits.read_seconds
 
   async def receive(self) -> dict[str, Any]:
@@ -85,16 +88,20 @@ class Exchange:
       async with asyncio.timeout(self.deadline - time.monotonic()):
         message = await self._receive()
     except TimeoutError:
-      raise ApiError(408, 'The body took too long to arrive.', headers={'Connection': 'close'}
-                     ) from None
+      self.error = ApiError(408, 'The body took too long to arrive.',
+                            headers={'Connection': 'close'})
+      raise self.error from None
     if message['type'] == 'http.request':
       self.size += len(message.get('body', b''))
       if self.size > self.limits.body_bytes:
-        raise too_large(self.limits)
+        self.error = too_large(self.limits)
+        raise self.error
       self.whole = not message.get('more_body', False)
     return message
 
   async def send(self, message: MutableMapping[str, Any]) -> None:
+    if self.error is not None:
+      raise self.error
     if message['type'] == 'http.response.start':
       self.status = message['status']
       message = {**message, 'headers': [*message.get('headers', ()), *HEADERS]}
@@ -106,6 +113,7 @@ class Exchange:
 
   async def refuse(self, error: ApiError, scope) -> None:
     """Answers with an error, if no answer has begun."""
+    self.error = None
     if not self.status:
       try:
         await error.response()(scope, self.receive, self.send)
