@@ -33,7 +33,7 @@ export class Matrix {
   show(weights, skipFirst) {
     Object.assign(this, { weights, skipFirst });
     this.sizes = layout(this.reading.T, this.node.clientWidth);
-    const { label, size } = this.sizes;
+    const { size } = this.sizes;
     drawMatrix(new CanvasPen(this.cells, size, size), weights, this.reading.tokens,
       { ...this.sizes, colours: colours(), skipFirst });
     this.#mark();
