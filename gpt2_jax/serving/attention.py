@@ -146,18 +146,19 @@ def attention_data(
     raise UserError(f'the text has {len(ids)} tokens; the attention view takes {max_tokens}. '
                     'Shorten it.')
   found, = features(model, ids, hidden_states=lens > 0)
-  assert found.attentions is not None
-  kinds = characters(found.attentions, ids)
-  L, N = found.attentions.shape[:2]
+  attentions_LNTS, states_LTD = found.attentions, found.hidden_states
+  assert attentions_LNTS is not None  # asked for
+  kinds = characters(attentions_LNTS, ids)
+  L, N = attentions_LNTS.shape[:2]
   special = np.max([kinds[kind] for kind in KINDS if kind not in ('first', 'broad')], 0)
   shown = functools.partial(token_text, tokenizer)
   predictions = []
-  if found.hidden_states is not None:
-    for p_TK, ids_TK in zip(*logit_lens(model, found.hidden_states, lens)):
+  if states_LTD is not None:
+    for p_TK, ids_TK in zip(*logit_lens(model, states_LTD, lens)):
       predictions.append([[[shown(i), float(f'{p:.5g}')] for i, p in zip(row, ps)]
                           for row, ps in zip(ids_TK.tolist(), p_TK.tolist())])
   return dict(
-      tokens=[shown(i) for i in ids], ids=ids, layers=L, heads=N, attentions=pack(found.attentions),
+      tokens=[shown(i) for i in ids], ids=ids, layers=L, heads=N, attentions=pack(attentions_LNTS),
       character=[[{kind: round(float(kinds[kind][layer, head]), 4) for kind in KINDS}
                   for head in range(N)] for layer in range(L)],
       strongest=[int(i) for i in np.unravel_index(special.argmax(), special.shape)],

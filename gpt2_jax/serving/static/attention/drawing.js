@@ -3,6 +3,7 @@
 import { place, short } from './reading.js';
 
 const LINES = 2500;  // the most lines in one picture: the largest weights
+const BESIDE = 76;  // pixels for the tokens beside the matrix
 const LEAST = 0.01;  // no line below
 
 // The colours of the page as it is now.
@@ -37,7 +38,7 @@ export function drawLines(pen, weights, { T, x0, x1, y0 = 0, row, colour, follow
 
 // How a matrix fits a width: the cell's side and the room for tokens beside and above it, if any.
 export function layout(T, width) {
-  const label = (width - 92) / T >= 10 ? 92 : 0;
+  const label = (width - BESIDE) / T >= 10 ? BESIDE : 0;
   const cell = Math.min(24, (width - label - 1) / T);
   return { label, cell, size: label + cell * T + 1 };
 }
@@ -53,9 +54,9 @@ export function drawMatrix(pen, weights, tokens, { label, cell, x0 = 0, y0 = 0, 
   }
   pen.cells(x, y, cell, T, (t, s) => (skipFirst && s === 0 ? 0 : shade(weights[place(t, s)])), c.accent);
   if (!label) return;
-  const size = Math.min(12, cell * 0.8);
+  const size = Math.min(11.5, cell * 0.9);
   tokens.forEach((token, i) => {
-    pen.text(x - 6, y + (i + 0.5) * cell, short(token, 12), c.muted, { anchor: 'end', size });
-    pen.text(x + (i + 0.5) * cell, y - 6, short(token, 12), c.muted, { size, upwards: true });
+    pen.text(x - 6, y + (i + 0.5) * cell, short(token, 10), c.muted, { anchor: 'end', size });
+    pen.text(x + (i + 0.5) * cell, y - 6, short(token, 10), c.muted, { size, upwards: true });
   });
 }

@@ -33,8 +33,8 @@ export class Matrix {
   show(weights, skipFirst) {
     Object.assign(this, { weights, skipFirst });
     this.sizes = layout(this.reading.T, this.node.clientWidth);
-    const { label, size } = this.sizes;
-    drawMatrix(new CanvasPen(this.cells, label + size, label + size), weights, this.reading.tokens,
+    const { size } = this.sizes;
+    drawMatrix(new CanvasPen(this.cells, size, size), weights, this.reading.tokens,
       { ...this.sizes, colours: colours(), skipFirst });
     this.#mark();
   }
@@ -76,7 +76,7 @@ export class Matrix {
 
   #mark() {
     const { label, cell, size } = this.sizes;
-    const pen = new CanvasPen(this.cross, label + size, label + size);
+    const pen = new CanvasPen(this.cross, size, size);
     if (!this.cell) {
       this.said.textContent = HINT;
       return;

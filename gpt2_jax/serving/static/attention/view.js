@@ -104,7 +104,7 @@ export class View {
     const [{ tokens, T }, row, column, gap, top] = [this.reading, 20, 130, 200, 64];
     const sizes = layout(T, Math.max(420, Math.min(900, T * row)));
     const right = 2 * column + gap + 48;
-    const size = sizes.label + sizes.size;
+    const { size } = sizes;
     const [width, height] = [right + size + 24, top + Math.max(T * row, size) + 24];
     const title = this.summary.textContent;
     const pen = new SvgPen(width, height, title);
