@@ -38,7 +38,7 @@ def run(corpus, spec, folder=None):
     return train(corpus, size, folder)
   with tempfile.TemporaryDirectory() as root:
     began = time.perf_counter()
-    store = prepare.ensure_store(prepare.Settings(corpus, spec), f'{root}/store', 1)
+    store = prepare.ensure_store(prepare.Settings(corpus, spec, split='tail'), f'{root}/store', 1)
     return {'seconds': time.perf_counter() - began, 'bytes': store.manifest['source']['bytes'],
             'tokens': sum(map(len, store.splits.values()))}
 '''
