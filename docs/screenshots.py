@@ -14,7 +14,7 @@ from playwright.sync_api import sync_playwright
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
-from serving_fixtures import ARGUMENTS, CHROMIUM, serving  # noqa: E402
+from serving_fixtures import ARGUMENTS, CHROMIUM, serve  # noqa: E402
 
 import gpt2_jax  # noqa: E402
 
@@ -57,10 +57,10 @@ def attention(page, scheme: str) -> None:
 
 def main(workdir: str) -> None:
   models = {'tiny': gpt2_jax.from_pretrained(workdir)}
-  with serving(models) as address, sync_playwright() as playwright:
+  with serve(models) as running, sync_playwright() as playwright:
     browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
     for scheme in ('light', 'dark'):
-      context = browser.new_context(base_url=address, color_scheme=scheme,
+      context = browser.new_context(base_url=running.url, color_scheme=scheme,
                                     viewport={'width': 1280, 'height': 720})
       playground(context.new_page(), scheme)
       attention(context.new_page(), scheme)

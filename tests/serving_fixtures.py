@@ -1,6 +1,7 @@
-"""A server of the real application, and a browser that reaches nothing but it."""
+"""A server of the real application in a thread of this process; a browser that reaches only it."""
 
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ CHROMIUM = next((path for path in map(Path, ('/usr/bin/chromium', '/usr/bin/chro
                                              '/usr/bin/google-chrome')) if path.exists()), None)
 ARGUMENTS = ['--no-sandbox', '--disable-gpu', '--disable-background-networking',
              '--disable-component-update', '--disable-sync', '--no-first-run']
+CONFIG = GPTConfig(vocab_size=257, n_positions=160, n_embd=32, n_layer=2, n_head=4,
+                   initializer_range=0.3, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)
 
 
 def byte_model(n_positions: int = 256):
@@ -28,22 +31,61 @@ def byte_model(n_positions: int = 256):
   return model
 
 
+def tiny_model(seed: int = 0):
+  """Bytes in, bytes out. Of 160 positions, so that a long prompt is read in two chunks."""
+  model = gpt2_jax.bind(CONFIG, gpt2_jax.init_params(CONFIG, seed))
+  model.tokenizer = tokenizer.load('byte')
+  return model
+
+
+class Running:
+  """A server that runs: where it is, and what it counts."""
+
+  def __init__(self, app, port: int):
+    self.app, self.port, self.url = app, port, f'http://127.0.0.1:{port}'
+    self.serving = app.state.serving
+
+  def value(self, name: str, **labels: str) -> float:
+    """A number of `/metrics`; labels default to the one model."""
+    return self.serving.metrics.registry.get_sample_value(
+        f'gpt2_jax_{name}', labels or {'model': 'tiny'}) or 0.0
+
+  def settle(self, seconds: float = 60) -> None:
+    """Waits until nothing is written any more."""
+    until = time.monotonic() + seconds
+    while not self.serving.idle or self.value('slots_used'):
+      assert time.monotonic() < until, 'slots are still in use'
+      time.sleep(0.01)
+
+
 @contextlib.contextmanager
-def serving(models: dict[str, Any], **options: Any) -> Iterator[str]:
-  """Serves models from a thread; the value is the server's address."""
+def serve(models=None, **options) -> Iterator[Running]:
+  """`options` are `make_app`'s."""
   from gpt2_jax.serving.app import make_app
   from gpt2_jax.serving.server import make_server
-  server = make_server(make_app(models, **options), host='127.0.0.1', port=0, log_level='warning')
+  app = make_app(models or {'tiny': tiny_model()}, **options)
+  server = make_server(app, host='127.0.0.1', port=0, log_level='warning')
   thread = threading.Thread(target=server.run)
   thread.start()
   try:
     while not server.started:
-      assert thread.is_alive()
+      assert thread.is_alive(), 'the server did not start'
       time.sleep(0.01)
-    yield f'http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}'
+    yield Running(app, server.servers[0].sockets[0].getsockname()[1])
   finally:
     server.should_exit = True
-    thread.join()
+    thread.join(60)
+    for engine in app.state.serving.engines.values():
+      engine.thread.join(60)
+      assert not engine.thread.is_alive()
+  assert not thread.is_alive()
+
+
+def events(lines) -> list[dict]:
+  """The objects of server-sent events; the last one must be OpenAI's."""
+  found = [line.removeprefix('data: ') for line in lines if line]
+  assert found.pop() == '[DONE]'
+  return [json.loads(line) for line in found]
 
 
 @pytest.fixture(scope='module')
@@ -52,8 +94,8 @@ def byte_server() -> Iterator[tuple[str, Any]]:
   for package in ('fastapi', 'uvicorn', 'prometheus_client'):
     pytest.importorskip(package)
   model = byte_model()
-  with serving({'bytes': model}) as address:
-    yield address, model
+  with serve({'bytes': model}) as running:
+    yield running.url, model
 
 
 @pytest.fixture(scope='module')

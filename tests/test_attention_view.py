@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import assert_close
-from serving_fixtures import audit, browser, byte_model, byte_server, open_page  # noqa: F401
+from serving_fixtures import audit, byte_model
 
 import gpt2_jax
 from gpt2_jax.config import GPTConfig
@@ -200,7 +200,7 @@ def test_a_heavier_weight_is_a_stronger_line(model):
 # ---- the page ---------------------------------------------------------------
 
 
-def attend(open_page, text: str = TEXT, **options):  # noqa: F811
+def attend(open_page, text: str = TEXT, **options):
   page = open_page(f'/attention#text={quote(text)}', **options)
   page.wait_for_selector('.map')
   return page
@@ -211,7 +211,7 @@ def ink(page, canvas: str = '.strings .all') -> str:
 
 
 @pytest.mark.slow
-def test_choosing_heads_changes_the_picture(open_page, data):  # noqa: F811
+def test_choosing_heads_changes_the_picture(open_page, data):
   page = attend(open_page)
   layer, head = data['strongest']
   assert page.text_content('.summary-of').startswith(f'Layer {layer}, head {head}: ')
@@ -239,7 +239,7 @@ def test_choosing_heads_changes_the_picture(open_page, data):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_a_token_is_followed_by_pointer_and_by_keyboard(open_page, data):  # noqa: F811
+def test_a_token_is_followed_by_pointer_and_by_keyboard(open_page, data):
   page = attend(open_page)
   page.locator('.map td.kind').nth(0).click()
   weights = unpack(data['attentions'], 2, 2, len(TEXT))[0, 0]
@@ -268,7 +268,7 @@ def test_a_token_is_followed_by_pointer_and_by_keyboard(open_page, data):  # noq
 
 
 @pytest.mark.slow
-def test_the_matrix_says_its_cells(open_page, data):  # noqa: F811
+def test_the_matrix_says_its_cells(open_page, data):
   page = attend(open_page)
   page.locator('.map td.kind').nth(3).click()
   weights = unpack(data['attentions'], 2, 2, len(TEXT))[1, 1]
@@ -283,7 +283,7 @@ def test_the_matrix_says_its_cells(open_page, data):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_the_lens_shows_what_the_model_predicts(open_page, model):  # noqa: F811
+def test_the_lens_shows_what_the_model_predicts(open_page, model):
   page = attend(open_page)
   p_TV = own(model)
   last = page.locator('.lens tbody tr:nth-child(3) td')
@@ -299,7 +299,7 @@ def test_the_lens_shows_what_the_model_predicts(open_page, model):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_an_svg_is_xml_with_the_tokens_in_it(open_page):  # noqa: F811
+def test_an_svg_is_xml_with_the_tokens_in_it(open_page):
   page = attend(open_page, ODD)
   with page.expect_download() as download:
     page.click('#save')
@@ -310,7 +310,7 @@ def test_an_svg_is_xml_with_the_tokens_in_it(open_page):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_markup_in_a_text_stays_text(open_page):  # noqa: F811
+def test_markup_in_a_text_stays_text(open_page):
   page = attend(open_page, ODD)
   assert page.locator('#view img').count() == 0
   assert ''.join(page.locator('.from code').all_text_contents()).startswith('<img␣src=x␣onerror=')
@@ -322,7 +322,7 @@ def test_markup_in_a_text_stays_text(open_page):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_what_the_server_refuses_is_one_line(open_page):  # noqa: F811
+def test_what_the_server_refuses_is_one_line(open_page):
   page = attend(open_page)
   page.fill('#text', 'a' * 300)
   page.click('#look')
@@ -342,7 +342,7 @@ def test_what_the_server_refuses_is_one_line(open_page):  # noqa: F811
 @pytest.mark.slow
 @pytest.mark.parametrize('width', [390, 1280])
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
-def test_nobody_is_kept_out(open_page, scheme, width):  # noqa: F811
+def test_nobody_is_kept_out(open_page, scheme, width):
   page = attend(open_page, color_scheme=scheme, viewport={'width': width, 'height': 844})
   assert audit(page) == []
   page.locator('.from button').nth(7).click()
@@ -352,7 +352,7 @@ def test_nobody_is_kept_out(open_page, scheme, width):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_a_figure_works_where_nothing_can_be_loaded(browser, model, tmp_path):  # noqa: F811
+def test_a_figure_works_where_nothing_can_be_loaded(browser, model, tmp_path):
   """As a notebook shows it: in a frame without an origin, and offline."""
   (tmp_path / 'cell.html').write_text(attention_figure(model, ODD, layer=0)._repr_html_())
   page = browser.new_page()

@@ -11,7 +11,7 @@ from conftest import ROOT
 pytest.importorskip('fastapi', reason='the server needs the extra serve')
 httpx = pytest.importorskip('httpx', reason='the client of these tests, of the extra test')
 
-from serving import CONFIG, events, serve, tiny_model  # noqa: E402
+from serving_fixtures import CONFIG, events, serve, tiny_model  # noqa: E402
 
 import gpt2_jax  # noqa: E402
 from gpt2_jax.errors import UserError  # noqa: E402

@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import json
 import os
 import random
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 pytest.importorskip('fastapi', reason='the server needs the extra serve')
 httpx = pytest.importorskip('httpx', reason='a client, of the extra test')
 
-from serving import events, serve, tiny_model  # noqa: E402
+from serving_fixtures import events, serve, tiny_model  # noqa: E402
 
 import gpt2_jax  # noqa: E402
 
@@ -231,6 +232,47 @@ def test_headers_that_never_end_are_cut_off(server):
         assert time.monotonic() - began < 60
       except OSError:
         break
+
+
+def test_headers_of_a_later_request_are_cut_off_too(server, monkeypatch):
+  from gpt2_jax.serving import server as server_lib
+  monkeypatch.setattr(server_lib, 'HEADER_SECONDS', 0.3)
+  with socket.create_connection(('127.0.0.1', server.port), timeout=20) as connection:
+    for _ in range(2):  # a connection that is kept is not cut off between requests
+      connection.sendall(b'GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n')
+      assert connection.recv(1000).startswith(b'HTTP/1.1 200')
+      time.sleep(0.6)
+    connection.sendall(b'GET /healthz HTTP/1.1\r\nX-')
+    assert connection.recv(1000) == b''
+
+
+def test_a_connection_that_takes_nothing_is_closed():
+  from gpt2_jax.serving.api import Limits
+  with serve(slots=2, limits=Limits(send_seconds=0.5)) as running:
+    lazy = socket.create_connection(('127.0.0.1', running.port), timeout=20)
+    lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+    body = dict(input='a' * 150, attentions=True, hidden_states=True)
+    lazy.sendall(request(body, '/v1/features') * 8)  # more than the sockets' buffers hold
+    time.sleep(3)
+    taken = b''
+    with contextlib.suppress(ConnectionResetError):
+      while piece := lazy.recv(1 << 16):
+        taken += piece
+    whole = httpx.post(running.url + '/v1/features', json=body).content
+    assert len(taken) < 8 * len(whole)
+
+
+def test_a_turn_that_is_too_long_in_coming(monkeypatch):
+  from gpt2_jax.serving import app
+  from gpt2_jax.serving.api import Limits
+  made = app.features_data
+  monkeypatch.setattr(app, 'features_data', lambda *asked: time.sleep(1.5) or made(*asked))
+  with (serve(slots=2, limits=Limits(seconds=0.5)) as running,
+        concurrent.futures.ThreadPoolExecutor(2) as pool):
+    ask = lambda _: httpx.post(running.url + '/v1/features', json=dict(input='a'), timeout=60)
+    answers = sorted(pool.map(ask, range(2)), key=lambda answer: answer.status_code)
+    assert [answer.status_code for answer in answers] == [200, 504]
+    assert answers[1].json()['error']['code'] == 'timeout'
 
 
 def test_a_body_that_never_comes_is_not_waited_for():

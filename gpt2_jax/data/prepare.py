@@ -99,12 +99,13 @@ def _split(document: corpora.Document, settings: Settings, piece: int, number: i
 _worker: dict = {}
 
 
-def _start_worker(folder: Path, settings: Settings) -> None:
+def _start_worker(
+    folder: Path, settings: Settings, tokenizer: tokenizers.Tokenizer | None = None) -> None:
   parent = multiprocessing.parent_process()
   if parent is not None:  # a worker must not outlive a killed parent
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
   _worker.update(folder=folder, settings=settings,
-                 tokenizer=tokenizers.load(folder / 'tokenizer'))
+                 tokenizer=tokenizer or tokenizers.load(folder / 'tokenizer'))
 
 
 def _encode_part(number: int, part: list[tuple[int, corpora.Piece]]) -> dict:
@@ -215,6 +216,7 @@ def _prepare(settings: Settings, folder: Path, corpus: corpora.Corpus, workers: 
   if not (folder / 'tokenizer' / 'done').exists():
     _make_tokenizer(settings, corpus.pieces).save(folder / 'tokenizer')
     store.write_whole(folder / 'tokenizer' / 'done', '')
+  tokenizer = tokenizers.load(folder / 'tokenizer')
   parts = _parts(corpus.pieces)
   size = lambda number: sum(piece.bytes for _, piece in parts[number])
   finished = {n for n in range(len(parts)) if (folder / _part_name(n)).exists()}
@@ -222,7 +224,7 @@ def _prepare(settings: Settings, folder: Path, corpus: corpora.Corpus, workers: 
   with track(f'tokenizing {settings.corpus}', sum(map(size, range(len(parts)))), 'bytes',
              done=sum(map(size, finished))) as advance:
     if workers <= 1 or len(todo) <= 1:
-      _start_worker(folder, settings)
+      _start_worker(folder, settings, tokenizer)
       for n in todo:
         _encode_part(n, parts[n])
         advance(size(n))
@@ -239,7 +241,7 @@ def _prepare(settings: Settings, folder: Path, corpus: corpora.Corpus, workers: 
           pool.shutdown(wait=False, cancel_futures=True)
           raise
   records = [json.loads((folder / _part_name(n)).read_text()) for n in range(len(parts))]
-  manifest = _manifest(settings, corpus, tokenizers.load(folder / 'tokenizer'), records)
+  manifest = _manifest(settings, corpus, tokenizer, records)
   store.write_whole(folder / store.MANIFEST, json.dumps(manifest, indent=1))
   for name in [JOB, *(_part_name(n) for n in range(len(parts)))]:
     (folder / name).unlink()

@@ -2,10 +2,9 @@
 
 import asyncio
 import contextlib
-import importlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -27,6 +26,7 @@ from gpt2_jax.serving.api import (
   dumps,
   refusal,
 )
+from gpt2_jax.serving.attention import attention_data
 from gpt2_jax.serving.completions import Answer, encode
 from gpt2_jax.serving.engine import Engine
 from gpt2_jax.serving.features import features_data
@@ -34,7 +34,6 @@ from gpt2_jax.serving.guard import Guard
 from gpt2_jax.serving.metrics import Metrics
 
 STATIC = Path(__file__).parent / 'static'
-T = TypeVar('T')
 
 
 class Serving:
@@ -60,18 +59,26 @@ class Serving:
     return found
 
   async def apart(self, work: Callable[[], Any]) -> Json:
-    """The answer that `work` makes, in another thread.
+    """The answer that `work` makes, in another thread. Once begun, it is finished.
 
     Raises:
-      ApiError: too many wait for such work, or the input can't be used.
+      ApiError: too many wait for such work, its turn is too long in coming, or the input can't be
+        used.
     """
     if self.behind >= self.queue:
       raise ApiError(429, 'The server is busy: too many requests wait. Try again later.',
                      code='rate_limit_exceeded', headers={'Retry-After': '1'})
     self.behind += 1
     try:
-      async with self.alone:
+      async with asyncio.timeout(self.limits.seconds):
+        await self.alone.acquire()
+      try:
         return await run_in_threadpool(lambda: Json(work()))
+      finally:
+        self.alone.release()
+    except TimeoutError:
+      raise ApiError(504, 'The request waited longer than this server allows.',
+                     code='timeout') from None
     except UserError as e:
       raise ApiError(400, str(e), param='input') from None
     finally:
@@ -88,8 +95,8 @@ class Serving:
     return not self.behind and all(engine.idle for engine in self.engines.values())
 
 
-async def unless_gone(request: Request, work: Awaitable[T]) -> T | None:
-  """What `work` returns; None, and `work` is cancelled, if the client leaves before."""
+async def unless_gone(request: Request, work: Awaitable[Response]) -> Response:
+  """The answer that `work` makes; it is cancelled if the client leaves before."""
   task = asyncio.ensure_future(work)
 
   async def leaves():
@@ -99,7 +106,7 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T | None:
   watch = asyncio.ensure_future(leaves())
   try:
     await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-    return task.result() if task.done() else None
+    return task.result() if task.done() else Response(status_code=499)
   finally:
     for each in (task, watch):
       each.cancel()
@@ -197,17 +204,17 @@ def make_app(models: dict[str, GPT2], *, slots: int = 8, queue: int = 64,
     if asked.stream:
       return StreamingResponse(sse(answer.stream(ticket)), media_type='text/event-stream',
                                headers={'Cache-Control': 'no-cache'})
-    found = await unless_gone(request, answer.whole(ticket))
-    return Response(status_code=499) if found is None else Json(found)
+    return await unless_gone(request, answer.whole(ticket))
 
   @app.post('/v1/features')
-  async def features(asked: FeaturesRequest):
+  async def features(asked: FeaturesRequest, request: Request):
     """Hidden states, attention weights and embeddings of texts."""
     engine = serving.engine(asked.model)
-    return await serving.apart(lambda: features_data(engine, asked, limits))
+    return await unless_gone(
+        request, serving.apart(lambda: features_data(engine, asked, limits)))
 
   @app.post('/v1/attention')
-  async def attention(asked: AttentionRequest):
+  async def attention(asked: AttentionRequest, request: Request):
     """Attention weights of a text, and what each layer would say next."""
     engine = serving.engine(asked.model)
 
@@ -217,10 +224,9 @@ def make_app(models: dict[str, GPT2], *, slots: int = 8, queue: int = 64,
       if len(ids) > most:
         raise ApiError(400, f'The text has {len(ids)} tokens; the attention of at most {most} is '
                        'shown.', param='input', code='context_length_exceeded')
-      view = importlib.import_module('gpt2_jax.serving.attention')
-      return view.attention_data(engine.model, asked.input, lens=asked.lens, max_tokens=most)
+      return attention_data(engine.model, asked.input, lens=asked.lens, max_tokens=most)
 
-    return await serving.apart(work)
+    return await unless_gone(request, serving.apart(work))
 
   return app
 

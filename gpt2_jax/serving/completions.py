@@ -9,8 +9,9 @@ from typing import Any
 from gpt2_jax import batching
 from gpt2_jax.decoding.pieces import Pieces
 from gpt2_jax.errors import UserError
-from gpt2_jax.serving.api import ApiError, Completion, Limits
-from gpt2_jax.serving.engine import Closing, Engine, Failed, Full, Row, Scored, Ticket
+from gpt2_jax.serving.api import ApiError, Completion, Json, Limits
+from gpt2_jax.serving.engine import Engine
+from gpt2_jax.serving.tickets import Closing, Failed, Full, Row, Scored, Ticket
 
 
 def error_of(why: Failed) -> ApiError:
@@ -100,7 +101,7 @@ class Answer:
     except Closing:
       raise ApiError(503, 'The server is being stopped.', headers={'Retry-After': '10'}) from None
 
-  async def whole(self, ticket: Ticket) -> dict[str, Any]:
+  async def whole(self, ticket: Ticket) -> Json:
     """All at once. Raises: ApiError."""
     texts = [''] * len(self.rows)
     try:
@@ -119,7 +120,7 @@ class Answer:
         found = _joined(found, tokens.more(row.new, row.pieces.shown))
         choices.append(self._choice(len(choices), self.echoes[i] + texts[row.index],
                                     found if self.scored else None, row.reason))
-    return self._object(choices) | {'usage': self._usage()}
+    return Json(self._object(choices) | {'usage': self._usage()})
 
   async def stream(self, ticket: Ticket) -> AsyncIterator[dict[str, Any]]:
     """Piece by piece; an error is the last one."""

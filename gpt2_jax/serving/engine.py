@@ -6,11 +6,10 @@ last one has made.
 
 import asyncio
 import collections
-import dataclasses
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,120 +25,15 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.model import GPT2
 from gpt2_jax.serving import steps
 from gpt2_jax.serving.metrics import Metrics
+from gpt2_jax.serving.tickets import Closing, Event, Failed, Full, Row, Scored, Ticket, deliver
 
 BUDGET = 2 * steps.CHUNK  # ids of prompts that are read between two steps
 LEAST = 32  # to what a chunk is padded at least
-BUFFER = 256  # pieces of a text that its reader may be behind
 
 DEFAULTS = dict(temperature=1.0, top_k=None, top_p=1.0, presence=0.0, frequency=0.0, bias={},
                 logprobs=False)  # of `steps.chosen_of`
 
 log = logging.getLogger('gpt2_jax.serving')
-
-
-class Full(Exception):
-  """The queue has no room."""
-
-
-class Closing(Exception):
-  """No more texts are taken."""
-
-
-class Failed(Exception):
-  """A text can't be written; `kind` is 'timeout', 'slow', or 'server'."""
-
-  def __init__(self, message: str, kind: str = 'server'):
-    super().__init__(message)
-    self.kind = kind
-
-
-@dataclasses.dataclass(frozen=True)
-class Scored:
-  """A token and what the model says of its place."""
-
-  token: int
-  logprob: float | None  # None: of the first, which nothing is before
-  top: dict[int, float] | None
-
-
-@dataclasses.dataclass(eq=False)
-class Row:
-  """A text that is asked for, and what has been written of it."""
-
-  ids: list[int]  # of the prompt
-  limit: int  # the most new ids
-  seed: int
-  sample: int  # which of its prompt
-  options: dict[str, Any]  # of `steps.chosen_of`, beside its key
-  pieces: Pieces
-  index: int = 0  # in its request
-  scored: bool = False  # whether the log-probabilities of the prompt are asked for
-  prompt: list[Scored] = dataclasses.field(default_factory=list)
-  new: list[Scored] = dataclasses.field(default_factory=list)
-  read: int = 0  # ids of the prompt that are in the cache
-  made: int = 0  # steps that were begun for it
-  admitted: bool = False
-  done: bool = False
-  reason: str = ''
-
-  @property
-  def unread(self) -> int:
-    """Ids of the prompt that are to be read before the first step, which reads its last one."""
-    return len(self.ids) - 1 - self.read
-
-
-@dataclasses.dataclass(frozen=True)
-class Event:
-  """News of a row: text that can be shown. The last one has `reason`."""
-
-  row: Row
-  text: str
-  reason: str = ''
-  tokens: int = 0  # how many new ones there are
-  shown: int = 0  # bytes of the text that have been shown
-
-
-class Ticket:
-  """A request: rows, and what is heard of them."""
-
-  def __init__(self, engine: 'Engine', rows: Sequence[Row], stream: bool, timeout: float):
-    self.engine, self.rows, self.stream = engine, rows, stream
-    self.began = time.monotonic()
-    self.deadline = self.began + timeout
-    self.loop = asyncio.get_running_loop()
-    self.heard: asyncio.Queue[Event | Failed] = asyncio.Queue()
-    self.cancelled = False
-
-  def deliver(self, event: Event | Failed) -> None:
-    if self.heard.qsize() >= BUFFER * len(self.rows) and not self.cancelled:
-      self.cancel()
-      event = Failed('the reader is too far behind', 'slow')
-    elif self.cancelled and not isinstance(event, Failed):
-      return
-    self.heard.put_nowait(event)
-
-  def cancel(self) -> None:
-    """Nobody waits for it any more."""
-    self.cancelled = True
-    self.engine.look()
-
-  async def events(self) -> AsyncIterator[Event]:
-    """News, until all rows have ended. Left early, the rows are given up.
-
-    Raises:
-      Failed: they can't be written.
-    """
-    left = len(self.rows)
-    try:
-      while left:
-        event = await self.heard.get()
-        if isinstance(event, Failed):
-          raise event
-        left -= bool(event.reason)
-        yield event
-    finally:
-      if left:
-        self.cancel()
 
 
 class Engine:
@@ -187,7 +81,7 @@ class Engine:
       Full: more wait than may.
       Closing: the server is being stopped.
     """
-    ticket = Ticket(self, rows, stream, timeout)
+    ticket = Ticket(rows, stream, timeout, self.look)
     with self.wake:
       if self.closing:
         raise Closing
@@ -401,14 +295,9 @@ class Engine:
     self.outbox = []
     for loop, news in by_loop.items():
       try:
-        loop.call_soon_threadsafe(_deliver, news)
+        loop.call_soon_threadsafe(deliver, news)
       except RuntimeError:  # the loop has been closed: nobody waits
         pass
-
-
-def _deliver(news: list[tuple[Ticket, Event | Failed]]) -> None:
-  for ticket, event in news:
-    ticket.deliver(event)
 
 
 def _scored(token: int, scores) -> Scored:

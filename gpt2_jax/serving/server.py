@@ -1,6 +1,5 @@
 """uvicorn, with an end that finishes what runs, and without patience for slow headers."""
 
-import asyncio
 import logging
 import signal
 from typing import Any
@@ -17,18 +16,40 @@ log = logging.getLogger('uvicorn.error')
 
 
 class Protocol(H11Protocol):
-  """Closes a connection whose first request does not arrive; uvicorn waits for ever."""
+  """Closes connections whose headers do not arrive, and those that take nothing of an answer, which
+  uvicorn would keep for ever.
+  """
 
   def connection_made(self, transport: Any) -> None:
     super().connection_made(transport)
-    self.patience = self.loop.call_later(HEADER_SECONDS, self.hurry)
+    self.patience = self.stalled = None
+    self.await_headers()
 
-  def hurry(self) -> None:
-    if self.cycle is None and not self.transport.is_closing():
-      self.transport.close()
+  def data_received(self, data: bytes) -> None:
+    super().data_received(data)
+    self.await_headers()
+
+  def await_headers(self) -> None:
+    """Sets or lifts the limit on the time that a request's headers take."""
+    waits = self.cycle is None or self.cycle.response_complete
+    if not waits and self.patience:
+      self.patience = self.patience.cancel()
+    elif waits and not self.patience:
+      self.patience = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+
+  def pause_writing(self) -> None:
+    super().pause_writing()
+    seconds = self.config.app.state.serving.limits.send_seconds  # type: ignore[union-attr]
+    self.stalled = self.loop.call_later(seconds, self.transport.abort)
+
+  def resume_writing(self) -> None:
+    super().resume_writing()
+    if self.stalled:
+      self.stalled = self.stalled.cancel()
 
   def connection_lost(self, exc: Exception | None) -> None:
-    self.patience.cancel()
+    for timer in filter(None, (self.patience, self.stalled)):
+      timer.cancel()
     super().connection_lost(exc)
 
 
@@ -69,10 +90,3 @@ def make_server(app: FastAPI, *, host: str, port: int, connections: int = 1000,
       access_log=False, proxy_headers=False, server_header=False, limit_concurrency=connections,
       timeout_keep_alive=KEEP_SECONDS, h11_max_incomplete_event_size=HEADER_BYTES,
       timeout_graceful_shutdown=10))
-
-
-async def started(server: Server) -> int:
-  """The port, once it listens."""
-  while not server.started:
-    await asyncio.sleep(0.01)
-  return server.servers[0].sockets[0].getsockname()[1]
