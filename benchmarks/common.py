@@ -163,7 +163,8 @@ def circumstances() -> dict:
   for name in PACKAGES:
     with contextlib.suppress(metadata.PackageNotFoundError):
       versions[name] = metadata.version(name)
-  return {'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), 'command': ['python', '-m', f'benchmarks.{Path(sys.argv[0]).stem}', *sys.argv[1:]],
+  command = ['python', '-m', f'benchmarks.{Path(sys.argv[0]).stem}', *sys.argv[1:]]
+  return {'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), 'command': command,
           'processor': hardware.processor(), 'threads': THREADS, 'python': platform.python_version(),
           'versions': versions, 'commit': record.commit(),
           'environment': {k: v for k, v in os.environ.items()
