@@ -84,9 +84,9 @@ folder = Path(folder)
 np.arange(4000, dtype='<u2').tofile(folder / f'data{i}' / 'train.bin')
 mesh = sharding.make_mesh(data=2, fsdp=-1, tensor=1)
 split = store.open_store(folder / f'data{i}').splits['train']
-rows, own = [], loader.TrainLoader(split, 8, 8, 0, 4000)
-row = own.row
-own.row = lambda step, r: rows.append((step, r)) or row(step, r)
+read, own = [], loader.TrainLoader(split, 8, 8, 0, 4000)
+rows = own.rows
+own.rows = lambda step, numbers: read.extend((step, r) for r in numbers) or rows(step, numbers)
 sums = [int(jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, P()))(batch))
         for batch in own.batches(0, 20, 2, NamedSharding(mesh, P(None, sharding.BATCH)))]
 
@@ -107,7 +107,7 @@ with jax.set_mesh(mesh):
   checkpoints.save(3, {'params': {'w': array}}, {})
   checkpoints.wait()
   value = float(np.asarray(restored.addressable_shards[0].data)[0, 0])
-  print(json.dumps([sorted(rows), sums, step, value, checkpoints.whole_step()]))
+  print(json.dumps([sorted(read), sums, step, value, checkpoints.whole_step()]))
   checkpoints.close()
 """
 
