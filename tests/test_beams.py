@@ -126,9 +126,9 @@ def test_a_prompt_does_not_depend_on_others(params, options):
   assert tokens(other)[2 * R:3 * R] == tokens(one)[:R]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('options,mesh', [
-    (DRAWN, (8, 1, 1)), pytest.param(GROUPS, (2, 2, 2), marks=pytest.mark.slow),
-    pytest.param(CONTRASTIVE, (2, 2, 2), marks=pytest.mark.slow)])
+    (DRAWN, (8, 1, 1)), (GROUPS, (2, 2, 2)), (CONTRASTIVE, (2, 2, 2))])
 def test_a_mesh_changes_nothing(params, options, mesh):
   want = generate_tokens(CONFIG, params, PROMPTS, **options)
   with mesh_of(*mesh):

@@ -154,6 +154,7 @@ def test_what_cannot_be_is_refused(tiny, params, prompts, options, says):
     generate_tokens(tiny, params, prompts, **options)
 
 
+@pytest.mark.slow
 def test_every_position_of_the_whole_context(tiny):
   """Prompts of 1, 2, 1022 and 1023 ids, continued to the 1024th: as one full forward pass has it."""
   config = dataclasses.replace(tiny, n_positions=1024, n_embd=16, n_layer=2, n_inner=24)

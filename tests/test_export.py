@@ -290,6 +290,7 @@ def test_stablehlo_generates_as_we_do(tmp_path, flatbuffers):
       assert full[len(prompt) - 1].argmax() == row[0]
 
 
+@pytest.mark.slow
 def test_stablehlo_of_bfloat16_weights_on_a_mesh(tmp_path, flatbuffers):
   source = make(TINY, 'bfloat16')
   with mesh_of(1, 2, 2):  # 13 ids and 3 heads don't divide by it, and needn't

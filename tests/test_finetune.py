@@ -332,6 +332,7 @@ def test_labelled_files_that_cannot_be_used(tmp_path, content, match):
 # --- what doesn't fit together ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_configs_that_contradict_their_source(pretrained, tmp_path):
   def refused(match, change, config=None):
     config = config or tuning(pretrained, other_text(tmp_path / 'o.txt'))
@@ -354,6 +355,7 @@ def test_configs_that_contradict_their_source(pretrained, tmp_path):
           lambda c: c.update(init_from=str(ROOT / 'tests/golden/huggingface/plain')))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mesh', [(1, 1, 1), (2, 4, 1)])
 def test_a_longer_context(pretrained, tmp_path, mesh):
   """Spread positions pass through the old ones; added ones are those of a new model."""

@@ -76,6 +76,7 @@ SAMPLE = ('-m', 'gpt2_jax', 'sample', '--max-new-tokens', '4', '--seed', '3', '-
           '--checkpoint')
 
 
+@pytest.mark.slow
 def test_a_model_is_fetched_by_name_and_then_works_offline(hub):
   folder, env, asked = hub
   model = folder / 'some' / 'name'
@@ -103,6 +104,7 @@ def test_a_model_is_fetched_by_name_and_then_works_offline(hub):
       'checkpoint': f'some/name@{COMMIT}'}, pinned.stderr
 
 
+@pytest.mark.slow
 def test_the_model_cards_example(hub):
   """https://huggingface.co/gpt2, "How to use", as docs/decoding.md has it in one command."""
   folder, env, _ = hub

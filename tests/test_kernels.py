@@ -35,7 +35,7 @@ def loss_and_grads(config: GPTConfig, tokens, document_start=None, mesh=None):
 
 
 @pytest.mark.parametrize('mesh,by_layer,document_start', [
-    (None, True, 5), ((1, 2, 2, 2), False, 5),
+    (None, True, 5), pytest.param((1, 2, 2, 2), False, 5, marks=pytest.mark.slow),
     pytest.param(None, False, None, marks=pytest.mark.slow)])
 def test_splash_is_xla(interpreted, mesh, by_layer, document_start):
   tokens = jnp.asarray(np.random.default_rng(0).integers(0, 97, (2, 257)))

@@ -175,6 +175,7 @@ def test_an_evaluation_that_was_stopped_is_made_up_for_at_the_end_too(
   assert 'is done already' in run(*arguments(text_folder, workdir)).stdout
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(text_folder, tmp_path):
   workdir = tmp_path / 'run'
   result = run(*arguments(text_folder, workdir, optim__peak_lr=1e25, optim__warmup_steps=0,

@@ -111,6 +111,7 @@ def test_what_is_kept(tmp_path, policy, kept):
   assert sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir()) == kept
 
 
+@pytest.mark.slow
 def test_a_run_passes_over_a_damaged_checkpoint(finished, text_folder, tmp_path):  # noqa: F811
   """The newest one is cut short: the run makes its steps again, bitwise."""
   workdir = tmp_path / 'run'

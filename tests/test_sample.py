@@ -165,6 +165,7 @@ def test_standard_input_is_one_prompt(sample):
   assert (free['prompt'], free['prompt_tokens']) == ('', [256])
 
 
+@pytest.mark.slow
 def test_eight_bits_and_an_assistant(model, sample):
   flags = ['--prompt', 'a', '--greedy', '--max-new-tokens', '8', '--min-new-tokens', '8', '--json']
   plain, guessed, small = (json.loads(sample(*flags, *more)) for more in (
@@ -233,6 +234,7 @@ def test_what_a_session_refuses_does_not_end_it(sample):
       '/again', '/free', '/help', '/more', '/quit', '/seed', '/set', '/settings']
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_text_and_not_the_session(model, tmp_path):
   """Typed into a pseudo-terminal, which sends the signal to a process of its own."""
   outer, inner = pty.openpty()
@@ -279,6 +281,7 @@ def test_ctrl_c_stops_the_text_and_not_the_session(model, tmp_path):
   assert history[-4:] == ['endless', '/set max_new_tokens 4', 'after it', '/more']
 
 
+@pytest.mark.slow
 def test_as_a_filter_in_a_pipe(model):
   """Real processes: bytes as the system gives them, an output that can't show them, or is closed."""
   command = [sys.executable, '-m', 'gpt2_jax', 'sample', '--checkpoint', model[1]]

@@ -60,7 +60,7 @@ def dropped():
   return config, *run_steps(config, 1)
 
 
-@pytest.mark.parametrize('A', [2, 8])
+@pytest.mark.parametrize('A', [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_micro_batches_change_nothing(dropped, A):
   config, want, params = dropped
   have, have_params = run_steps(config, A)
@@ -69,7 +69,7 @@ def test_micro_batches_change_nothing(dropped, A):
     np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-QUICK_MESHES = [(8, 1, 1, 1), (1, 2, 2, 2)]  # data, fsdp, seq, tensor
+QUICK_MESHES = [(1, 2, 2, 2)]  # data, fsdp, seq, tensor
 ALL_MESHES = [pytest.param(sizes, marks=[] if sizes in QUICK_MESHES else pytest.mark.slow)
               for sizes in [*factorizations(8), (1, 1, 1, 2), (4, 1, 1, 2)]]  # two on fewer devices
 
@@ -98,7 +98,7 @@ def test_a_step_is_bitwise_repeatable(dropped):
   np.testing.assert_array_equal(have, want)
 
 
-@pytest.mark.parametrize('tie', [True, False])
+@pytest.mark.parametrize('tie', [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_overfits_one_batch(tiny, tie):
   config = dataclasses.replace(tiny, initializer_range=0.02, tie_word_embeddings=tie)
   schedule = optax.constant_schedule(1e-2)
