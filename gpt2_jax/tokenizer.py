@@ -37,6 +37,7 @@ from gpt2_jax.tokenizer_files import EOT, Added, Tables
 
 PATTERN = released.r50k_pat_str
 MERGES_SHA256 = '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'  # as in tiktoken
+GPT2_SIZE = 50257
 RELEASE = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
 NO_ID = 2**32 - 1
 
@@ -248,7 +249,7 @@ def trained_size(spec: str) -> int | None:
 
 def vocab_size(spec: str) -> int:
   """Number of ids of the tokenizer that `spec` names; at most so many where it is trained."""
-  return trained_size(spec) or load(spec).vocab_size
+  return GPT2_SIZE if spec == 'gpt2' else trained_size(spec) or load(spec).vocab_size
 
 
 def load(spec: str | os.PathLike) -> Tokenizer:

@@ -31,7 +31,7 @@ def settings(folder, **fields) -> prepare.Settings:
 
 def texts_of(opened: store.TokenStore) -> dict[str, list[str]]:
   """The documents of a store, by split, decoded."""
-  t = opened.tokenizer()
+  t = opened.tokenizer
   out = {}
   for name, split in opened.splits.items():
     ids = split.read(0, len(split)).tolist() if len(split) else []

@@ -48,18 +48,19 @@ class Labelled:
   labels: tuple[str, ...]
   manifest: dict
   cut: int
-  tokens: tokenizers.Tokenizer
+  tokenizer: tokenizers.Tokenizer
 
   @property
   def sha256(self) -> str:
     return self.manifest['sha256']
 
-  def tokenizer(self) -> tokenizers.Tokenizer:
-    return self.tokens
+  @property
+  def eot(self) -> int:
+    return self.tokenizer.eot
 
   def check_vocabulary(self, vocab_size: int) -> None:
-    if self.tokens.vocab_size > vocab_size:
-      raise UserError(f'the tokenizer has {self.tokens.vocab_size} ids, the model {vocab_size}: '
+    if self.tokenizer.vocab_size > vocab_size:
+      raise UserError(f'the tokenizer has {self.tokenizer.vocab_size} ids, the model {vocab_size}: '
                       'leave config.data.tokenizer unset to take the model\'s own.')
 
 

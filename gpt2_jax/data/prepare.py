@@ -213,10 +213,12 @@ def _begin(folder: Path, job: dict) -> None:
 
 def _prepare(settings: Settings, folder: Path, corpus: corpora.Corpus, workers: int) -> None:
   _begin(folder, _json({'settings': dataclasses.asdict(settings), 'corpus': corpus.identity}))
-  if not (folder / 'tokenizer' / 'done').exists():
-    _make_tokenizer(settings, corpus.pieces).save(folder / 'tokenizer')
+  if (folder / 'tokenizer' / 'done').exists():
+    tokenizer = tokenizers.load(folder / 'tokenizer')
+  else:
+    tokenizer = _make_tokenizer(settings, corpus.pieces)
+    tokenizer.save(folder / 'tokenizer')
     store.write_whole(folder / 'tokenizer' / 'done', '')
-  tokenizer = tokenizers.load(folder / 'tokenizer')
   parts = _parts(corpus.pieces)
   size = lambda number: sum(piece.bytes for _, piece in parts[number])
   finished = {n for n in range(len(parts)) if (folder / _part_name(n)).exists()}

@@ -124,6 +124,12 @@ class TokenStore:
     """Names the content: equal for stores with equal tokens, documents and tokenizer."""
     return self.manifest['sha256']
 
+  @property
+  def eot(self) -> int:
+    """The id that begins a document."""
+    return self.manifest['tokenizer']['eot']
+
+  @functools.cached_property
   def tokenizer(self) -> tokenizer.Tokenizer:
     folder = self.path / 'tokenizer'
     return tokenizer.load(folder if folder.exists() else 'gpt2')
@@ -173,7 +179,7 @@ def _open_foreign(folder: Path, files: dict[str, list[Path]]) -> TokenStore:
   sizes = {p.name: p.stat().st_size for paths in files.values() for p in paths}
   manifest = {
       'sha256': f'sizes {json.dumps(sizes, sort_keys=True)}',  # not read whole: may be 100 GB
-      'tokenizer': {'spec': 'gpt2', 'vocab_size': GPT2_EOT + 1},
+      'tokenizer': {'spec': 'gpt2', 'vocab_size': GPT2_EOT + 1, 'eot': GPT2_EOT},
       'source': {'corpus': f'bin:{folder}', 'licence': 'unstated'},
   }
   return TokenStore(folder, manifest, splits)

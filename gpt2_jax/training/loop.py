@@ -133,8 +133,7 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
     # --- State: initial or restored ------------------------------------------------------------
     compiling_since = time.monotonic()
     with clock('compile'), compiling.from_cache() as kept:
-      eot = data.tokenizer().eot
-      train_step, eval_step = plan.compile_train_step(eot), plan.eval_step(eot)
+      train_step, eval_step = plan.compile_train_step(data.eot), plan.eval_step(data.eot)
     say(f'compiled in {time.monotonic() - compiling_since:.1f} s' +
         ', from the cache' * bool(kept and all(kept)))
     with out_of_memory_advice(plan, workdir):
@@ -237,7 +236,7 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
       params = whole_rows(params)
       with clock('evaluate'), mesh_of(params):
         sample, = generate_tokens(
-            plan.model, params, config.log.sample_prompt, tokenizer=data.tokenizer(),
+            plan.model, params, config.log.sample_prompt, tokenizer=data.tokenizer,
             seed=config.train.seed, max_new_tokens=config.log.sample_tokens,
             temperature=config.log.sample_temperature, top_k=config.log.sample_top_k)
     if jax.process_index() == 0:

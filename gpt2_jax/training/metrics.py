@@ -91,14 +91,14 @@ class MetricsWriter:
     """
     self.workdir, self.active, self._apart = workdir, jax.process_index() == 0, apart
     self._files: dict[str, IO[str]] = {}
-    self._board = None
-    if not self.active:
-      return
-    self._begin([line for line in read(workdir) if line['step'] <= step])
-    if tensorboard:
-      import tensorboardX  # over a second
-      self._board = tensorboardX.SummaryWriter(
-          str(workdir / 'tensorboard'), purge_step=step + 1 if step else None)
+    self._tensorboard, self._step, self._board = tensorboard, step, None
+    if self.active:
+      self._begin([line for line in read(workdir) if line['step'] <= step])
+
+  def _open_board(self):
+    import tensorboardX  # takes seconds: the first line waits for it, not the first step
+    return tensorboardX.SummaryWriter(
+        str(self.workdir / 'tensorboard'), purge_step=self._step + 1 if self._step else None)
 
   def _split(self, line: dict) -> dict[str, dict]:
     """A line by the file it goes to, the first one first: a step in FILE has its line in TIMING."""
@@ -128,7 +128,8 @@ class MetricsWriter:
       for name, part in self._split(line).items():
         self._files[name].write(_dumps(part) + '\n')
         self._files[name].flush()
-    if self._board is not None:
+    if self._tensorboard:
+      self._board = self._board or self._open_board()
       for key, value in line.items():
         if key != 'step':
           self._board.add_scalar(key, value, line['step'])

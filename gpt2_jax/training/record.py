@@ -90,7 +90,7 @@ def begin(workdir: Path, plan: Plan, data: Any, step: int, seconds: dict[str, fl
   write_json(path, config)
   this = environment(plan, data) | {'began_at': step, 'step': step, 'seconds': seconds}
   write_json(workdir / ENV, {'starts': starts(workdir) + [this]})
-  save_tokenizer(data.tokenizer(), workdir / 'tokenizer')
+  save_tokenizer(data.tokenizer, workdir / 'tokenizer')
   if plan.model.head != 'lm':
     write_json(workdir / LABELS, data.labels)
   return changed

@@ -1,6 +1,7 @@
 """The losses, one training step, one evaluation step. Pure functions of arrays."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -63,12 +64,14 @@ def init_state(
     ema: whether to keep a moving average.
     given: parameters that are there already, in place of initial ones. Their buffers are used.
   """
-  def make(given: Params):
-    params = replaced(make_params(config, seed), given)
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(trained(config, params)),
-                      params if ema else None)
+  return _init_state(config, tx, seed, ema, given or {})
 
-  return jax.jit(make, donate_argnums=0)(given or {})
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
+def _init_state(config, tx, seed, ema, given):
+  params = replaced(make_params(config, seed), given)
+  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(trained(config, params)),
+                    params if ema else None)
 
 
 def nll(model: GPT2, tokens_BT1: jax.Array, dropout_keys_B: jax.Array | None = None,
