@@ -144,6 +144,7 @@ def test_seeds(params):
   assert draw(1) == draw(1) != draw(2)
 
 
+@pytest.mark.slow
 def test_beams_are_drawn_without_replacement(small):
   """Chi-square over 600 draws of two tokens of five."""
   n, counts = 600, np.zeros((5, 5))

@@ -216,6 +216,7 @@ def test_winobias_is_a_loop_over_sentences(model, data):
   assert np.isclose(stereotypes.winobias(model, turned)['all'].gap.value, -found['all'].gap.value)
 
 
+@pytest.mark.slow
 def test_command_line(model, data, tmp_path, capsys):
   gpt2_jax.save_pretrained(model, tmp_path / 'model')
   command = ['bias', '--checkpoint', str(tmp_path / 'model'), '--probes']

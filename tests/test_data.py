@@ -91,6 +91,7 @@ def test_a_tail_can_be_held_out(tmp_path):
   assert splits['train'] + splits['val'] == ['line of text\n' * 90, 'line of text\n' * 10]
 
 
+@pytest.mark.slow
 def test_a_killed_prepare_goes_on(tmp_path):
   """SIGKILL in the midst: no store is seen, finished parts are kept, the end is the same."""
   rng = np.random.default_rng(1)

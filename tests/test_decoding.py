@@ -54,7 +54,8 @@ def test_greedy_is_the_argmax_of_the_full_forward_pass(tiny, params):
     assert len(sequence) == 32 and result.finish_reason == 'context'
 
 
-@pytest.mark.parametrize('options', [dict(do_sample=False, max_new_tokens=12), SAMPLED])
+@pytest.mark.parametrize('options', [
+    pytest.param(dict(do_sample=False, max_new_tokens=12), marks=pytest.mark.slow), SAMPLED])
 def test_a_row_does_not_depend_on_its_batch(tiny, params, options):
   together = ids(generate_tokens(tiny, params, PROMPTS, **options))
   alone = [ids(generate_tokens(tiny, params, prompt, **options))[0] for prompt in PROMPTS]
@@ -71,6 +72,7 @@ def test_a_mesh_changes_no_token(tiny, params, mesh):
     assert have == want
 
 
+@pytest.mark.slow
 def test_one_row_on_a_mesh_of_one_device(tiny, params):
   """Axes of size 1 are axes still."""
   want = ids(generate_tokens(tiny, params, [1, 2, 3], **SAMPLED))
@@ -195,6 +197,7 @@ def test_several_results_read_the_prompt_once(tiny, params, monkeypatch):
   assert several[7:9] == alone
 
 
+@pytest.mark.slow
 def test_a_sliding_context_reads_its_last_half_again(tiny, params):
   """Window after window, greedily, by full forward passes."""
   prompts = [[1, 2, 3], [7] * 29]

@@ -147,7 +147,8 @@ def test_a_score_does_not_depend_on_what_else_is_asked_bitwise(model):
     assert same(score(model, [asked[i]]), [whole[i]])
 
 
-@pytest.mark.parametrize('sizes', [(2, 2, 2), pytest.param((1, 2, 2, 2), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('sizes', [(2, 2, 2), (1, 2, 2, 2)])
 def test_a_score_does_not_depend_on_the_mesh(model, sizes):
   asked = [request for request in requests() if len(request.context) > 40][:8]
   with mesh_of(*sizes):

@@ -65,6 +65,7 @@ def test_int8_steps_are_the_nearest(tiny):
   assert parts(small) < 0.4 * parts(model)  # of a model this small, biases and scales are a share
 
 
+@pytest.mark.slow
 def test_int8_generates_and_has_features(tiny):
   model = bind(tiny, init_params(tiny, 0))
   small = gpt2_jax.quantize(model)

@@ -88,6 +88,7 @@ def start_and_send(number: int, at_step: int, command: list[str], workdir: Path)
   return process.returncode
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_bitwise(finished, text_folder, tmp_path):
   """SIGKILL at a random step, then SIGTERM at another, then to the end."""
   steps = random.randint(2, 9), random.randint(12, 20)

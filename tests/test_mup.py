@@ -117,8 +117,8 @@ def test_initial_deviations():
     assert std(wide['h'][part]['c_proj']['weight']) == pytest.approx(0.1 / 8, rel=0.02)
 
 
-@pytest.mark.parametrize('head', [
-    'lm', pytest.param('sequence_classification', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('head', ['lm', 'sequence_classification'])
 def test_what_is_written_computes_the_same(tmp_path, head):
   """Written as Hugging Face's and read again it is a standard model with the same logits."""
   config = config_of(96, 'mup', heads=2, head=head)  # a ratio of 3, heads of 48 instead of 16

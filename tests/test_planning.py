@@ -260,6 +260,7 @@ def test_accumulation_repeats_the_gathers_of_the_layers():
   assert math.isclose(once.flops_compiled, twice.flops_compiled)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_says_so():
   made = plan_train(small_config(), fake(hbm=2**20), 'small')
   assert not made.fits and made.memory.total > 2**20

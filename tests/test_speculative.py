@@ -91,6 +91,7 @@ def test_rounds(params):
   assert new_B.max() == 29 and made < 29 / 2
 
 
+@pytest.mark.slow
 def test_nan(params):
   """A draft's make its guesses worse, no more; the model's own are told."""
   options = dict(greedy('draft'), max_new_tokens=40)
@@ -132,7 +133,7 @@ def surprise(have: np.ndarray, want: np.ndarray) -> float:
   return (((have - want) ** 2 / np.maximum(want, 1e-9)).sum() - freedom) / np.sqrt(2 * freedom)
 
 
-@pytest.mark.parametrize('who', ['draft', 'lookup'])
+@pytest.mark.parametrize('who', [pytest.param('draft', marks=pytest.mark.slow), 'lookup'])
 def test_samples_have_the_models_distribution(params, who):
   """Processors and all: the first token, two guesses or what replaces them, and what follows."""
   n, rows, prompt = 4, 4000, [3, 4, 6, 3, 4]

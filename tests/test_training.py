@@ -84,6 +84,7 @@ def test_meshes_change_nothing(dropped, sizes):
     np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_mesh_and_micro_batches_together(dropped, capfd):
   config, want, _ = dropped
   have, _ = run_steps(config, 2, mesh=(2, 2, 2))
@@ -259,6 +260,7 @@ def test_the_memory_estimate_is_near_the_compilers(remat):
   assert 0.6 < estimate / actual < 1.7, (estimate / 2**20, actual / 2**20)
 
 
+@pytest.mark.slow
 def test_compiler_options_reach_the_compiler():
   config = tiny_config(mesh__fsdp=8, train__compiler_options='xla_cpu_no_such_thing=1')
   made = plan.make_plan(config)
