@@ -41,9 +41,10 @@ def tiny_model(seed: int = 0):
 class Running:
   """A server that runs: where it is, and what it counts."""
 
-  def __init__(self, app, port: int):
-    self.app, self.port, self.url = app, port, f'http://127.0.0.1:{port}'
-    self.serving = app.state.serving
+  def __init__(self, app, server):
+    self.app, self.server, self.serving = app, server, app.state.serving
+    self.port = server.servers[0].sockets[0].getsockname()[1]
+    self.url = f'http://127.0.0.1:{self.port}'
 
   def value(self, name: str, **labels: str) -> float:
     """A number of `/metrics`; labels default to the one model."""
@@ -71,7 +72,7 @@ def serve(models=None, **options) -> Iterator[Running]:
     while not server.started:
       assert thread.is_alive(), 'the server did not start'
       time.sleep(0.01)
-    yield Running(app, server.servers[0].sockets[0].getsockname()[1])
+    yield Running(app, server)
   finally:
     server.should_exit = True
     thread.join(60)

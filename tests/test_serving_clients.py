@@ -153,7 +153,7 @@ def request(body: dict, path: str = '/v1/completions') -> bytes:
 
 async def vandal(port: int, kind: int) -> None:
   """Comes with a long text to write, and misbehaves; whatever it meets is fine."""
-  rng = random.Random(kind)
+  rng, writer = random.Random(kind), None
   try:
     reader, writer = await asyncio.open_connection('127.0.0.1', port)
     whole = request(dict(prompt='a', max_tokens=150, stream=kind % 2 == 0, n=rng.randint(1, 4)))
@@ -168,9 +168,11 @@ async def vandal(port: int, kind: int) -> None:
       if kind % 5 == 3:
         await asyncio.wait_for(reader.read(300), 5)
     await asyncio.sleep(rng.random() * 0.3)
-    writer.transport.abort() if kind % 3 else writer.close()
   except (OSError, TimeoutError):
     pass
+  finally:
+    if writer:
+      writer.transport.abort() if kind % 3 else writer.close()
 
 
 def test_a_thousand_clients_that_vanish(server):
@@ -249,17 +251,27 @@ def test_headers_of_a_later_request_are_cut_off_too(server, monkeypatch):
 def test_a_connection_that_takes_nothing_is_closed():
   from gpt2_jax.serving.api import Limits
   with serve(slots=2, limits=Limits(send_seconds=0.5)) as running:
-    lazy = socket.create_connection(('127.0.0.1', running.port), timeout=20)
-    lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
     body = dict(input='a' * 150, attentions=True, hidden_states=True)
-    lazy.sendall(request(body, '/v1/features') * 8)  # more than the sockets' buffers hold
-    time.sleep(3)
-    taken = b''
-    with contextlib.suppress(ConnectionResetError):
-      while piece := lazy.recv(1 << 16):
-        taken += piece
-    whole = httpx.post(running.url + '/v1/features', json=body).content
-    assert len(taken) < 8 * len(whole)
+    whole = httpx.post(running.url + '/v1/features', json=body, timeout=60).content
+    times = (16 << 20) // len(whole)  # more than the sockets' buffers hold
+    open_now = running.server.server_state.connections
+
+    def wait_for(count):
+      until = time.monotonic() + 60
+      while len(open_now) != count:
+        assert time.monotonic() < until, f'{len(open_now)} connections are open, not {count}'
+        time.sleep(0.01)
+
+    wait_for(0)
+    with socket.create_connection(('127.0.0.1', running.port), timeout=60) as lazy:
+      lazy.sendall(request(body, '/v1/features') * times)
+      wait_for(1)
+      wait_for(0)
+      taken = b''
+      with contextlib.suppress(ConnectionResetError):
+        while piece := lazy.recv(1 << 20):
+          taken += piece
+    assert len(taken) < times * len(whole)
 
 
 def test_a_turn_that_is_too_long_in_coming(monkeypatch):
