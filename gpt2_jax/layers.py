@@ -68,7 +68,7 @@ class KVCache:
     """
     def put(old, new_BTNH):
       new_BNTH = new_BTNH.swapaxes(1, 2)
-      if old.ndim == 4 and old.shape[0] > 1:
+      if old.ndim == 4 and (old.shape[0] > 1 or in_mesh()):
         old = _write(old, new_BNTH, slot)
         return old, old
       if old.ndim == 4:  # see `squeezed`
