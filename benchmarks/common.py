@@ -79,8 +79,15 @@ class Worker:
 
   def peak_bytes(self) -> int:
     """The largest resident memory it has had."""
+    return self._memory('VmHWM')
+
+  def resident_bytes(self) -> int:
+    """The resident memory that it has now."""
+    return self._memory('VmRSS')
+
+  def _memory(self, kind: str) -> int:
     status = Path(f'/proc/{self.process.pid}/status').read_text()
-    return 1024 * int(status.partition('VmHWM:')[2].split()[0])
+    return 1024 * int(status.partition(f'{kind}:')[2].split()[0])
 
   def __enter__(self) -> 'Worker':
     return self

@@ -1,19 +1,20 @@
 """A server under load: many clients at once, beside servers that write one text after another.
 
-    python -m benchmarks.serving [--clients 64] [--seconds 60] [--slots 32] [--json FILE]
+    python -m benchmarks.serving [--clients 64] [--seconds 60] [--repeats 2] [--json FILE]
 
 needs the extra `serve`; torch and transformers too for one row. A tiny random model of
-configs/tiny.py's size writes bytes. Three servers, processes of their own, are asked one after the
-other by the same clients, which send one request after another: ours with one slot, ours with
-`--slots`, and the usual one around transformers' `generate`, a lock and a thread pool, whose texts
-never stream. Answers of ours are made beforehand, one at a time, by the server itself; each answer
-under load is compared with the one it must be. A third of the requests stream, and of these the time
-to the first token counts.
+configs/tiny.py's size writes bytes. Three servers, processes of their own, are asked in turns by the
+same clients, which send one request after another: ours with one slot, ours with `--slots`, and the
+usual one around transformers' `generate`, a lock and a thread pool, whose texts never stream. The
+answers are made beforehand, one at a time, by the server itself; each answer under load is compared
+with the one it must be. A third of the requests stream, and of these the time to the first token
+counts.
 """
 
 import argparse
 import asyncio
 import contextlib
+import functools
 import importlib.util
 import json
 import statistics
@@ -22,27 +23,28 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.common import Worker, report
+from benchmarks.common import Worker, ratio, report, take_turns
 
-SERVER = '''
+START = '''
 import threading
-from gpt2_jax import pretrained
-from gpt2_jax.serving.app import make_app
-from gpt2_jax.serving.server import make_server
-def run(**options):
-  if 'slots' not in options:
-    return {'rss': 1024 * int(open('/proc/self/status').read().partition('VmRSS:')[2].split()[0])}
-  app = make_app({'tiny': pretrained.from_pretrained(folder)}, queue=1000, **options)
-  app.state.serving.engines['tiny'].warm()
-  server = make_server(app, host='127.0.0.1', port=0, log_level='error')
+def start(server):
   threading.Thread(target=server.run, daemon=True).start()
   while not server.started:
     time.sleep(0.01)
-  return {'port': server.servers[0].sockets[0].getsockname()[1]}
+  return server.servers[0].sockets[0].getsockname()[1]
 '''
 
-PEER = '''
-import threading
+OURS = START + '''
+from gpt2_jax import pretrained
+from gpt2_jax.serving.app import make_app
+from gpt2_jax.serving.server import make_server
+def run(folder, slots):
+  app = make_app({'tiny': pretrained.from_pretrained(folder)}, queue=1000, slots=slots)
+  app.state.serving.engines['tiny'].warm()
+  return start(make_server(app, host='127.0.0.1', port=0, log_level='error'))
+'''
+
+THEIRS = START + '''
 import torch, transformers, uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -50,9 +52,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 transformers.logging.set_verbosity_error()
 lock = threading.Lock()
-def run(**options):
-  if 'slots' not in options:
-    return {'rss': 1024 * int(open('/proc/self/status').read().partition('VmRSS:')[2].split()[0])}
+def run(folder, slots):
   model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
   def write(body):
     ids = torch.tensor([list(body['prompt'].encode())])
@@ -68,11 +68,7 @@ def run(**options):
   async def complete(request):
     return JSONResponse({'choices': [{'text': await run_in_threadpool(write, await request.json())}]})
   app = Starlette(routes=[Route('/v1/completions', complete, methods=['POST'])])
-  server = uvicorn.Server(uvicorn.Config(app, port=0, log_level='error'))
-  threading.Thread(target=server.run, daemon=True).start()
-  while not server.started:
-    time.sleep(0.01)
-  return {'port': server.servers[0].sockets[0].getsockname()[1]}
+  return start(uvicorn.Server(uvicorn.Config(app, port=0, log_level='error')))
 '''
 
 
@@ -112,39 +108,52 @@ async def load(port: int, asked: list[dict], want: list[str], clients: int, seco
       body = asked[i % len(asked)]
       text, first, status = await ask(port, body)
       done += 1
-      wrong += status != 200 or (bool(want) and text != want[i % len(asked)])
+      wrong += status != 200 or text != want[i % len(asked)]
       if body['stream']:
         firsts.append(first)
       i += 1
 
   await asyncio.gather(*map(client, range(clients)))
   passed = time.perf_counter() - began
-  firsts.sort()
-  return dict(requests=done, wrong=wrong, seconds=passed, requests_per_second=done / passed,
-              first_p50_ms=1e3 * statistics.median(firsts),
-              first_p99_ms=1e3 * firsts[min(len(firsts) - 1, int(0.99 * len(firsts)))])
+  return dict(requests=done, wrong=wrong, seconds_a_request=passed / done, firsts=firsts)
 
 
-def measure(server: str, code: str, folder: str, slots: int, clients: int, seconds: float) -> dict:
-  """A row of the table, and the texts one at a time."""
-  with Worker(f'folder = {folder!r}\n' + code, JAX_PLATFORMS='cpu') as worker:
-    port, asked = worker.ask(slots=slots)['port'], bodies()
+class Side:
+  """A server that runs, and what its turns have shown."""
+
+  def __init__(self, name: str, slots: int, worker: Worker, folder: str):
+    self.name, self.slots, self.worker = name, slots, worker
+    self.port, self.asked, self.turns = worker.ask(folder=folder, slots=slots), bodies(), []
 
     async def one_by_one():
-      return [(await ask(port, body))[0] for body in asked]
+      return [(await ask(self.port, body))[0] for body in self.asked]
 
-    texts = asyncio.run(one_by_one())
-    before = worker.ask()['rss']
-    # torch's generator is one for all: there a text depends on what was written before
-    row = asyncio.run(load(port, asked, texts if code == SERVER else [], clients, seconds))
-    return dict(server=server, slots=slots, clients=clients, **row, rss_before=before,
-                rss_after=worker.ask()['rss'], texts=texts)
+    self.texts = asyncio.run(one_by_one())
+    self.before = worker.resident_bytes()
+
+  def turn(self, clients: int, seconds: float) -> float:
+    """Seconds a request."""
+    self.turns.append(asyncio.run(load(self.port, self.asked, self.texts, clients, seconds)))
+    seconds_a_request = self.turns[-1]['seconds_a_request']
+    print(f'{self.name}, {self.slots}: {1 / seconds_a_request:.1f} requests a second', flush=True)
+    return seconds_a_request
+
+  def row(self, clients: int) -> dict:
+    firsts = sorted(1e3 * first for turn in self.turns for first in turn['firsts'])
+    return dict(server=self.name, slots=self.slots, clients=clients,
+                requests=sum(turn['requests'] for turn in self.turns),
+                wrong=sum(turn['wrong'] for turn in self.turns),
+                seconds_a_request=[turn['seconds_a_request'] for turn in self.turns],
+                first_p50_ms=statistics.median(firsts),
+                first_p99_ms=firsts[min(len(firsts) - 1, int(0.99 * len(firsts)))],
+                rss_before=self.before, rss_after=self.worker.resident_bytes())
 
 
 def main() -> None:
   flags = argparse.ArgumentParser(description=(__doc__ or '').splitlines()[0])
   flags.add_argument('--clients', type=int, default=64)
-  flags.add_argument('--seconds', type=float, default=60)
+  flags.add_argument('--seconds', type=float, default=60, help='of a turn')
+  flags.add_argument('--repeats', type=int, default=2, help='turns of each')
   flags.add_argument('--slots', type=int, default=32)
   flags.add_argument('--json')
   args = flags.parse_args()
@@ -161,24 +170,26 @@ def main() -> None:
     rows = stack.enter_context(report(args.json))
     folder = str(Path(stack.enter_context(tempfile.TemporaryDirectory())) / 'tiny')
     gpt2_jax.save_pretrained(model, folder)
-    print(f'{"server":14s}{"slots":>5s}{"requests":>9s}{"wrong":>6s}{"req/s":>8s}{"first p50":>11s}'
-          f'{"p99, ms":>9s}{"RSS MiB":>9s}{"after":>7s}', flush=True)
-    sides, texts = [('ours', SERVER, 1), ('ours', SERVER, args.slots)], []
+    kinds = [('ours', OURS, 1), ('ours', OURS, args.slots)]
     if importlib.util.find_spec('transformers') and importlib.util.find_spec('torch'):
-      sides.append(('transformers', PEER, 1))
-    for server, code, slots in sides:
-      row = measure(server, code, folder, slots, args.clients, args.seconds)
-      texts.append(row.pop('texts'))
+      kinds.append(('transformers', THEIRS, 1))
+    sides = {f'{name}, {slots}': Side(name, slots, stack.enter_context(
+        Worker(code, JAX_PLATFORMS='cpu')), folder) for name, code, slots in kinds}
+    one, many, *_ = sides.values()
+    if one.texts != many.texts:
+      sys.exit(f'the texts of one slot and of {args.slots} differ')
+    seconds = take_turns({name: functools.partial(side.turn, args.clients, args.seconds)
+                          for name, side in sides.items()}, args.repeats)
+    print(f'{"server":14s}{"slots":>5s}{"requests":>9s}{"wrong":>6s}{"req/s":>8s}{"first p50":>11s}'
+          f'{"p99, ms":>9s}{"RSS MiB":>9s}{"after":>7s}   many slots write')
+    ours = list(seconds.values())[1]
+    for name, side in sides.items():
+      row = side.row(args.clients) | dict(times=ratio(seconds[name], ours))
       rows.append(row)
-      print(f'{server:14s}{slots:5d}{row["requests"]:9d}{row["wrong"]:6d}'
-            f'{row["requests_per_second"]:8.1f}{row["first_p50_ms"]:11.0f}{row["first_p99_ms"]:9.0f}'
-            f'{row["rss_before"] >> 20:9d}{row["rss_after"] >> 20:7d}', flush=True)
-    rate = [row['requests_per_second'] for row in rows]
-    for row in rows[:1] + rows[2:]:
-      row['times'] = rate[1] / row['requests_per_second']
-      print(f'{args.slots} slots write {row["times"]:.1f} times what {row["server"]} with one does')
-  if texts[0] != texts[1]:
-    sys.exit(f'the texts of one slot and of {args.slots} differ')
+      print(f'{side.name:14s}{side.slots:5d}{row["requests"]:9d}{row["wrong"]:6d}'
+            f'{1 / statistics.median(row["seconds_a_request"]):8.1f}{row["first_p50_ms"]:11.0f}'
+            f'{row["first_p99_ms"]:9.0f}{row["rss_before"] >> 20:9d}{row["rss_after"] >> 20:7d}   '
+            '{:.2f} ({:.2f}-{:.2f}) times as much'.format(*row['times']))
   if any(row['wrong'] for row in rows):
     sys.exit('answers were wrong')
 

@@ -72,7 +72,6 @@ def test_a_mesh_changes_no_token(tiny, params, mesh):
     assert have == want
 
 
-@pytest.mark.slow
 def test_one_row_on_a_mesh_of_one_device(tiny, params):
   """Axes of size 1 are axes still."""
   want = ids(generate_tokens(tiny, params, [1, 2, 3], **SAMPLED))

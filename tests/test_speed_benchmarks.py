@@ -88,9 +88,11 @@ def test_scaling(tmp_path):
 @pytest.mark.slow
 def test_serving(tmp_path):
   pytest.importorskip('uvicorn')
-  one, many, *theirs = rows_of(tmp_path, 'serving', '--clients=3', '--seconds=2', '--slots=3')
+  one, many, *theirs = rows_of(tmp_path, 'serving', '--clients=3', '--seconds=2', '--slots=3',
+                             '--repeats=1')
   for row in (one, many, *theirs):
     assert row['wrong'] == 0
     assert positive(row, 'requests', 'first_p50_ms', 'first_p99_ms', 'rss_after')
   assert (one['slots'], many['slots']) == (1, 3) and positive(one, 'times')
+  assert many['times'] == [1, 1, 1]
   assert [(row['server'], row['slots']) for row in theirs] in ([], [('transformers', 1)])

@@ -33,7 +33,7 @@ from gpt2_jax.errors import UserError
 
 MANIFEST = 'manifest.json'
 VERSION = 1
-GPT2_EOT = 50256
+GPT2_EOT = tokenizer.GPT2_SIZE - 1
 LLMC_MAGIC, LLMC_HEADER_BYTES = 20240520, 1024
 
 
@@ -179,7 +179,7 @@ def _open_foreign(folder: Path, files: dict[str, list[Path]]) -> TokenStore:
   sizes = {p.name: p.stat().st_size for paths in files.values() for p in paths}
   manifest = {
       'sha256': f'sizes {json.dumps(sizes, sort_keys=True)}',  # not read whole: may be 100 GB
-      'tokenizer': {'spec': 'gpt2', 'vocab_size': GPT2_EOT + 1, 'eot': GPT2_EOT},
+      'tokenizer': {'spec': 'gpt2', 'vocab_size': tokenizer.GPT2_SIZE, 'eot': GPT2_EOT},
       'source': {'corpus': f'bin:{folder}', 'licence': 'unstated'},
   }
   return TokenStore(folder, manifest, splits)
