@@ -12,8 +12,10 @@ os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # less optimised code: half the time to compile, which is most of the time these tests take
 QUICK = '--xla_backend_optimization_level=0'
+USUAL = {}  # jax.jit's compiler_options: programs as users have them, for bits that two programs share
 if version('jaxlib').startswith('0.10.'):  # later ones know no other emitters
   QUICK += ' --xla_cpu_use_fusion_emitters=false'
+  USUAL = {'xla_cpu_use_fusion_emitters': True}
 os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count=8 {QUICK}'
 ONLINE = os.environ.get('HF_HUB_OFFLINE', '0')  # as the user has it
 os.environ['HF_HUB_OFFLINE'] = '1'
@@ -71,9 +73,8 @@ def mesh_of(*sizes: int):
 
 def environment(devices: int = 1, **extra: str) -> dict[str, str]:
   """The environment of a process of its own, with so many simulated devices."""
-  env = dict(os.environ, PYTHONPATH=str(ROOT), **extra)
-  env['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={devices} {QUICK}'
-  return env
+  flags = f'--xla_force_host_platform_device_count={devices} {QUICK}'
+  return dict(os.environ, PYTHONPATH=str(ROOT), XLA_FLAGS=flags) | extra
 
 
 def run(*command: str, cwd: Path = ROOT, timeout: float = 300, **env) -> subprocess.CompletedProcess:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from conftest import ROOT, environment, run
+from conftest import ROOT, USUAL, environment, run
 from test_launch import arguments, lines, plain, start_and_send
 from test_training import optim, tiny_config
 
@@ -59,7 +59,8 @@ def test_the_policy_changes_no_bit_where_nothing_is_skipped(tiny):
     config = optim(**fields)
     schedule = make_schedule(config, 10)
     tx = make_optimizer(config, schedule)
-    step = jax.jit(make_train_step(tiny, tx, schedule, seed=0, ema_decay=0.5), donate_argnums=0)
+    step = jax.jit(make_train_step(tiny, tx, schedule, seed=0, ema_decay=0.5), donate_argnums=0,
+                   compiler_options=USUAL)
     state, rng = init_state(tiny, tx, 0, ema=True), np.random.default_rng(0)
     for _ in range(6):
       state, values = step(state, rng.integers(0, 97, (2, 2, 9)).astype(np.int32))
@@ -280,17 +281,17 @@ def test_the_straggler_is_the_host_that_is_busy_not_the_one_that_waits():
 
 @pytest.mark.slow
 def test_a_host_with_slow_data_is_named(text_folder, tmp_path):
-  """Two processes on a mesh across both, of which the second takes its time to read a row."""
+  """Two processes on a mesh across both, of which the second takes its time to read its rows."""
   command = arguments(text_folder, tmp_path / 'run', train__micro_batch_rows=1, train__steps=12,
                       log__straggler_every=4, evaluate__every=100, checkpoint__every=100)
   code = f"""
 import os, runpy, sys, time
 from gpt2_jax.data.loader import TrainLoader
-row = TrainLoader.row
-def slow(self, step, number):
-  time.sleep(0.4 * int(os.environ['OMPI_COMM_WORLD_RANK']))
-  return row(self, step, number)
-TrainLoader.row = slow
+rows = TrainLoader.rows
+def slow(self, step, numbers):
+  time.sleep(0.4 * len(numbers) * int(os.environ['OMPI_COMM_WORLD_RANK']))
+  return rows(self, step, numbers)
+TrainLoader.rows = slow
 sys.argv = {command!r}
 runpy.run_path('launch.py', run_name='__main__')"""
   job = random.randrange(1, 4000) << 16
@@ -403,7 +404,7 @@ def test_the_policy_can_be_turned_on_and_off_between_starts(text_folder, tmp_pat
   """On: moments and all go on, and the averages begin. Off again: as if it had never been on."""
   def go(name, steps, **extra):
     result = run(*arguments(text_folder, tmp_path / name, train__steps=steps, log__sample_tokens=1,
-                            evaluate__every=100, optim__decay_steps=24, **extra))
+                            evaluate__every=100, optim__decay_steps=24, **extra), XLA_FLAGS='')
     assert result.returncode == 0, result.stderr
     return lines(tmp_path / name)
 
