@@ -200,9 +200,8 @@ class Engine:
   def _admit(self, slots, b: int, row: Row):
     tokens_S = np.zeros(self.form.n_positions, np.int32)
     tokens_S[:len(row.ids)] = row.ids
-    key = jax.random.fold_in(jax.random.key(row.seed), row.sample)
-    return steps.admit(slots, b, tokens_S, len(row.ids), row.limit,
-                       steps.chosen_of(self.form.vocab_size, key, **row.options))
+    return steps.admit(slots, b, tokens_S, len(row.ids), row.limit, np.int64(row.seed), row.sample,
+                       steps.chosen_of(self.form.vocab_size, **row.options))
 
   def _step(self):
     """Begins a step, if any row wants one; returns what it will have made, and of whom."""

@@ -160,7 +160,7 @@ def prefill(config: GPTConfig, params: Params, slots: Slots, slot, start, tokens
 
 
 @functools.partial(jax.jit, donate_argnames=('slots',))
-def admit(slots: Slots, slot, tokens_S, length, limit, chosen: Chosen) -> Slots:
+def admit(slots: Slots, slot, tokens_S, length, limit, seed, sample, chosen: Chosen) -> Slots:
   """Lets a slot run, whose cache has the first `length` - 1 of some ids.
 
   Args:
@@ -169,8 +169,10 @@ def admit(slots: Slots, slot, tokens_S, length, limit, chosen: Chosen) -> Slots:
     tokens_S: the ids of the prompt.
     length: how many they are.
     limit: the most new ids.
-    chosen: of this row.
+    seed, sample: of which its key is made.
+    chosen: of this row, without its key.
   """
+  key = jax.random.fold_in(jax.random.key(seed), sample)
   put = lambda all_B, x: all_B.at[slot].set(x)
   history = slots.history
   history = dataclasses.replace(
@@ -178,7 +180,8 @@ def admit(slots: Slots, slot, tokens_S, length, limit, chosen: Chosen) -> Slots:
       prompt_B=put(history.prompt_B, length), limits_B=put(history.limits_B, limit),
       reason_B=put(history.reason_B, h.RUNNING))
   return dataclasses.replace(
-      slots, history=history, chosen=jax.tree.map(put, slots.chosen, chosen))
+      slots, history=history,
+      chosen=jax.tree.map(put, slots.chosen, dataclasses.replace(chosen, keys_B=key)))
 
 
 @functools.partial(jax.jit, donate_argnames=('slots',))
@@ -240,14 +243,16 @@ def step(config: GPTConfig, params: Params, eos_E: jax.Array, slots: Slots) -> t
 
 
 def chosen_of(
-    V: int, key: jax.Array, *, temperature: float, top_k: int | None, top_p: float, presence: float,
+    V: int, *, temperature: float, top_k: int | None, top_p: float, presence: float,
     frequency: float, bias: dict[int, float], logprobs: bool) -> Chosen:
-  """How one row chooses; temperature 0 takes the likeliest token. V: size of the vocabulary."""
+  """How one row chooses, for `admit`; temperature 0 takes the likeliest token. V: size of the
+  vocabulary.
+  """
   bias_V = np.zeros(V, np.float32)
   bias_V[list(bias)] = list(bias.values())
   draws = temperature > 0
   values: dict[str, Any] = dict(
-      keys_B=key, greedy_B=np.bool_(not draws), temperature_B=np.float32(temperature if draws else 1),
+      keys_B=None, greedy_B=np.bool_(not draws), temperature_B=np.float32(temperature if draws else 1),
       top_k_B=np.int32(V if top_k is None or not draws else min(top_k, V)),
       top_p_B=np.float32(top_p if draws else 1), presence_B=np.float32(presence),
       frequency_B=np.float32(frequency), biased_B=np.bool_(bool(bias)), bias_BV=bias_V,

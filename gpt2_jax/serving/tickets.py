@@ -44,7 +44,7 @@ class Row:
   limit: int  # the most new ids
   seed: int
   sample: int  # which of its prompt
-  options: dict[str, Any]  # of `steps.chosen_of`, beside its key
+  options: dict[str, Any]  # of `steps.chosen_of`
   pieces: Pieces
   index: int = 0  # in its request
   scored: bool = False  # whether the log-probabilities of the prompt are asked for
