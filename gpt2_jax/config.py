@@ -36,9 +36,10 @@ ACTIVATIONS = {
     'linear': lambda x: x,
 }
 
-# How attention is computed: by XLA, or by a kernel that never holds T x T weights, of cuDNN (GPU) or
-# Splash (TPU). 'auto': the device's own, where it can do what is asked (`kernels.py`).
-ATTENTIONS = ('auto', 'xla', 'cudnn', 'splash')
+# How attention is computed: by XLA, by a kernel that never holds T x T weights, of cuDNN (GPU) or
+# Splash (TPU), or a block of queries at a time (CPU). 'auto': the device's own, where it can do what
+# is asked (`kernels.py`).
+ATTENTIONS = ('auto', 'xla', 'cudnn', 'splash', 'blocks')
 
 # Elementwise functions and sums along an axis: they cost less to compute again than to keep.
 CHEAP = frozenset((

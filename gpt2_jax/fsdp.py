@@ -114,7 +114,10 @@ def sum_of(like: jax.Array) -> tuple[Callable[[jax.Array], jax.Array], P, bool]:
   def total(part):
     if split is not None and mesh.shape['fsdp'] > 1:
       part = jax.lax.psum_scatter(part, 'fsdp', scatter_dimension=split, tiled=True)
-    if now := tuple(axis for axis in summed_over(spec) if axis not in later):
+    now = [axis for axis in summed_over(spec) if axis not in later]
+    if not later:  # a sum over one device would be a copy; `check_vma` wants it all the same
+      now = [axis for axis in now if mesh.shape[axis] > 1]
+    if now:
       part = jax.lax.psum(part, now)
     if later:
       part = jax.lax.pcast(part, tuple(later), to='unreduced')

@@ -1,8 +1,11 @@
-"""Attention by a kernel that never holds T x T weights: cuDNN's on GPUs, Splash on TPUs.
+"""Causal attention in a platform's own form.
 
-    FlashAttention: Dao et al. 2022, arXiv:2205.14135
+    cudnn, splash  on GPUs and TPUs: kernels that never hold T x T weights
+                   (FlashAttention: Dao et al. 2022, arXiv:2205.14135)
+    blocks         on CPUs: a block of queries at a time with the keys up to its last one, so that
+                   little above the diagonal is multiplied or passed over
 
-Both compute what `attention.attention` does with a causal mask, to the rounding of bfloat16. They run
+All compute what `attention.attention` does with a causal mask, to the rounding of the dtype, and run
 in a `shard_map`: called directly, cuDNN's fails on an explicit mesh.
 """
 
@@ -11,17 +14,20 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from gpt2_jax.attention import attention, causal_mask
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.sharding import RULES, in_mesh, platform, reshard
 
 INTERPRET = False  # run Splash as plain JAX: the tests do, on CPU
 BLOCK = 512  # positions that Splash works on at a time
 LANES = 128  # what it wants T to be a multiple of
+QUERIES = 128  # of a block on a CPU, at least
+BLOCKS = 8  # at most: each is a program of its own, which takes time to compile
 
-
-OWN = {'gpu': 'cudnn', 'tpu': 'splash'}
+OWN = {'gpu': 'cudnn', 'tpu': 'splash', 'cpu': 'blocks'}
 
 
 def choose(config: GPTConfig, T: int, *, drops: bool) -> tuple[str, str]:
@@ -33,17 +39,19 @@ def choose(config: GPTConfig, T: int, *, drops: bool) -> tuple[str, str]:
     drops: whether attention dropout is wanted.
 
   Returns:
-    'cudnn', 'splash' or 'xla', and a reason, '' where none is needed.
+    A name of `OWN` or 'xla', and a reason, '' where none is needed.
   """
   own = 'splash' if INTERPRET else OWN.get(platform(), 'xla')
   name = own if config.attention == 'auto' else config.attention
+  if name == 'blocks' and T <= QUERIES:  # a single one: all of XLA's attention
+    name = 'xla'
   seq = jax.sharding.get_abstract_mesh().shape['seq'] if in_mesh() else 1
   fits = config.dtype == 'bfloat16' and config.H % 8 == 0 and config.H <= 128
   reasons = {
       f'{name} does not run on a {platform()}': name not in (own, 'xla'),
       f'{name} has no attention dropout (model.attn_pdrop)': drops and config.attn_pdrop,
       f'{name} has no reorder_and_upcast_attn': config.reorder_and_upcast_attn,
-      'cudnn wants whole rows, mesh.seq = 1': name == 'cudnn' and seq > 1,
+      f'{name} wants whole rows, mesh.seq = 1': name in ('cudnn', 'blocks') and seq > 1,
       'cudnn wants bfloat16 and heads of at most 128, a multiple of 8': name == 'cudnn' and not fits,
       f'splash wants a multiple of {LANES} positions a device':
           name == 'splash' and T % (LANES * seq),
@@ -64,8 +72,9 @@ class Kernel:
     q_BTNH = (q_BTNH * scale).astype(q_BTNH.dtype)
     d, r = self.documents_BT, RULES
     documents = [] if d is None else [(reshard(d, r.rows_bt), reshard(d, P(r.rows_bt[0], None)))]
-    if self.name == 'cudnn':
-      return _by_shards(_cudnn, q_BTNH, k_BSNH, v_BSNH, *documents)
+    if self.name in ('cudnn', 'blocks'):
+      run = _cudnn if self.name == 'cudnn' else _blocks
+      return _by_shards(run, q_BTNH, k_BSNH, v_BSNH, *documents)
     return _by_shards(_run_splash, q_BTNH, k_BSNH, v_BSNH, *documents,
                       kernel=_splash(*q_BTNH.shape[1:3]))
 
@@ -90,6 +99,19 @@ def _cudnn(q_BTNH, k_BTNH, v_BTNH, documents=None):
     mask_B1TT = (documents[0][:, :, None] == documents[1][:, None])[:, None]
   return jax.nn.dot_product_attention(
       q_BTNH, k_BTNH, v_BTNH, mask=mask_B1TT, scale=1.0, is_causal=True, implementation='cudnn')
+
+
+def _blocks(q_BTNH, k_BTNH, v_BTNH, documents=None):
+  T, out = q_BTNH.shape[1], []
+  size = max(QUERIES, -(-T // BLOCKS))
+  for first in range(0, T, size):
+    end = min(first + size, T)
+    see_BTS = causal_mask(end - first, end, first)
+    if documents is not None:
+      see_BTS &= documents[0][:, first:end, None] == documents[1][:, None, :end]
+    out.append(attention(
+        q_BTNH[:, first:end], k_BTNH[:, :end], v_BTNH[:, :end], see_BTS, scale=1.0)[0])
+  return jnp.concatenate(out, axis=1)
 
 
 def _splash(T: int, N: int):

@@ -12,7 +12,7 @@ os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # less optimised code: half the time to compile, which is most of the time these tests take
 QUICK = '--xla_backend_optimization_level=0'
-USUAL = {}  # jax.jit's compiler_options: programs as users have them, for bits that two programs share
+USUAL = {}  # jax.jit's compiler_options, for bits that two programs share as users compile them
 if version('jaxlib').startswith('0.10.'):  # later ones know no other emitters
   QUICK += ' --xla_cpu_use_fusion_emitters=false'
   USUAL = {'xla_cpu_use_fusion_emitters': True}

@@ -1,4 +1,4 @@
-"""Attention kernels compute what XLA's attention does, within documents too, and lower for GPU, TPU.
+"""A platform's attention computes what XLA's does, within documents too, and lowers for GPU and TPU.
 
 Splash runs as plain JAX here. What needs a GPU or TPU is in benchmarks/kernels.py.
 """
@@ -48,6 +48,23 @@ def test_splash_is_xla(interpreted, mesh, by_layer, document_start):
     assert_close(a, b, 2e-5)
 
 
+@pytest.mark.parametrize('T,mesh,by_layer,document_start', [
+    (200, None, True, None), (200, (2, 1, 2, 1), False, 5),
+    pytest.param(1500, None, False, 5, marks=pytest.mark.slow)])
+def test_blocks_are_xla(T, mesh, by_layer, document_start):
+  """Also where the last block is shorter, and where there are more queries than eight times 128."""
+  tokens = jnp.asarray(np.random.default_rng(0).integers(0, 97, (2, T + 1)))
+  config = dataclasses.replace(WIDE, n_positions=2000, scale_attn_by_inverse_layer_idx=by_layer)
+  plain = dataclasses.replace(config, attention='xla')
+  with mesh_of(*mesh) if mesh else nullcontext():
+    assert choose(config, T, drops=True) == ('blocks', '')
+  (want, want_grads), (have, grads) = (
+      loss_and_grads(c, tokens, document_start, mesh) for c in (plain, config))
+  assert_close(have, want)
+  for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
+    assert_close(a, b, 2e-5)
+
+
 def test_a_document_does_not_see_the_ones_before(tiny):
   """Each document of a row has the loss that it has at its place with anything before it."""
   rng = np.random.default_rng(0)
@@ -74,6 +91,16 @@ def test_a_document_does_not_see_the_ones_before(tiny):
 def test_what_a_kernel_cannot_do_falls_back_with_a_reason(interpreted, fields, T, drops, says):
   name, reason = choose(dataclasses.replace(WIDE, **fields), T, drops=drops)
   assert name == 'xla' and says in reason
+
+
+def test_blocks_where_there_are_several():
+  assert choose(WIDE, 128, drops=False) == ('xla', '')
+  assert choose(WIDE, 129, drops=False) == ('blocks', '')
+  with mesh_of(1, 1, 1, 2):
+    assert choose(WIDE, 256, drops=False) == ('xla', 'blocks wants whole rows, mesh.seq = 1')
+  drops = dataclasses.replace(WIDE, attn_pdrop=0.1)
+  assert choose(drops, 256, drops=False) == ('blocks', '')
+  assert choose(drops, 256, drops=True)[0] == 'xla'
 
 
 def test_dropout_matters_in_training_alone(interpreted):

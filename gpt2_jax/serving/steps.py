@@ -252,7 +252,8 @@ def chosen_of(
   bias_V[list(bias)] = list(bias.values())
   draws = temperature > 0
   values: dict[str, Any] = dict(
-      keys_B=None, greedy_B=np.bool_(not draws), temperature_B=np.float32(temperature if draws else 1),
+      keys_B=None, greedy_B=np.bool_(not draws),
+      temperature_B=np.float32(temperature if draws else 1),
       top_k_B=np.int32(V if top_k is None or not draws else min(top_k, V)),
       top_p_B=np.float32(top_p if draws else 1), presence_B=np.float32(presence),
       frequency_B=np.float32(frequency), biased_B=np.bool_(bool(bias)), bias_BV=bias_V,

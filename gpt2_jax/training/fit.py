@@ -47,7 +47,7 @@ def estimate_parts(c: GPTConfig, mesh: Mesh, T: int, rows: int, ema: bool) -> Pa
   b, D, F = jnp.dtype(c.dtype).itemsize, c.n_embd, c.F // tensor
   state = 4 * ((2 if ema else 1) * num_params(c) + 4 * num_trained(c)) / split
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    plain = kernels.choose(c, T, drops=True)[0] == 'xla'
+    plain = kernels.choose(c, T, drops=True)[0] in ('xla', 'blocks')
     V, tokens = c.padded_vocab_size // tensor, rows * T // (mesh.size // tensor)  # of a device
     chunk = -(-tokens // num_chunks(tokens, V))
   pairs = plain * (c.n_head // tensor) * T  # of a query and a key, a token
