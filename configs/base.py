@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
       vocab_multiple=128,  # the vocabulary is padded inside: 50257 = 29·1733 would not split
       dtype='auto',  # of activations: bfloat16 on accelerators, float32 on CPU
       remat='none',  # what is computed again: none (of the products), dots (attention), full (all)
-      attention='auto',  # cudnn on GPUs, splash on TPUs, where they can; xla elsewhere
+      attention='auto',  # cudnn on GPUs, splash on TPUs, blocks on CPUs, where they can; else xla
       reduce_dtype='float32',  # of gradients while they are summed over devices, or bfloat16
       head='lm',  # or sequence_classification
   ))

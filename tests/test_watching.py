@@ -399,6 +399,24 @@ def test_spikes_that_do_not_end_stop_the_run(tmp_path):
     made_recorder.line(2, {'train/loss': np.nan, 'train/grad_norm': 1.0})
 
 
+def test_tensorboard_brings_no_torch_along(tmp_path):
+  """Where there is a torch, importing it takes seconds; it can be imported later."""
+  (tmp_path / 'torch.py').write_text('class Tensor:\n  pass\n')
+  result = run('-c', f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+from pathlib import Path
+from gpt2_jax.training import metrics
+writer = metrics.MetricsWriter(Path({str(tmp_path)!r}), 0, tensorboard=True)
+writer.write({{'step': 1, 'train/loss': 2.0}})
+writer.close()
+assert 'torch' not in sys.modules
+import torch
+assert torch.Tensor""")
+  assert result.returncode == 0, result.stderr
+  assert list((tmp_path / 'tensorboard').glob('events.*'))
+
+
 @pytest.mark.slow
 def test_the_policy_can_be_turned_on_and_off_between_starts(text_folder, tmp_path):
   """On: moments and all go on, and the averages begin. Off again: as if it had never been on."""

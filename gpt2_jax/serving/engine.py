@@ -231,6 +231,8 @@ class Engine:
       else:
         scores = jax.tree.map(lambda x, b=b: x[b], made.scores) if row.options['logprobs'] else None
         self._news(row, tokens_B[b], reason_B[b], scores)
+      if reason_B[b] != h.RUNNING:
+        self.stale[b] = False  # the device has ended it itself
 
   def _news(self, row: Row, token: int, reason: int, scores) -> None:
     """A row's next token."""

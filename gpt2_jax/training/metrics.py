@@ -96,7 +96,14 @@ class MetricsWriter:
       self._begin([line for line in read(workdir) if line['step'] <= step])
 
   def _open_board(self):
-    import tensorboardX  # takes seconds: the first line waits for it, not the first step
+    hidden = 'torch' not in sys.modules  # tensorboardX would import it, seconds for the name of a type
+    if hidden:
+      sys.modules['torch'] = None  # type: ignore[assignment]
+    try:
+      import tensorboardX  # takes a second: the first line waits for it, not the first step
+    finally:
+      if hidden:
+        del sys.modules['torch']
     return tensorboardX.SummaryWriter(
         str(self.workdir / 'tensorboard'), purge_step=self._step + 1 if self._step else None)
 
