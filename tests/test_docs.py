@@ -77,7 +77,7 @@ def test_every_option_of_generation_has_an_example_that_works():
   from gpt2_jax import tokenizer
   from gpt2_jax.config import GPTConfig
   from gpt2_jax.decoding.options import Options
-  config = GPTConfig(vocab_size=257, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+  config = GPTConfig(vocab_size=257, n_positions=64, n_embd=32, n_layer=1, n_head=4)
   model = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))
   model.tokenizer = tokenizer.load('byte')
   page = (ROOT / 'docs' / 'decoding.md').read_text()
