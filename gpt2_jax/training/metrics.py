@@ -96,7 +96,8 @@ class MetricsWriter:
       self._begin([line for line in read(workdir) if line['step'] <= step])
 
   def _open_board(self):
-    hidden = 'torch' not in sys.modules  # it would be imported, seconds for a type's name
+    # tensorboardX would import torch where there is one: seconds, for the name of a type
+    hidden = 'torch' not in sys.modules
     if hidden:
       sys.modules['torch'] = None  # type: ignore[assignment]
     try:
