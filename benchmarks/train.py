@@ -5,7 +5,8 @@
 needs torch and transformers (extra `parity`). One side is our training step as `launch.py` compiles
 it, the others are `GPT2LMHeadModel` with eager and sdpa attention, and with `torch.compile` where a
 compiler is there; all with AdamW (theirs fused), clipping, no dropout, random tokens. Processes take
-turns.
+turns. A turn begins with a step that doesn't count: while a process waits, a virtual machine may take
+free memory back, and the next step pays for it (a fifth of one, on either side).
 
 `of GEMM`: the share of the step that its FLOPs (6·P + 12·L·D·T a token, the causal half not taken
 off) would take at the rate of one large product, measured in the same run. MFU is that by the
@@ -108,6 +109,7 @@ def measure(size: str, R: int, T: int, dtype: str, modes, repeats: int, steps: i
         raise Failed(f'a step takes {first:.0f} s')
 
       def turn() -> float:
+        worker.ask(steps=1)
         answer = worker.ask(steps=steps)
         peak[name] = answer['bytes'] or worker.peak_bytes()
         return answer['seconds']

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 
 def causal_mask(T: int, S: int, offset: jax.Array | int = 0) -> jax.Array:
@@ -47,9 +48,9 @@ def attention(
   q_BNTH, k_BNSH, v_BNSH = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSNH, v_BSNH))
   if upcast:
     q_BNTH, k_BNSH = q_BNTH.astype(jnp.float32), k_BNSH.astype(jnp.float32)
-  scores_BNTS = scale * jnp.einsum(
-      'BNTH,BNSH->BNTS', q_BNTH, k_BNSH,
-      preferred_element_type=jnp.float32, precision='highest' if upcast else precision)
+  scores_BNTS = scale * checkpoint_name(jnp.einsum(
+      'BNTH,BNSH->BNTS', q_BNTH, k_BNSH, preferred_element_type=jnp.float32,
+      precision='highest' if upcast else precision), 'kept')
   scores_BNTS = jnp.where(mask_BTS[:, None], scores_BNTS, jnp.finfo(jnp.float32).min)
   weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(v_BNSH.dtype)
   if drop is not None:

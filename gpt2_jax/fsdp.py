@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax import matmul
@@ -30,10 +31,6 @@ class Product:
   reduce_dtype: str  # of the weight's gradient while it is summed over devices
   wide: str  # dtype of the result
 
-  def letters(self) -> tuple[str, str, str]:
-    (x, w), out = self.equation.split('->')[0].split(','), self.equation.split('->')[1]
-    return x, w, out
-
 
 def einsum(how: Product, x: jax.Array, w: jax.Array, b: jax.Array | None = None) -> jax.Array:
   """`x · w + b` in the dtype `how.wide`, from operands in `x`'s dtype."""
@@ -41,11 +38,12 @@ def einsum(how: Product, x: jax.Array, w: jax.Array, b: jax.Array | None = None)
 
 
 def _forward(how: Product, x, w, b):
-  return _multiply(how, x, unshard(w.astype(x.dtype)), b)
+  keep = functools.partial(checkpoint_name, name='kept')
+  return _multiply(how, x, unshard(w.astype(x.dtype)), b, keep)
 
 
-def _multiply(how: Product, x, gathered, b):
-  y = matmul.einsum(how.equation, x, gathered, how.out_spec, how.precision, how.wide)
+def _multiply(how: Product, x, gathered, b, keep):
+  y = keep(matmul.einsum(how.equation, x, gathered, how.out_spec, how.precision, how.wide))
   if b is None:
     return y
   return y + unshard(b.astype(how.wide)).reshape(_over_rows(how, b.shape))
@@ -53,7 +51,7 @@ def _multiply(how: Product, x, gathered, b):
 
 def _over_rows(how: Product, shape: tuple[int, ...]) -> tuple[int, ...]:
   """A bias's shape, with 1 for each axis of rows: 'CNH' against 'CBTNH'."""
-  _, w, out = how.letters()
+  _, w, out = matmul.letters(how.equation)
   sizes = iter(shape)
   return tuple(next(sizes) if letter in w else 1 for letter in out)
 
@@ -63,22 +61,23 @@ _einsum = jax.custom_vjp(_forward, nondiff_argnums=(0,))
 
 def _einsum_fwd(how, x, w, b):
   gathered = unshard(w.astype(x.dtype))
-  return _multiply(how, x, gathered, b), (x, w, gathered, b)
+  return _multiply(how, x, gathered, b, matmul.kept), (x, w, gathered, b)
 
 
 def _einsum_bwd(how, kept, dy):
   x, w, gathered, b = kept
-  x_axes, w_axes, out = how.letters()
+  x_axes, w_axes, out = matmul.letters(how.equation)
   dy = dy.astype(x.dtype)
-  dx = jnp.einsum(f'{out},{w_axes}->{x_axes}', dy, gathered, precision=how.precision,
-                  preferred_element_type=x.dtype, out_sharding=spec_of(x))
+  dx = matmul.einsum(f'{out},{w_axes}->{x_axes}', dy, gathered, spec_of(x), how.precision, x.dtype)
   dtype = jnp.promote_types(how.reduce_dtype, x.dtype)
-  local = functools.partial(jnp.einsum, precision=how.precision, preferred_element_type=dtype)
-  dw = summed(lambda x, dy: local(f'{x_axes},{out}->{w_axes}', x, dy), x, dy, like=w)
+  local = functools.partial(matmul.einsum, f'{x_axes},{out}->{w_axes}', out_spec=None,
+                            precision=how.precision, wide=dtype)
+  dw = summed(local, x, dy, like=w)
   if b is None:
     return dx, dw, None
   b_axes = ''.join(letter for letter in out if letter in w_axes)
-  return dx, dw, summed(lambda dy: local(f'{out}->{b_axes}', dy), dy, like=b)
+  return dx, dw, summed(lambda dy: jnp.einsum(
+      f'{out}->{b_axes}', dy, preferred_element_type=dtype), dy, like=b)
 
 
 _einsum.defvjp(_einsum_fwd, _einsum_bwd)

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from gpt2_jax.attention import attention, causal_mask
+from gpt2_jax.attention import causal_mask
 from gpt2_jax.config import GPTConfig
+from gpt2_jax.matmul import kept, row_major
 from gpt2_jax.sharding import RULES, in_mesh, platform, reshard
 
 INTERPRET = False  # run Splash as plain JAX: the tests do, on CPU
@@ -101,17 +102,71 @@ def _cudnn(q_BTNH, k_BTNH, v_BTNH, documents=None):
       q_BTNH, k_BTNH, v_BTNH, mask=mask_B1TT, scale=1.0, is_causal=True, implementation='cudnn')
 
 
+@jax.custom_vjp
 def _blocks(q_BTNH, k_BTNH, v_BTNH, documents=None):
-  T, out = q_BTNH.shape[1], []
-  size = max(QUERIES, -(-T // BLOCKS))
-  for first in range(0, T, size):
-    end = min(first + size, T)
-    see_BTS = causal_mask(end - first, end, first)
-    if documents is not None:
-      see_BTS &= documents[0][:, first:end, None] == documents[1][:, None, :end]
-    out.append(attention(
-        q_BTNH[:, first:end], k_BTNH[:, :end], v_BTNH[:, :end], see_BTS, scale=1.0)[0])
-  return jnp.concatenate(out, axis=1)
+  return _blocks_forward(q_BTNH, k_BTNH, v_BTNH, documents)[0]
+
+
+def _blocks_forward(q_BTNH, k_BTNH, v_BTNH, documents):
+  """What is kept: the operands heads first, the output, and what a query's weights are made of again:
+  its largest score, and the sum of exp of the others without it.
+  """
+  q, k, v = heads_first = [kept(x.swapaxes(1, 2)) for x in (q_BTNH, k_BTNH, v_BTNH)]
+  out, most, total = [], [], []
+  for first, end in _bounds(q.shape[2]):
+    scores = _scores(q, k, documents, first, end)
+    most.append(scores.max(-1, keepdims=True))
+    weights = jnp.exp(scores - most[-1])
+    total.append(weights.sum(-1, keepdims=True))
+    o = row_major('BNTS,BNSH->BNTH', weights.astype(v.dtype), v[:, :, :end]) / total[-1]
+    out.append(o.astype(v.dtype))
+  out, most, total = (jnp.concatenate(x, axis=2) for x in (out, most, total))
+  out_BTNH = kept(out.swapaxes(1, 2))
+  return out_BTNH, (*heads_first, out_BTNH, kept(most), kept(total), documents)
+
+
+def _blocks_backward(residuals, dout_BTNH):
+  """FlashAttention's backward pass by blocks of queries: weights are made again from what is kept."""
+  q, k, v, out_BTNH, most, total, documents = residuals
+  wide = lambda x: x.astype(jnp.float32)
+  inner = (wide(out_BTNH) * wide(dout_BTNH)).sum(-1, keepdims=True).swapaxes(1, 2)
+  dout = dout_BTNH.swapaxes(1, 2)
+  dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+  for first, end in _bounds(q.shape[2]):
+    q_i, dout_i, inner_i, most_i, total_i = (
+        x[:, :, first:end] for x in (q, dout, inner, most, total))
+    weights = jnp.exp(_scores(q, k, documents, first, end) - most_i) / total_i
+    dweights = row_major('BNTH,BNSH->BNTS', dout_i, v[:, :, :end])
+    dscores = (weights * (dweights - inner_i)).astype(q.dtype)
+    dq.append(row_major('BNTS,BNSH->BNTH', dscores, k[:, :, :end]).astype(q.dtype))
+    dk = dk.at[:, :, :end].add(row_major('BNTS,BNTH->BNSH', dscores, q_i))
+    dv = dv.at[:, :, :end].add(row_major('BNTS,BNTH->BNSH', weights.astype(v.dtype), dout_i))
+  dq, dk, dv = (x.swapaxes(1, 2) for x in (
+      jnp.concatenate(dq, axis=2), dk.astype(k.dtype), dv.astype(v.dtype)))
+  return dq, dk, dv, None
+
+
+_blocks.defvjp(_blocks_forward, _blocks_backward)
+
+
+def block_size(T: int) -> int:
+  """How many of T queries a block has; the last one may have fewer."""
+  return max(QUERIES, -(-T // BLOCKS))
+
+
+def _bounds(T: int) -> list[tuple[int, int]]:
+  """The first query of each block, and that behind its last one."""
+  size = block_size(T)
+  return [(first, min(first + size, T)) for first in range(0, T, size)]
+
+
+def _scores(q_BNTH, k_BNTH, documents, first: int, end: int):
+  """Of a block's queries and the keys up to its last one; the lowest number where they don't see."""
+  see_BTS = causal_mask(end - first, end, first)
+  if documents is not None:
+    see_BTS &= documents[0][:, first:end, None] == documents[1][:, None, :end]
+  scores = row_major('BNTH,BNSH->BNTS', q_BNTH[:, :, first:end], k_BNTH[:, :, :end])
+  return jnp.where(see_BTS[:, None], scores, jnp.finfo(jnp.float32).min)
 
 
 def _splash(T: int, N: int):

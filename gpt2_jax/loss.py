@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from gpt2_jax import fsdp
+from gpt2_jax import fsdp, matmul
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.sharding import in_mesh, platform, reshard, spec_of, unshard
 
@@ -32,10 +32,10 @@ class Loss(NamedTuple):
 def chunk_bytes() -> int:
   """The most bytes of float32 logits that a device makes at a time.
 
-  A chunk reads the table and adds to its gradient: on an accelerator it has thousands of tokens, for
-  its products to take longer than that. A CPU has less to keep busy, and caches to stay in.
+  A chunk reads the table and adds to its gradient: it has thousands of tokens, on a CPU one, for its
+  products to take longer than that.
   """
-  return (64 if platform() == 'cpu' else 512) * 2**20
+  return (256 if platform() == 'cpu' else 512) * 2**20
 
 
 def num_chunks(tokens: int, V: int) -> int:
@@ -125,7 +125,7 @@ def _on_device(config, wanted, axis, x_BTD, table_VD, scale_V, targets_BT, weigh
   """
   (B, T, D), V, dtype = x_BTD.shape, table_VD.shape[0], x_BTD.dtype
   ids_V = jnp.arange(V) + (V * jax.lax.axis_index(axis) if axis else 0)
-  product = functools.partial(jnp.einsum, precision=config.precision)
+  product = lambda equation, x, y, wide: matmul.einsum(equation, x, y, None, config.precision, wide)
   whole = lambda sum_or_max, y: sum_or_max(y, axis) if axis else y
 
   def scaled(y_CV):
@@ -134,7 +134,7 @@ def _on_device(config, wanted, axis, x_BTD, table_VD, scale_V, targets_BT, weigh
 
   def chunk(dw_VD, tokens):
     x_CD, targets_C, weights_C = tokens
-    y_CV = scaled(product('CD,VD->CV', x_CD, table_VD, preferred_element_type=jnp.float32))
+    y_CV = scaled(product('CD,VD->CV', x_CD, table_VD, jnp.float32))
     y_CV = jnp.where(ids_V < config.vocab_size, y_CV, jnp.finfo(jnp.float32).min)
     is_target_CV = targets_C[:, None] == ids_V
     max_C = whole(jax.lax.pmax, y_CV.max(-1))
@@ -145,9 +145,9 @@ def _on_device(config, wanted, axis, x_BTD, table_VD, scale_V, targets_BT, weigh
     dy_CV = weights_C[:, None] * (exp_CV / sum_C[:, None] - is_target_CV)
     dy_CV = scaled(dy_CV).astype(dtype)
     if 'x' in wanted:
-      dx_CD = product('CV,VD->CD', dy_CV, table_VD, preferred_element_type=dtype)
+      dx_CD = product('CV,VD->CD', dy_CV, table_VD, dtype)
     if 'w' in wanted:
-      dw_VD += product('CV,CD->VD', dy_CV, x_CD, preferred_element_type=jnp.float32)
+      dw_VD += product('CV,CD->VD', dy_CV, x_CD, jnp.float32)
     return dw_VD, (each_C, dx_CD)
 
   chunks = num_chunks(B * T, V)

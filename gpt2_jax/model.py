@@ -60,7 +60,7 @@ class Attention(nnx.Module):
 
   def __call__(self, x_BTD, layer, see, cache, slot, keys_B):
     c = self.config
-    q_BTNH, *keys_and_values = self.c_attn(x_BTD, fold_in(keys_B, 3))
+    q_BTNH, *keys_and_values = (x[0] for x in jnp.split(self.c_attn(x_BTD, fold_in(keys_B, 3)), 3))
     k_BSNH, v_BSNH = (reshard(x, RULES.act_bsnh) for x in keys_and_values)
     if cache is not None:
       cache, k_BSNH, v_BSNH = cache.update(layer, slot, k_BSNH, v_BSNH)
@@ -94,7 +94,8 @@ class MLP(nnx.Module):
 
   def __call__(self, x_BTD, keys_B):
     c = self.config
-    h_BTF = ACTIVATIONS[c.activation_function](self.c_fc(x_BTD, fold_in(keys_B, 5)))
+    h_BTF = self.c_fc(x_BTD, fold_in(keys_B, 5))
+    h_BTF = ACTIVATIONS[c.activation_function](h_BTF.astype(jnp.float32)).astype(h_BTF.dtype)
     out_BTD = self.c_proj(h_BTF, fold_in(keys_B, 6))
     return dropout(out_BTD, c.resid_pdrop, fold_in(keys_B, 2))
 

@@ -47,13 +47,16 @@ def estimate_parts(c: GPTConfig, mesh: Mesh, T: int, rows: int, ema: bool) -> Pa
   b, D, F = jnp.dtype(c.dtype).itemsize, c.n_embd, c.F // tensor
   state = 4 * ((2 if ema else 1) * num_params(c) + 4 * num_trained(c)) / split
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    plain = kernels.choose(c, T, drops=True)[0] in ('xla', 'blocks')
+    attends = kernels.choose(c, T, drops=True)[0]
     V, tokens = c.padded_vocab_size // tensor, rows * T // (mesh.size // tensor)  # of a device
     chunk = -(-tokens // num_chunks(tokens, V))
-  pairs = plain * (c.n_head // tensor) * T  # of a query and a key, a token
-  whole = b * (8 * D + 3 * F) + 8 * D + pairs * (4 + 2 * b)
+  # pairs of a query and a key, a token: those kept for the backward pass, and those there at a time
+  pairs = (c.n_head // tensor) * T
+  kept_pairs, most = {'xla': (pairs, pairs), 'blocks': (0, pairs * kernels.block_size(T) // T)}.get(
+      attends, (0, 0))
+  whole = b * (8 * D + 3 * F) + 8 * D + most * (4 + 2 * b)
   products = b * (6 * D + F)
-  kept = {'none': products + 4 * pairs, 'dots': products, 'full': b * D}[c.remat]
+  kept = {'none': products + 4 * kept_pairs, 'dots': products, 'full': b * D}[c.remat]
   logits = (4 + b) * V * (chunk + D) + tokens * b * D
   return {'state': state, 'activations': tokens * (c.n_layer * kept + 2 * whole),
           'logits': logits if c.head == 'lm' else 0}
