@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from gpt2_jax.matmul import lies_whole, row_major
+
 
 def causal_mask(T: int, S: int, offset: jax.Array | int = 0) -> jax.Array:
   """[1, T, S], true where key position s may be seen from query position `offset` + t.
@@ -48,12 +50,17 @@ def attention(
   q_BNTH, k_BNSH, v_BNSH = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSNH, v_BSNH))
   if upcast:
     q_BNTH, k_BNSH = q_BNTH.astype(jnp.float32), k_BNSH.astype(jnp.float32)
-  scores_BNTS = scale * checkpoint_name(jnp.einsum(
-      'BNTH,BNSH->BNTS', q_BNTH, k_BNSH, preferred_element_type=jnp.float32,
-      precision='highest' if upcast else precision), 'kept')
+  scores_BNTS = scale * checkpoint_name(_product(
+      'BNTH,BNSH->BNTS', q_BNTH, k_BNSH, 'highest' if upcast else precision, jnp.float32), 'kept')
   scores_BNTS = jnp.where(mask_BTS[:, None], scores_BNTS, jnp.finfo(jnp.float32).min)
   weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(v_BNSH.dtype)
   if drop is not None:
     weights_BNTS = drop(weights_BNTS)
-  out_BNTH = jnp.einsum('BNTS,BNSH->BNTH', weights_BNTS, v_BNSH, precision=precision)
+  out_BNTH = _product('BNTS,BNSH->BNTH', weights_BNTS, v_BNSH, precision, v_BNSH.dtype)
   return out_BNTH.swapaxes(1, 2), weights_BNTS
+
+
+def _product(equation: str, x, y, precision, wide):
+  if x.dtype == jnp.bfloat16 and lies_whole(x):
+    return row_major(equation, x, y, None, precision, wide)
+  return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=wide)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.sharding import in_mesh, layout, platform
@@ -15,20 +16,27 @@ def einsum(equation: str, x: jax.Array, w: jax.Array, out_spec: P | None, precis
            wide) -> jax.Array:
   """`jnp.einsum(equation, x, w)` in the dtype `wide`, laid out as `out_spec` says.
 
-  Inside a `jax.shard_map` `out_spec` is None. A CPU multiplies by `row_major`, unless operands are
-  split over devices, which would gather them, or a program is exported for any number of rows. A
+  Inside a `jax.shard_map` `out_spec` is None. A CPU multiplies by `row_major`, where it can. There a
   float32 weight [out, in] times a few rows, those of a batch that is decoded, has the weight on the
-  left there: w · xᵀ takes half to a third of the time of x · wᵀ.
+  left: w · xᵀ takes half to a third of the time of x · wᵀ.
   """
-  rows = x.size // x.shape[-1]
-  whole = out_spec is None or not in_mesh() or jax.sharding.get_abstract_mesh().size == 1
-  if platform() == 'cpu' and whole and isinstance(rows, int):
+  if lies_whole(x):
+    rows = x.size // x.shape[-1]
     if x.dtype != jnp.float32 or rows >= FEW.stop:
       return row_major(equation, x, w, out_spec, precision, wide)
     if not in_mesh() and rows in FEW and _last_axes(equation):
       return _weight_first(equation, x, w, precision, wide)
   return jnp.einsum(equation, x, w, precision=precision, preferred_element_type=wide,
                     out_sharding=out_spec and layout(out_spec))
+
+
+def lies_whole(x: jax.Array) -> bool:
+  """Whether `row_major` can be used: on a CPU, of what isn't split over devices, since it would be
+  gathered, and has a known size, since a program may be exported for any.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  split = mesh.size > 1 and set(mesh.axis_types) != {AxisType.Manual}
+  return platform() == 'cpu' and not split and isinstance(x.size, int)
 
 
 def row_major(equation: str, x: jax.Array, y: jax.Array, out_spec: P | None = None,
@@ -45,6 +53,11 @@ def row_major(equation: str, x: jax.Array, y: jax.Array, out_spec: P | None = No
   batch = ''.join(a for a in x_axes if a in y_axes and a in out)
   sums = ''.join(a for a in x_axes if a in y_axes and a not in out)
   rows, columns = (''.join(a for a in axes if a not in batch + sums) for axes in (x_axes, y_axes))
+  if x.dtype == jnp.bfloat16 and all(x.shape[x_axes.index(a)] == 1 for a in rows):
+    # the library multiplies no vectors in bfloat16
+    twice = jnp.concatenate([x, x], axis=x_axes.index(rows[0]))
+    z = row_major(equation, twice, y, out_spec, precision, wide)
+    return jax.lax.slice_in_dim(z, 0, 1, axis=out.index(rows[0]))
   lies = batch + columns + sums if y_axes == batch + columns + sums else batch + sums + columns
   x, y = _arranged(x, x_axes, batch + rows + sums), _arranged(y, y_axes, lies)
   made, axes = batch + rows + columns, range(len(batch))

@@ -83,11 +83,7 @@ def request_of(job: Job, groups: Sequence[Sequence[Row]], windows: Sequence[Sequ
   c = job.config
   groups = [list(group) for group in groups]
   idle = lambda row: dataclasses.replace(row, reason=h.LIMIT)  # fills the devices, writes nothing
-  if job.width is None:
-    slow = c.dtype == 'bfloat16' and jax.default_backend() == 'cpu'
-    if slow and len(groups) == len(groups[0]) == 1:
-      groups[0].append(idle(groups[0][0]))  # XLA's product with one row is slow there
-  else:
+  if job.width is not None:
     groups = [[group[0]] * job.width for group in groups]
   more = -len(groups) % batching.split()
   groups += [[idle(row) for row in groups[0]]] * more
