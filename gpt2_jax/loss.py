@@ -118,13 +118,23 @@ def _on_mesh(config, wanted, x_BTD, table_VD, scale_V, targets_BT, weights_BT):
       out_specs=(spec_of(targets_BT), spec_of(x_BTD), w_spec), check_vma=apart)(*operands)
 
 
+def at(y_CV: jax.Array, ids_C: jax.Array) -> jax.Array:
+  """`y[c, ids[c]]`, 0 for ids of other devices; on accelerators found in the pass that adds up."""
+  C, V = y_CV.shape
+  if platform() != 'cpu':
+    return jnp.where(ids_C[:, None] == jnp.arange(V), y_CV, 0).sum(-1)
+  here_C = (ids_C >= 0) & (ids_C < V)
+  return jnp.where(here_C, y_CV[jnp.arange(C), jnp.where(here_C, ids_C, 0)], 0)
+
+
 def _on_device(config, wanted, axis, x_BTD, table_VD, scale_V, targets_BT, weights_BT):
   """As `_on_mesh`, of a device's tokens; the table's gradient in float32, of these tokens alone.
 
   `axis` of the mesh splits the vocabulary, None: it is whole. `C` are the tokens of a chunk.
   """
   (B, T, D), V, dtype = x_BTD.shape, table_VD.shape[0], x_BTD.dtype
-  ids_V = jnp.arange(V) + (V * jax.lax.axis_index(axis) if axis else 0)
+  first = V * jax.lax.axis_index(axis) if axis else 0
+  ids_V = jnp.arange(V) + first
   product = lambda equation, x, y, wide: matmul.einsum(equation, x, y, None, config.precision, wide)
   whole = lambda sum_or_max, y: sum_or_max(y, axis) if axis else y
 
@@ -136,13 +146,12 @@ def _on_device(config, wanted, axis, x_BTD, table_VD, scale_V, targets_BT, weigh
     x_CD, targets_C, weights_C = tokens
     y_CV = scaled(product('CD,VD->CV', x_CD, table_VD, jnp.float32))
     y_CV = jnp.where(ids_V < config.vocab_size, y_CV, jnp.finfo(jnp.float32).min)
-    is_target_CV = targets_C[:, None] == ids_V
     max_C = whole(jax.lax.pmax, y_CV.max(-1))
     exp_CV = jnp.exp(y_CV - max_C[:, None])
-    sum_C, target_C = whole(jax.lax.psum, (
-        exp_CV.sum(-1), jnp.where(is_target_CV, y_CV, 0).sum(-1)))
+    sum_C, target_C = whole(jax.lax.psum, (exp_CV.sum(-1), at(y_CV, targets_C - first)))
     each_C, dx_CD = jnp.log(sum_C) + max_C - target_C, None
-    dy_CV = weights_C[:, None] * (exp_CV / sum_C[:, None] - is_target_CV)
+    is_target_CV = targets_C[:, None] == ids_V
+    dy_CV = (weights_C / sum_C)[:, None] * exp_CV - weights_C[:, None] * is_target_CV
     dy_CV = scaled(dy_CV).astype(dtype)
     if 'x' in wanted:
       dx_CD = product('CV,VD->CD', dy_CV, table_VD, dtype)

@@ -21,7 +21,12 @@ from gpt2_jax.hardware import peak_flops
 from gpt2_jax.model import bind, init_params
 from gpt2_jax.sharding import BATCH, factorizations, on_devices
 from gpt2_jax.training import fit, plan
-from gpt2_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
+from gpt2_jax.training.optimizer import (
+    clip_by_global_norm,
+    decay_mask,
+    make_optimizer,
+    make_schedule,
+)
 from gpt2_jax.training.step import init_state, make_eval_step, make_train_step, nll
 
 
@@ -170,6 +175,17 @@ def test_the_learning_rate_that_is_logged_is_the_one_applied(tiny):
   moved = np.abs(after.params['ln_f']['weight'] - state.params['ln_f']['weight'])
   assert np.median(moved) == pytest.approx(float(values['train/learning_rate']), rel=1e-3)
   assert float(values['train/learning_rate']) == pytest.approx(1e-2 / 2)
+
+
+@pytest.mark.parametrize('size', [1e-30, 0.01, 0.3, 1e4])
+def test_clipping_is_optax_s(size):
+  """Of gradients whose norm is below the limit, and above it; zero stays zero."""
+  rng = np.random.default_rng(0)
+  grads = {'a': size * rng.normal(size=(7, 5)).astype(np.float32), 'b': np.zeros(3, np.float32)}
+  clip, theirs = clip_by_global_norm(1.0), optax.clip_by_global_norm(1.0)
+  have, want = (jax.jit(f.update)(grads, f.init(grads))[0] for f in (clip, theirs))
+  for a, b in zip(jax.tree.leaves(have), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=3e-7)
 
 
 def test_ema_follows(tiny):

@@ -1,6 +1,7 @@
 """AdamW, its learning-rate schedules, and which parameters decay."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from gpt2_jax.config import Config
@@ -62,6 +63,17 @@ def scale_matrices(factor: float) -> optax.GradientTransformation:
   return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates))
 
 
+def clip_by_global_norm(most: float) -> optax.GradientTransformation:
+  """`optax.clip_by_global_norm` by one factor for all gradients: to divide each by the norm is a pass
+  over all of them.
+  """
+  def clipped(updates, _):
+    factor = jnp.minimum(1, most / optax.tree.norm(updates))
+    return jax.tree.map(lambda update: factor * update, updates)
+
+  return optax.stateless(clipped)
+
+
 def make_optimizer(
     optim: Config, schedule: optax.Schedule, width_ratio: float = 1.0
 ) -> optax.GradientTransformation:
@@ -80,5 +92,5 @@ def make_optimizer(
       optax.add_decayed_weights(optim.weight_decay, decay_mask),
       optax.scale_by_learning_rate(schedule))
   if optim.clip_norm:
-    tx = optax.chain(optax.clip_by_global_norm(optim.clip_norm), tx)
+    tx = optax.chain(clip_by_global_norm(optim.clip_norm), tx)
   return skip_spikes(tx, optim.skip_zscore, optim.skip_warmup) if optim.skip_zscore else tx
