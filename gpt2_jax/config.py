@@ -54,7 +54,7 @@ def keep_products(primitive, *operands, **params) -> bool:
   """
   if primitive.name == 'dot_general':
     return operands[0].dtype == (params['preferred_element_type'] or operands[0].dtype)
-  return primitive.name not in CHEAP | {'reshard', 'layout_constraint'}
+  return primitive.name not in CHEAP | {'reshard', 'layout_constraint', 'custom_jvp_call'}
 
 
 # What a block keeps for its backward pass; the rest is computed again. None keeps what was gathered

@@ -71,13 +71,24 @@ def row_major(equation: str, x: jax.Array, y: jax.Array, out_spec: P | None = No
 def kept(x: jax.Array) -> jax.Array:
   """`x`, for `jax.checkpoint` to keep for the backward pass (`config.REMAT_POLICIES`).
 
-  Without a derivative, for the forward functions of custom ones. A CPU has no loops over bfloat16:
-  XLA would keep a float32 copy of all layers' values beside them, so it keeps their bits.
+  For the forward functions of custom derivatives. A CPU has no loops over bfloat16: XLA would keep a
+  float32 copy of all layers' values beside them, so it keeps their bits.
   """
   if x.dtype != jnp.bfloat16 or platform() != 'cpu':
     return checkpoint_name(x, 'kept')
-  bits = checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint16), 'kept')
+  return _of_bits(checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint16), 'kept'), x)
+
+
+@jax.custom_jvp
+def _of_bits(bits: jax.Array, x: jax.Array) -> jax.Array:
+  """`x` from its bits, which have no derivative."""
+  del x
   return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
+
+
+@_of_bits.defjvp
+def _of_bits_jvp(primals, tangents):
+  return _of_bits(*primals), tangents[1]
 
 
 def letters(equation: str) -> tuple[str, str, str]:

@@ -45,3 +45,13 @@ def test_row_major_differentiates_as_einsum(equation):
 
   for have, want in zip(gradients(matmul.row_major), gradients(jnp.einsum), strict=True):
     assert_close(have, want)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_what_is_kept_is_the_same_and_has_its_derivatives(dtype):
+  x = jnp.asarray([1.5, -2.0, 0.0, jnp.inf], dtype)
+  np.testing.assert_array_equal(matmul.kept(x), x)
+  cube = lambda x: (matmul.kept(x * x) * x).sum().astype(jnp.float32)
+  second = jax.grad(lambda x: jax.grad(cube)(x).sum().astype(jnp.float32))
+  np.testing.assert_array_equal(jax.grad(cube)(x[:3]), 3 * x[:3] ** 2)
+  np.testing.assert_array_equal(second(x[:3]), 6 * x[:3])
