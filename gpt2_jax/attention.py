@@ -7,9 +7,8 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from gpt2_jax.matmul import lies_whole, row_major
+from gpt2_jax.matmul import kept, lies_whole, row_major
 
 
 def causal_mask(T: int, S: int, offset: jax.Array | int = 0) -> jax.Array:
@@ -50,8 +49,8 @@ def attention(
   q_BNTH, k_BNSH, v_BNSH = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSNH, v_BSNH))
   if upcast:
     q_BNTH, k_BNSH = q_BNTH.astype(jnp.float32), k_BNSH.astype(jnp.float32)
-  scores_BNTS = scale * checkpoint_name(_product(
-      'BNTH,BNSH->BNTS', q_BNTH, k_BNSH, 'highest' if upcast else precision, jnp.float32), 'kept')
+  scores_BNTS = scale * kept(_product(
+      'BNTH,BNSH->BNTS', q_BNTH, k_BNSH, 'highest' if upcast else precision, jnp.float32))
   scores_BNTS = jnp.where(mask_BTS[:, None], scores_BNTS, jnp.finfo(jnp.float32).min)
   weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(v_BNSH.dtype)
   if drop is not None:

@@ -14,7 +14,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax import matmul
@@ -38,12 +37,12 @@ def einsum(how: Product, x: jax.Array, w: jax.Array, b: jax.Array | None = None)
 
 
 def _forward(how: Product, x, w, b):
-  keep = functools.partial(checkpoint_name, name='kept')
-  return _multiply(how, x, unshard(w.astype(x.dtype)), b, keep)
+  return _multiply(how, x, unshard(w.astype(x.dtype)), b)
 
 
-def _multiply(how: Product, x, gathered, b, keep):
-  y = keep(matmul.einsum(how.equation, x, gathered, how.out_spec, how.precision, how.wide))
+def _multiply(how: Product, x, gathered, b):
+  y = matmul.kept(matmul.einsum(
+      how.equation, x, gathered, how.out_spec, how.precision, how.wide))
   if b is None:
     return y
   return y + unshard(b.astype(how.wide)).reshape(_over_rows(how, b.shape))
@@ -61,7 +60,7 @@ _einsum = jax.custom_vjp(_forward, nondiff_argnums=(0,))
 
 def _einsum_fwd(how, x, w, b):
   gathered = unshard(w.astype(x.dtype))
-  return _multiply(how, x, gathered, b, matmul.kept), (x, w, gathered, b)
+  return _multiply(how, x, gathered, b), (x, w, gathered, b)
 
 
 def _einsum_bwd(how, kept, dy):

@@ -71,8 +71,8 @@ def row_major(equation: str, x: jax.Array, y: jax.Array, out_spec: P | None = No
 def kept(x: jax.Array) -> jax.Array:
   """`x`, for `jax.checkpoint` to keep for the backward pass (`config.REMAT_POLICIES`).
 
-  For the forward functions of custom derivatives. A CPU has no loops over bfloat16: XLA would keep a
-  float32 copy of all layers' values beside them, so it keeps their bits.
+  A CPU has no loops over bfloat16: XLA would keep a float32 copy of all layers' values beside them.
+  So their bits are kept there.
   """
   if x.dtype != jnp.bfloat16 or platform() != 'cpu':
     return checkpoint_name(x, 'kept')
