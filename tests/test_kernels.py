@@ -13,7 +13,7 @@ import pytest
 from conftest import assert_close, mesh_of
 
 from gpt2_jax import kernels
-from gpt2_jax.attention import attention, causal_mask
+from gpt2_jax.attention import Blocks, attention, causal_mask
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.kernels import Kernel, choose
 from gpt2_jax.model import bind, init_params
@@ -105,6 +105,30 @@ def test_blocks_in_bfloat16(T):
   error = lambda a, b: np.abs(a.astype(np.float32) - b.astype(np.float32)).max() / np.abs(b).max()
   for blocks, xla, exact in zip(gradients(kernels._blocks), gradients(plain), want, strict=True):
     assert error(blocks, exact) < max(2**-7, 1.5 * error(xla, exact))
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_blocks_of_a_cache(dtype):
+  """They give what the whole does; and of what is not read nothing matters, to the last bit."""
+  B, N, S, H, X = 3, 2, 64, 16, 4
+  keys = jax.random.split(jax.random.key(0), 3)
+  q = jax.random.normal(keys[0], (B, 1, N, H)).astype(dtype)
+  k, v = (jax.random.normal(key, (B, N, S, H)).astype(dtype) for key in keys[1:])
+  at = jnp.asarray([3, 30, 17])
+  heads_last = lambda x: x.swapaxes(1, 2)
+  for upcast in (False, True):
+    run = jax.jit(lambda k, v, upcast=upcast: attention(
+        q, k, v, causal_mask(1, S, at), scale=0.3, upcast=upcast)[0])
+    blocks = lambda used, x: Blocks(tuple(jnp.split(x, X, axis=2)), used)
+    want = run(heads_last(k), heads_last(v))
+    two, four = run(blocks(2, k), blocks(2, v)), run(blocks(4, k), blocks(4, v))
+    spoilt = [x.at[:, :, 32:].set(jnp.nan) for x in (k, v)]
+    np.testing.assert_array_equal(two, four)
+    np.testing.assert_array_equal(two, run(*(blocks(2, x) for x in spoilt)))
+    assert two.dtype == dtype
+    np.testing.assert_allclose(two.astype(np.float32), want.astype(np.float32),
+                               **(dict(rtol=1e-6, atol=1e-6) if dtype == jnp.float32 else
+                                  dict(rtol=2**-7, atol=2**-9)))
 
 
 def test_a_document_does_not_see_the_ones_before(tiny):

@@ -15,6 +15,7 @@ from serving_fixtures import CONFIG, events, serve, tiny_model  # noqa: E402
 
 import gpt2_jax  # noqa: E402
 from gpt2_jax.errors import UserError  # noqa: E402
+from gpt2_jax.serving import slots  # noqa: E402
 from gpt2_jax.serving.api import Limits  # noqa: E402
 from gpt2_jax.serving.command import Serve, model_names  # noqa: E402
 
@@ -24,9 +25,12 @@ LONG = TEXT[:132]
 
 @pytest.fixture(scope='module')
 def server():
+  """Its cache lies in blocks of 32 positions, as a large one does."""
   limits = Limits(body_bytes=20_000, texts=8, features_values=50_000)
-  with serve(slots=4, queue=16, limits=limits) as running:
-    yield running
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(slots, 'BLOCK_BYTES', 1)
+    with serve(slots=4, queue=16, limits=limits) as running:
+      yield running
 
 
 def post(server, path='/v1/completions', **body):
@@ -82,6 +86,14 @@ def test_texts_do_not_depend_on_what_else_is_asked(server):
     together = list(pool.map(lambda body: complete(server, **body), MIXED))
   assert together == alone
   server.settle()
+
+
+def test_a_prompt_is_read_once(server):
+  """However many texts begin with it: each reads its last id alone, in its first step."""
+  before = server.value('prompt_tokens_total')
+  choices = complete(server, prompt=LONG, max_tokens=3, n=6, seed=1)
+  assert len({choice['text'] for choice in choices}) > 1
+  assert server.value('prompt_tokens_total') - before == len(LONG) - 1 + 6
 
 
 def stream(server, **body):

@@ -11,7 +11,7 @@ from gpt2_jax.decoding.pieces import Pieces
 from gpt2_jax.errors import UserError
 from gpt2_jax.serving.api import ApiError, Completion, Json, Limits
 from gpt2_jax.serving.engine import Engine
-from gpt2_jax.serving.tickets import Closing, Failed, Full, Row, Scored, Ticket
+from gpt2_jax.serving.tickets import Closing, Failed, Full, Prompt, Row, Scored, Ticket
 
 
 def error_of(why: Failed) -> ApiError:
@@ -64,10 +64,12 @@ class Answer:
         presence=a.presence_penalty or 0.0, frequency=a.frequency_penalty or 0.0,
         bias=a.logit_bias or {}, logprobs=self.scored or self.best_of > self.n)
     try:
+      prompts = [Prompt(ids, self.best_of, scored=self.scored and bool(a.echo))
+                 for ids in self.prompts]
       self.rows = [
-          Row(ids, self.most, seed, k, options, Pieces(engine.model.tokenizer, a.stop or ()),
-              index=i * self.best_of + k, scored=bool(self.scored and a.echo))
-          for i, ids in enumerate(self.prompts) for k in range(self.best_of)]
+          Row(prompt, self.most, seed, k, options, Pieces(engine.model.tokenizer, a.stop or ()),
+              index=i * self.best_of + k)
+          for i, prompt in enumerate(prompts) for k in range(self.best_of)]
       self.echoes = [engine.model.tokenizer.decode(ids) if a.echo else '' for ids in self.prompts]
     except UserError as e:
       raise ApiError(400, str(e), param='prompt') from None
@@ -177,9 +179,9 @@ class Logprobs:
 
   def echo(self) -> dict[str, list]:
     """Of the prompt."""
-    row = self.row
-    found = self._table(row.prompt or [Scored(row.ids[0], None, None)] if row.scored else [])
-    self.chars, self._text = len(self.tokenizer.decode(row.ids)), Pieces(self.tokenizer)
+    prompt = self.row.prompt
+    found = self._table(prompt.told or [Scored(prompt.ids[0], None, None)] if prompt.scored else [])
+    self.chars, self._text = len(self.tokenizer.decode(prompt.ids)), Pieces(self.tokenizer)
     return found
 
   def more(self, new: list[Scored], shown: int, *, final: bool = True) -> dict[str, list]:

@@ -23,15 +23,16 @@ from gpt2_jax.decoding.generate import REASONS, own_ends, prepare
 from gpt2_jax.decoding.pieces import Pieces
 from gpt2_jax.errors import UserError
 from gpt2_jax.model import GPT2
-from gpt2_jax.serving import steps
+from gpt2_jax.serving import steps, tickets
 from gpt2_jax.serving.metrics import Metrics
-from gpt2_jax.serving.tickets import Closing, Event, Failed, Full, Row, Scored, Ticket, deliver
+from gpt2_jax.serving.slots import CHUNK, blank, chosen_of, empty
+from gpt2_jax.serving.tickets import Closing, Event, Failed, Full, Prompt, Row, Scored, Ticket
 
-BUDGET = 2 * steps.CHUNK  # ids of prompts that are read between two steps
+BUDGET = 2 * CHUNK  # ids of prompts that are read between two steps
 LEAST = 32  # to what a chunk is padded at least
 
 DEFAULTS = dict(temperature=1.0, top_k=None, top_p=1.0, presence=0.0, frequency=0.0, bias={},
-                logprobs=False)  # of `steps.chosen_of`
+                logprobs=False)  # of `chosen_of`
 
 log = logging.getLogger('gpt2_jax.serving')
 
@@ -58,8 +59,7 @@ class Engine:
     self.tickets: dict[Row, Ticket] = {}  # of rows that wait or are written
     self.waiting: collections.deque[Row] = collections.deque()
     self.stale = np.zeros(slots, bool)  # slots that the device doesn't know to be idle
-    self.spoilt: set[int] = set()  # slots with a NaN in them
-    self.reading: list[tuple[Row, int, Any]] = []  # prompts' scores that are computed
+    self.reading: list[tuple[Prompt, int, Any]] = []  # prompts' scores that are computed
     self.outbox: list[tuple[Ticket, Event | Failed]] = []
     self.wake = threading.Condition()
     self.closing = False
@@ -106,11 +106,12 @@ class Engine:
 
   def warm(self) -> None:
     """Compiles all that requests will need."""
-    slots = steps.empty(self.form, B=self.size)
-    for T in {batching.bucket(n, steps.CHUNK, LEAST) for n in range(1, steps.CHUNK + 1)}:
+    slots, cache = empty(self.form, B=self.size), blank(self.form)
+    for T in {batching.bucket(n, CHUNK, LEAST) for n in range(1, CHUNK + 1)}:
       ids_2T = np.zeros((2, T), np.int32)
-      slots, _ = steps.prefill(self.form, self.params, slots, 0, 0, *ids_2T, False)
-    slots = self._admit(slots, 0, Row([0], 1, 0, 0, DEFAULTS, Pieces(self.tokenizer)))
+      cache, _ = steps.prefill(self.form, self.params, cache, 0, *ids_2T, False)
+    prompt = Prompt([0], 1, cache=cache)
+    slots = self._admit(slots, 0, Row(prompt, 1, 0, 0, DEFAULTS, Pieces(self.tokenizer)))
     slots, _ = steps.step(self.form, self.params, self.eos, slots)
     jax.block_until_ready(steps.stop(slots, np.ones(self.size, bool)))
 
@@ -135,15 +136,17 @@ class Engine:
         except Exception:
           log.exception('%s: a step failed', self.name)
           made, self.slots, self.reading = None, None, []
-          for row in list(self.rows):
-            if row is not None:
+          for row in list(self.tickets):
+            if row in self.rows:
               self._fail(row, Failed('the server could not compute this text'))
+            else:
+              row.prompt.forget()  # another row may have begun to read it
         self._send()
 
   def _turn(self, made):
     """Between two steps. `made` is what the device is at; returns what it is at then."""
     if self.slots is None:
-      self.slots = steps.empty(self.form, B=self.size)
+      self.slots = empty(self.form, B=self.size)
     self._drop()
     self._fill()
     began = self._step()
@@ -164,8 +167,6 @@ class Engine:
     if self.stale.any():
       self.slots = steps.stop(self.slots, self.stale)
       self.stale = np.zeros(self.size, bool)
-    while self.spoilt:
-      self.slots = steps.wipe(self.slots, self.spoilt.pop())
 
   def _fill(self) -> None:
     """Gives slots to what waits, and reads prompts, but not so much that others wait for long."""
@@ -180,28 +181,34 @@ class Engine:
 
   def _read(self, b: int, row: Row) -> int:
     """Reads a chunk of a prompt, or lets the row run; returns how many ids were read."""
-    if row.unread and (row.limit or row.scored):
-      n = min(row.unread, steps.CHUNK)
-      T = batching.bucket(n, steps.CHUNK, LEAST)
+    prompt = row.prompt
+    if prompt.cache is None:
+      prompt.cache = blank(self.form)
+    if prompt.unread and (row.limit or prompt.scored):
+      n, start = min(prompt.unread, CHUNK), prompt.read
+      T = batching.bucket(n, CHUNK, LEAST)
       ids_2T = np.zeros((2, T), np.int32)
-      ids_2T[0, :n], ids_2T[1, :n] = (row.ids[row.read + i:row.read + i + n] for i in (0, 1))
-      self.slots, scores = steps.prefill(
-          self.form, self.params, self.slots, b, row.read, *ids_2T, row.scored)
-      row.read += n
-      if row.scored:
-        self.reading.append((row, n, scores))
+      ids_2T[0, :n], ids_2T[1, :n] = (prompt.ids[start + i:start + i + n] for i in (0, 1))
+      prompt.cache, scores = steps.prefill(
+          self.form, self.params, prompt.cache, start, *ids_2T, prompt.scored)
+      prompt.read += n
+      self.prompt_tokens.inc(n)
+      if prompt.scored:
+        self.reading.append((prompt, n, scores))
       return T
-    row.admitted = True
-    self.prompt_tokens.inc(len(row.ids))
     if row.limit:
       self.slots = self._admit(self.slots, b, row)
+      self.prompt_tokens.inc()  # the first step reads the last one
+    row.admitted = True
+    prompt.leave()
     return 0
 
   def _admit(self, slots, b: int, row: Row):
+    ids, chosen = row.prompt.ids, chosen_of(self.form.vocab_size, **row.options)
     tokens_S = np.zeros(self.form.n_positions, np.int32)
-    tokens_S[:len(row.ids)] = row.ids
-    return steps.admit(slots, b, tokens_S, len(row.ids), row.limit, np.int64(row.seed), row.sample,
-                       steps.chosen_of(self.form.vocab_size, **row.options))
+    tokens_S[:len(ids)] = ids
+    return steps.admit(slots, b, row.prompt.cache, tokens_S, len(ids), row.limit,
+                       np.int64(row.seed), row.sample, chosen)
 
   def _step(self):
     """Begins a step, if any row wants one; returns what it will have made, and of whom."""
@@ -225,8 +232,6 @@ class Engine:
       if not row.new:
         self.first.observe(time.monotonic() - self.tickets[row].began)
       if reason_B[b] in REFUSED:
-        if reason_B[b] == h.NOT_A_NUMBER:
-          self.spoilt.add(b)
         self._fail(row, Failed(REFUSED[reason_B[b]]))
       else:
         scores = jax.tree.map(lambda x, b=b: x[b], made.scores) if row.options['logprobs'] else None
@@ -254,14 +259,12 @@ class Engine:
 
   def _collect_prompts(self) -> None:
     """Looks at what the model says of prompts; ends rows of which no more is asked."""
-    for row, n, scores in self.reading:
-      if row.done:
-        continue
+    for prompt, n, scores in self.reading:
       scores = jax.device_get(scores)
-      start = len(row.prompt) or 1
-      row.prompt = row.prompt or [Scored(row.ids[0], None, None)]
-      row.prompt += [_scored(token, jax.tree.map(lambda x, t=t: x[t], scores))
-                     for t, token in enumerate(row.ids[start:start + n])]
+      start = len(prompt.told) or 1
+      prompt.told = prompt.told or [Scored(prompt.ids[0], None, None)]
+      prompt.told += [_scored(token, jax.tree.map(lambda x, t=t: x[t], scores))
+                      for t, token in enumerate(prompt.ids[start:start + n])]
     self.reading = []
     for row in self.rows:
       if row is not None and row.admitted and not row.limit:
@@ -279,6 +282,8 @@ class Engine:
   def _leave(self, row: Row, event: Event | Failed) -> None:
     """Frees a row's slot."""
     row.done = True
+    if not row.admitted:
+      row.prompt.leave()
     self.finished.labels(self.name, row.reason).inc()
     with self.wake:
       self.outbox.append((self.tickets.pop(row), event))
@@ -296,7 +301,7 @@ class Engine:
     self.outbox = []
     for loop, news in by_loop.items():
       try:
-        loop.call_soon_threadsafe(deliver, news)
+        loop.call_soon_threadsafe(tickets.deliver, news)
       except RuntimeError:  # the loop has been closed: nobody waits
         pass
 

@@ -1,8 +1,10 @@
 """The compiled programs of a server: B slots, each a row of one cache, that come and go on their own.
 
-A row's prompt is read in chunks into its part of the cache (`prefill`), all but the last id. Then the
-row is `admit`ted, and each `step` makes one more id of every row that is running. What a row computes
-is in the same program whatever the others do, so they change nothing about it, to the last bit.
+A prompt is read in chunks into a cache of its own (`prefill`), all but the last id. Then a row is
+`admit`ted that begins with it, and each `step` makes one more id of every row that is running. What a
+row computes is in the same program whatever the others do, so they change nothing about it, to the
+last bit. The slots' cache lies in blocks of positions; a step reads those that some running row has
+reached, since a CPU waits for memory.
 
 The numbers of a row's options are arrays [B, 1] in the fields of `decoding`'s processors, each with a
 value that does nothing; a processor that no running row wants is not run.
@@ -15,8 +17,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from gpt2_jax.attention import causal_mask
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.decoding import history as h
 from gpt2_jax.decoding.history import Endings, History
@@ -24,38 +26,11 @@ from gpt2_jax.decoding.loop import choose, next_logits
 from gpt2_jax.decoding.processors import CountPenalty
 from gpt2_jax.decoding.pytree import register
 from gpt2_jax.decoding.warpers import Temperature, TopK, TopP
-from gpt2_jax.layers import KVCache, pick
+from gpt2_jax.layers import pick
 from gpt2_jax.model import Params, bind
+from gpt2_jax.serving.slots import Chosen, Layer, Slots, room
 
-CHUNK = 128  # ids of a prompt that are read at a time: others wait no longer
 K = 5  # alternatives of a token whose log-probabilities are told, as many as OpenAI's
-
-
-@register
-@dataclasses.dataclass(frozen=True)
-class Chosen:
-  """How rows choose their tokens; of one row the same without B."""
-
-  keys_B: jax.Array  # of the request and the sample
-  greedy_B: jax.Array
-  temperature_B: jax.Array
-  top_k_B: jax.Array  # the vocabulary's size: all
-  top_p_B: jax.Array
-  presence_B: jax.Array
-  frequency_B: jax.Array
-  biased_B: jax.Array
-  bias_BV: jax.Array  # added to the logits
-  logprobs_B: jax.Array  # whether log-probabilities are asked for
-
-
-@register
-@dataclasses.dataclass(frozen=True)
-class Slots:
-  """B rows, on the device."""
-
-  cache: Any  # a `KVCache` for each layer: a prompt's and a text's ids from place 0 on
-  history: History  # a row that is not running is idle, or its prompt is being read
-  chosen: Chosen
 
 
 @register
@@ -91,51 +66,14 @@ def _if_asked(asked, logits_XV: jax.Array, ids_X: jax.Array) -> Scores:
   return jax.lax.cond(asked, _scores, zeros, logits_XV, ids_X)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Part:
-  """One layer's cache of all slots, [B, N, S, H], of which one is read and written, in place."""
-
-  k: jax.Array
-  v: jax.Array
-  slot: jax.Array
-
-  def update(self, layer, start, k_1TNH, v_1TNH) -> tuple['_Part', jax.Array, jax.Array]:
-    """As `KVCache.update`, for the one row that is the slot's."""
-    def put(all_BNSH, new_1TNH):
-      all_BNSH = jax.lax.dynamic_update_slice(
-          all_BNSH, new_1TNH.swapaxes(1, 2), (self.slot, 0, start, 0))
-      return all_BNSH, jax.lax.dynamic_slice_in_dim(all_BNSH, self.slot, 1, axis=0)
-
-    (k, k_1NSH), (v, v_1NSH) = put(self.k, k_1TNH), put(self.v, v_1TNH)
-    return _Part(k, v, self.slot), k_1NSH.swapaxes(1, 2), v_1NSH.swapaxes(1, 2)
-
-
-@functools.partial(jax.jit, static_argnames=('config', 'B'))
-def empty(config: GPTConfig, *, B: int) -> Slots:
-  """B idle slots, each with room for the model's context."""
-  V, S = config.vocab_size, config.n_positions
-  S_chunks = -(-S // CHUNK) * CHUNK if S > CHUNK else S
-  zero_B, no_B, real_B = jnp.zeros(B, jnp.int32), jnp.zeros(B, bool), jnp.zeros(B)
-  history = History(
-      tokens_BS=jnp.zeros((B, S), jnp.int32), lengths_B=zero_B + 1, prompt_B=zero_B + 1,
-      limits_B=zero_B, context_B=zero_B + S, which_B=zero_B, stop_B=zero_B, guide_B=zero_B,
-      reason_B=zero_B + h.LIMIT)
-  chosen = Chosen(
-      keys_B=jax.random.split(jax.random.key(0), B), greedy_B=~no_B, temperature_B=real_B + 1,
-      top_k_B=zero_B + V, top_p_B=real_B + 1, presence_B=real_B, frequency_B=real_B, biased_B=no_B,
-      bias_BV=jnp.zeros((B, V)), logprobs_B=no_B)
-  return Slots(KVCache.zeros(config, B, S_chunks), history, chosen)
-
-
-@functools.partial(jax.jit, static_argnames=('config',), donate_argnames=('slots',))
-def prefill(config: GPTConfig, params: Params, slots: Slots, slot, start, tokens_T, next_T, asked
-            ) -> tuple[Slots, Scores]:
-  """Reads T ids of a prompt into a slot.
+@functools.partial(jax.jit, static_argnames=('config',), donate_argnames=('cache',))
+def prefill(config: GPTConfig, params: Params, cache, start, tokens_T, next_T, asked
+            ) -> tuple[Any, Scores]:
+  """Reads T ids of a prompt.
 
   Args:
     config, params: the model, in the form 'decode'.
-    slots: are given up; those that are returned take their place.
-    slot: which of them.
+    cache: of this row, with the ids before them; is given up.
     start: place of the first id.
     tokens_T: ids, padded on the right. What is written for padding is written over before it is seen.
     next_T: the ids after them.
@@ -146,26 +84,25 @@ def prefill(config: GPTConfig, params: Params, slots: Slots, slot, start, tokens
 
   # padding may lie beyond the context, where there is no position
   positions_1T = jnp.minimum(start + jnp.arange(T), config.n_positions - 1)[None]
-  out = model.transformer(
-      tokens_T[None], positions_BT=positions_1T, slot=start,
-      cache=tuple(_Part(layer.k, layer.v, slot) for layer in slots.cache))
-  cache = tuple(KVCache(layer.k, layer.v) for layer in out.cache)
+  out = model.transformer(tokens_T[None], positions_BT=positions_1T, slot=start, cache=cache)
 
   # no logits are computed where they are not asked for
   score = lambda x_1TD: _scores(next_logits(model, x_1TD)[0], next_T)
   zeros = lambda x_1TD: jax.tree.map(
       lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(score, x_1TD))
   scores = jax.lax.cond(asked, score, zeros, out.x_BTD)
-  return dataclasses.replace(slots, cache=cache), scores
+  return out.cache, scores
 
 
 @functools.partial(jax.jit, donate_argnames=('slots',))
-def admit(slots: Slots, slot, tokens_S, length, limit, seed, sample, chosen: Chosen) -> Slots:
-  """Lets a slot run, whose cache has the first `length` - 1 of some ids.
+def admit(slots: Slots, slot, cache, tokens_S, length, limit, seed, sample, chosen: Chosen) -> Slots:
+  """Lets a slot run.
 
   Args:
-    slots: are given up.
+    slots: are given up; those that are returned take their place.
     slot: which of them.
+    cache: has the first `length` - 1 of its ids. All of it is copied: what an earlier row left, a NaN
+      perhaps, would spoil this one, unseen as it is (0 · NaN is NaN).
     tokens_S: the ids of the prompt.
     length: how many they are.
     limit: the most new ids.
@@ -174,14 +111,17 @@ def admit(slots: Slots, slot, tokens_S, length, limit, seed, sample, chosen: Cho
   """
   key = jax.random.fold_in(jax.random.key(seed), sample)
   put = lambda all_B, x: all_B.at[slot].set(x)
+  split = lambda row_1NSH, blocks: tuple(jnp.split(row_1NSH[0], len(blocks), axis=1))
+  all_slots = tuple((jax.tree.map(put, k, split(layer.k, k)), jax.tree.map(put, v, split(layer.v, v)))
+                    for (k, v), layer in zip(slots.cache, cache))
   history = slots.history
   history = dataclasses.replace(
       history, tokens_BS=put(history.tokens_BS, tokens_S), lengths_B=put(history.lengths_B, length),
       prompt_B=put(history.prompt_B, length), limits_B=put(history.limits_B, limit),
       reason_B=put(history.reason_B, h.RUNNING))
-  return dataclasses.replace(
-      slots, history=history,
-      chosen=jax.tree.map(put, slots.chosen, dataclasses.replace(chosen, keys_B=key)))
+  return Slots(
+      all_slots, history,
+      jax.tree.map(put, slots.chosen, dataclasses.replace(chosen, keys_B=key)))
 
 
 @functools.partial(jax.jit, donate_argnames=('slots',))
@@ -190,13 +130,6 @@ def stop(slots: Slots, stopped_B) -> Slots:
   history = slots.history
   reason_B = jnp.where(stopped_B, h.LIMIT, history.reason_B)
   return dataclasses.replace(slots, history=dataclasses.replace(history, reason_B=reason_B))
-
-
-@functools.partial(jax.jit, donate_argnames=('slots',))
-def wipe(slots: Slots, slot) -> Slots:
-  """Zeroes a slot's cache. A NaN there would spoil later rows, unseen as it is: 0 · NaN is NaN."""
-  cache = jax.tree.map(lambda x_BNSH: x_BNSH.at[slot].set(0), slots.cache)
-  return dataclasses.replace(slots, cache=cache)
 
 
 def _process(chosen: Chosen, logits_BV: jax.Array, history: History) -> jax.Array:
@@ -227,10 +160,15 @@ def step(config: GPTConfig, params: Params, eos_E: jax.Array, slots: Slots) -> t
   """
   model, history, chosen = bind(config, params), slots.history, slots.chosen
   running_B = history.running_B
-  # an idle slot writes where no running one ever reads: the last place ends a text
-  at_B = jnp.where(running_B, history.lengths_B - 1, config.n_positions - 1)
+  S_block = slots.cache[0][0][0].shape[2]
+  at_B = history.lengths_B - 1
+  used = jnp.where(running_B, at_B, -1).max() // S_block + 1
   last_B1 = pick(history.tokens_BS, at_B)[:, None]
-  out = model.transformer(last_B1, cache=slots.cache, slot=at_B)
+  out = model.transformer(
+      last_B1, positions_BT=at_B[:, None], mask_BTS=causal_mask(1, room(config), at_B),
+      slot=jnp.where(running_B, at_B, room(config)),  # an idle slot writes nowhere
+      cache=tuple(Layer(k, v, used) for k, v in slots.cache))
+  cache = tuple((layer.k, layer.v) for layer in out.cache)
   logits_BV = next_logits(model, out.x_BTD)[:, 0]
   scores_BV = _process(chosen, logits_BV, history)
   draw = lambda scores_BV: jnp.where(
@@ -239,23 +177,4 @@ def step(config: GPTConfig, params: Params, eos_E: jax.Array, slots: Slots) -> t
                           lambda scores_BV: choose(scores_BV, None, history), scores_BV)
   scores = _if_asked((running_B & chosen.logprobs_B).any(), logits_BV, tokens_B)
   history = history.refuse(scores_BV).push(tokens_B, Endings(eos_E))
-  return Slots(out.cache, history, chosen), Step(tokens_B, history.reason_B, scores)
-
-
-def chosen_of(
-    V: int, *, temperature: float, top_k: int | None, top_p: float, presence: float,
-    frequency: float, bias: dict[int, float], logprobs: bool) -> Chosen:
-  """How one row chooses, for `admit`; temperature 0 takes the likeliest token. V: size of the
-  vocabulary.
-  """
-  bias_V = np.zeros(V, np.float32)
-  bias_V[list(bias)] = list(bias.values())
-  draws = temperature > 0
-  values: dict[str, Any] = dict(
-      keys_B=None, greedy_B=np.bool_(not draws),
-      temperature_B=np.float32(temperature if draws else 1),
-      top_k_B=np.int32(V if top_k is None or not draws else min(top_k, V)),
-      top_p_B=np.float32(top_p if draws else 1), presence_B=np.float32(presence),
-      frequency_B=np.float32(frequency), biased_B=np.bool_(bool(bias)), bias_BV=bias_V,
-      logprobs_B=np.bool_(logprobs))
-  return Chosen(**values)
+  return Slots(cache, history, chosen), Step(tokens_B, history.reason_B, scores)

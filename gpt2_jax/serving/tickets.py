@@ -37,29 +37,48 @@ class Scored:
 
 
 @dataclasses.dataclass(eq=False)
+class Prompt:
+  """What a text begins with, or several texts; it is read once."""
+
+  ids: list[int]
+  rows: int  # that are yet to begin with it
+  scored: bool = False  # whether its log-probabilities are asked for
+  told: list[Scored] = dataclasses.field(default_factory=list)
+  read: int = 0  # ids that are in the cache
+  cache: Any = None
+
+  @property
+  def unread(self) -> int:
+    """Ids that are to be read before the first step, which reads the last one."""
+    return len(self.ids) - 1 - self.read
+
+  def forget(self) -> None:
+    """What was read of it."""
+    self.told, self.read, self.cache = [], 0, None
+
+  def leave(self) -> None:
+    """One row less will begin with it."""
+    self.rows -= 1
+    if not self.rows:
+      self.cache = None
+
+
+@dataclasses.dataclass(eq=False)
 class Row:
   """A text that is asked for, and what has been written of it."""
 
-  ids: list[int]  # of the prompt
+  prompt: Prompt
   limit: int  # the most new ids
   seed: int
   sample: int  # which of its prompt
-  options: dict[str, Any]  # of `steps.chosen_of`
+  options: dict[str, Any]  # of `slots.chosen_of`
   pieces: Pieces
   index: int = 0  # in its request
-  scored: bool = False  # whether the log-probabilities of the prompt are asked for
-  prompt: list[Scored] = dataclasses.field(default_factory=list)
   new: list[Scored] = dataclasses.field(default_factory=list)
-  read: int = 0  # ids of the prompt that are in the cache
   made: int = 0  # steps that were begun for it
   admitted: bool = False
   done: bool = False
   reason: str = ''
-
-  @property
-  def unread(self) -> int:
-    """Ids of the prompt that are to be read before the first step, which reads its last one."""
-    return len(self.ids) - 1 - self.read
 
 
 @dataclasses.dataclass(frozen=True)
