@@ -34,6 +34,7 @@ from gpt2_jax.serving.guard import Guard
 from gpt2_jax.serving.metrics import Metrics
 
 STATIC = Path(__file__).parent / 'static'
+SHORT = 4096  # bytes of a body
 
 
 class Serving:
@@ -199,7 +200,10 @@ def make_app(models: dict[str, GPT2], *, slots: int = 8, queue: int = 64,
   async def completions(asked: Completion, request: Request):
     """Continues a text, texts, ids or lists of ids, as OpenAI's API does."""
     engine = serving.engine(asked.model)
-    answer = await run_in_threadpool(Answer, engine, asked, limits)
+    # another thread costs more than to tokenise a short text
+    short = int(request.headers.get('content-length', SHORT + 1)) <= SHORT
+    answer = Answer(engine, asked, limits) if short else (
+        await run_in_threadpool(Answer, engine, asked, limits))
     ticket = answer.submit(limits.seconds)
     if asked.stream:
       return StreamingResponse(sse(answer.stream(ticket)), media_type='text/event-stream',

@@ -18,7 +18,7 @@ from gpt2_jax.sharding import platform
 
 CHUNK = 128  # ids of a prompt that are read at a time: others wait no longer
 BLOCKS = 8  # of a cache, at most
-BLOCK_BYTES = 1 << 18  # of a block, at least
+BLOCK_BYTES = 1 << 20  # of a block, at least
 
 
 @register
@@ -26,7 +26,7 @@ BLOCK_BYTES = 1 << 18  # of a block, at least
 class Chosen:
   """How rows choose their tokens; of one row the same without B."""
 
-  keys_B: jax.Array  # of the request and the sample
+  keys_B2: jax.Array  # of the request and the sample; as bits, which JAX passes on faster than keys
   greedy_B: jax.Array
   temperature_B: jax.Array
   top_k_B: jax.Array  # the vocabulary's size: all
@@ -48,7 +48,7 @@ def chosen_of(
   bias_V[list(bias)] = list(bias.values())
   draws = temperature > 0
   values: dict[str, Any] = dict(
-      keys_B=None, greedy_B=np.bool_(not draws),
+      keys_B2=None, greedy_B=np.bool_(not draws),
       temperature_B=np.float32(temperature if draws else 1),
       top_k_B=np.int32(V if top_k is None or not draws else min(top_k, V)),
       top_p_B=np.float32(top_p if draws else 1), presence_B=np.float32(presence),
@@ -124,7 +124,7 @@ def empty(config: GPTConfig, *, B: int) -> Slots:
       limits_B=zero_B, context_B=zero_B + S, which_B=zero_B, stop_B=zero_B, guide_B=zero_B,
       reason_B=zero_B + h.LIMIT)
   chosen = Chosen(
-      keys_B=jax.random.split(jax.random.key(0), B), greedy_B=~no_B, temperature_B=real_B + 1,
+      keys_B2=jnp.zeros((B, 2), jnp.uint32), greedy_B=~no_B, temperature_B=real_B + 1,
       top_k_B=zero_B + V, top_p_B=real_B + 1, presence_B=real_B, frequency_B=real_B, biased_B=no_B,
       bias_BV=jnp.zeros((B, V)), logprobs_B=no_B)
   shape, X = (B, config.n_head, room(config), config.H), _blocks(config, B)

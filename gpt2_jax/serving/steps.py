@@ -121,7 +121,7 @@ def admit(slots: Slots, slot, cache, tokens_S, length, limit, seed, sample, chos
       reason_B=put(history.reason_B, h.RUNNING))
   return Slots(
       all_slots, history,
-      jax.tree.map(put, slots.chosen, dataclasses.replace(chosen, keys_B=key)))
+      jax.tree.map(put, slots.chosen, dataclasses.replace(chosen, keys_B2=jax.random.key_data(key))))
 
 
 @functools.partial(jax.jit, donate_argnames=('slots',))
@@ -171,8 +171,9 @@ def step(config: GPTConfig, params: Params, eos_E: jax.Array, slots: Slots) -> t
   cache = tuple((layer.k, layer.v) for layer in out.cache)
   logits_BV = next_logits(model, out.x_BTD)[:, 0]
   scores_BV = _process(chosen, logits_BV, history)
+  keys_B = jax.random.wrap_key_data(chosen.keys_B2)
   draw = lambda scores_BV: jnp.where(
-      chosen.greedy_B, choose(scores_BV, None, history), choose(scores_BV, chosen.keys_B, history))
+      chosen.greedy_B, choose(scores_BV, None, history), choose(scores_BV, keys_B, history))
   tokens_B = jax.lax.cond((running_B & ~chosen.greedy_B).any(), draw,
                           lambda scores_BV: choose(scores_BV, None, history), scores_BV)
   scores = _if_asked((running_B & chosen.logprobs_B).any(), logits_BV, tokens_B)
