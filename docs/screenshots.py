@@ -27,7 +27,7 @@ DONE = 'document.querySelectorAll("#choices li").length === 3 && !document.query
 def playground(page, scheme: str) -> None:
   """Light: continuations to choose from; dark: tokens and the alternatives of one."""
   page.goto('/')
-  page.evaluate('localStorage.setItem("gpt2_jax.settings", JSON.stringify({face: "mono", seed: 11, '
+  page.evaluate('sessionStorage.setItem("gpt2_jax.settings", JSON.stringify({face: "mono", seed: 11, '
                 'fixed: true, temperature: 0.7, length: 20}))')
   page.reload()
   page.fill('#text', START)

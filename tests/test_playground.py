@@ -173,6 +173,24 @@ def test_an_alternative_branches_and_the_old_text_stays(open_page):
   assert text(page) == branched and page.text_content('#branch-count') == '2'
 
 
+def test_each_tab_has_its_text(open_page):
+  """A new one begins with what was written last, wherever."""
+  page = open_page()
+  write(page, 'the first')
+  page.wait_for_timeout(300)
+  other = page.context.new_page()
+  other.goto('/')
+  assert text(other) == 'the first'
+  write(other, 'the second')
+  other.wait_for_timeout(300)
+  for each, words in ((page, 'the first'), (other, 'the second')):
+    each.reload()
+    assert text(each) == words
+  third = page.context.new_page()
+  third.goto('/')
+  assert text(third) == 'the second'
+
+
 def test_the_pointer_finds_the_token_under_it(open_page):
   page = open_page()
   write(page, 'abcdef')

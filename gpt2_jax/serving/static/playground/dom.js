@@ -22,14 +22,20 @@ export const visible = text => (text.trim() ? text : text.replaceAll(' ', '␣')
 export const percent = p => p >= 0.9995 ? '100 %' : p >= 0.0995 ? `${(100 * p).toFixed(0)} %`
   : p >= 0.00995 ? `${(100 * p).toFixed(1)} %` : p >= 0.0001 ? `${(100 * p).toFixed(2)} %` : '< 0.01 %';
 
-// What a browser keeps; `fallback` where it keeps nothing, or something else than JSON.
+// What a browser keeps, of this tab or else of the last one that saved it; `fallback` where it keeps
+// nothing, or something else than JSON.
 export function load(name, fallback) {
-  try { return JSON.parse(localStorage.getItem(name)) ?? fallback; } catch { return fallback; }
+  try {
+    return JSON.parse(sessionStorage.getItem(name) ?? localStorage.getItem(name)) ?? fallback;
+  } catch { return fallback; }
 }
 
 // Returns whether it could be kept.
 export function save(name, value) {
-  try { localStorage.setItem(name, JSON.stringify(value)); return true; } catch { return false; }
+  try {
+    for (const store of [sessionStorage, localStorage]) store.setItem(name, JSON.stringify(value));
+    return true;
+  } catch { return false; }
 }
 
 // `call`, once nothing has asked for it for so many milliseconds; .cancel() forgets it.
