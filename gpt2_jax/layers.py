@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,24 +69,24 @@ class KVCache:
     """
     def put(old, new_BTNH):
       new_BNTH = new_BTNH.swapaxes(1, 2)
-      if old.ndim == 4 and (old.shape[0] > 1 or in_mesh()):
-        old = _write(old, new_BNTH, slot)
-        return old, old
-      if old.ndim == 4:  # see `squeezed`
-        old = jax.lax.dynamic_update_slice(old[0], new_BNTH[0], (0, jnp.reshape(slot, ()), 0))[None]
+      if old.ndim == 4:
+        old = write(old, new_BNTH, slot)
         return old, old
       if jnp.ndim(slot) == 0:
         old = jax.lax.dynamic_update_slice(old, new_BNTH[None], (layer, 0, 0, slot, 0))
         return old, jax.lax.dynamic_index_in_dim(old, layer, keepdims=False)
-      rows_BNSH = _write(jax.lax.dynamic_index_in_dim(old, layer, keepdims=False), new_BNTH, slot)
+      rows_BNSH = write(jax.lax.dynamic_index_in_dim(old, layer, keepdims=False), new_BNTH, slot)
       return jax.lax.dynamic_update_index_in_dim(old, rows_BNSH, layer, 0), rows_BNSH
 
     (k, k_BNSH), (v, v_BNSH) = put(self.k, k_BTNH), put(self.v, v_BTNH)
     return KVCache(k, v), k_BNSH.swapaxes(1, 2), v_BNSH.swapaxes(1, 2)
 
 
-def _write(rows_BNSH, new_BNTH, slot):
-  """Rows with T new positions from `slot` on, one for all or [B]."""
+def write(rows_BNSH, new_BNTH, slot):
+  """Rows of a cache with T new positions from `slot` on, one for all or [B]."""
+  if rows_BNSH.shape[0] == 1 and not in_mesh():  # see `squeezed`
+    at = (0, jnp.reshape(slot, ()), 0)
+    return jax.lax.dynamic_update_slice(rows_BNSH[0], new_BNTH[0], at)[None]
   if jnp.ndim(slot) == 0:
     return jax.lax.dynamic_update_slice(rows_BNSH, new_BNTH, (0, 0, slot, 0))
   write = lambda row_NSH, new_NTH, s: jax.lax.dynamic_update_slice(row_NSH, new_NTH, (0, s, 0))
@@ -95,17 +96,18 @@ def _write(rows_BNSH, new_BNTH, slot):
 Cache = KVCache | tuple[KVCache, ...]
 
 
-def squeezed(cache: Cache) -> Cache:
+def squeezed(cache: Any) -> Any:
   """A cache of layers without an axis of one row; `unsqueezed` undoes it.
 
-  To be carried through a loop: XLA leaves such an axis out of products, and where what is carried has
-  it, writes a cache twice, once for the product, and copies it for that.
+  To be carried through a loop or given up to a program: XLA leaves such an axis out of products, and
+  where what comes in and goes out has it, writes a cache twice, once for the product, and copies it
+  for that.
   """
   one = lambda x: x.ndim == 4 and x.shape[0] == 1 and not in_mesh()
   return jax.tree.map(lambda x: x[0] if one(x) else x, cache)
 
 
-def unsqueezed(cache: Cache) -> Cache:
+def unsqueezed(cache: Any) -> Any:
   return jax.tree.map(lambda x: x[None] if x.ndim == 3 else x, cache)
 
 

@@ -13,7 +13,7 @@ from gpt2_jax.config import GPTConfig
 from gpt2_jax.decoding import history as h
 from gpt2_jax.decoding.history import History
 from gpt2_jax.decoding.pytree import register
-from gpt2_jax.layers import KVCache
+from gpt2_jax.layers import KVCache, squeezed, write
 from gpt2_jax.sharding import platform
 
 CHUNK = 128  # ids of a prompt that are read at a time: others wait no longer
@@ -62,7 +62,7 @@ def chosen_of(
 class Slots:
   """B rows, on the device."""
 
-  cache: Any  # of each layer the blocks of keys and those of values, X of [B, N, S/X, H] each
+  cache: Any  # of each layer the blocks of keys and of values, X of [B, N, S/X, H] each, `squeezed`
   history: History  # a row that is not running is idle, or its prompt is being read
   chosen: Chosen
 
@@ -76,12 +76,17 @@ class Layer:
   used: jax.Array
 
   def update(self, layer, at_B, k_B1NH, v_B1NH) -> tuple['Layer', Blocks, Blocks]:
-    """As `KVCache.update`, of one position a row; one beyond the cache is not written."""
+    """As `KVCache.update`, of one position a row. One beyond the cache is that of an idle row, and
+    goes where no running one ever reads: nowhere, or to the last place, which ends a text.
+    """
     k, v = _write(self.k, at_B, k_B1NH), _write(self.v, at_B, v_B1NH)
     return Layer(k, v, self.used), Blocks(k, self.used), Blocks(v, self.used)
 
 
 def _write(blocks: tuple[jax.Array, ...], at_B, new_B1NH) -> tuple[jax.Array, ...]:
+  if len(blocks) == 1:
+    return (write(blocks[0], new_B1NH.swapaxes(1, 2), at_B),)
+
   def put(block_BNSH, place_B):
     B, _, S, _ = block_BNSH.shape
     place_B = jnp.where(place_B < 0, S, place_B)  # S and beyond: nowhere
@@ -110,8 +115,8 @@ def _blocks(config: GPTConfig, B: int) -> int:
 
 @functools.partial(jax.jit, static_argnames=('config',))
 def blank(config: GPTConfig) -> Any:
-  """An empty cache of one row, to read a prompt into."""
-  return KVCache.zeros(config, 1, room(config))
+  """An empty cache of one row, to read a prompt into; `squeezed`."""
+  return squeezed(KVCache.zeros(config, 1, room(config)))
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'B'))
@@ -130,4 +135,4 @@ def empty(config: GPTConfig, *, B: int) -> Slots:
   shape, X = (B, config.n_head, room(config), config.H), _blocks(config, B)
   zeros = lambda: tuple(jnp.split(jnp.zeros(shape, config.dtype), X, axis=2))
   cache = tuple((zeros(), zeros()) for _ in range(config.n_layer))
-  return Slots(cache, history, chosen)
+  return Slots(squeezed(cache), history, chosen)

@@ -26,7 +26,7 @@ from gpt2_jax.decoding.loop import choose, next_logits
 from gpt2_jax.decoding.processors import CountPenalty
 from gpt2_jax.decoding.pytree import register
 from gpt2_jax.decoding.warpers import Temperature, TopK, TopP
-from gpt2_jax.layers import pick
+from gpt2_jax.layers import pick, squeezed, unsqueezed
 from gpt2_jax.model import Params, bind
 from gpt2_jax.serving.slots import Chosen, Layer, Slots, room
 
@@ -84,14 +84,15 @@ def prefill(config: GPTConfig, params: Params, cache, start, tokens_T, next_T, a
 
   # padding may lie beyond the context, where there is no position
   positions_1T = jnp.minimum(start + jnp.arange(T), config.n_positions - 1)[None]
-  out = model.transformer(tokens_T[None], positions_BT=positions_1T, slot=start, cache=cache)
+  out = model.transformer(
+      tokens_T[None], positions_BT=positions_1T, slot=start, cache=unsqueezed(cache))
 
   # no logits are computed where they are not asked for
   score = lambda x_1TD: _scores(next_logits(model, x_1TD)[0], next_T)
   zeros = lambda x_1TD: jax.tree.map(
       lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(score, x_1TD))
   scores = jax.lax.cond(asked, score, zeros, out.x_BTD)
-  return out.cache, scores
+  return squeezed(out.cache), scores
 
 
 @functools.partial(jax.jit, donate_argnames=('slots',))
@@ -111,16 +112,16 @@ def admit(slots: Slots, slot, cache, tokens_S, length, limit, seed, sample, chos
   """
   key = jax.random.fold_in(jax.random.key(seed), sample)
   put = lambda all_B, x: all_B.at[slot].set(x)
-  split = lambda row_1NSH, blocks: tuple(jnp.split(row_1NSH[0], len(blocks), axis=1))
+  split = lambda row_NSH, blocks: tuple(jnp.split(row_NSH, len(blocks), axis=1))
   all_slots = tuple((jax.tree.map(put, k, split(layer.k, k)), jax.tree.map(put, v, split(layer.v, v)))
-                    for (k, v), layer in zip(slots.cache, cache))
+                    for (k, v), layer in zip(unsqueezed(slots.cache), cache))
   history = slots.history
   history = dataclasses.replace(
       history, tokens_BS=put(history.tokens_BS, tokens_S), lengths_B=put(history.lengths_B, length),
       prompt_B=put(history.prompt_B, length), limits_B=put(history.limits_B, limit),
       reason_B=put(history.reason_B, h.RUNNING))
   return Slots(
-      all_slots, history,
+      squeezed(all_slots), history,
       jax.tree.map(put, slots.chosen, dataclasses.replace(chosen, keys_B2=jax.random.key_data(key))))
 
 
@@ -160,15 +161,15 @@ def step(config: GPTConfig, params: Params, eos_E: jax.Array, slots: Slots) -> t
   """
   model, history, chosen = bind(config, params), slots.history, slots.chosen
   running_B = history.running_B
-  S_block = slots.cache[0][0][0].shape[2]
+  S_block = slots.cache[0][0][0].shape[-2]
   at_B = history.lengths_B - 1
   used = jnp.where(running_B, at_B, -1).max() // S_block + 1
   last_B1 = pick(history.tokens_BS, at_B)[:, None]
   out = model.transformer(
       last_B1, positions_BT=at_B[:, None], mask_BTS=causal_mask(1, room(config), at_B),
       slot=jnp.where(running_B, at_B, room(config)),  # an idle slot writes nowhere
-      cache=tuple(Layer(k, v, used) for k, v in slots.cache))
-  cache = tuple((layer.k, layer.v) for layer in out.cache)
+      cache=tuple(Layer(k, v, used) for k, v in unsqueezed(slots.cache)))
+  cache = squeezed(tuple((layer.k, layer.v) for layer in out.cache))
   logits_BV = next_logits(model, out.x_BTD)[:, 0]
   scores_BV = _process(chosen, logits_BV, history)
   keys_B = jax.random.wrap_key_data(chosen.keys_B2)
