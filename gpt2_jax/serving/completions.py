@@ -117,11 +117,13 @@ class Answer:
       if self.best_of > self.n:
         rows = sorted(rows, key=_likelihood, reverse=True)
       for row in rows[:self.n]:
-        tokens = Logprobs(self, row)
-        found = tokens.echo() if self.asked.echo else None
-        found = _joined(found, tokens.more(row.new, row.pieces.shown))
-        choices.append(self._choice(len(choices), self.echoes[i] + texts[row.index],
-                                    found if self.scored else None, row.reason))
+        found = None
+        if self.scored:
+          tokens = Logprobs(self, row)
+          found = tokens.echo() if self.asked.echo else None
+          found = _joined(found, tokens.more(row.new, row.pieces.shown))
+        choices.append(self._choice(
+            len(choices), self.echoes[i] + texts[row.index], found, row.reason))
     return Json(self._object(choices) | {'usage': self._usage()})
 
   async def stream(self, ticket: Ticket) -> AsyncIterator[dict[str, Any]]:
@@ -134,13 +136,13 @@ class Answer:
       async for event in ticket.events():
         i, found, echo = event.row.index, None, ''
         if self.asked.echo and not begun[i]:
-          echo, found = self.echoes[i // self.best_of], logprobs[i].echo()
+          echo = self.echoes[i // self.best_of]
+          found = logprobs[i].echo() if self.scored else None
         begun[i] = True
         if self.scored:
           found = _joined(found, logprobs[i].more(
               event.row.new[:event.tokens], event.shown, final=bool(event.reason)))
-        yield self._object([self._choice(i, echo + event.text, found if self.scored else None,
-                                         event.reason or None)]) | more
+        yield self._object([self._choice(i, echo + event.text, found, event.reason or None)]) | more
     except Failed as why:
       yield error_of(why).body()
       return

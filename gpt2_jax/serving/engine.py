@@ -223,9 +223,10 @@ class Engine:
 
   def _collect(self, rows: list[Row | None], made, began: float) -> None:
     """Looks at what a step has made."""
-    made = jax.device_get(made)
+    tokens_B, reason_B = (x.tolist() for x in jax.device_get((made.tokens_B, made.reason_B)))
     self.step_time.observe(time.perf_counter() - began)
-    tokens_B, reason_B = made.tokens_B.tolist(), made.reason_B.tolist()
+    asked = any(row is not None and row.options['logprobs'] for row in rows)
+    all_scores = jax.device_get(made.scores) if asked else None
     for b, row in enumerate(rows):
       if row is None or row.done:
         continue
@@ -234,7 +235,9 @@ class Engine:
       if reason_B[b] in REFUSED:
         self._fail(row, Failed(REFUSED[reason_B[b]]))
       else:
-        scores = jax.tree.map(lambda x, b=b: x[b], made.scores) if row.options['logprobs'] else None
+        scores = None
+        if row.options['logprobs']:
+          scores = jax.tree.map(lambda x, b=b: x[b], all_scores)
         self._news(row, tokens_B[b], reason_B[b], scores)
       if reason_B[b] != h.RUNNING:
         self.stale[b] = False  # the device has ended it itself
