@@ -2,9 +2,12 @@
 
 import concurrent.futures
 import json
+import re
 import socket
 import time
 
+import jax
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -14,8 +17,9 @@ httpx = pytest.importorskip('httpx', reason='the client of these tests, of the e
 from serving_fixtures import CONFIG, events, serve, tiny_model  # noqa: E402
 
 import gpt2_jax  # noqa: E402
+from gpt2_jax.decoding.generate import prepare  # noqa: E402
 from gpt2_jax.errors import UserError  # noqa: E402
-from gpt2_jax.serving import slots  # noqa: E402
+from gpt2_jax.serving import slots, steps  # noqa: E402
 from gpt2_jax.serving.api import Limits  # noqa: E402
 from gpt2_jax.serving.command import Serve, model_names  # noqa: E402
 
@@ -86,6 +90,23 @@ def test_texts_do_not_depend_on_what_else_is_asked(server):
     together = list(pool.map(lambda body: complete(server, **body), MIXED))
   assert together == alone
   server.settle()
+
+
+@pytest.mark.parametrize('B', [1, 3])
+def test_no_program_copies_a_cache(monkeypatch, B):
+  """It is written in place, as compiled for a CPU; of one row as of several, in blocks."""
+  monkeypatch.setattr(slots, 'BLOCK_BYTES', 1)
+  form, params = prepare(tiny_model())
+  state, row = slots.empty(form, B=B), slots.blank(form)
+  ids_T = np.zeros(32, np.int32)
+  for program in (steps.step.lower(form, params, np.asarray([256]), state),
+                  steps.prefill.lower(form, params, row, 0, ids_T, ids_T, False)):
+    text = program.compile().as_text()
+    shapes = {','.join(map(str, shape)) for x in jax.tree.leaves((state.cache, row))
+              for shape in (x.shape, (1, *x.shape))}
+    copied = set(re.findall(r' = f32\[([\d,]*)\]\S* copy\(', text)) & shapes
+    assert 'dynamic-update-slice' in text or 'scatter' in text
+    assert not copied
 
 
 def test_a_prompt_is_read_once(server):

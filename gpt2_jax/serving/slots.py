@@ -26,7 +26,7 @@ BLOCK_BYTES = 1 << 20  # of a block, at least
 class Chosen:
   """How rows choose their tokens; of one row the same without B."""
 
-  keys_B2: jax.Array  # of the request and the sample; as bits, which JAX passes on faster than keys
+  key_data_B: jax.Array  # of the key of request and sample: JAX passes it on faster than a key
   greedy_B: jax.Array
   temperature_B: jax.Array
   top_k_B: jax.Array  # the vocabulary's size: all
@@ -48,7 +48,7 @@ def chosen_of(
   bias_V[list(bias)] = list(bias.values())
   draws = temperature > 0
   values: dict[str, Any] = dict(
-      keys_B2=None, greedy_B=np.bool_(not draws),
+      key_data_B=None, greedy_B=np.bool_(not draws),
       temperature_B=np.float32(temperature if draws else 1),
       top_k_B=np.int32(V if top_k is None or not draws else min(top_k, V)),
       top_p_B=np.float32(top_p if draws else 1), presence_B=np.float32(presence),
@@ -102,11 +102,11 @@ def room(config: GPTConfig) -> int:
 
 
 def _blocks(config: GPTConfig, B: int) -> int:
-  """In how many blocks a cache of B slots lies: one where products don't wait for memory alone (a GPU
-  waits for every condition), or where it is small.
+  """In how many blocks a cache of B slots lies. In one where a condition costs more than it spares
+  (on a GPU, of a small cache); and of one row, which XLA would copy.
   """
   S, X = room(config), 1
-  if platform() == 'cpu':
+  if platform() == 'cpu' and B > 1:
     bytes_a_layer = B * config.n_head * S * config.H * jnp.dtype(config.dtype).itemsize
     while 2 * X <= min(BLOCKS, bytes_a_layer // BLOCK_BYTES) and S % (2 * X) == 0:
       X *= 2
@@ -129,9 +129,9 @@ def empty(config: GPTConfig, *, B: int) -> Slots:
       limits_B=zero_B, context_B=zero_B + S, which_B=zero_B, stop_B=zero_B, guide_B=zero_B,
       reason_B=zero_B + h.LIMIT)
   chosen = Chosen(
-      keys_B2=jnp.zeros((B, 2), jnp.uint32), greedy_B=~no_B, temperature_B=real_B + 1,
-      top_k_B=zero_B + V, top_p_B=real_B + 1, presence_B=real_B, frequency_B=real_B, biased_B=no_B,
-      bias_BV=jnp.zeros((B, V)), logprobs_B=no_B)
+      key_data_B=jax.random.key_data(jax.random.split(jax.random.key(0), B)), greedy_B=~no_B,
+      temperature_B=real_B + 1, top_k_B=zero_B + V, top_p_B=real_B + 1, presence_B=real_B,
+      frequency_B=real_B, biased_B=no_B, bias_BV=jnp.zeros((B, V)), logprobs_B=no_B)
   shape, X = (B, config.n_head, room(config), config.H), _blocks(config, B)
   zeros = lambda: tuple(jnp.split(jnp.zeros(shape, config.dtype), X, axis=2))
   cache = tuple((zeros(), zeros()) for _ in range(config.n_layer))

@@ -122,7 +122,8 @@ def admit(slots: Slots, slot, cache, tokens_S, length, limit, seed, sample, chos
       reason_B=put(history.reason_B, h.RUNNING))
   return Slots(
       squeezed(all_slots), history,
-      jax.tree.map(put, slots.chosen, dataclasses.replace(chosen, keys_B2=jax.random.key_data(key))))
+      jax.tree.map(
+          put, slots.chosen, dataclasses.replace(chosen, key_data_B=jax.random.key_data(key))))
 
 
 @functools.partial(jax.jit, donate_argnames=('slots',))
@@ -172,7 +173,7 @@ def step(config: GPTConfig, params: Params, eos_E: jax.Array, slots: Slots) -> t
   cache = squeezed(tuple((layer.k, layer.v) for layer in out.cache))
   logits_BV = next_logits(model, out.x_BTD)[:, 0]
   scores_BV = _process(chosen, logits_BV, history)
-  keys_B = jax.random.wrap_key_data(chosen.keys_B2)
+  keys_B = jax.random.wrap_key_data(chosen.key_data_B)
   draw = lambda scores_BV: jnp.where(
       chosen.greedy_B, choose(scores_BV, None, history), choose(scores_BV, keys_B, history))
   tokens_B = jax.lax.cond((running_B & ~chosen.greedy_B).any(), draw,
