@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments import stats, sweeps
-from gpt2_jax.data.store import write_whole
 from gpt2_jax.errors import UserError
+from gpt2_jax.files import write_whole
 from gpt2_jax.training import metrics, record
 
 BEGIN = '<!-- results: what follows is written by experiments/run.py -->'

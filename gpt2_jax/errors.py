@@ -14,6 +14,17 @@ class UserError(ValueError):
   """
 
 
+def brief(value: object, limit: int = 80) -> str:
+  """A value from outside as a message may show it: its repr, cut in the middle where it is longer."""
+  try:
+    text = value if isinstance(value, str) and len(value) > 10 * limit else repr(value)
+  except ValueError:  # an integer of too many digits for a text
+    text = f'a number of {value.bit_length():,} bits' if isinstance(value, int) else '?'
+  if len(text) <= limit:
+    return text
+  return f'{text[:limit - 20]} … {text[-12:]} ({len(text):,} characters)'
+
+
 NO_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS,
             errno.ENOENT, errno.ENOTDIR)
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from gpt2_jax.data.store import write_whole
+from gpt2_jax.files import write_whole
 from gpt2_jax.progress import track
 
 FILE = 'manifest.json'

@@ -16,20 +16,20 @@ from jax.sharding import Mesh
 
 from gpt2_jax import sharding, tokenizer
 from gpt2_jax.errors import UserError
+from gpt2_jax.files import whole
 from gpt2_jax.interop import (
-    flax_msgpack,
-    gguf,
-    hub,
-    huggingface,
-    llmc,
-    mup,
-    nanogpt,
-    openai,
-    peft,
-    stablehlo,
-    workdir,
+  flax_msgpack,
+  gguf,
+  hub,
+  huggingface,
+  llmc,
+  mup,
+  nanogpt,
+  openai,
+  peft,
+  stablehlo,
+  workdir,
 )
-from gpt2_jax.interop.files import whole
 from gpt2_jax.interop.tensors import Source, load_params, source_of
 from gpt2_jax.model import GPT2, bind
 

@@ -27,6 +27,7 @@ import numpy as np
 from gpt2_jax import tokenizer as tokenizers
 from gpt2_jax.data import corpora, store
 from gpt2_jax.errors import UserError, saving
+from gpt2_jax.files import write_whole
 from gpt2_jax.progress import track
 
 MIN_PART_BYTES, MAX_PART_BYTES, MAX_PARTS = 4 * 2**20, 256 * 2**20, 64
@@ -120,7 +121,7 @@ def _encode_part(number: int, part: list[tuple[int, corpora.Piece]]) -> dict:
           tokens = text if isinstance(text, np.ndarray) else tokenizer.encode_array(text)
           writers[split].add(np.concatenate([[tokenizer.eot], tokens]))
     record = {split: writer.finish() for split, writer in writers.items()}
-    store.write_whole(folder / _part_name(number), json.dumps(record))
+    write_whole(folder / _part_name(number), json.dumps(record))
   return record
 
 
@@ -208,7 +209,7 @@ def _begin(folder: Path, job: dict) -> None:
     for old in rest:  # the job last, so that a kill in between leaves it
       shutil.rmtree(old) if old.is_dir() else old.unlink()
   folder.mkdir(parents=True, exist_ok=True)
-  store.write_whole(path, json.dumps(job))
+  write_whole(path, json.dumps(job))
 
 
 def _prepare(settings: Settings, folder: Path, corpus: corpora.Corpus, workers: int) -> None:
@@ -218,7 +219,7 @@ def _prepare(settings: Settings, folder: Path, corpus: corpora.Corpus, workers: 
   else:
     tokenizer = _make_tokenizer(settings, corpus.pieces)
     tokenizer.save(folder / 'tokenizer')
-    store.write_whole(folder / 'tokenizer' / 'done', '')
+    write_whole(folder / 'tokenizer' / 'done', '')
   parts = _parts(corpus.pieces)
   size = lambda number: sum(piece.bytes for _, piece in parts[number])
   finished = {n for n in range(len(parts)) if (folder / _part_name(n)).exists()}
@@ -244,7 +245,7 @@ def _prepare(settings: Settings, folder: Path, corpus: corpora.Corpus, workers: 
           raise
   records = [json.loads((folder / _part_name(n)).read_text()) for n in range(len(parts))]
   manifest = _manifest(settings, corpus, tokenizer, records)
-  store.write_whole(folder / store.MANIFEST, json.dumps(manifest, indent=1))
+  write_whole(folder / store.MANIFEST, json.dumps(manifest, indent=1))
   for name in [JOB, *(_part_name(n) for n in range(len(parts)))]:
     (folder / name).unlink()
 

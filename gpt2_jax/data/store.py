@@ -30,6 +30,7 @@ import numpy as np
 
 from gpt2_jax import tokenizer
 from gpt2_jax.errors import UserError
+from gpt2_jax.files import write_whole
 
 MANIFEST = 'manifest.json'
 VERSION = 1
@@ -263,13 +264,3 @@ class ShardWriter:
     return {'file': bin_path.name, 'index': idx_path.name, 'tokens': self.tokens,
             'documents': len(self.begins), 'max_token': self.max_token,
             'sha256': self.hash.hexdigest()}
-
-
-def write_whole(path: Path, content: bytes | str) -> None:
-  """Writes a file whole or not at all."""
-  temporary = path.with_name(path.name + '.tmp')
-  with open(temporary, 'wb') as f:
-    f.write(content.encode() if isinstance(content, str) else content)
-    f.flush()
-    os.fsync(f.fileno())
-  os.replace(temporary, path)

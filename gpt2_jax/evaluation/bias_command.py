@@ -35,8 +35,8 @@ class Bias:
     if self.samples < 1 or self.seed < 0:
       raise UserError(f'--samples {self.samples} must be at least 1, --seed {self.seed} at least 0.')
     from gpt2_jax import pretrained
-    from gpt2_jax.data.store import write_whole
     from gpt2_jax.evaluation import keep, report
+    from gpt2_jax.files import write_whole
     model = pretrained.open_model(self.checkpoint, self.tokenizer)
     found = report.about(model, self.checkpoint, keep.fingerprint(model))
     print(f'{self.checkpoint}: {found["parameters"]:,} parameters, {found["dtype"]}, '

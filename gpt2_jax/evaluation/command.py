@@ -107,7 +107,7 @@ class Evaluate:
     return workdir / 'evaluate.scores' if (workdir / 'checkpoints').is_dir() else None
 
   def save(self, said: dict[str, Any]) -> None:
-    from gpt2_jax.data.store import write_whole
+    from gpt2_jax.files import write_whole
     if self.json is not None:
       with saving('the results', self.json):
         write_whole(self.json, json.dumps(said, indent=2, ensure_ascii=False) + '\n')

@@ -18,8 +18,8 @@ import msgpack
 import numpy as np
 
 from gpt2_jax.errors import UserError
+from gpt2_jax.files import check_place, read_json, unreadable
 from gpt2_jax.interop import huggingface
-from gpt2_jax.interop.files import check_place, read_json, unreadable
 from gpt2_jax.interop.tensors import DTYPES, Source, Tensor, shapes
 
 FILE = 'flax_model.msgpack'

@@ -11,8 +11,8 @@ import huggingface_hub
 from huggingface_hub import constants, errors
 
 from gpt2_jax.errors import UserError
+from gpt2_jax.files import read_json
 from gpt2_jax.interop import flax_msgpack, huggingface, peft
-from gpt2_jax.interop.files import read_json
 
 WEIGHTS = (*huggingface.WEIGHTS, flax_msgpack.FILE)
 

@@ -17,15 +17,15 @@ import numpy as np
 from gpt2_jax import tokenizer
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError
+from gpt2_jax.files import check_place, read_json, unreadable
 from gpt2_jax.interop import mup, safetensors_files, torch_files
 from gpt2_jax.interop.card import model_card
-from gpt2_jax.interop.files import check_place, read_json, unreadable
 from gpt2_jax.interop.tensors import (
-    Source,
-    Tensor,
-    check_tensors,
-    common_dtype,
-    shapes,
+  Source,
+  Tensor,
+  check_tensors,
+  common_dtype,
+  shapes,
 )
 
 WEIGHTS = ('model.safetensors', 'model.safetensors.index.json',

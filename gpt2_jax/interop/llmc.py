@@ -14,7 +14,7 @@ import numpy as np
 
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError
-from gpt2_jax.interop.files import unreadable
+from gpt2_jax.files import unreadable
 from gpt2_jax.interop.nanogpt import released_tokenizer
 from gpt2_jax.interop.tensors import CONV1D, Source, check_plain, shapes
 

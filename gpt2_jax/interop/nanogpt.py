@@ -21,16 +21,16 @@ import numpy as np
 from gpt2_jax import tokenizer
 from gpt2_jax.config import TANH_GELU, GPTConfig
 from gpt2_jax.errors import UserError
+from gpt2_jax.files import unreadable
 from gpt2_jax.interop import torch_files
-from gpt2_jax.interop.files import unreadable
 from gpt2_jax.interop.tensors import (
-    CONV1D,
-    Source,
-    Tensor,
-    check_plain,
-    check_tensors,
-    common_dtype,
-    shapes,
+  CONV1D,
+  Source,
+  Tensor,
+  check_plain,
+  check_tensors,
+  common_dtype,
+  shapes,
 )
 
 FILE = 'ckpt.pt'

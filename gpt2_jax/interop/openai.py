@@ -19,15 +19,15 @@ import numpy as np
 from gpt2_jax import tokenizer
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError
+from gpt2_jax.files import unreadable
 from gpt2_jax.interop import tensor_bundle
-from gpt2_jax.interop.files import unreadable
 from gpt2_jax.interop.tensors import (
-    Source,
-    Tensor,
-    check_plain,
-    check_tensors,
-    common_dtype,
-    shapes,
+  Source,
+  Tensor,
+  check_plain,
+  check_tensors,
+  common_dtype,
+  shapes,
 )
 
 PREFIX = 'model.ckpt'

@@ -13,8 +13,8 @@ import numpy as np
 
 from gpt2_jax.config import LoRA
 from gpt2_jax.errors import UserError
+from gpt2_jax.files import check_place, read_json
 from gpt2_jax.interop import safetensors_files
-from gpt2_jax.interop.files import check_place, read_json
 from gpt2_jax.interop.tensors import Source, Tensor, adapter_shapes, check_shapes, common_dtype
 
 CONFIG, FILE = 'adapter_config.json', 'adapter_model.safetensors'

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from gpt2_jax.interop.files import unreadable
+from gpt2_jax.files import unreadable
 from gpt2_jax.interop.tensors import Tensor
 
 DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from gpt2_jax.errors import UserError
+from gpt2_jax.files import unreadable
 from gpt2_jax.interop.crc32c import masked_crc32c
-from gpt2_jax.interop.files import unreadable
 from gpt2_jax.interop.tensors import Tensor
 
 # tensorflow `core/framework/types.proto`; tensors of other types can be listed, not read

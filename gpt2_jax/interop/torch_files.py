@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, ClassVar
 import numpy as np
 
 from gpt2_jax.errors import UserError
-from gpt2_jax.interop.files import unreadable
+from gpt2_jax.files import unreadable
 from gpt2_jax.interop.tensors import Tensor
 
 STORAGES = {

@@ -17,8 +17,8 @@ from gpt2_jax.config import Config, GPTConfig, LoRA
 from gpt2_jax.counts import flops_per_token, num_params, num_trained
 from gpt2_jax.data import labelled
 from gpt2_jax.errors import UserError
+from gpt2_jax.files import whole
 from gpt2_jax.interop import peft
-from gpt2_jax.interop.files import whole
 from gpt2_jax.interop.tensors import Source, load_params
 from gpt2_jax.model import Params
 from gpt2_jax.pretrained import open_source

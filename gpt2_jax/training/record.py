@@ -17,8 +17,8 @@ import jax
 
 from gpt2_jax import determinism, hardware, tokenizer
 from gpt2_jax.checkpoint import difference
-from gpt2_jax.data.store import write_whole
 from gpt2_jax.errors import UserError, saving
+from gpt2_jax.files import write_whole
 from gpt2_jax.interop import mup
 from gpt2_jax.interop.workdir import LABELS
 from gpt2_jax.training.plan import FREE, Plan

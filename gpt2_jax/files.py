@@ -63,3 +63,13 @@ def whole(target: str | os.PathLike) -> Iterator[Path]:
       (scratch / target.name).rename(target)
     finally:
       shutil.rmtree(scratch)
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+  """Writes a file whole or not at all."""
+  temporary = path.with_name(path.name + '.tmp')
+  with open(temporary, 'wb') as f:
+    f.write(content.encode() if isinstance(content, str) else content)
+    f.flush()
+    os.fsync(f.fileno())
+  os.replace(temporary, path)
