@@ -25,8 +25,20 @@ def brief(value: object, limit: int = 80) -> str:
   return f'{text[:limit - 20]} … {text[-12:]} ({len(text):,} characters)'
 
 
-NO_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS,
-            errno.ENOENT, errno.ENOTDIR)
+# The ways out where the operating system refuses to write, by the number of its error.
+WAYS_OUT = {
+    'Make room there (or choose another place)': (errno.ENOSPC, errno.EDQUOT),
+    'A file may not become so large there: lift the limit (`ulimit -f` shows it), or choose another '
+    'place,': (errno.EFBIG,),
+    'Choose a place that you may write to (or change its permissions),': (
+        errno.EACCES, errno.EPERM, errno.EROFS),
+    'A folder on the way there is missing: make it (or choose another place)': (errno.ENOENT,),
+    'A file is where a folder should be, or the other way round: move it away (or choose another '
+    'place)': (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY),
+    'Choose a shorter name': (errno.ENAMETOOLONG,),
+    'The disk, or the way to it, fails: choose another place': (errno.EIO, errno.ESTALE),
+}
+NO_WRITE = {number: way for way, numbers in WAYS_OUT.items() for number in numbers}
 
 
 def _errno(e: Exception) -> int | None:
@@ -47,6 +59,5 @@ def saving(what: str, path: str | os.PathLike):
     if number is None or number not in NO_WRITE:
       raise
     reason = e if isinstance(e, OSError) else os.strerror(number)
-    raise UserError(
-        f'cannot write {what} to {path}: {reason}. Make room there (or choose another place) and run '
-        'the same command again: what was finished is kept.') from e
+    raise UserError(f'cannot write {what} to {path}: {reason}. {NO_WRITE[number]} and run the same '
+                    'command again: what was finished is kept.') from e
