@@ -41,15 +41,19 @@ class Prepare:
   """Field that holds the text, in .jsonl, .parquet and TFDS."""
   workers: int | None = None
   """Processes; default: the number of cores."""
+  verify: bool = False
+  """Read all of the store, a finished one too, and compare it with its hashes."""
 
   def run(self) -> None:
-    from gpt2_jax.data import prepare
+    from gpt2_jax.data import prepare, verify
     settings = prepare.Settings(self.corpus, self.tokenizer, self.val_fraction, self.split_seed,
                                 self.split, self.text_field)
     opened = prepare.ensure_store(settings, self.output, self.workers)
     for name, split in opened.splits.items():
       print(f'{name:6s}{len(split):>16,} tokens {split.documents:>12,} documents')
     print(f'{opened.path}: sha256 {opened.sha256}')
+    if self.verify:
+      print(f'{verify.verify(opened, again=True)} shards are as they were written')
 
 
 @dataclasses.dataclass

@@ -20,6 +20,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import filelock
 import numpy as np
@@ -27,7 +28,7 @@ import numpy as np
 from gpt2_jax import tokenizer as tokenizers
 from gpt2_jax.data import corpora, store
 from gpt2_jax.errors import UserError, saving
-from gpt2_jax.files import write_whole
+from gpt2_jax.files import local, misfit, read_json, write_whole
 from gpt2_jax.progress import track
 
 MIN_PART_BYTES, MAX_PART_BYTES, MAX_PARTS = 4 * 2**20, 256 * 2**20, 64
@@ -176,10 +177,8 @@ def _manifest(settings, corpus, tokenizer, records) -> dict:
         f'fell into the held-out split of {settings.val_fraction:g}. Raise config.data.val_fraction '
         '(--val-fraction), or hold out the end of each document: config.data.split=tail '
         '(--split tail).')
-  content = [tokenizer.sha256] + [s['sha256'] for split in splits.values() for s in split['shards']]
-  return {
-      'version': store.VERSION, 'dtype': _dtype(tokenizer),
-      'sha256': hashlib.sha256('\n'.join(content).encode()).hexdigest(),
+  manifest = {
+      'version': store.VERSION, 'dtype': _dtype(tokenizer), 'sha256': '',
       'tokenizer': {'spec': settings.tokenizer, 'vocab_size': tokenizer.vocab_size,
                     'eot': tokenizer.eot, 'sha256': tokenizer.sha256},
       'source': {'corpus': settings.corpus, 'licence': corpus.licence,
@@ -189,6 +188,7 @@ def _manifest(settings, corpus, tokenizer, records) -> dict:
                     'python': platform.python_version()},
       'splits': splits,
   }
+  return manifest | {'sha256': store.content_sha256(manifest)}
 
 
 def _json(value: dict) -> dict:
@@ -199,8 +199,9 @@ def _json(value: dict) -> dict:
 def _begin(folder: Path, job: dict) -> None:
   """Makes the folder ready for this job, keeping the finished parts of an earlier try at it."""
   path = folder / JOB
-  if path.exists() and json.loads(path.read_text()) == job:
-    return
+  with contextlib.suppress(UserError):  # there is none, or a broken one: then all is made anew
+    if read_json(path) == job:
+      return
   rest = [p for p in folder.iterdir() if p.name not in (JOB, f'{JOB}.tmp')] if folder.exists() else []
   if rest:
     if not path.exists():
@@ -210,6 +211,22 @@ def _begin(folder: Path, job: dict) -> None:
       shutil.rmtree(old) if old.is_dir() else old.unlink()
   folder.mkdir(parents=True, exist_ok=True)
   write_whole(path, json.dumps(job))
+
+
+def _finished(folder: Path, number: int, dtype: str) -> dict | None:
+  """What the finished part of this number left; None where it isn't finished, or not whole."""
+  try:
+    record = read_json(folder / _part_name(number), {'train': _is_record, 'val': _is_record})
+    for s in filter(None, record.values()):
+      store.Shard(folder / s['file'], s['tokens'], dtype, index=folder / s['index'],
+                  documents=s['documents']).check()
+  except UserError:
+    return None
+  return record
+
+
+def _is_record(value: Any) -> bool:
+  return value is None or (misfit(value, store.SHARD) is None and value['tokens'] > 0)
 
 
 def _prepare(settings: Settings, folder: Path, corpus: corpora.Corpus, workers: int) -> None:
@@ -222,7 +239,7 @@ def _prepare(settings: Settings, folder: Path, corpus: corpora.Corpus, workers: 
     write_whole(folder / 'tokenizer' / 'done', '')
   parts = _parts(corpus.pieces)
   size = lambda number: sum(piece.bytes for _, piece in parts[number])
-  finished = {n for n in range(len(parts)) if (folder / _part_name(n)).exists()}
+  finished = {n for n in range(len(parts)) if _finished(folder, n, _dtype(tokenizer)) is not None}
   todo = [n for n in range(len(parts)) if n not in finished]
   with track(f'tokenizing {settings.corpus}', sum(map(size, range(len(parts)))), 'bytes',
              done=sum(map(size, finished))) as advance:
@@ -243,7 +260,10 @@ def _prepare(settings: Settings, folder: Path, corpus: corpora.Corpus, workers: 
         except BaseException:
           pool.shutdown(wait=False, cancel_futures=True)
           raise
-  records = [json.loads((folder / _part_name(n)).read_text()) for n in range(len(parts))]
+  records = [_finished(folder, n, _dtype(tokenizer)) for n in range(len(parts))]
+  if None in records:
+    raise UserError(f'{folder}: part {records.index(None)} is not as it was written: is another '
+                    'program at work in this folder? Run it again.')
   manifest = _manifest(settings, corpus, tokenizer, records)
   write_whole(folder / store.MANIFEST, json.dumps(manifest, indent=1))
   for name in [JOB, *(_part_name(n) for n in range(len(parts)))]:
@@ -284,7 +304,7 @@ def ensure_store(settings: Settings, folder: str | Path, workers: int | None = N
   Raises:
     UserError: the corpus can't be read, another store is there, or the disk is full.
   """
-  folder = Path(folder)
+  folder = local(folder)
   with saving('the token store', folder):
     folder.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder.parent).close()  # the lock waits for ever where none can be

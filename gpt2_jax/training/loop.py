@@ -11,7 +11,7 @@ import numpy as np
 from gpt2_jax import tokenizer
 from gpt2_jax.checkpoint import Checkpoints, difference
 from gpt2_jax.config import Config
-from gpt2_jax.data import labelled, prepare, store
+from gpt2_jax.data import labelled, prepare, store, verify
 from gpt2_jax.data import loader as loader_lib
 from gpt2_jax.decoding.generate import generate_tokens
 from gpt2_jax.errors import UserError, saving
@@ -88,6 +88,7 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
   # --- Data: a token store, and batch = f(seed, step) ------------------------------------------
   data = open_data(plan)
   data.check_vocabulary(plan.model.vocab_size)
+  content = verify.Background(data, jax.process_index(), jax.process_count())
   train_split, val_split = data.splits['train'], data.splits['val']
   loader = LOADERS[plan.model.head].TrainLoader(
       train_split, plan.T, plan.G, config.train.seed, plan.model.vocab_size)
@@ -166,6 +167,7 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
       nonlocal saved
       saved = step
       with clock('checkpoint'):
+        content.wait()
         writer.sync()
         checkpoints.save(step, state.items(), {
             'identity': identity, 'best': patience.best, 'model': dataclasses.asdict(plan.model),
@@ -198,6 +200,7 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
       while step < steps and not stop.due() and not patience.over:
         with clock('data'):
           tokens = next(batches)
+        content.check()
         profile.before(step + 1, values)
         with clock('device'), jax.profiler.StepTraceAnnotation('train', step_num=step + 1):
           state, values = train_step(state, tokens)
