@@ -8,7 +8,6 @@ module that knows Orbax.
 """
 
 import errno
-import json
 import logging
 import shutil
 import sys
@@ -24,15 +23,19 @@ from jax.experimental import multihost_utils
 from gpt2_jax import manifest
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError, saving
+from gpt2_jax.files import local, read_json
 from gpt2_jax.model import Params, make_params
 from gpt2_jax.sharding import on_devices, without_mesh
 
 FOLDER = 'checkpoints'
-VERSION = 1
+VERSION = 2  # from 2 on none is without a manifest
 
-# Orbax logs a background thread's exception with its traceback, and then raises it in ours as well.
+# Orbax logs a background thread's exception with its traceback, and then raises it in ours as well;
+# asyncio says of its other tasks that nobody has asked how they ended.
 logging.getLogger('absl').addFilter(
     lambda record: not (record.exc_info and 'orbax' in record.pathname))
+logging.getLogger('asyncio').addFilter(
+    lambda record: 'exception was never retrieved' not in record.getMessage())
 
 
 def _of_step(step: int) -> str:
@@ -83,7 +86,7 @@ class Checkpoints:
       keep_every: steps; those that are multiples of it are kept too. 0: none.
       keep_best: how many of those with the lowest held-out loss are kept too.
     """
-    self.path, self._best = epath.Path(workdir).resolve() / FOLDER, _Best(keep_best)
+    self.path, self._best = epath.Path(local(workdir)).resolve() / FOLDER, _Best(keep_best)
     self._writes, self._saving = keep is not None, 0
     managers = ocp.checkpoint_managers
     policies = [managers.LatestN(keep), self._best]
@@ -109,11 +112,16 @@ class Checkpoints:
     folder = Path(self.path) / str(step)
     if (folder / manifest.FILE).exists():
       return manifest.damage(folder, items)
-    # Of an early version, or half deleted when the run was killed: Orbax tells, by reading it all.
+    try:
+      meta = read_json(folder / 'meta' / 'metadata', {'tree': {str: str}})
+    except UserError as e:
+      return f'it has no {manifest.FILE} and can\'t be read ({e})'
+    if meta.get('version') not in (None, 1):
+      return f'it has no {manifest.FILE}, though it was written with one'
+    # Of an early version: Orbax tells, by reading it all.
     alone = ocp.options.MultiprocessingOptions(
         primary_host=None, active_processes={jax.process_index()}, barrier_sync_key_prefix='check')
     try:
-      meta = json.loads((folder / 'meta' / 'metadata').read_text())
       names = {key.split('.')[0] for key in meta['tree']}
       for name in names if items is None else names & set(items):
         handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
@@ -250,7 +258,7 @@ def read_meta(workdir: str | Path) -> dict:
   Raises:
     UserError: the workdir has no finished checkpoint.
   """
-  workdir = Path(workdir)
+  workdir = local(workdir)
   if not is_workdir(workdir):
     raise UserError(f'{workdir} holds no checkpoints: is it the --workdir of a run?')
   checkpoints = Checkpoints(workdir)

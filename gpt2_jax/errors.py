@@ -1,9 +1,13 @@
 """The one kind of error that is meant for the user, not for the debugger."""
 
 import contextlib
+import difflib
 import errno
+import importlib.metadata
 import os
+import platform
 import re
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -23,6 +27,21 @@ def brief(value: object, limit: int = 80) -> str:
   if len(text) <= limit:
     return text
   return f'{text[:limit - 20]} … {text[-12:]} ({len(text):,} characters)'
+
+
+def versions() -> str:
+  """A line with what runs: to be said in a report of a fault."""
+  said = [f'{name} {importlib.metadata.version(name)}' for name in ('gpt2_jax', 'jax')]
+  return ', '.join([*said, f'Python {platform.python_version()}'])
+
+
+def near(name: str, known: Iterable[str]) -> str:
+  """'; near it: a, b' with those of some names that are like one that is unknown; '' if none is."""
+  known, last = list(known), name.rpartition('.')[2]
+  found = difflib.get_close_matches(name, known, 3, 0.75)
+  found += [k for k in known if k not in found and difflib.SequenceMatcher(
+      None, k.rpartition('.')[2], last).ratio() > 0.75]
+  return f'; near it: {", ".join(found[:3])}' if found else ''
 
 
 # The ways out where the operating system refuses to write, by the number of its error.

@@ -113,6 +113,27 @@ def read_json(path: Path, shape: Any = dict) -> Any:
     raise unreadable(path, e) from e
 
 
+def read_lines(path: Path, shape: Any = dict) -> tuple[list[Any], int]:
+  """The values of a file of JSON lines, and how many lines are none, or not of this shape.
+
+  A last line without its end, which a kill has cut short, is not counted. No file: no lines.
+
+  Raises:
+    UserError: the file can't be read.
+  """
+  try:
+    lines = path.read_bytes().split(b'\n') if path.exists() else []
+  except OSError as e:
+    raise unreadable(path, e) from e
+  found, bad = [], 0
+  for number, line in enumerate(lines, 1):
+    try:
+      found.append(parse_json(line, shape))
+    except ValueError:
+      bad += bool(line.strip()) and number < len(lines)
+  return found, bad
+
+
 def check_place(path: Path) -> None:
   """Checks that a file is there, and is no link to somewhere else.
 

@@ -48,6 +48,8 @@ class Settings:
   text_field: str = 'text'
 
   def __post_init__(self):
+    local(self.corpus.partition(':')[2], 'corpus')
+    local(self.tokenizer, 'tokenizer')
     if not 0 < self.val_fraction < 1:
       raise UserError(f'val_fraction = {self.val_fraction} must lie between 0 and 1.')
     if self.split not in ('document', 'tail'):

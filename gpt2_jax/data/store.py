@@ -148,9 +148,9 @@ class TokenStore:
     folder = self.path / 'tokenizer'
     found = tokenizer.load(folder if folder.exists() else 'gpt2')
     if found.sha256 != self.manifest['tokenizer'].get('sha256', found.sha256):
-      raise UserError(f'{folder} is not the tokenizer that made the tokens in {self.path} (its hash is '
-                      f'another than that in {MANIFEST}): restore its files, or prepare the store '
-                      'again.')
+      raise UserError(f'{folder} is not the tokenizer that made the tokens in {self.path} (its hash '
+                      f'is another than that in {MANIFEST}): restore its files, or prepare the '
+                      'store again.')
     return found
 
   def check_vocabulary(self, vocab_size: int) -> None:

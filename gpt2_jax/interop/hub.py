@@ -82,8 +82,8 @@ def _checked(path: Path) -> Path:
   blob = path.resolve()
   if re.fullmatch('[0-9a-f]{64}', blob.name) and not Verified(blob.parent, beside=False).check(
       [blob.name], blob.name):
-    raise UserError(f'{path} has other content than the hub says (SHA-256): it was damaged on the way '
-                    f'or since. Remove {blob}, and it is fetched again.')
+    raise UserError(f'{path} has other content than the hub says (SHA-256): it was damaged on the '
+                    f'way or since. Remove {blob}, and it is fetched again.')
   return path
 
 

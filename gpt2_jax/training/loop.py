@@ -14,10 +14,19 @@ from gpt2_jax.config import Config
 from gpt2_jax.data import labelled, prepare, store, verify
 from gpt2_jax.data import loader as loader_lib
 from gpt2_jax.decoding.generate import generate_tokens
-from gpt2_jax.errors import UserError, saving
+from gpt2_jax.errors import UserError
+from gpt2_jax.files import local
 from gpt2_jax.progress import track
 from gpt2_jax.sharding import mesh_of, whole_rows
-from gpt2_jax.training import compiling, distributed, goodput, metrics, report, spikes
+from gpt2_jax.training import (
+  compiling,
+  distributed,
+  goodput,
+  holding,
+  metrics,
+  report,
+  spikes,
+)
 from gpt2_jax.training import record as record_lib
 from gpt2_jax.training.plan import Plan, make_plan, out_of_memory_advice
 from gpt2_jax.training.profiling import Profile
@@ -41,7 +50,7 @@ def open_data(plan: Plan) -> Any:
     return store.open_store(data.corpus.removeprefix('bin:'))
   settings = prepare.Settings(data.corpus, plan.tokenizer, data.val_fraction, data.split_seed,
                               data.split, data.text_field)
-  folder = data.store or Path(data.directory) / prepare.store_name(settings)
+  folder = data.store or local(data.directory) / prepare.store_name(settings)
   return prepare.ensure_store(settings, folder)
 
 
@@ -74,10 +83,16 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
   Raises:
     UserError: for everything that the user can mend.
   """
-  workdir, clock = Path(workdir), goodput.Clock(began)
-
-  # --- Plan: sizes, mesh, micro-batches --------------------------------------------------------
+  clock = goodput.Clock(began)
   plan = make_plan(config)
+  with holding.held(workdir):
+    return _train(plan, Path(workdir), clock)
+
+
+def _train(plan: Plan, workdir: Path, clock: goodput.Clock) -> int:
+  """`train` in a workdir that is held."""
+  # --- Plan: sizes, mesh, micro-batches --------------------------------------------------------
+  config = plan.config
   distributed.hello(plan.mesh)
   say(plan.describe())
   steps, tokens_a_step = config.train.steps, plan.G * plan.T
@@ -101,8 +116,6 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
 
   with StopSignal() as stop, jax.set_mesh(plan.mesh):
     # --- Workdir: new, or that of the same run --------------------------------------------------
-    with saving('the workdir', workdir):
-      workdir.mkdir(parents=True, exist_ok=True)
     distributed.check_shared(workdir)
     keep = config.checkpoint
     checkpoints = Checkpoints(workdir, keep.keep, keep.keep_every, keep.keep_best)
@@ -110,6 +123,9 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
     if start and (other := difference(checkpoints.meta(start)['identity'], identity)):
       raise UserError(f'{workdir} holds the run of another model or other data:\n{other}\n'
                       'Choose another --workdir, or the config of that run.')
+    if jax.process_index() == 0:
+      for line in record_lib.set_aside(workdir) + [metrics.flaws(workdir, start)] * bool(start):
+        say(line) if line else None
     lines, held_out = metrics.read(workdir), len(val_split) > 1
     due = lambda step, section: step % section.every == 0 or step == steps
     # whether the last start was stopped within an evaluation
