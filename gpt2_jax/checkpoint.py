@@ -73,6 +73,12 @@ class _Manager(ocp.CheckpointManager):
     """Never: `StopSignal` asks JAX, counting its questions, and one from here would upset that."""
     return False
 
+  def _load_checkpoint_infos(self, skip_metadata_read: bool = False) -> list:
+    """Steps by the names of their folders: Orbax' file in each, of nothing that is needed here, may be
+    damaged, and would then keep all others from being read.
+    """
+    return super()._load_checkpoint_infos(skip_metadata_read=True)
+
 
 class Checkpoints:
   """The checkpoints of a workdir."""
