@@ -31,11 +31,19 @@ FOLDER = 'checkpoints'
 VERSION = 2  # from 2 on none is without a manifest
 
 # Orbax logs a background thread's exception with its traceback, and then raises it in ours as well;
-# asyncio says of its other tasks that nobody has asked how they ended.
+# of its other tasks asyncio says that nobody has asked how they ended, or that they ended too late.
 logging.getLogger('absl').addFilter(
     lambda record: not (record.exc_info and 'orbax' in record.pathname))
 logging.getLogger('asyncio').addFilter(
     lambda record: 'exception was never retrieved' not in record.getMessage())
+
+
+def _unraisable(unraisable, *, hook=sys.unraisablehook) -> None:
+  if str(unraisable.exc_value) != 'Event loop is closed':
+    hook(unraisable)
+
+
+sys.unraisablehook = _unraisable
 
 
 def _of_step(step: int) -> str:
