@@ -406,6 +406,12 @@ def test_a_lock_ends_with_its_process(tmp_path):
     process.stdout.close()
 
 
+def test_a_run_that_came_to_nothing_leaves_no_workdir(tmp_path):
+  with contextlib.suppress(UserError), holding.held(tmp_path / 'run'):
+    raise UserError('there is no such corpus')
+  assert not list(tmp_path.iterdir())
+
+
 def test_a_lock_with_a_record_that_is_none(tmp_path):
   for content in (b'', b'\xff', b'[' * 100_000, b'{"pid": "x"}'):
     (tmp_path / holding.FILE).write_bytes(content)
