@@ -6,6 +6,7 @@ The same command again continues a run that was stopped or killed. On several ho
 each; where no cluster is found, with --coordinator=HOST:PORT --num_processes=N --process_id=I.
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -18,6 +19,7 @@ from absl import flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 from gpt2_jax import hardware  # noqa: E402
+from gpt2_jax.errors import UserError, near, versions  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file('config', help_string='Config file, with :RECIPE after it.')
 WORKDIR = flags.DEFINE_string(
@@ -33,8 +35,28 @@ NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes 
 PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.')
 
 
+def usage() -> str:
+  """What --help prints."""
+  return f"""{(__doc__ or '').strip()}
+
+{flags.FLAGS.main_module_help()}
+
+examples:
+  python launch.py --config=configs/tiny.py
+  python launch.py --config=configs/small.py:openwebtext --workdir=runs/a --config.train.steps=1000
+  python launch.py --config=configs/small.py --dry_run
+
+The knobs, --config.SECTION.KEY=VALUE, stand in configs/base.py with what they do."""
+
+
 def parse_flags(argv: list[str]) -> None:
   """Parses the flags; says in one line what is wrong with them."""
+  if {'--help', '-h', '-help', '--helpfull', '--helpshort'} & set(argv[1:]):
+    print(usage())
+    sys.exit(0)
+  if '--version' in argv[1:]:
+    print(versions())
+    sys.exit(0)
   try:
     rest = flags.FLAGS(argv)
     if len(rest) > 1:
@@ -43,8 +65,21 @@ def parse_flags(argv: list[str]) -> None:
       raise ValueError('say which config: --config=configs/tiny.py')
     _ = CONFIG.value.model  # a file that can't be loaded is an error only now
   except Exception as e:  # of many kinds, some with a traceback as their text
-    sys.exit(f'error: {(str(e) or repr(e)).strip().splitlines()[-1].strip()} (the knobs: '
-             'configs/base.py)')
+    sys.exit(f'error: {wrong_flag(e, argv)} (the knobs: configs/base.py)')
+
+
+def wrong_flag(e: Exception, argv: list[str]) -> str:
+  """What is wrong with the flags, in a line. An unknown one is named with those that are like it."""
+  if isinstance(e, flags.UnrecognizedFlagError):
+    return f'there is no flag --{e.flagname}{near(e.flagname, flags.FLAGS)}'
+  if isinstance(e, (KeyError, AttributeError)):
+    from gpt2_jax.config import wrong_knob
+    from gpt2_jax.planning.command import load_config
+    file = [word.partition('=')[2] for word in argv if word.startswith('--config=')][-1:]
+    with contextlib.suppress(UserError):
+      if file and (wrong := wrong_knob(load_config(file[0])[0], argv)):
+        return wrong
+  return (str(e) or repr(e)).strip().splitlines()[-1].strip()
 
 
 def default_workdir() -> str:
@@ -55,11 +90,11 @@ def default_workdir() -> str:
 
 def main(argv: list[str]) -> int:
   parse_flags(argv)
-  from gpt2_jax import determinism
-  from gpt2_jax.errors import UserError
+  from gpt2_jax import determinism, files
   from gpt2_jax.training import compiling, distributed, loop, plan
   workdir = WORKDIR.value or default_workdir()
   try:
+    files.local(workdir, '--workdir')
     if CONFIG.value.deterministic:
       determinism.require()
     distributed.initialize(

@@ -8,7 +8,6 @@ module that knows Orbax.
 """
 
 import errno
-import json
 import logging
 import shutil
 import sys
@@ -24,15 +23,27 @@ from jax.experimental import multihost_utils
 from gpt2_jax import manifest
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError, saving
+from gpt2_jax.files import local, read_json
 from gpt2_jax.model import Params, make_params
 from gpt2_jax.sharding import on_devices, without_mesh
 
 FOLDER = 'checkpoints'
-VERSION = 1
+VERSION = 2  # from 2 on none is without a manifest
 
-# Orbax logs a background thread's exception with its traceback, and then raises it in ours as well.
+# Orbax logs a background thread's exception with its traceback, and then raises it in ours as well;
+# of its other tasks asyncio says that nobody has asked how they ended, or that they ended too late.
 logging.getLogger('absl').addFilter(
     lambda record: not (record.exc_info and 'orbax' in record.pathname))
+logging.getLogger('asyncio').addFilter(
+    lambda record: 'exception was never retrieved' not in record.getMessage())
+
+
+def _unraisable(unraisable, *, hook=sys.unraisablehook) -> None:
+  if str(unraisable.exc_value) != 'Event loop is closed':
+    hook(unraisable)
+
+
+sys.unraisablehook = _unraisable
 
 
 def _of_step(step: int) -> str:
@@ -70,6 +81,12 @@ class _Manager(ocp.CheckpointManager):
     """Never: `StopSignal` asks JAX, counting its questions, and one from here would upset that."""
     return False
 
+  def _load_checkpoint_infos(self, skip_metadata_read: bool = False) -> list:
+    """Steps by the names of their folders: Orbax' file in each, of nothing that is needed here, may be
+    damaged, and would then keep all others from being read.
+    """
+    return super()._load_checkpoint_infos(skip_metadata_read=True)
+
 
 class Checkpoints:
   """The checkpoints of a workdir."""
@@ -83,7 +100,7 @@ class Checkpoints:
       keep_every: steps; those that are multiples of it are kept too. 0: none.
       keep_best: how many of those with the lowest held-out loss are kept too.
     """
-    self.path, self._best = epath.Path(workdir).resolve() / FOLDER, _Best(keep_best)
+    self.path, self._best = epath.Path(local(workdir)).resolve() / FOLDER, _Best(keep_best)
     self._writes, self._saving = keep is not None, 0
     managers = ocp.checkpoint_managers
     policies = [managers.LatestN(keep), self._best]
@@ -109,11 +126,16 @@ class Checkpoints:
     folder = Path(self.path) / str(step)
     if (folder / manifest.FILE).exists():
       return manifest.damage(folder, items)
-    # Of an early version, or half deleted when the run was killed: Orbax tells, by reading it all.
+    try:
+      meta = read_json(folder / 'meta' / 'metadata', {'tree': {str: str}})
+    except UserError as e:
+      return f'it has no {manifest.FILE} and can\'t be read ({e})'
+    if meta.get('version') not in (None, 1):
+      return f'it has no {manifest.FILE}, though it was written with one'
+    # Of an early version: Orbax tells, by reading it all.
     alone = ocp.options.MultiprocessingOptions(
         primary_host=None, active_processes={jax.process_index()}, barrier_sync_key_prefix='check')
     try:
-      meta = json.loads((folder / 'meta' / 'metadata').read_text())
       names = {key.split('.')[0] for key in meta['tree']}
       for name in names if items is None else names & set(items):
         handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
@@ -250,7 +272,7 @@ def read_meta(workdir: str | Path) -> dict:
   Raises:
     UserError: the workdir has no finished checkpoint.
   """
-  workdir = Path(workdir)
+  workdir = local(workdir)
   if not is_workdir(workdir):
     raise UserError(f'{workdir} holds no checkpoints: is it the --workdir of a run?')
   checkpoints = Checkpoints(workdir)

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from gpt2_jax import inputs
+from gpt2_jax import errors, files, inputs
 from gpt2_jax.decoding.options import Options
 from gpt2_jax.errors import UserError
 from gpt2_jax.evaluation.bias_command import Bias
@@ -41,15 +41,19 @@ class Prepare:
   """Field that holds the text, in .jsonl, .parquet and TFDS."""
   workers: int | None = None
   """Processes; default: the number of cores."""
+  verify: bool = False
+  """Read all of the store, a finished one too, and compare it with its hashes."""
 
   def run(self) -> None:
-    from gpt2_jax.data import prepare
+    from gpt2_jax.data import prepare, verify
     settings = prepare.Settings(self.corpus, self.tokenizer, self.val_fraction, self.split_seed,
                                 self.split, self.text_field)
     opened = prepare.ensure_store(settings, self.output, self.workers)
     for name, split in opened.splits.items():
       print(f'{name:6s}{len(split):>16,} tokens {split.documents:>12,} documents')
     print(f'{opened.path}: sha256 {opened.sha256}')
+    if self.verify:
+      print(f'{verify.verify(opened, again=True)} shards are as they were written')
 
 
 @dataclasses.dataclass
@@ -192,9 +196,26 @@ Verb = (Annotated[Prepare, tyro.conf.subcommand('prepare')]
         | Annotated[Reproduce, tyro.conf.subcommand('reproduce')])
 
 
+# names of the options that are places, which must be on this machine
+PLACES = ('checkpoint', 'tokenizer', 'assistant', 'source', 'target', 'output', 'workdir', 'data',
+          'json', 'prompt_file', 'config', 'dump', 'corpus')
+
+
+def check_places(verb: Verb) -> None:
+  """Checks that every path is of this machine, before anything is made there or read."""
+  for field in dataclasses.fields(verb):
+    value = getattr(verb, field.name)
+    for place in value if isinstance(value, tuple) else [value]:
+      if field.name in PLACES and isinstance(place, str | Path):
+        path = str(place).partition(':')[2] if field.name == 'corpus' else place
+        files.local(path, f'--{field.name.replace("_", "-")}')
+
+
 def main(argv: list[str] | None = None) -> None:
   """Runs a verb. Exit status 1 and one message where the input can't be used."""
   argv, overrides = list(sys.argv[1:] if argv is None else argv), ()
+  if argv[:1] == ['--version']:
+    return print(errors.versions())
   if argv[:1] == ['plan']:
     argv, overrides = split_overrides(argv)
   try:
@@ -202,6 +223,7 @@ def main(argv: list[str] | None = None) -> None:
                     config=(tyro.conf.OmitArgPrefixes,))
     if isinstance(verb, Plan):
       verb.overrides = overrides
+    check_places(verb)
     verb.run()
   except UserError as e:
     sys.exit(f'error: {e}')

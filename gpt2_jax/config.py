@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, brief, near
+from gpt2_jax.files import local
 
 Config = Any  # a run's ml_collections.ConfigDict (configs/base.py), or a section of it: untyped
 
@@ -248,3 +250,27 @@ class GPTConfig:
         'the padded vocabulary (model.vocab_multiple)': (self.padded_vocab_size, 'tensor'),
         'model.n_embd': (self.n_embd, 'fsdp'),
     }
+
+
+def wrong_knob(config: Config, words: Iterable[str]) -> str | None:
+  """What is wrong with the first `--config.KEY[=VALUE]` of a command line whose key is no knob."""
+  known = [name if key is None else f'{name}.{key}' for name, section in config.items()
+           for key in (section if hasattr(section, 'keys') else [None])]
+  for word in words:
+    name = word.removeprefix('--config.').partition('=')[0]
+    if word.startswith('--config.') and name not in (*known, *config):
+      return f'there is no knob {brief(name)}{near(name, known)}'
+  return None
+
+
+def check_places(config: Config) -> None:
+  """Checks that the paths in a run's config are of this machine, before anything is made there.
+
+  Raises:
+    UserError: one is an address.
+  """
+  data = config.data
+  local(data.corpus.partition(':')[2], 'data.corpus')
+  for name, path in {'data.store': data.store, 'data.directory': data.directory,
+                     'data.tokenizer': data.tokenizer, 'init_from': config.init_from}.items():
+    local(path or '', name)

@@ -1,9 +1,13 @@
 """The one kind of error that is meant for the user, not for the debugger."""
 
 import contextlib
+import difflib
 import errno
+import importlib.metadata
 import os
+import platform
 import re
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -25,8 +29,35 @@ def brief(value: object, limit: int = 80) -> str:
   return f'{text[:limit - 20]} … {text[-12:]} ({len(text):,} characters)'
 
 
-NO_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS,
-            errno.ENOENT, errno.ENOTDIR)
+def versions() -> str:
+  """A line with what runs: to be said in a report of a fault."""
+  said = [f'{name} {importlib.metadata.version(name)}' for name in ('gpt2_jax', 'jax')]
+  return ', '.join([*said, f'Python {platform.python_version()}'])
+
+
+def near(name: str, known: Iterable[str]) -> str:
+  """'; near it: a, b' with those of some names that are like one that is unknown; '' if none is."""
+  known, last = list(known), name.rpartition('.')[2]
+  found = difflib.get_close_matches(name, known, 3, 0.75)
+  found += [k for k in known if k not in found and difflib.SequenceMatcher(
+      None, k.rpartition('.')[2], last).ratio() > 0.75]
+  return f'; near it: {", ".join(found[:3])}' if found else ''
+
+
+# The ways out where the operating system refuses to write, by the number of its error.
+WAYS_OUT = {
+    'Make room there (or choose another place)': (errno.ENOSPC, errno.EDQUOT),
+    'A file may not become so large there: lift the limit (`ulimit -f` shows it), or choose another '
+    'place,': (errno.EFBIG,),
+    'Choose a place that you may write to (or change its permissions),': (
+        errno.EACCES, errno.EPERM, errno.EROFS),
+    'A folder on the way there is missing: make it (or choose another place)': (errno.ENOENT,),
+    'A file is where a folder should be, or the other way round: move it away (or choose another '
+    'place)': (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY),
+    'Choose a shorter name': (errno.ENAMETOOLONG,),
+    'The disk, or the way to it, fails: choose another place': (errno.EIO, errno.ESTALE),
+}
+NO_WRITE = {number: way for way, numbers in WAYS_OUT.items() for number in numbers}
 
 
 def _errno(e: Exception) -> int | None:
@@ -47,6 +78,5 @@ def saving(what: str, path: str | os.PathLike):
     if number is None or number not in NO_WRITE:
       raise
     reason = e if isinstance(e, OSError) else os.strerror(number)
-    raise UserError(
-        f'cannot write {what} to {path}: {reason}. Make room there (or choose another place) and run '
-        'the same command again: what was finished is kept.') from e
+    raise UserError(f'cannot write {what} to {path}: {reason}. {NO_WRITE[number]} and run the same '
+                    'command again: what was finished is kept.') from e

@@ -8,7 +8,6 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import tyro
@@ -16,6 +15,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from gpt2_jax.decoding.options import Options
 from gpt2_jax.errors import UserError
+from gpt2_jax.files import local, parse_json
 
 FIELDS = {field.name: field for field in dataclasses.fields(Options)}
 # what no list of words can spell, with how to write it
@@ -31,7 +31,7 @@ def _json(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
   if info.type not in AS_JSON:
     return None
   return PrimitiveConstructorSpec(
-      nargs=1, metavar=AS_JSON[info.type], instance_from_str=lambda words: json.loads(words[0]),
+      nargs=1, metavar=AS_JSON[info.type], instance_from_str=lambda words: parse_json(words[0]),
       is_instance=lambda value: True, str_from_instance=lambda value: [json.dumps(value)])
 
 
@@ -111,7 +111,7 @@ def read_prompts(path: str) -> list[str]:
     UserError: names what can't be read, and where.
   """
   try:
-    text = piped() if path == '-' else utf8(Path(path).read_bytes(), path).removeprefix('\ufeff')
+    text = piped() if path == '-' else utf8(local(path).read_bytes(), path).removeprefix('\ufeff')
   except OSError as e:
     raise UserError(f'cannot read prompts from {path}: {e.strerror}.') from None
   lines = [(i, line.removesuffix('\r')) for i, line in enumerate(text.split('\n'), 1) if line.strip()]
@@ -122,8 +122,8 @@ def read_prompts(path: str) -> list[str]:
   prompts = []
   for i, line in lines:
     try:
-      prompt = json.loads(line)['prompt']
-    except (ValueError, TypeError, KeyError, RecursionError):
+      prompt = parse_json(line, {'prompt': str})['prompt']
+    except ValueError:
       prompt = None
     if not isinstance(prompt, str):
       raise UserError(f'{path}:{i}: wanted {{"prompt": TEXT}}, not {line[:60]}')

@@ -8,11 +8,12 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from gpt2_jax.files import write_whole
+from gpt2_jax.files import parse_json, whole_number, write_whole
 from gpt2_jax.progress import track
 
 FILE = 'manifest.json'
 VERSION = 1
+SHAPE = {'files': {str: {'bytes': whole_number, 'sha256': str}}}
 # Written by Orbax behind the manifest, as it commits; nothing in them is needed.
 LATER = ('_CHECKPOINT_METADATA', 'commit_success.txt')
 SHOWN_BYTES = 2**30  # the reading of less is over before one wonders
@@ -39,14 +40,19 @@ def damage(folder: Path, items: Collection[str] | None = None) -> str | None:
     items: subfolders whose content is read and hashed; default: all. Sizes are compared of all.
   """
   try:
-    files = json.loads((folder / FILE).read_text())['files']
+    files = parse_json((folder / FILE).read_bytes(), SHAPE)['files']
     wanted = {name: (file['bytes'], file['sha256']) for name, file in files.items()}
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-    return f'{FILE} is damaged ({e!r})'
+    if not wanted:
+      raise ValueError('it names no file')
+  except (OSError, ValueError) as e:
+    return f'{FILE} is damaged ({e})'
   for name, (size, _) in wanted.items():
-    have = (folder / name).stat().st_size if (folder / name).is_file() else None
+    try:
+      have = (folder / name).stat().st_size if (folder / name).is_file() else None
+    except OSError:  # no name that a file could have
+      have = None
     if have is None:
-      return f'{name} is missing'
+      return f'{name[:200]} is missing'
     if have != size:
       return f'{name} has {have:,} bytes, not {size:,}'
   read = [name for name in wanted if items is None or name.split('/')[0] in items]

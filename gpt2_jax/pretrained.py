@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from gpt2_jax import sharding, tokenizer
 from gpt2_jax.errors import UserError
-from gpt2_jax.files import whole
+from gpt2_jax.files import local, whole
 from gpt2_jax.interop import (
   flax_msgpack,
   gguf,
@@ -54,7 +54,7 @@ def open_source(source: str | os.PathLike) -> Source:
 
 def _open(source: str | os.PathLike, above: tuple[Path, ...]) -> Source:
   """`above`: the adapters whose base this is."""
-  path = Path(source)
+  path = local(source)
   if not path.exists():
     if not hub.is_name(str(source)):
       raise UserError(f'{source} is neither a file or folder here nor a name of the hub.')

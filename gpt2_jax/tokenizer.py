@@ -33,6 +33,7 @@ import tiktoken_ext.openai_public as released
 
 from gpt2_jax import tokenizer_files as files
 from gpt2_jax.errors import UserError
+from gpt2_jax.files import local
 from gpt2_jax.tokenizer_files import EOT, Added, Tables
 
 PATTERN = released.r50k_pat_str
@@ -263,7 +264,7 @@ def load(spec: str | os.PathLike) -> Tokenizer:
     return _gpt2()
   if spec == 'byte':
     return Tokenizer([])
-  if Path(spec).is_dir():
+  if local(spec).is_dir():
     tables = files.read(Path(spec))
     return Tokenizer(_merges(tables.pairs), tables)
   raise UserError(f'tokenizer {str(spec)!r} is none of: gpt2, bpe:N, byte, a folder with '

@@ -567,6 +567,45 @@ def test_changed_files_are_read_or_refused(name, data):
       assert scratch in str(e)
 
 
+@few
+@given(data=st.data())
+def test_a_changed_bit_of_a_zip_file_is_refused(data):
+  """In whatever entry: no other number gets in."""
+  content = bytearray((GOLDEN / 'foreign_nanogpt.pt').read_bytes())
+  with zipfile.ZipFile(io.BytesIO(content)) as archive:
+    entries = [info for info in archive.infolist() if info.filename.endswith('data.pkl')
+               or info.filename.split('/')[-2] == 'data']
+  entry = data.draw(st.sampled_from(entries))
+  name, extra = struct.unpack('<HH', content[entry.header_offset + 26:entry.header_offset + 30])
+  at = entry.header_offset + 30 + name + extra + data.draw(st.integers(0, entry.file_size - 1))
+  content[at] ^= 1 << data.draw(st.integers(0, 7))
+  with tempfile.TemporaryDirectory() as scratch:
+    path = Path(scratch) / 'ckpt.pt'
+    path.write_bytes(content)
+    with pytest.raises(UserError, match='CRC-32'):
+      value = torch_files.read(path)
+      for part in jax.tree.leaves(value):
+        if isinstance(part, Tensor):
+          part.read()
+      raise AssertionError('it was read')
+
+
+def test_a_zip_file_without_checksums_is_read(tmp_path):
+  """torch.serialization.set_crc32_options(False) leaves zeros in all of the headers."""
+  content = bytearray((GOLDEN / 'foreign_nanogpt.pt').read_bytes())
+  with zipfile.ZipFile(io.BytesIO(content)) as archive:
+    sums = [struct.pack('<I', info.CRC) for info in archive.infolist()]
+    start = archive.start_dir
+  for crc in sums:
+    at = content.index(crc, start)
+    content[at:at + 4] = bytes(4)
+  (tmp_path / 'ckpt.pt').write_bytes(content)
+  want = torch_files.read(GOLDEN / 'foreign_nanogpt.pt')['model']
+  have = torch_files.read(tmp_path / 'ckpt.pt')['model']
+  for name, each in want.items():
+    assert_bits(have[name].read(), each.read())
+
+
 def changed(**parts) -> dict:
   """The golden nanoGPT checkpoint, to be written with other parts."""
   value = torch_files.read(GOLDEN / 'foreign_nanogpt.pt')

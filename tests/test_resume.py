@@ -1,5 +1,6 @@
 """What a run goes on from: whole checkpoints, the ones that are kept, nothing torn."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -47,13 +48,29 @@ def half_deleted(step):
   shutil.rmtree(step / 'params' / 'd')
 
 
+def of_an_older_release(step):
+  """They wrote no manifest."""
+  (step / manifest.FILE).unlink()
+  path = step / 'meta' / 'metadata'
+  path.write_text(json.dumps(json.loads(path.read_text()) | {'version': 1}))
+
+
+def older_and_half_deleted(step):
+  of_an_older_release(step)
+  shutil.rmtree(step / 'params' / 'd')
+
+
 @pytest.mark.parametrize('harm,says', [
     (cut, 'params/.* bytes, not '), (flip, 'params/.* has other content'),
     (lambda step: (step / 'meta' / 'metadata').unlink(), 'meta/metadata is missing'),
     (lambda step: shutil.rmtree(step / 'params'), 'params/.* is missing'),
     (lambda step: (step / manifest.FILE).write_text('{"files": {'), 'manifest.json is damaged'),
     (lambda step: (step / manifest.FILE).write_text('[]'), 'manifest.json is damaged'),
-    (half_deleted, 'has no manifest.json and can\'t be read'),
+    (lambda step: (step / manifest.FILE).write_text('[' * 1000), 'manifest.json is damaged'),
+    (lambda step: (step / manifest.FILE).write_text('{"files": {}}'), 'it names no file'),
+    (lambda step: (step / manifest.FILE).unlink(), 'has no manifest.json, though'),
+    (half_deleted, 'has no manifest.json, though'),
+    (older_and_half_deleted, 'has no manifest.json and can\'t be read'),
 ])
 def test_a_damaged_checkpoint_is_named_and_passed_over(three, capfd, harm, says):
   workdir, folder = three
@@ -77,8 +94,8 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(three, capfd, harm, says)
   assert sorted(p.name for p in folder.iterdir()) == ['1', '2', '3', 'damaged-3']
 
 
-def test_a_checkpoint_without_manifest_is_read_before_it_is_used(three):
-  (three[1] / '3' / manifest.FILE).unlink()
+def test_a_checkpoint_of_before_manifests_is_read_before_it_is_used(three):
+  of_an_older_release(three[1] / '3')
   checkpoints = Checkpoints(three[0])
   assert checkpoints.whole_step() == 3
   checkpoints.close()

@@ -25,6 +25,7 @@ from pathlib import Path
 from gpt2_jax.data import downloads, formats, sources
 from gpt2_jax.data.sources import Source
 from gpt2_jax.errors import UserError
+from gpt2_jax.files import local
 
 DEPTH = 3  # folders below the one named in which a file is looked for
 SPLITS = {'train': 'train', 'valid': 'validation', 'validation': 'validation', 'val': 'validation',
@@ -126,7 +127,7 @@ def load(name: str, data: str | None = None) -> Benchmark:
     source = ' '.join((*part.source.urls, str(path))[0]
                       for part, path in zip(published.parts, paths))
   else:
-    paths = _find(name, published, Path(data).expanduser())
+    paths = _find(name, published, local(data, '--data').expanduser())
     source = ' '.join(map(str, paths))
   contents = [path.read_bytes() for path in paths]
   hashes = [hashlib.sha256(content).hexdigest() for content in contents]

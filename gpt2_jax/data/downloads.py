@@ -8,7 +8,6 @@ alone, and TensorFlow Datasets begins anew.
 import hashlib
 import http.client
 import lzma
-import os
 import shutil
 import socket
 import ssl
@@ -24,7 +23,7 @@ from typing import IO
 
 import filelock
 
-from gpt2_jax import progress
+from gpt2_jax import progress, verified
 from gpt2_jax.data.sources import Source
 from gpt2_jax.errors import UserError, saving
 
@@ -40,7 +39,7 @@ class _Failed(Exception):
 
 def cache() -> Path:
   """The folder of what was fetched."""
-  return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'gpt2_jax' / 'data'
+  return verified.cache() / 'data'
 
 
 def sha256_of(path: Path) -> str:
@@ -100,11 +99,15 @@ def _check(content: Path, path: Path, source: Source) -> None:
 
 
 def _check_by_hand(path: Path, source: Source) -> Path:
-  if source.urls and not _record(path).exists():
-    try:
+  record = _record(path)
+  try:
+    if record.exists():
+      if not verified.Verified(path.parent).check([path.name], record.read_text().strip()):
+        raise _Failed(f'its sha256 is not that which it had when it was fetched ({record})')
+    elif source.urls:
       _check(path, path, source)
-    except _Failed as e:
-      raise UserError(f'{path} is another file: {e}. Remove it.') from e
+  except (_Failed, OSError, ValueError) as e:
+    raise UserError(f'{path} is another file: {e}. Remove it.') from e
   return path
 
 

@@ -8,7 +8,6 @@ to a protocol. A file that is not as published is a UserError with the line.
 import contextlib
 import csv
 import io
-import json
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from pathlib import PurePath
 
 from gpt2_jax.data.corpora import utf8
 from gpt2_jax.errors import UserError
+from gpt2_jax.files import parse_json
 
 HELD_OUT_BYTES = 5_000_000  # enwik8 and text8: the last 5 of 100 MB are the test set
 WSC = 273  # of the 285 schemas in the collection
@@ -55,7 +55,7 @@ def lambada(content: bytes, where: str) -> list[dict]:
   examples = []
   for place, line in _lines(content, where):
     with _reading(place, '{"text": TEXT}'):
-      examples.append({'text': str(json.loads(line)['text'])})
+      examples.append({'text': str(parse_json(line)['text'])})
   return examples
 
 
@@ -91,7 +91,7 @@ def hellaswag(content: bytes, where: str) -> list[dict]:
   examples = []
   for place, line in _lines(content, where):
     with _reading(place, 'an example of HellaSwag with its label'):
-      row = json.loads(line)
+      row = parse_json(line)
       query, endings, label = row.get('query'), list(row['endings']), int(row['label'])
       if query is None:
         query = _clean(f'{row["activity_label"]}: {row["ctx_a"]} {row["ctx_b"].capitalize()}')
@@ -106,7 +106,7 @@ def winogrande(content: bytes, where: str) -> list[dict]:
   examples = []
   for place, line in _lines(content, where):
     with _reading(place, 'an example of Winogrande with its answer, 1 or 2'):
-      row = json.loads(line)
+      row = parse_json(line)
       example = {key: row[key] for key in ('sentence', 'option1', 'option2', 'answer')}
       if '_' not in example['sentence'] or example['answer'] not in ('1', '2'):
         raise ValueError(f'sentence {example["sentence"]!r}, answer {example["answer"]!r}')
@@ -135,7 +135,7 @@ def wsc273(content: bytes, where: str) -> list[dict]:
   examples = []
   for place, line in ([(where, utf8(content, where))] if whole else _lines(content, where)):
     with _reading(place, 'text, pronoun, pronoun_loc, options and label of a Winograd schema'):
-      for row in (json.loads(line) if whole else [json.loads(line)]):
+      for row in (parse_json(line) if whole else [parse_json(line)]):
         at, pronoun, whole_text = int(row['pronoun_loc']), row['pronoun'], row['text']
         if whole_text[at:at + len(pronoun)] != pronoun:
           raise ValueError(f'{pronoun!r} is not at {at} of {whole_text!r}')

@@ -8,7 +8,6 @@ the batch of step s is a function of (seed, step) here as well. Everything is ke
 import dataclasses
 import glob
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from jax.sharding import NamedSharding
 from gpt2_jax import sharding as sharding_lib
 from gpt2_jax import tokenizer as tokenizers
 from gpt2_jax.errors import UserError
+from gpt2_jax.files import local, parse_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +75,9 @@ def _read(path: str, text_field: str, label_field: str) -> Iterator[tuple[str, s
       continue
     where = f'{path}, line {number}'
     try:
-      example = json.loads(line)
+      example = parse_json(line)
       text, label = example[text_field], example[label_field]
-    except json.JSONDecodeError as e:
+    except ValueError as e:
       raise UserError(f'{where}: not a line of JSON ({e}).') from e
     except (KeyError, TypeError) as e:
       raise UserError(f'{where} has no field {e}: set config.data.text_field and '
@@ -94,6 +94,7 @@ def _held_out(seed: int, text: str, fraction: float) -> bool:
 
 
 def _paths(data: Any) -> list[str]:
+  local(data.corpus.partition(':')[2], 'data.corpus')
   paths = sorted(glob.glob(data.corpus.removeprefix('text:'), recursive=True))
   if not data.corpus.startswith('text:') or not paths or any(
       Path(path).suffix != '.jsonl' for path in paths):

@@ -20,14 +20,16 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import filelock
 import numpy as np
 
 from gpt2_jax import tokenizer as tokenizers
+from gpt2_jax import verified
 from gpt2_jax.data import corpora, store
 from gpt2_jax.errors import UserError, saving
-from gpt2_jax.files import write_whole
+from gpt2_jax.files import local, misfit, read_json, write_whole
 from gpt2_jax.progress import track
 
 MIN_PART_BYTES, MAX_PART_BYTES, MAX_PARTS = 4 * 2**20, 256 * 2**20, 64
@@ -47,6 +49,8 @@ class Settings:
   text_field: str = 'text'
 
   def __post_init__(self):
+    local(self.corpus.partition(':')[2], 'corpus')
+    local(self.tokenizer, 'tokenizer')
     if not 0 < self.val_fraction < 1:
       raise UserError(f'val_fraction = {self.val_fraction} must lie between 0 and 1.')
     if self.split not in ('document', 'tail'):
@@ -176,10 +180,8 @@ def _manifest(settings, corpus, tokenizer, records) -> dict:
         f'fell into the held-out split of {settings.val_fraction:g}. Raise config.data.val_fraction '
         '(--val-fraction), or hold out the end of each document: config.data.split=tail '
         '(--split tail).')
-  content = [tokenizer.sha256] + [s['sha256'] for split in splits.values() for s in split['shards']]
-  return {
-      'version': store.VERSION, 'dtype': _dtype(tokenizer),
-      'sha256': hashlib.sha256('\n'.join(content).encode()).hexdigest(),
+  manifest = {
+      'version': store.VERSION, 'dtype': _dtype(tokenizer), 'sha256': '',
       'tokenizer': {'spec': settings.tokenizer, 'vocab_size': tokenizer.vocab_size,
                     'eot': tokenizer.eot, 'sha256': tokenizer.sha256},
       'source': {'corpus': settings.corpus, 'licence': corpus.licence,
@@ -189,6 +191,7 @@ def _manifest(settings, corpus, tokenizer, records) -> dict:
                     'python': platform.python_version()},
       'splits': splits,
   }
+  return manifest | {'sha256': store.content_sha256(manifest)}
 
 
 def _json(value: dict) -> dict:
@@ -199,8 +202,9 @@ def _json(value: dict) -> dict:
 def _begin(folder: Path, job: dict) -> None:
   """Makes the folder ready for this job, keeping the finished parts of an earlier try at it."""
   path = folder / JOB
-  if path.exists() and json.loads(path.read_text()) == job:
-    return
+  with contextlib.suppress(UserError):  # there is none, or a broken one: then all is made anew
+    if read_json(path) == job:
+      return
   rest = [p for p in folder.iterdir() if p.name not in (JOB, f'{JOB}.tmp')] if folder.exists() else []
   if rest:
     if not path.exists():
@@ -210,6 +214,24 @@ def _begin(folder: Path, job: dict) -> None:
       shutil.rmtree(old) if old.is_dir() else old.unlink()
   folder.mkdir(parents=True, exist_ok=True)
   write_whole(path, json.dumps(job))
+
+
+def _finished(folder: Path, number: int, dtype: str) -> dict | None:
+  """What a part left that an earlier try has finished; None where it isn't finished, or not whole."""
+  try:
+    record = read_json(folder / _part_name(number), {'train': _is_record, 'val': _is_record})
+    for s in filter(None, record.values()):
+      store.Shard(folder / s['file'], s['tokens'], dtype, index=folder / s['index'],
+                  documents=s['documents']).check()
+      if verified.digest([folder / s['file'], folder / s['index']]) != s['sha256']:
+        return None
+  except (UserError, OSError):
+    return None
+  return record
+
+
+def _is_record(value: Any) -> bool:
+  return value is None or (misfit(value, store.SHARD) is None and value['tokens'] > 0)
 
 
 def _prepare(settings: Settings, folder: Path, corpus: corpora.Corpus, workers: int) -> None:
@@ -222,14 +244,15 @@ def _prepare(settings: Settings, folder: Path, corpus: corpora.Corpus, workers: 
     write_whole(folder / 'tokenizer' / 'done', '')
   parts = _parts(corpus.pieces)
   size = lambda number: sum(piece.bytes for _, piece in parts[number])
-  finished = {n for n in range(len(parts)) if (folder / _part_name(n)).exists()}
-  todo = [n for n in range(len(parts)) if n not in finished]
+  records = {n: record for n in range(len(parts))
+             if (record := _finished(folder, n, _dtype(tokenizer))) is not None}
+  todo = [n for n in range(len(parts)) if n not in records]
   with track(f'tokenizing {settings.corpus}', sum(map(size, range(len(parts)))), 'bytes',
-             done=sum(map(size, finished))) as advance:
+             done=sum(map(size, records))) as advance:
     if workers <= 1 or len(todo) <= 1:
       _start_worker(folder, settings, tokenizer)
       for n in todo:
-        _encode_part(n, parts[n])
+        records[n] = _encode_part(n, parts[n])
         advance(size(n))
     else:
       with concurrent.futures.ProcessPoolExecutor(
@@ -238,13 +261,12 @@ def _prepare(settings: Settings, folder: Path, corpus: corpora.Corpus, workers: 
         futures = {pool.submit(_encode_part, n, parts[n]): n for n in todo}
         try:
           for future in concurrent.futures.as_completed(futures):
-            future.result()
+            records[futures[future]] = future.result()
             advance(size(futures[future]))
         except BaseException:
           pool.shutdown(wait=False, cancel_futures=True)
           raise
-  records = [json.loads((folder / _part_name(n)).read_text()) for n in range(len(parts))]
-  manifest = _manifest(settings, corpus, tokenizer, records)
+  manifest = _manifest(settings, corpus, tokenizer, [records[n] for n in range(len(parts))])
   write_whole(folder / store.MANIFEST, json.dumps(manifest, indent=1))
   for name in [JOB, *(_part_name(n) for n in range(len(parts)))]:
     (folder / name).unlink()
@@ -284,7 +306,7 @@ def ensure_store(settings: Settings, folder: str | Path, workers: int | None = N
   Raises:
     UserError: the corpus can't be read, another store is there, or the disk is full.
   """
-  folder = Path(folder)
+  folder = local(folder)
   with saving('the token store', folder):
     folder.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder.parent).close()  # the lock waits for ever where none can be

@@ -30,12 +30,19 @@ import numpy as np
 
 from gpt2_jax import tokenizer
 from gpt2_jax.errors import UserError
-from gpt2_jax.files import write_whole
+from gpt2_jax.files import local, misfit, name_of_file, parse_json, whole_number, write_whole
 
 MANIFEST = 'manifest.json'
 VERSION = 1
 GPT2_EOT = tokenizer.GPT2_SIZE - 1
 LLMC_MAGIC, LLMC_HEADER_BYTES = 20240520, 1024
+SHARD = {'file': name_of_file, 'index': name_of_file, 'tokens': whole_number,
+         'documents': whole_number, 'max_token': whole_number, 'sha256': str}
+SHAPE = {  # of a manifest, see `files.misfit`
+    'version': whole_number, 'dtype': ('<u2', '<u4').__contains__, 'sha256': str,
+    'tokenizer': {'spec': str, 'vocab_size': whole_number, 'eot': whole_number, 'sha256': str},
+    'source': {'corpus': str, 'licence': (str, type(None))}, 'settings': dict,
+    'splits': {'train': {'shards': [SHARD]}, 'val': {'shards': [SHARD]}}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +56,24 @@ class Shard:
   index: Path | None = None
   documents: int = 0
   max_token: int | None = None
+  sha256: str | None = None  # of its tokens and its index, where it is known: see verify.py
 
   def array(self) -> np.ndarray:
     tokens = np.memmap(self.path, self.dtype, 'r', self.offset, (self.tokens,))
     return np.asarray(tokens)  # a slice of a memmap takes ten times as long as one of an array
 
   def check(self) -> None:
-    """Raises a UserError unless the file has exactly the bytes that it should have."""
+    """Raises a UserError unless the files have exactly as many bytes as they should have."""
     want = self.offset + self.tokens * np.dtype(self.dtype).itemsize
-    have = self.path.stat().st_size if self.path.exists() else -1
+    self._check_size(self.path, want)
+    if self.index is not None:
+      self._check_size(self.index, 8 * self.documents)
+
+  def _check_size(self, path: Path, want: int) -> None:
+    have = path.stat().st_size if path.is_file() else -1
     if have != want:
       raise UserError(
-          f'{self.path} ' + ('is missing' if have < 0 else f'has {have:,} bytes, not {want:,}') +
+          f'{path} ' + ('is missing' if have < 0 else f'has {have:,} bytes, not {want:,}') +
           f': the token store is damaged. Remove the folder {self.path.parent} and prepare it again '
           '(or restore the file).')
 
@@ -133,7 +146,12 @@ class TokenStore:
   @functools.cached_property
   def tokenizer(self) -> tokenizer.Tokenizer:
     folder = self.path / 'tokenizer'
-    return tokenizer.load(folder if folder.exists() else 'gpt2')
+    found = tokenizer.load(folder if folder.exists() else 'gpt2')
+    if found.sha256 != self.manifest['tokenizer'].get('sha256', found.sha256):
+      raise UserError(f'{folder} is not the tokenizer that made the tokens in {self.path} (its hash '
+                      f'is another than that in {MANIFEST}): restore its files, or prepare the '
+                      'store again.')
+    return found
 
   def check_vocabulary(self, vocab_size: int) -> None:
     """Raises a UserError where a shard is known to hold an id of `vocab_size` or more."""
@@ -191,13 +209,38 @@ def is_store(folder: Path) -> bool:
   return (folder / MANIFEST).exists()
 
 
+def content_sha256(manifest: dict) -> str:
+  """The hash of a store's tokens, documents and tokenizer, from the hashes in its manifest."""
+  hashes = [manifest['tokenizer']['sha256']] + [
+      shard['sha256'] for split in manifest['splits'].values() for shard in split['shards']]
+  return hashlib.sha256('\n'.join(hashes).encode()).hexdigest()
+
+
+def _read_manifest(folder: Path) -> dict:
+  """A store's manifest, with everything in it that is used as it should be."""
+  path = folder / MANIFEST
+  try:
+    manifest = parse_json(path.read_bytes(), {'version': whole_number})
+    if manifest['version'] == VERSION:
+      wrong = misfit(manifest, SHAPE)
+      if wrong or content_sha256(manifest) != manifest['sha256']:
+        raise ValueError(wrong or 'its hashes contradict each other')
+  except (OSError, ValueError) as e:
+    raise UserError(f'{path} is damaged ({e}): restore it, or remove the folder and prepare it '
+                    'again.') from e
+  if manifest['version'] != VERSION:
+    raise UserError(f'{folder} is a token store of version {manifest["version"]}, this program '
+                    f'reads version {VERSION}: prepare it again.')
+  return manifest
+
+
 def open_store(folder: str | Path) -> TokenStore:
   """Opens a store and checks that its files have the sizes they should have.
 
   Raises:
     UserError: there is no store, it is unfinished, damaged, or of a newer version.
   """
-  folder = Path(folder)
+  folder = local(folder)
   if not is_store(folder):
     files = foreign_files(folder) if folder.is_dir() else {}
     if files.get('train'):
@@ -206,19 +249,11 @@ def open_store(folder: str | Path) -> TokenStore:
         f'{folder} is not a token store: ' + (
             f'it has no {MANIFEST}, so its preparation was not finished; run it again.'
             if folder.is_dir() else 'there is no such folder. Make one with gpt2-jax prepare.'))
-  try:
-    manifest = json.loads((folder / MANIFEST).read_text())
-    if manifest['version'] != VERSION:
-      raise UserError(f'{folder} is a token store of version {manifest["version"]}, this program '
-                      f'reads version {VERSION}: prepare it again.')
-    splits = {}
-    for name, split in manifest['splits'].items():
-      splits[name] = Split(name, tuple(
-          Shard(folder / s['file'], s['tokens'], manifest['dtype'], index=folder / s['index'],
-                documents=s['documents'], max_token=s['max_token']) for s in split['shards']))
-  except (json.JSONDecodeError, KeyError, TypeError) as e:
-    raise UserError(f'{folder / MANIFEST} is damaged ({e!r}): remove the folder and prepare it '
-                    'again.') from e
+  manifest = _read_manifest(folder)
+  splits = {name: Split(name, tuple(
+      Shard(folder / s['file'], s['tokens'], manifest['dtype'], index=folder / s['index'],
+            documents=s['documents'], max_token=s['max_token'], sha256=s['sha256'])
+      for s in split['shards'])) for name, split in manifest['splits'].items()}
   for split in splits.values():
     for shard in split.shards:
       shard.check()

@@ -63,7 +63,7 @@ class Evaluate:
 
   def open(self, wanted: list) -> list[tuple[Any, Any]]:
     """Protocols and their data. What `paper` names and is not there is left out, and said."""
-    from gpt2_jax.data import benchmarks, store
+    from gpt2_jax.data import benchmarks, store, verify
     names = {protocol.benchmark for protocol, _ in wanted if protocol.kind != 'store'}
     if self.data is not None and Path(self.data).is_file() and len(names) > 1:
       raise UserError(f'--data {self.data} is one file, but the tasks are of several benchmarks, '
@@ -75,6 +75,8 @@ class Evaluate:
         if name not in loaded:
           loaded[name] = (store.open_store(name.removeprefix('store/')) if protocol.kind == 'store'
                           else self.cut(benchmarks.load(name, self.data)))
+        if protocol.kind == 'store':
+          verify.verify(loaded[name], [protocol.split])
         opened.append((protocol, loaded[name]))
       except UserError as e:
         if named:

@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict
 
 from gpt2_jax import batching, sharding
 from gpt2_jax.errors import UserError, saving
+from gpt2_jax.files import parse_json
 from gpt2_jax.model import GPT2
 
 
@@ -57,7 +58,7 @@ class Kept:
         with saving('scores', path), open(path, 'r+b') as f:
           f.truncate(len(whole) + 1 if whole else 0)
       try:
-        self._found = dict(json.loads(line) for line in whole.splitlines())
+        self._found = dict(parse_json(line) for line in whole.splitlines())
       except (ValueError, TypeError) as e:
         raise UserError(f'{path} holds no scores that were kept ({e}): remove it.') from None
 

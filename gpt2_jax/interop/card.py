@@ -1,6 +1,7 @@
 """The model card, `README.md` of a Hugging Face folder, from what is known of a model."""
 
 import json
+import shlex
 import textwrap
 
 import yaml
@@ -52,7 +53,8 @@ def _training(record) -> list[str]:
   data, env = record['data'], record['env']
   losses = [('step', 'tokens', 'training loss', 'held-out loss')] + [
       (f'{line["step"]:,}', f'{line["train/tokens"]:,}', f'{line["train/loss"]:.4f}',
-       f'{line["eval/loss"]:.4f}' if 'eval/loss' in line else '–') for line in record['losses']]
+       '–' if line.get('eval/loss') is None else f'{line["eval/loss"]:.4f}')
+      for line in record['losses']]
   settings = {k: v for section in ('optim', 'train') for k, v in record['config'][section].items()}
   return [
       '## Data',
@@ -68,5 +70,5 @@ def _training(record) -> list[str]:
       f'Devices: {env["devices"]}. Mesh: {env["mesh"]}. Python {env["python"]}, '
       f'jax {env["versions"]["jax"]}, flax {env["versions"]["flax"]}. '
       f'Commit: `{env["git_commit"] or "unknown"}`. Command:',
-      '```\n' + ' '.join(map(str, env['command'])) + '\n```',
+      '```\n' + shlex.join(map(str, env['command'])) + '\n```',
       f'Settings: `{json.dumps(settings, sort_keys=True)}`.']

@@ -13,6 +13,7 @@ from huggingface_hub import constants, errors
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import read_json
 from gpt2_jax.interop import flax_msgpack, huggingface, peft
+from gpt2_jax.verified import Verified
 
 WEIGHTS = (*huggingface.WEIGHTS, flax_msgpack.FILE)
 
@@ -35,7 +36,7 @@ def fetch(source: str) -> Path:
   def get(file: str) -> Path | None:
     """The file's path; None where the model has no such file."""
     try:
-      return Path(huggingface_hub.hf_hub_download(name, file, revision=revision or None))
+      return _checked(Path(huggingface_hub.hf_hub_download(name, file, revision=revision or None)))
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as e:
       if constants.HF_HUB_OFFLINE and _is_complete(name, revision):
         return None
@@ -71,6 +72,19 @@ def fetch(source: str) -> Path:
   for file in (*huggingface.TOKENIZER, 'generation_config.json'):
     get(file)
   return config.parent
+
+
+def _checked(path: Path) -> Path:
+  """A file of the cache, its content compared with the SHA-256 that a large file's blob is named by.
+
+  The hub's own library compares its size alone.
+  """
+  blob = path.resolve()
+  if re.fullmatch('[0-9a-f]{64}', blob.name) and not Verified(blob.parent, beside=False).check(
+      [blob.name], blob.name):
+    raise UserError(f'{path} has other content than the hub says (SHA-256): it was damaged on the '
+                    f'way or since. Remove {blob}, and it is fetched again.')
+  return path
 
 
 def _is_complete(name: str, revision: str) -> bool:

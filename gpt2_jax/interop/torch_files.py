@@ -5,7 +5,9 @@ tensors: each other global that it names, and each opcode that makes objects, is
 
 Two formats, as torch 2.13 writes them (`torch/serialization.py`):
 
-- a zip archive: NAME/data.pkl, and per storage NAME/data/KEY with its bytes, uncompressed;
+- a zip archive: NAME/data.pkl, and per storage NAME/data/KEY with its bytes, uncompressed, each with
+  its CRC-32, which is checked when an entry is first read (torch itself does not look); all are 0
+  where it was told to write none;
 - the legacy one, before torch 1.6: five pickles (a magic number, the protocol, the system, the
   object, the keys of storages), then per storage its number of elements (int64) and its bytes.
 
@@ -18,6 +20,7 @@ import math
 import pickle
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
@@ -35,6 +38,7 @@ STORAGES = {
 MAGIC = 0x1950a86a20f9469cfc6c
 MAX_PICKLE = 2**24  # bytes; that of a GPT-2 XL with its optimizer has less than 2**20
 ALIGNMENT = 64  # of tensors in a file that we write
+CHUNK = 2**20  # bytes that are read at a time to be checked: they stay in the processor's cache
 
 
 @dataclasses.dataclass(eq=False)
@@ -45,10 +49,28 @@ class _Storage:
   dtype: str
   numel: int
   start: int = -1  # byte in the file; -1: not known yet
+  crc: int | None = None  # of its bytes, where the file has one; None once it was checked
 
   @property
   def nbytes(self) -> int:
     return self.numel * np.dtype(self.dtype).itemsize
+
+  def check(self) -> None:
+    """Compares the bytes with their CRC-32, the first time.
+
+    Raises:
+      OSError, ValueError: they can't be read, or are others than were written.
+    """
+    if self.crc is None:
+      return
+    found, left = 0, self.nbytes
+    with open(self.path, 'rb') as file:
+      file.seek(self.start)
+      while left and (part := file.read(min(left, CHUNK))):
+        found, left = zlib.crc32(part, found), left - len(part)
+    if found != self.crc:
+      raise ValueError('a tensor has other bytes than were written (CRC-32)')
+    self.crc = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +93,7 @@ class _View:
     dtype = np.dtype(self.storage.dtype)
     start = self.storage.start + self.offset * dtype.itemsize
     try:
+      self.storage.check()
       flat = np.fromfile(self.storage.path, np.uint8, self.span * dtype.itemsize, offset=start)
       flat = flat.view(dtype)
     except (OSError, ValueError) as e:
@@ -177,6 +200,7 @@ def read(path: Path) -> Any:
 def _read_zip(file: BinaryIO, path: Path) -> tuple[Any, dict[str, _Storage]]:
   with zipfile.ZipFile(file) as archive:
     entries = {info.filename: info for info in archive.infolist()}
+  has_crc = any(info.CRC for info in entries.values())  # torch.serialization.set_crc32_options
   found = [name for name in entries if name.count('/') == 1 and name.endswith('/data.pkl')]
   if len(found) != 1:
     raise ValueError(f'it has {len(found)} entries data.pkl instead of one')
@@ -199,7 +223,10 @@ def _read_zip(file: BinaryIO, path: Path) -> tuple[Any, dict[str, _Storage]]:
     file.seek(start(name))
     if (size := entries[folder + name].file_size) > limit:
       raise ValueError(f'{name} has {size:,} bytes, more than {limit:,}')
-    return file.read(size)
+    read = file.read(size)
+    if has_crc and zlib.crc32(read) != entries[folder + name].CRC:
+      raise ValueError(f'{name} has other bytes than were written (CRC-32)')
+    return read
 
   if folder + 'byteorder' in entries and content('byteorder', 10) != b'little':
     raise ValueError('its numbers are big-endian, from another kind of machine')
@@ -207,6 +234,7 @@ def _read_zip(file: BinaryIO, path: Path) -> tuple[Any, dict[str, _Storage]]:
   value = unpickler.load()
   for key, storage in unpickler.storages.items():
     storage.start = start(f'data/{key}')
+    storage.crc = entries[f'{folder}data/{key}'].CRC if has_crc else None
     if entries[f'{folder}data/{key}'].file_size != storage.nbytes:
       raise ValueError(f'the storage {key} has another size than it says')
   return value, unpickler.storages

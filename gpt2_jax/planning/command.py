@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from gpt2_jax.config import wrong_knob
 from gpt2_jax.errors import UserError, saving
+from gpt2_jax.files import local
 
 RECIPE = 'fineweb'  # of a config that is named without one
 
@@ -89,6 +91,7 @@ def load_config(path: str, overrides: tuple[str, ...] = ()) -> tuple[Any, str]:
   Raises:
     UserError: it can't be loaded, or an override is of no knob.
   """
+  local(path, '--config')
   file, _, recipe = path.partition(':')
   if not Path(file).is_file():
     raise UserError(f'--config {path}: there is no file {file}.')
@@ -103,7 +106,7 @@ def load_config(path: str, overrides: tuple[str, ...] = ()) -> tuple[Any, str]:
       last = (str(e) or repr(e)).strip().splitlines()[-1].strip()
       if i + 1 == len(tries) or 'recipe' not in last:
         if isinstance(e, (KeyError, AttributeError)):
-          last = 'there is no knob ' + last.strip('"')
+          last = (overrides and wrong_knob(_load(name, ()), overrides)) or last
         raise UserError(f'--config: {last} (the knobs: configs/base.py)') from e
   raise AssertionError
 

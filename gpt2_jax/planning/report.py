@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_jax.errors import saving
+from gpt2_jax.files import local
 from gpt2_jax.hardware import GIB, Chip
 from gpt2_jax.planning.cost import Cost
 
@@ -108,9 +109,10 @@ class Report:
                            'notes': tuple(fields['notes'])})
 
   def save(self, path: str | Path) -> None:
+    path = local(path)
     with saving('the plan', path):
-      Path(path).parent.mkdir(parents=True, exist_ok=True)
-      Path(path).write_text(self.to_json() + '\n')
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_text(self.to_json() + '\n')
 
   def text(self) -> str:
     """Some lines for a reader."""

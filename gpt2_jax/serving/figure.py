@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from gpt2_jax.errors import UserError, saving
+from gpt2_jax.files import local
 from gpt2_jax.model import GPT2
 from gpt2_jax.serving.attention import attention_data, unpack
 
@@ -88,7 +89,7 @@ class AttentionFigure:
       UserError: another ending, or it can't be written there.
     """
     contents = {'.svg': lambda: self.svg, '.html': lambda: self.html}
-    suffix = Path(path).suffix
+    suffix = local(path).suffix
     if suffix not in contents:
       raise UserError(f'{path}: the attention view is saved as .svg or .html.')
     with saving('the attention view', path):

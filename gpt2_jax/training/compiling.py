@@ -1,7 +1,6 @@
 """How programs are compiled: with which options, and kept between starts beside the runs."""
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import jax
 
 from gpt2_jax.errors import UserError
+from gpt2_jax.files import parse_json
 
 FOLDER = '.jax_cache'
 HIT, MISS = '/jax/compilation_cache/cache_hits', '/jax/compilation_cache/cache_misses'
@@ -47,7 +47,7 @@ def options(text: str) -> dict[str, bool | int | float | str]:
     if not name.startswith('xla_') or not value:
       raise UserError(f'train.compiler_options: {pair!r} is not xla_NAME=VALUE.')
     try:
-      found[name] = json.loads(value.lower())
+      found[name] = parse_json(value.lower())
     except ValueError:
       found[name] = value
   return found

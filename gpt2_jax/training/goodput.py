@@ -88,7 +88,7 @@ def before(lines: list[dict], starts: list[dict], step: int) -> dict[str, float]
       and the `seconds` until then.
     step: what was done beyond it is lost.
   """
-  read = lambda found, prefix='': {kind: found.get(prefix + kind, 0.0) for kind in KINDS}
+  read = lambda found, prefix='': {kind: found.get(prefix + kind) or 0.0 for kind in KINDS}
   totals = read(lines[-1], PREFIX) if lines else read({})
   beyond = [line for line in lines if line['step'] > step]
   if starts and 'seconds' in starts[-1]:
@@ -97,7 +97,7 @@ def before(lines: list[dict], starts: list[dict], step: int) -> dict[str, float]
       totals = noted
       beyond = [line for line in beyond if line['step'] <= starts[-1]['step']]  # not lost twice
   for line in beyond:
-    seconds, waited = line['perf/step_seconds'], line.get('perf/data_wait_seconds', 0.0)
+    seconds, waited = (line.get(f'perf/{key}_seconds') or 0.0 for key in ('step', 'data_wait'))
     totals['step'] -= seconds - waited
     totals['data'] -= waited
     totals['lost'] += seconds

@@ -1,5 +1,6 @@
 """Training, from a config to a trained model: read `train` from top to bottom."""
 
+import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -11,13 +12,22 @@ import numpy as np
 from gpt2_jax import tokenizer
 from gpt2_jax.checkpoint import Checkpoints, difference
 from gpt2_jax.config import Config
-from gpt2_jax.data import labelled, prepare, store
+from gpt2_jax.data import labelled, prepare, store, verify
 from gpt2_jax.data import loader as loader_lib
 from gpt2_jax.decoding.generate import generate_tokens
-from gpt2_jax.errors import UserError, saving
+from gpt2_jax.errors import UserError
+from gpt2_jax.files import local
 from gpt2_jax.progress import track
 from gpt2_jax.sharding import mesh_of, whole_rows
-from gpt2_jax.training import compiling, distributed, goodput, metrics, report, spikes
+from gpt2_jax.training import (
+  compiling,
+  distributed,
+  goodput,
+  holding,
+  metrics,
+  report,
+  spikes,
+)
 from gpt2_jax.training import record as record_lib
 from gpt2_jax.training.plan import Plan, make_plan, out_of_memory_advice
 from gpt2_jax.training.profiling import Profile
@@ -41,7 +51,7 @@ def open_data(plan: Plan) -> Any:
     return store.open_store(data.corpus.removeprefix('bin:'))
   settings = prepare.Settings(data.corpus, plan.tokenizer, data.val_fraction, data.split_seed,
                               data.split, data.text_field)
-  folder = data.store or Path(data.directory) / prepare.store_name(settings)
+  folder = data.store or local(data.directory) / prepare.store_name(settings)
   return prepare.ensure_store(settings, folder)
 
 
@@ -74,10 +84,16 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
   Raises:
     UserError: for everything that the user can mend.
   """
-  workdir, clock = Path(workdir), goodput.Clock(began)
-
-  # --- Plan: sizes, mesh, micro-batches --------------------------------------------------------
+  clock = goodput.Clock(began)
   plan = make_plan(config)
+  with holding.held(workdir):
+    return _train(plan, Path(workdir), clock)
+
+
+def _train(plan: Plan, workdir: Path, clock: goodput.Clock) -> int:
+  """`train` in a workdir that is held."""
+  # --- Plan: sizes, mesh, micro-batches --------------------------------------------------------
+  config = plan.config
   distributed.hello(plan.mesh)
   say(plan.describe())
   steps, tokens_a_step = config.train.steps, plan.G * plan.T
@@ -88,6 +104,7 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
   # --- Data: a token store, and batch = f(seed, step) ------------------------------------------
   data = open_data(plan)
   data.check_vocabulary(plan.model.vocab_size)
+  content = verify.Background(data, jax.process_index(), jax.process_count())
   train_split, val_split = data.splits['train'], data.splits['val']
   loader = LOADERS[plan.model.head].TrainLoader(
       train_split, plan.T, plan.G, config.train.seed, plan.model.vocab_size)
@@ -98,10 +115,8 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
     say(f'         labels {", ".join(data.labels[:12])}' + ', …' * (len(data.labels) > 12) +
         f'; {data.cut:,} texts are cut to {plan.T} tokens' * bool(data.cut))
 
-  with StopSignal() as stop, jax.set_mesh(plan.mesh):
+  with StopSignal() as stop, jax.set_mesh(plan.mesh), contextlib.ExitStack() as at_end:
     # --- Workdir: new, or that of the same run --------------------------------------------------
-    with saving('the workdir', workdir):
-      workdir.mkdir(parents=True, exist_ok=True)
     distributed.check_shared(workdir)
     keep = config.checkpoint
     checkpoints = Checkpoints(workdir, keep.keep, keep.keep_every, keep.keep_best)
@@ -109,6 +124,9 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
     if start and (other := difference(checkpoints.meta(start)['identity'], identity)):
       raise UserError(f'{workdir} holds the run of another model or other data:\n{other}\n'
                       'Choose another --workdir, or the config of that run.')
+    if jax.process_index() == 0:
+      for line in record_lib.set_aside(workdir) + [metrics.flaws(workdir, start)] * bool(start):
+        say(line) if line else None
     lines, held_out = metrics.read(workdir), len(val_split) > 1
     due = lambda step, section: step % section.every == 0 or step == steps
     # whether the last start was stopped within an evaluation
@@ -148,6 +166,7 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
         state = plan.init_state(plan.load_source() if plan.source else None)
     writer = metrics.MetricsWriter(
         workdir, start, config.log.tensorboard, config.deterministic)
+    at_end.callback(writer.close)
     in_use = lambda: state.params if state.ema is None else state.ema
 
     def evaluation(step: int) -> dict:
@@ -166,6 +185,7 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
       nonlocal saved
       saved = step
       with clock('checkpoint'):
+        content.wait()
         writer.sync()
         checkpoints.save(step, state.items(), {
             'identity': identity, 'best': patience.best, 'model': dataclasses.asdict(plan.model),
@@ -198,6 +218,7 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
       while step < steps and not stop.due() and not patience.over:
         with clock('data'):
           tokens = next(batches)
+        content.check()
         profile.before(step + 1, values)
         with clock('device'), jax.profiler.StepTraceAnnotation('train', step_num=step + 1):
           state, values = train_step(state, tokens)

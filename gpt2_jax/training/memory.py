@@ -1,5 +1,6 @@
 """What is said, and kept, when a device runs out of memory."""
 
+import shlex
 from pathlib import Path
 
 import jax
@@ -22,7 +23,7 @@ def save_profile(workdir: str | Path | None) -> str:
     jax.profiler.save_device_memory_profile(str(path))
   except Exception as e:  # whatever: the memory is full, and that is what is to be told
     return f'\n(No memory profile: {str(e).splitlines()[0][:100] if str(e) else type(e).__name__}.)'
-  return f'\nWhat lay in memory: {path} (`pprof -top {path}`).'
+  return f'\nWhat lay in memory: {path} (`pprof -top {shlex.quote(str(path))}`).'
 
 
 def table(parts: Parts, knobs: dict[str, Parts], limit: int) -> str:

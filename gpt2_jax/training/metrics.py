@@ -25,17 +25,20 @@ With `config.deterministic` the last two families stand in `timing.jsonl`, a lin
 `metrics.jsonl` is the same to the last bit each time.
 """
 
+import itertools
 import json
 import math
 import os
 import resource
+import shutil
 import sys
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import jax
 
 from gpt2_jax.errors import saving
+from gpt2_jax.files import misfit, read_lines, whole_number, write_whole
 
 FILE, TIMING = 'metrics.jsonl', 'timing.jsonl'
 MEASURED = ('perf/', 'time/')  # begin the keys that are never twice the same
@@ -56,20 +59,53 @@ def _dumps(line: dict) -> str:
                      for key, value in line.items()}, allow_nan=False)
 
 
-def _lines(path: Path) -> list[dict]:
-  lines = []
-  for line in path.read_text().splitlines() if path.exists() else ():
-    try:
-      lines.append(json.loads(line))
-    except json.JSONDecodeError:
-      break
-  return lines
+def _is_line(value: Any) -> bool:
+  return (misfit(value, {'step': whole_number}) is None
+          and misfit(value, {str: (int, float, type(None))}) is None)
+
+
+def _lines(path: Path) -> dict[int, dict]:
+  """The lines of a file by step, in order; of those that say they are of one step the last."""
+  lines = {line['step']: line for line in read_lines(path, _is_line)[0]}
+  return dict(sorted(lines.items()))
 
 
 def read(workdir: Path) -> list[dict]:
-  """The lines of a run, in order. A line cut short by a kill is left out."""
-  timing = {line['step']: line for line in _lines(workdir / TIMING)}
-  return [line | timing.get(line['step'], {}) for line in _lines(workdir / FILE)]
+  """The lines of a run, in order, one a step. What is no line, cut short by a kill, is left out."""
+  timing = _lines(workdir / TIMING)
+  return [line | timing.get(step, {}) for step, line in _lines(workdir / FILE).items()]
+
+
+def flaws(workdir: Path, step: int) -> str:
+  """What about the record up to a step is not as a run leaves it, in one line; '' where all is well.
+
+  What would be lost as the record is written again, lines that can't be read or are there twice, is
+  kept: the file is copied.
+  """
+  said = []
+  for name in (FILE, TIMING) if (workdir / TIMING).exists() else (FILE,):
+    lines, bad = read_lines(workdir / name, _is_line)
+    steps = [line['step'] for line in lines]
+    there = sorted(s for s in set(steps) if 1 <= s <= step)
+    edges = [0, *there, step + 1]
+    gaps = [f'{a + 1:,}' + f' to {b - 1:,}' * (b - a > 2) for a, b in itertools.pairwise(edges)
+            if b - a > 1]
+    twice = len(steps) - len(set(steps))
+    found = [f'{bad:,} lines can\'t be read'] * bool(bad)
+    found += [f'{twice:,} steps stand there twice, of which the last counts'] * bool(twice)
+    found += ['the steps are not in order'] * (steps != sorted(steps))
+    if found:
+      numbers = (f'.damaged-{n}' for n in itertools.count(1))
+      kept = next(p for n in numbers if not (p := workdir / f'{name}{n}').exists())
+      with saving('the record', kept):
+        shutil.copyfile(workdir / name, kept)
+      found[-1] += f' (the file as it was: {kept.name})'
+    if gaps:
+      found.insert(0, 'there is no line of step ' + ', '.join(gaps[:8])
+                   + f', … ({len(gaps)} gaps)' * (len(gaps) > 8))
+    if found:
+      said.append(f'{workdir / name}: {"; ".join(found)}')
+  return '. '.join(said) + '. The run goes on.' if said else ''
 
 
 def plain(line: dict) -> dict:
@@ -121,9 +157,8 @@ class MetricsWriter:
       for name in self._split({'step': 0}):
         path = self.workdir / name
         text = ''.join(_dumps(self._split(line)[name]) + '\n' for line in lines)
-        if not path.exists() or path.read_text() != text:
-          path.with_suffix('.tmp').write_text(text)
-          os.replace(path.with_suffix('.tmp'), path)
+        if not path.exists() or path.read_bytes() != text.encode():
+          write_whole(path, text)
         self._files[name] = open(path, 'a')
       if not self._apart:
         (self.workdir / TIMING).unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax import determinism, kernels, sharding, tokenizer
-from gpt2_jax.config import Config, GPTConfig, LoRA
+from gpt2_jax.config import Config, GPTConfig, LoRA, check_places
 from gpt2_jax.counts import flops_per_token, num_params, num_trained
 from gpt2_jax.data import labelled
 from gpt2_jax.errors import UserError
@@ -233,6 +233,7 @@ def make_plan(config: Config, devices=None) -> Plan:
   Raises:
     UserError: the config contradicts itself or doesn't fit the devices.
   """
+  check_places(config)
   if config.deterministic:
     determinism.check()
   source, spec, model, mesh = make_model(config, devices)

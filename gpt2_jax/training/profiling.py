@@ -1,5 +1,6 @@
 """A window of steps that the profiler traces."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ class Profile:
     self._on = False
     with self.clock('profile'):
       jax.profiler.stop_trace()
-    self.say(f'profile  from step {self.first} on: `tensorboard --logdir {self.folder}`, or `xprof` '
+    self.say(f'profile  from step {self.first} on: `tensorboard --logdir '
+             f'{shlex.quote(str(self.folder))}`, or `xprof` '
              'in its place, shows it (pip install tensorboard xprof)')
 
   def __exit__(self, *_):

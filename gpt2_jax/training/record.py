@@ -18,7 +18,7 @@ import jax
 from gpt2_jax import determinism, hardware, tokenizer
 from gpt2_jax.checkpoint import difference
 from gpt2_jax.errors import UserError, saving
-from gpt2_jax.files import write_whole
+from gpt2_jax.files import misfit, read_json, whole_number, write_whole
 from gpt2_jax.interop import mup
 from gpt2_jax.interop.workdir import LABELS
 from gpt2_jax.training.plan import FREE, Plan
@@ -68,9 +68,39 @@ def identity(plan: Plan, data: Any) -> dict:
 
 
 def starts(workdir: Path) -> list[dict]:
-  """What each start of a run left, the oldest first."""
+  """What each start of a run left, the oldest first.
+
+  Raises:
+    UserError: it can't be read.
+  """
   path = workdir / ENV
-  return json.loads(path.read_text())['starts'] if path.exists() else []
+  return read_json(path, {'starts': [_is_start]})['starts'] if path.exists() else []
+
+
+def _is_start(value: Any) -> bool:
+  shape = {'step': whole_number, 'seconds': {str: (int, float)}}
+  return isinstance(value, dict) and misfit({'step': 0, 'seconds': {}} | value, shape) is None
+
+
+def set_aside(workdir: Path) -> list[str]:
+  """Gives what can't be read of a run's record another name, so that the run goes on without it.
+
+  Returns a line for each file.
+  """
+  said = []
+  for name, read in (('config.json', lambda: read_json(workdir / 'config.json')),
+                     (ENV, lambda: starts(workdir))):
+    if not (workdir / name).exists():
+      continue
+    try:
+      read()
+    except UserError as e:
+      names = (workdir / f'{name}.damaged-{n}' for n in range(1, 1000))
+      kept = next(path for path in names if not path.exists())
+      with saving(name, workdir):
+        (workdir / name).rename(kept)
+      said.append(f'{e} It is now {kept.name}, and the run goes on without it.')
+  return said
 
 
 def begin(workdir: Path, plan: Plan, data: Any, step: int, seconds: dict[str, float]) -> str:
@@ -86,7 +116,7 @@ def begin(workdir: Path, plan: Plan, data: Any, step: int, seconds: dict[str, fl
   path = workdir / 'config.json'
   flat = lambda c: {f'{s}.{k}': v for s, keys in c.items() if isinstance(keys, dict)
                     for k, v in keys.items()} | {'init_from': c.get('init_from')}
-  changed = difference(flat(json.loads(path.read_text())), flat(config)) if path.exists() else ''
+  changed = difference(flat(read_json(path)), flat(config)) if path.exists() else ''
   write_json(path, config)
   this = environment(plan, data) | {'began_at': step, 'step': step, 'seconds': seconds}
   write_json(workdir / ENV, {'starts': starts(workdir) + [this]})

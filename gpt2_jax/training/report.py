@@ -1,6 +1,7 @@
 """What a run leaves for its reader at the end: a picture of its losses, a sample, a summary."""
 
 import os
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -45,10 +46,11 @@ def plot_losses(workdir: Path, title: str, totals: dict[str, float]) -> Path:
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
   from matplotlib.ticker import EngFormatter
-  lines = metrics.read(workdir)
+  lines = [line for line in metrics.read(workdir) if line.get('train/tokens') is not None]
   tokens = np.array([line['train/tokens'] for line in lines])
-  losses = np.array([line['train/loss'] for line in lines], float)  # null is NaN
-  held_out = [(line['train/tokens'], line['eval/loss']) for line in lines if 'eval/loss' in line]
+  losses = np.array([line.get('train/loss') for line in lines], float)  # null is NaN
+  held_out = [(line['train/tokens'], line['eval/loss']) for line in lines
+              if line.get('eval/loss') is not None]
   figure = Figure(figsize=(7, 4.8), layout='constrained')
   FigureCanvasAgg(figure)
   axes, below = figure.subplots(2, height_ratios=(16, 1))
@@ -73,8 +75,10 @@ def plot_losses(workdir: Path, title: str, totals: dict[str, float]) -> Path:
 def summary(workdir: Path, prompt: str, sample: str | None, totals: dict[str, float]) -> str:
   """One screen: what came out, where it lies, what to try next."""
   lines = metrics.read(workdir)
-  last, final = lines[-1], next((m for m in reversed(lines) if 'eval/loss' in m), {})
-  speed = np.median([m['perf/tokens_per_second'] for m in lines])
+  last, final = lines[-1], next(
+      (m for m in reversed(lines) if m.get('eval/loss') is not None), {})
+  speed = np.median([m.get('perf/tokens_per_second') or 0.0 for m in lines])
+  loss = last.get('train/loss')
   held_out = f', held-out loss {final["eval/loss"]:.4f}' if final else ''
   if 'eval/accuracy' in final:
     held_out += f', {final["eval/accuracy"]:.2%} right'
@@ -82,7 +86,7 @@ def summary(workdir: Path, prompt: str, sample: str | None, totals: dict[str, fl
   return '\n'.join([
       rule,
       f'done: step {last["step"]:,}, {last["train/tokens"]:,} tokens, training loss '
-      f'{last["train/loss"]:.4f}{held_out}',
+      f'{"not finite" if loss is None else f"{loss:.4f}"}{held_out}',
       f'      {speed:,.0f} tokens/s, peak memory {last["perf/memory_gib"]:.1f} GiB',
       *goodput.table(totals),
       rule, *([] if sample is None else [prompt + sample, rule]),
@@ -90,6 +94,7 @@ def summary(workdir: Path, prompt: str, sample: str | None, totals: dict[str, fl
       f'picture    {workdir / PLOT}',
       'next',
       f'  gpt2_jax.classify(gpt2_jax.from_pretrained({str(workdir)!r}), \'a text\')' if sample is None
-      else f'  gpt2-jax sample --checkpoint {workdir} --prompt "{prompt.splitlines()[0]}"',
-      f'  tensorboard --logdir {workdir}          (pip install tensorboard)',
+      else '  ' + shlex.join(['gpt2-jax', 'sample', '--checkpoint', str(workdir),
+                              '--prompt', *(prompt.splitlines() or [''])[:1]]),
+      f'  {shlex.join(["tensorboard", "--logdir", str(workdir)])}          (pip install tensorboard)',
       '  the same launch.py command with a larger --config.train.steps goes on from here'])

@@ -20,6 +20,7 @@ from gpt2_jax import determinism
 from gpt2_jax.checkpoint import difference
 from gpt2_jax.config import Config
 from gpt2_jax.errors import UserError
+from gpt2_jax.files import local, read_json
 from gpt2_jax.training import metrics, record
 from gpt2_jax.training.loop import say, train
 
@@ -80,9 +81,9 @@ def _restrict(config: Config, last: int, start: dict) -> None:
 def _recorded(workdir: Path) -> tuple[dict, list[dict], list[dict]]:
   """A run's config, starts and lines."""
   try:
-    config = json.loads((workdir / 'config.json').read_text())
+    config = read_json(workdir / 'config.json')
     starts, lines = record.starts(workdir), metrics.read(workdir)
-  except (OSError, ValueError) as e:
+  except UserError as e:
     raise UserError(f'{workdir} holds no run that can be made again ({e}): name the --workdir of a '
                     'run of launch.py.') from e
   if not starts or not lines:
@@ -116,7 +117,7 @@ def _claim(output: Path, workdir: Path) -> None:
   """Notes in a fresh folder whose repetition it holds, so that a killed one goes on."""
   note = output / NOTE
   if output.exists() and any(output.iterdir()) and not (
-      note.exists() and json.loads(note.read_text()).get('run') == str(workdir)):
+      note.exists() and read_json(note).get('run') == str(workdir)):
     raise UserError(f'{output} is there already and holds no repetition of {workdir}: name another '
                     'folder with --output.')
   output.mkdir(parents=True, exist_ok=True)
@@ -141,8 +142,8 @@ def reproduce(workdir: str | Path, output: str | Path | None = None) -> int:
   Raises:
     UserError: there is no such run, or it can't be run here.
   """
-  workdir = Path(workdir)
-  output = workdir.with_name(workdir.name + '-again') if output is None else Path(output)
+  workdir = local(workdir)
+  output = workdir.with_name(workdir.name + '-again') if output is None else local(output, '--output')
   config, starts, lines = _recorded(workdir)
   start = starts[-1]
   _claim(output, workdir)

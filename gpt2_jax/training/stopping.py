@@ -70,7 +70,8 @@ class Patience:
     self.losses: dict[int, float] = {}  # held-out, by step
     for line in lines:
       if 'eval/loss' in line and line['step'] <= step:
-        self.add(line['step'], line['eval/loss'])
+        loss = line['eval/loss']  # null where it was not finite
+        self.add(line['step'], math.nan if loss is None else loss)
 
   def add(self, step: int, loss: float) -> None:
     self._since += 1
