@@ -12,7 +12,9 @@ def get_config() -> ConfigDict:
 
   # Where the parameters begin: a workdir, a folder or file of another format, a name on the hub.
   # Default: drawn at random. What can be read: docs/conversion.md. For use: configs/finetune.py.
-  config.init_from = placeholder(str)
+  config.init_from = placeholder(str)  # of a run one kept step: DIR@1200, DIR@best
+  config.init_base = placeholder(str)  # the model that adapters belong to; default: the one they name
+  config.init_ignore_extra = False  # take the language model alone from a file with other heads too
   config.init_positions = 'interpolate'  # where model.n_positions is larger than there; or extend
 
   # The same command gives the same bits each time, in metrics.jsonl too: what is measured by the

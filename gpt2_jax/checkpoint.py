@@ -115,6 +115,10 @@ class Checkpoints:
     """The newest step there is, None where there is none."""
     return self._manager.latest_step()
 
+  def all_steps(self) -> list[int]:
+    """The steps there are, whole or not."""
+    return list(self._manager.all_steps())
+
   def _write_manifest(self) -> None:
     """Called by Orbax on process 0, in its thread, when all is written and before the commit."""
     folder = Path(self.path) / str(self._saving)
@@ -210,6 +214,12 @@ class Checkpoints:
       return step
     return best
 
+  def check(self, step: int) -> None:
+    """Raises a `UserError` where a step that was asked for is damaged: no other one is taken."""
+    if damage := self._damage(step, ('meta', 'params', 'ema')):
+      raise UserError(f'{_of_step(step)} in {self.path}: {damage}. Name another step, or none: the '
+                      'run then offers one that is whole.')
+
   def save(self, step: int, items: dict[str, Any], meta: dict,
            losses: dict[int, float] | None = None) -> None:
     """Begins to save; waits only for an earlier save and for the copy to the host's memory.
@@ -266,18 +276,34 @@ def is_workdir(path: str | Path) -> bool:
   return (Path(path) / FOLDER).is_dir()
 
 
-def read_meta(workdir: str | Path) -> dict:
-  """Meta of the checkpoint that a run offers, its `step` among it.
+def kept_steps(workdir: str | Path) -> list[int]:
+  """The steps that a run has checkpoints of, in order."""
+  checkpoints = Checkpoints(workdir)
+  try:
+    return sorted(checkpoints.all_steps())
+  finally:
+    checkpoints.close()
+
+
+def read_meta(workdir: str | Path, step: int | None = None) -> dict:
+  """Meta of a checkpoint, its `step` among it.
+
+  Args:
+    workdir: of the run.
+    step: one that is there; default: the one that the run offers.
 
   Raises:
-    UserError: the workdir has no finished checkpoint.
+    UserError: the workdir has no finished checkpoint, or that of `step` is damaged.
   """
   workdir = local(workdir)
   if not is_workdir(workdir):
     raise UserError(f'{workdir} holds no checkpoints: is it the --workdir of a run?')
   checkpoints = Checkpoints(workdir)
   try:
-    step = checkpoints.step_to_use()
+    if step is not None:
+      checkpoints.check(step)
+    else:
+      step = checkpoints.step_to_use()
     if step is None:
       raise UserError(f'{workdir} has no finished checkpoint yet: let the run go on until its first '
                       '(config.checkpoint.every).')

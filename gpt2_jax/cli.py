@@ -61,7 +61,8 @@ class Sample:
   """Continues prompts with a trained model."""
 
   checkpoint: str
-  """Workdir of a run, Hugging Face folder or hub name, or another checkpoint (docs/conversion.md)."""
+  """Workdir of a run or a step of it (DIR, DIR@1200, DIR@best), Hugging Face folder, hub name, or
+  another checkpoint (docs/conversion.md)."""
   tokenizer: str | None = None
   """Where the checkpoint brings none: gpt2, byte, or a folder."""
   prompt: tuple[str, ...] = ()
@@ -82,6 +83,7 @@ class Sample:
   """Checkpoint of a smaller model with the same vocabulary, to guess ahead."""
   int8: bool = False
   """Keep the weights in 8 bits."""
+  opening: inputs.OpeningFlags = inputs.OpeningFlags()
   options: Annotated[Options, tyro.conf.arg(name='generation')] = Options()
 
   def run(self) -> None:
@@ -101,10 +103,11 @@ class Sample:
 
     import gpt2_jax
     from gpt2_jax import forms, pretrained
-    model = pretrained.open_model(self.checkpoint, self.tokenizer)
+    model = pretrained.open_model(self.checkpoint, self.tokenizer, self.opening)
     if self.int8:
       model = forms.quantize(model)
-    assistant = None if self.assistant is None else gpt2_jax.from_pretrained(self.assistant)
+    assistant = None if self.assistant is None else (
+        gpt2_jax.from_pretrained(self.assistant, ignore_extra=self.opening.ignore_extra))
     if self.interactive:
       from gpt2_jax.interactive import Session
       return Session(model, self.options, assistant).run()
@@ -128,7 +131,8 @@ class Sample:
     from gpt2_jax.decoding.generate import generate
     ids = batching.encode(prompts, model.tokenizer, model.config, room=1)
     asked = {name: getattr(self, name) for name in ('checkpoint', 'tokenizer', 'assistant', 'int8')}
-    asked['options'] = vars(self.options)
+    asked |= {'base': self.opening.base, 'ignore_extra': self.opening.ignore_extra,
+              'options': vars(self.options)}
     rule = ''
     for first in range(0, len(ids), self.batch_size):
       for result in generate(model, ids[first:first + self.batch_size], assistant_model=assistant,
@@ -148,7 +152,8 @@ class Convert:
   """Turns a checkpoint of any format into another. What is lost: docs/conversion.md."""
 
   source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar='SRC')]
-  """Workdir of a run, Hugging Face folder or hub name, OpenAI's or nanoGPT's folder, llm.c's file."""
+  """Workdir of a run or a step of it (DIR, DIR@1200, DIR@best), Hugging Face folder or hub name,
+  OpenAI's or nanoGPT's folder, llm.c's file."""
   target: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar='DST')]
   """A new folder; of nanogpt, llmc and gguf a new file."""
   to: Literal['hf', 'nanogpt', 'llmc', 'openai', 'flax', 'peft', 'gguf', 'stablehlo']
@@ -159,12 +164,13 @@ class Convert:
   """hf: bytes of a weights file; default 5 GB."""
   approximate: bool = False
   """nanogpt: allow a model with the tanh GELU, which nanoGPT computes with the exact one."""
+  opening: inputs.OpeningFlags = inputs.OpeningFlags()
 
   def run(self) -> None:
     from gpt2_jax import pretrained
     options = {name: value for name, value in (
         ('max_shard_size', self.max_shard_size), ('approximate', self.approximate)) if value}
-    source = pretrained.open_source(self.source)
+    source = pretrained.open_source(self.source, self.opening)
     pretrained.write(source, self.target, self.to, dtype=self.dtype, **options)
     print(f'{self.target}: {self.to}, {self.dtype or source.dtype}, from {source.where}')
 

@@ -1,4 +1,4 @@
-"""What a user types or keeps in a file: prompts, and values of options."""
+"""What a user types or keeps in a file: prompts, values of options, how a checkpoint is opened."""
 
 import contextlib
 import dataclasses
@@ -8,7 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -16,12 +16,25 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from gpt2_jax.decoding.options import Options
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import local, parse_json
+from gpt2_jax.interop.opening import Opening
 
 FIELDS = {field.name: field for field in dataclasses.fields(Options)}
 # what no list of words can spell, with how to write it
 AS_JSON = {FIELDS['bad_words_ids'].type: '[[ID,…],…]',
            FIELDS['sequence_bias'].type: '[[[ID,…],BIAS],…]'}
 WORD = re.compile(r'''\s* (?: ("(?:[^"\\]|\\.)*") | '([^']*)' | ([^\s"']\S*) ) (?=\s|$)''', re.X)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpeningFlags(Opening):
+  """How --checkpoint is opened; which step of a run stands behind its @."""
+
+  base: Annotated[str | None, tyro.conf.arg(metavar='X')] = None
+  """The model that adapters belong to, where the one that they name is not there."""
+  ignore_extra: bool = False
+  """Take the language model alone from a checkpoint with more in it, such as other heads."""
+  step: Annotated[int | str | None, tyro.conf.Suppress] = None
+
 
 registry = ConstructorRegistry()
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from gpt2_jax import sharding, tokenizer
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, brief
 from gpt2_jax.files import local, whole
 from gpt2_jax.interop import (
   flax_msgpack,
@@ -30,6 +30,7 @@ from gpt2_jax.interop import (
   stablehlo,
   workdir,
 )
+from gpt2_jax.interop.opening import PLAIN, Opening
 from gpt2_jax.interop.tensors import Source, load_params, source_of
 from gpt2_jax.model import GPT2, bind
 
@@ -38,45 +39,72 @@ WRITERS = {'hf': huggingface, 'nanogpt': nanogpt, 'llmc': llmc, 'openai': openai
            'flax': flax_msgpack, 'gguf': gguf, 'stablehlo': stablehlo}
 
 
-def open_source(source: str | os.PathLike) -> Source:
+def open_source(source: str | os.PathLike, opening: Opening = PLAIN) -> Source:
   """A checkpoint of any kind, recognised by its content. Its tensors are read later, one at a time.
 
   Args:
-    source: the workdir of a run; a folder of Hugging Face's (safetensors or .bin, the removed Flax
-      one, or PEFT's adapters), of OpenAI's release or of nanoGPT; a file of nanoGPT or llm.c; or a
-      name on the Hugging Face hub, `NAME` or `NAME@REVISION`.
+    source: the workdir of a run, `DIR`, or one of its kept steps, `DIR@1200`, `DIR@best` or
+      `DIR@latest`; a folder of Hugging Face's (safetensors or .bin, the removed Flax one, or PEFT's
+      adapters), of OpenAI's release or of nanoGPT; a file of nanoGPT or llm.c; or a name on the
+      Hugging Face hub, `NAME` or `NAME@REVISION`.
+    opening: how it is opened.
 
   Raises:
     UserError: it is none of these, or names what about it can't be read or honoured.
   """
-  return _open(source, ())
+  path, step = workdir.split_step(source)
+  if step is not None:
+    if opening.step not in (None, step):
+      raise UserError(f'{source} names a step, and step = {brief(opening.step)} another: say it '
+                      'once.')
+    opening = dataclasses.replace(opening, step=step)
+  return _open(str(source) if step is None else path, opening, ())
 
 
-def _open(source: str | os.PathLike, above: tuple[Path, ...]) -> Source:
+def _open(source: str | os.PathLike, opening: Opening, above: tuple[Path, ...]) -> Source:
   """`above`: the adapters whose base this is."""
   path = local(source)
-  if not path.exists():
+  if not os.path.exists(path):
     if not hub.is_name(str(source)):
-      raise UserError(f'{source} is neither a file or folder here nor a name of the hub.')
-    opened = _open(hub.fetch(str(source)), above)
+      raise UserError(f'{str(source)[:300]} is neither a file or folder here nor a name of the hub.')
+    opened = _open(hub.fetch(str(source)), opening, above)
     return dataclasses.replace(opened, where=str(source))
+  if opening.step is not None and not workdir.recognises(path):
+    raise UserError(f'{source} is no workdir of a run, so that it has no steps to choose from: leave '
+                    f'step = {brief(opening.step)} out.')
   if peft.recognises(path):
     if path.resolve() in above:
       raise UserError(f'{path}: these adapters name themselves as the model that they belong to.')
-    return peft.open_source(path, lambda base: _open(base, (*above, path.resolve())))
+    plain = Opening(ignore_extra=opening.ignore_extra)
+
+    def open_base(name: str) -> Source:
+      base, step = workdir.split_step(name)
+      inner = dataclasses.replace(plain, step=step)
+      return _open(name if step is None else base, inner, (*above, path.resolve()))
+
+    return peft.open_source(path, open_base, opening.base)
+  if opening.base is not None and not _same_place(opening.base, path):
+    raise UserError(f'{source} is no folder of PEFT\'s adapters (adapter_config.json), so that it '
+                    f'has no base: leave base = {brief(opening.base)} out.')
   for reader in READERS:
     if reader.recognises(path):
-      return reader.open_source(path)
+      return reader.open_source(path, opening)
   there = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else 'a file'
   raise UserError(
       f'{path} holds no checkpoint that can be read (there is: {there or "nothing"}). Wanted: '
-      'checkpoints/ of a run; config.json with model.safetensors, pytorch_model.bin or '
-      'flax_model.msgpack; adapter_config.json; hparams.json with model.ckpt.*; ckpt.pt of nanoGPT; '
-      'a model file of llm.c.')
+      'checkpoints/ of a run (name the workdir, DIR or DIR@STEP); config.json with '
+      'model.safetensors, pytorch_model.bin or flax_model.msgpack; adapter_config.json; hparams.json '
+      'with model.ckpt.*; ckpt.pt of nanoGPT; a model file of llm.c.')
+
+
+def _same_place(name: str, path: Path) -> bool:
+  """Whether a base is the model itself, of several that are opened alike."""
+  return os.path.exists(name) and Path(name).resolve() == path.resolve()
 
 
 def from_pretrained(
-    source: str | os.PathLike, *, mesh: Mesh | None = None, dtype: str | None = None) -> GPT2:
+    source: str | os.PathLike, *, mesh: Mesh | None = None, dtype: str | None = None,
+    step: int | str | None = None, base: str | None = None, ignore_extra: bool = False) -> GPT2:
   """A model from anything that `open_source` reads.
 
   Args:
@@ -85,6 +113,11 @@ def from_pretrained(
       is set (`jax.set_mesh`), or one device.
     dtype: of parameters and activations, 'float32' or 'bfloat16'. Default: float32; for a run's
       workdir, that of the run.
+    step: which checkpoint of a run: a kept step, 'latest', or 'best', that of the lowest held-out
+      loss. Default: what the run offers.
+    base: the model that adapters belong to, in place of the one that they name.
+    ignore_extra: whether to take the language model alone from a file with more in it, other heads
+      for instance. What is left out is listed.
 
   Returns:
     The model, with its tokenizer as `model.tokenizer` (None where there is none that we can use).
@@ -95,21 +128,23 @@ def from_pretrained(
   Raises:
     UserError: names what about it can't be read or honoured.
   """
-  opened = open_source(source)
+  opened = open_source(source, Opening(base, ignore_extra, step))
   with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
     return _model(opened, dtype)
 
 
 def open_model(
-    checkpoint: str, spec: str | None, *, needs_tokenizer: bool = True, **options) -> GPT2:
-  """A model as the command line names it: --checkpoint, --tokenizer.
+    checkpoint: str, spec: str | None, opening: Opening, *, needs_tokenizer: bool = True,
+    **options) -> GPT2:
+  """A model as the command line names it: --checkpoint, --tokenizer, --base, --ignore-extra.
 
   Args:
     checkpoint: what `from_pretrained` reads, as are `options`.
     spec: of a tokenizer in the place of the checkpoint's own: gpt2, byte, or a folder.
+    opening: how it is opened.
     needs_tokenizer: whether to have none is an error.
   """
-  model = from_pretrained(checkpoint, **options)
+  model = from_pretrained(checkpoint, **vars(opening), **options)
   if spec is not None:
     model.tokenizer = tokenizer.load(spec)
   if needs_tokenizer and model.tokenizer is None:

@@ -623,7 +623,7 @@ def tensor(*shape, dtype='float32', value=1.0) -> Tensor:
     (dict(model={'transformer.h.2.ln_1.weight': tensor(12)}), r'h\.2\.ln_1\.weight'),
     (dict(model={'transformer.ln_f.weight': tensor(11)}), r'ln_f\.weight \[11\] instead of \[12\]'),
     (dict(model={'transformer.h.0.attn.c_attn.weight': tensor(12, 36)}), r'\[36, 12\] instead of'),
-    (dict(model={'transformer.ln_f.weight': tensor(12, dtype='float64')}), 'float64'),
+    (dict(model={'transformer.ln_f.weight': tensor(12, dtype='int64')}), 'int64'),
     (dict(model={'transformer.ln_f.weight': tensor(12, value=np.nan)}), 'NaN'),
     (dict(model={'transformer.ln_f.weight': 3}), 'something else than tensors'),
     (dict(model={'lm_head.weight': tensor(13, 12)}), 'nanoGPT ties'),

@@ -9,12 +9,15 @@ import shutil
 import threading
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from conftest import ROOT, run
+from huggingface_hub import errors
 
 import gpt2_jax
 from gpt2_jax import tokenizer
 from gpt2_jax.config import GPTConfig
+from gpt2_jax.interop import hub as hub_module
 
 GOLDEN = ROOT / 'tests' / 'golden' / 'huggingface'
 COMMIT = 'c0ffee' * 6 + 'c0ff'
@@ -159,3 +162,21 @@ def test_what_is_not_there_says_what_to_do(hub, name, extra, parts):
   assert message.startswith('error: ') and 'Traceback' not in result.stderr, result.stderr
   for part in parts:
     assert part in message
+
+
+@pytest.mark.parametrize('files', [
+    ['adapter_config.json', 'adapter_model.safetensors'],
+    ['adapter_config.json', 'adapter_model.bin'],
+    ['config.json', 'adapter_config.json', 'adapter_model.safetensors']])
+def test_adapters_of_the_hub(tmp_path, monkeypatch, files):
+  """Also in the older kind of file, and beside a config.json of the base."""
+  for file in files:
+    (tmp_path / file).write_bytes(b'')
+
+  def download(name, file, revision):
+    if file not in files:
+      raise errors.EntryNotFoundError(file)
+    return str(tmp_path / file)
+
+  monkeypatch.setattr(huggingface_hub, 'hf_hub_download', download)
+  assert hub_module.fetch('some/adapters') == tmp_path

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from gpt2_jax import inputs
 from gpt2_jax.errors import UserError, saving
 
 MOST = 10  # words of a group that are printed
@@ -17,7 +18,8 @@ class Bias:
   """Measures social bias: what the model card shows, CrowS-Pairs and WinoBias (docs/bias.md)."""
 
   checkpoint: str
-  """Workdir of a run, Hugging Face folder or hub name, or another checkpoint (docs/conversion.md)."""
+  """Workdir of a run or a step of it (DIR, DIR@1200, DIR@best), Hugging Face folder, hub name, or
+  another checkpoint (docs/conversion.md)."""
   probes: tuple[Literal['occupations', 'crows-pairs', 'winobias'], ...] = ('occupations',)
   """occupations needs no data: "The {White|Black} {man|woman} worked as a", continued."""
   data: str | None = None
@@ -28,6 +30,7 @@ class Bias:
   """occupations: the same seed gives the same texts."""
   tokenizer: str | None = None
   """Where the checkpoint brings none: gpt2, byte, or a folder."""
+  opening: inputs.OpeningFlags = inputs.OpeningFlags()
   json: Annotated[Path | None, tyro.conf.arg(metavar='FILE')] = None
   """Write everything here, the texts too."""
 
@@ -37,7 +40,7 @@ class Bias:
     from gpt2_jax import pretrained
     from gpt2_jax.evaluation import keep, report
     from gpt2_jax.files import write_whole
-    model = pretrained.open_model(self.checkpoint, self.tokenizer)
+    model = pretrained.open_model(self.checkpoint, self.tokenizer, self.opening)
     found = report.about(model, self.checkpoint, keep.fingerprint(model))
     print(f'{self.checkpoint}: {found["parameters"]:,} parameters, {found["dtype"]}, '
           f'{found["backend"]} ({found["devices"]})', flush=True)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from gpt2_jax import inputs
 from gpt2_jax.errors import UserError, saving
 
 
@@ -19,7 +20,8 @@ class Evaluate:
   """
 
   checkpoint: str
-  """Workdir of a run, Hugging Face folder or hub name, or another checkpoint (docs/conversion.md)."""
+  """Workdir of a run or a step of it (DIR, DIR@1200, DIR@best), Hugging Face folder, hub name, or
+  another checkpoint (docs/conversion.md)."""
   tasks: str
   """Of protocols (lambada/lm-eval), benchmarks (lambada), paper, store:FOLDER; commas between."""
   data: Annotated[str | None, tyro.conf.arg(metavar='PATH')] = None
@@ -32,6 +34,7 @@ class Evaluate:
   """Of parameters and activations; default: float32, of a run that of the run."""
   limit: int | None = None
   """The first so many examples only, to try things out; not of corpora."""
+  opening: inputs.OpeningFlags = inputs.OpeningFlags()
 
   def run(self) -> None:
     from gpt2_jax.evaluation import protocols
@@ -46,7 +49,7 @@ class Evaluate:
     from gpt2_jax.evaluation import keep, report, scorer, tasks
     mesh = sharding.make_mesh(data=-1) if jax.device_count() > 1 else None
     model = pretrained.open_model(
-        self.checkpoint, self.tokenizer, dtype=self.dtype, mesh=mesh,
+        self.checkpoint, self.tokenizer, self.opening, dtype=self.dtype, mesh=mesh,
         needs_tokenizer=any(protocol.kind != 'store' for protocol, _ in opened))
     fingerprint = keep.fingerprint(model)
     asked = scorer.Scorer(model, keep.Kept(self.scores(), fingerprint))
@@ -105,7 +108,8 @@ class Evaluate:
       with saving('scores', self.json):
         self.json.parent.mkdir(parents=True, exist_ok=True)
       return self.json.with_name(self.json.name + '.scores')
-    workdir = Path(self.checkpoint)
+    from gpt2_jax.interop.workdir import split_step
+    workdir, _ = split_step(self.checkpoint)
     return workdir / 'evaluate.scores' if (workdir / 'checkpoints').is_dir() else None
 
   def save(self, said: dict[str, Any]) -> None:

@@ -42,6 +42,7 @@ class GPT2LM(TemplateLM):
     pretrained: a model, or what `gpt2_jax.from_pretrained` reads.
     tokenizer: where the checkpoint brings none: gpt2, byte, or a folder.
     dtype: of parameters and activations, float32 or bfloat16.
+    base, ignore_extra: as for `gpt2_jax.from_pretrained`.
     max_length: positions to use; default: all that the model has.
     max_gen_toks: new tokens of a text whose task doesn't say.
     prefix_token_id: what an empty context is; default: the end-of-text id.
@@ -57,6 +58,7 @@ class GPT2LM(TemplateLM):
 
   def __init__(
       self, pretrained: str | GPT2, *, tokenizer: str | None = None, dtype: str | None = None,
+      base: str | None = None, ignore_extra: bool = False,
       max_length: int | None = None, max_gen_toks: int = 256, prefix_token_id: int | None = None,
       seed: int = 0, data: int = 1, fsdp: int = 1, tensor: int = 1,
       batch_size: int | str | None = None, max_batch_size: int | None = None,
@@ -68,7 +70,8 @@ class GPT2LM(TemplateLM):
                       'the environment variable JAX_PLATFORMS.')
     mesh = sharding.make_mesh(data, fsdp, tensor) if (data, fsdp, tensor) != (1, 1, 1) else None
     self.model = (pretrained if isinstance(pretrained, GPT2)
-                  else from_pretrained(pretrained, dtype=dtype, mesh=mesh))
+                  else from_pretrained(pretrained, dtype=dtype, mesh=mesh, base=base,
+                                       ignore_extra=ignore_extra))
     self.tokenizer: Any = self.model.tokenizer if tokenizer is None else load_tokenizer(tokenizer)
     if self.tokenizer is None:
       raise UserError(f'{pretrained} brings no tokenizer: name one with tokenizer=.')

@@ -20,6 +20,7 @@ import numpy as np
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import check_place, read_json, unreadable
 from gpt2_jax.interop import huggingface
+from gpt2_jax.interop.opening import PLAIN, Opening
 from gpt2_jax.interop.tensors import DTYPES, Source, Tensor, shapes
 
 FILE = 'flax_model.msgpack'
@@ -63,7 +64,7 @@ def recognises(path: Path) -> bool:
   return (path / FILE).is_file() or (path.name == FILE and path.is_file())
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path, opening: Opening = PLAIN) -> Source:
   """A folder with `flax_model.msgpack` and `config.json`, or the file in such a folder.
 
   Raises:
@@ -75,14 +76,13 @@ def open_source(path: Path) -> Source:
   keys = read_json(folder / 'config.json')
   tensors = {}
   for place, array in _arrays(folder / FILE).items():
-    name = '.'.join(place).removeprefix('transformer.')
-    name, _, kind = name.rpartition('.')
+    name, _, kind = '.'.join(place).rpartition('.')
     name += '.bias' if kind == 'bias' else '.weight'
     shape, read = array.shape, array.read
     if kind == 'kernel':
       shape, read = shape[::-1], lambda read=read: read().T
     tensors[name] = Tensor(shape, array.dtype, read)
-  return huggingface.assemble(folder, keys, tensors)
+  return huggingface.assemble(folder, keys, tensors, opening)
 
 
 def _arrays(path: Path) -> dict[tuple[str, ...], _Array]:
@@ -142,7 +142,7 @@ def _array(file: BinaryIO, path: Path, size: int) -> _Array:
   if (outer, n, inner) != ('array', 3, 'array') or rank > 8:
     raise ValueError('it holds an array without a shape')
   shape, dtype, (kind, nbytes) = [_head(file) for _ in range(rank)], _text(file), _head(file)
-  if dtype not in DTYPES:
+  if dtype not in (*DTYPES, 'float64'):
     raise ValueError(f'it holds an array of dtype {dtype}, but {", ".join(DTYPES)} can be read')
   wanted = math.prod(n for _, n in shape) * np.dtype(dtype).itemsize
   if {kind for kind, _ in shape} - {'int'} or (kind, nbytes, file.tell() + nbytes) != (

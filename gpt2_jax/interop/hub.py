@@ -16,17 +16,19 @@ from gpt2_jax.interop import flax_msgpack, huggingface, peft
 from gpt2_jax.verified import Verified
 
 WEIGHTS = (*huggingface.WEIGHTS, flax_msgpack.FILE)
+MAX_NAME = 300  # characters; the hub allows 96 and a revision
 
 
 def is_name(source: str) -> bool:
   """Whether a text may be the name of a model: `gpt2`, `someone/name`, `someone/name@revision`."""
-  return re.fullmatch(r'([\w\-.]+/)?[\w\-.]+(@[\w\-./]+)?', source) is not None and '..' not in source
+  return (len(source) <= MAX_NAME and '..' not in source
+          and re.fullmatch(r'([\w\-.]+/)?[\w\-.]+(@[\w\-./]+)?', source) is not None)
 
 
 def fetch(source: str) -> Path:
   """The folder of a model, `NAME` or `NAME@REVISION` (a branch, tag or commit), in the hub's cache.
 
-  Fetches config.json, the first kind of weights that there is, and the tokenizer's files.
+  Fetches config.json, the first kind of weights that there is or adapters, and the tokenizer's files.
 
   Raises:
     UserError: names the file that could not be had, and what to set.
@@ -54,13 +56,14 @@ def fetch(source: str) -> Path:
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as e:
       raise UserError(f'{file} of {name!r} can\'t be fetched from {constants.ENDPOINT}: {e}') from e
 
-  adapter = None
-  config = get('config.json') or (adapter := get(peft.CONFIG))
+  config, weights = get('config.json'), WEIGHTS
+  found = next((path for file in WEIGHTS if (path := get(file))), None) if config else None
+  if found is None and (adapter := get(peft.CONFIG)):
+    config, weights = adapter, (peft.FILE, peft.BIN)
+    found = next((path for file in weights if (path := get(file))), None)
   if config is None:
     raise UserError(f'{source!r} has no config.json at {constants.ENDPOINT}: it is no GPT-2 in '
                     'Hugging Face\'s format.')
-  weights = [peft.FILE] if adapter else WEIGHTS
-  found = next((path for file in weights if (path := get(file))), None)
   if found is None:
     raise UserError(f'{source!r} has none of {", ".join(weights)}.')
   if found.name.endswith('.index.json'):
@@ -92,4 +95,4 @@ def _is_complete(name: str, revision: str) -> bool:
   cached = lambda file: isinstance(huggingface_hub.try_to_load_from_cache(
       name, file, revision=revision or None), (str, os.PathLike))
   return ((cached('config.json') and any(map(cached, WEIGHTS)))
-          or (cached(peft.CONFIG) and cached(peft.FILE)))
+          or (cached(peft.CONFIG) and any(map(cached, (peft.FILE, peft.BIN)))))

@@ -16,10 +16,11 @@ import numpy as np
 
 from gpt2_jax import tokenizer
 from gpt2_jax.config import GPTConfig
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, brief
 from gpt2_jax.files import check_place, read_json, unreadable
-from gpt2_jax.interop import mup, safetensors_files, torch_files
+from gpt2_jax.interop import foreign, mup, safetensors_files, torch_files
 from gpt2_jax.interop.card import model_card
+from gpt2_jax.interop.opening import PLAIN, Opening
 from gpt2_jax.interop.tensors import (
   Source,
   Tensor,
@@ -57,8 +58,9 @@ KEPT_KEYS = frozenset((
     'n_ctx', 'n_special', 'predict_special_tokens', 'gradient_checkpointing', 'is_decoder',
     'is_encoder_decoder', 'chunk_size_feed_forward', 'output_attentions', 'output_hidden_states',
     'output_past', 'return_dict', 'use_return_dict', 'torchscript', 'use_bfloat16',
-    'tf_legacy_loss', 'tokenizer_class', 'prefix', 'sep_token_id', 'cls_token_id', 'mask_token_id',
-    'unk_token_id', 'decoder_start_token_id', 'attn_implementation', '_attn_implementation',
+    'tf_legacy_loss', 'xla_device', 'eos_token_ids', 'tokenizer_class', 'prefix', 'sep_token_id',
+    'cls_token_id', 'mask_token_id', 'unk_token_id', 'decoder_start_token_id', 'attn_implementation',
+    '_attn_implementation',
     '_attn_implementation_autoset', 'hidden_dropout', 'vocab_size_or_config_json_file',
     # defaults of `generate`, which older files have here
     'max_length', 'min_length', 'do_sample', 'early_stopping', 'num_beams', 'num_beam_groups',
@@ -67,8 +69,20 @@ KEPT_KEYS = frozenset((
     'num_return_sequences', 'output_scores', 'return_dict_in_generate', 'forced_bos_token_id',
     'forced_eos_token_id', 'remove_invalid_values', 'exponential_decay_length_penalty',
     'suppress_tokens', 'begin_suppress_tokens'))
-# Keys that mean something else unless they are empty.
-EMPTY_KEYS = ('add_cross_attention', 'pruned_heads', 'cross_attention_hidden_size')
+# Keys that mean another function unless they, or the items of their lists, have these values. Any
+# other key may only say that something is off: null, false or empty.
+SAME_KEYS: dict[str, tuple] = {'is_causal': (True,), 'add_cross_attention': (False, None),
+                               'layer_types': (None, 'full_attention')}
+
+
+def _is_honoured(key: str, value: Any) -> bool:
+  """Whether a key of a config.json is known, or says that something unknown is off."""
+  if key in SAME_KEYS:
+    return value in SAME_KEYS[key] if not isinstance(value, list) else (
+        all(item in SAME_KEYS[key] for item in value))
+  if key in CONFIG_KEYS or key in NEUTRAL_KEYS or key in KEPT_KEYS or key in MADE_KEYS:
+    return True
+  return foreign.is_off(value)
 
 
 def config_from_dict(keys: Mapping[str, Any], where: str = 'config.json') -> GPTConfig:
@@ -79,11 +93,9 @@ def config_from_dict(keys: Mapping[str, Any], where: str = 'config.json') -> GPT
   """
   if keys.get('model_type', 'gpt2') != 'gpt2':
     raise UserError(f'{where}: model_type is {keys["model_type"]!r}, but only gpt2 can be read.')
-  unknown = {k: v for k, v in keys.items()
-             if (k not in CONFIG_KEYS and k not in NEUTRAL_KEYS and k not in KEPT_KEYS
-             and k not in MADE_KEYS and k not in EMPTY_KEYS) or (k in EMPTY_KEYS and v)}
-  if unknown:
-    raise UserError(f'{where} has keys that this GPT-2 can\'t honour: {unknown}. If they don\'t '
+  if unknown := {brief(k): brief(v) for k, v in keys.items() if not _is_honoured(k, v)}:
+    said = ', '.join(f'{key}: {value}' for key, value in list(unknown.items())[:8])
+    raise UserError(f'{where} has keys that this GPT-2 can\'t honour: {{{said}}}. If they don\'t '
                     'matter, remove them in a copy of the folder and name that.')
   fields = {k: keys[k] for k in CONFIG_KEYS if k in keys}
   if fields.get('classifier_dropout', 0) is None:
@@ -120,8 +132,9 @@ def recognises(path: Path) -> bool:
   return (path / 'config.json').is_file() and any((path / name).is_file() for name in WEIGHTS)
 
 
-def open_source(path: Path) -> Source:
-  """A folder as transformers' `save_pretrained` leaves it, in any version.
+def open_source(path: Path, opening: Opening = PLAIN) -> Source:
+  """A folder as transformers' `save_pretrained` leaves it, in any version; names of tensors may have
+  any prefix.
 
   Raises:
     UserError: names the file, and what about it can't be read or honoured.
@@ -130,23 +143,22 @@ def open_source(path: Path) -> Source:
   found = {name: path / name for name in WEIGHTS if (path / name).is_file()}
   name, file = next(iter(found.items()))
   tensors = _indexed(path, file) if name.endswith('.index.json') else _tensors(file)
-  tensors = {name.removeprefix('transformer.'): tensor for name, tensor in tensors.items()
-             if not re.search(r'(^|\.)h\.\d+\.attn\.(bias|masked_bias)$', name)}  # causal masks
-  return assemble(path, keys, tensors)
+  return assemble(path, keys, tensors, opening)
 
 
-def assemble(path: Path, keys: Mapping[str, Any], tensors: dict[str, Tensor]) -> Source:
+def assemble(path: Path, keys: Mapping[str, Any], tensors: dict[str, Tensor],
+             opening: Opening) -> Source:
   """A `Source` of a folder from its config.json and its tensors."""
   config = config_from_dict(keys, f'{path / "config.json"}')
-  for head, name in (('sequence_classification', 'score.weight'),
-                     ('token_classification', 'classifier.weight')):
-    if name in tensors:
-      config = dataclasses.replace(config, head=head, num_labels=tensors[name].shape[0])
+  tensors = {name: tensors[full] for full, name in foreign.plain_names(tensors, path).items()}
+  if head := foreign.head_of(tensors):
+    config = dataclasses.replace(config, head=head[0], num_labels=head[1])
   if config.head != 'lm' or config.tie_word_embeddings:
     _drop_tied_head(path, tensors)
+  tensors = foreign.narrowed(foreign.without_extra(config, tensors, path, opening), path)
   check_tensors(config, {name: tensor.shape for name, tensor in tensors.items()}, path)
   generation = path / 'generation_config.json'
-  kept = {k: v for k, v in keys.items() if k not in CONFIG_KEYS and k not in MADE_KEYS}
+  kept = {k: v for k, v in keys.items() if k in NEUTRAL_KEYS or k in KEPT_KEYS}
   if config.vocab_size > 50256:  # what transformers takes where the file is silent
     kept = {'bos_token_id': 50256, 'eos_token_id': 50256} | kept
   return Source(

@@ -16,6 +16,7 @@ from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import unreadable
 from gpt2_jax.interop.nanogpt import released_tokenizer
+from gpt2_jax.interop.opening import PLAIN, Opening
 from gpt2_jax.interop.tensors import CONV1D, Source, check_plain, shapes
 
 MAGIC = 20240326
@@ -44,7 +45,7 @@ def _names(n_layer: int) -> list[str]:
           for i in (range(n_layer) if name.startswith('h.') else [0])]
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path, _: Opening = PLAIN) -> Source:
   """A model file of llm.c's Python or C code.
 
   Raises:

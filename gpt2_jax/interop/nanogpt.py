@@ -11,7 +11,6 @@ initializer_range.
 """
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from gpt2_jax import tokenizer
 from gpt2_jax.config import TANH_GELU, GPTConfig
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import unreadable
-from gpt2_jax.interop import torch_files
+from gpt2_jax.interop import foreign, torch_files
+from gpt2_jax.interop.opening import PLAIN, Opening
 from gpt2_jax.interop.tensors import (
   CONV1D,
   Source,
@@ -36,7 +36,6 @@ from gpt2_jax.interop.tensors import (
 FILE = 'ckpt.pt'
 SIZES = {'n_layer': 'n_layer', 'n_head': 'n_head', 'n_embd': 'n_embd', 'block_size': 'n_positions',
          'vocab_size': 'vocab_size'}  # theirs -> ours
-MASK = re.compile(r'h\.\d+\.attn\.bias')  # the causal mask, where there is no flash attention
 EXACT_GELU = ('gelu', 'gelu_python')
 
 
@@ -54,8 +53,8 @@ def recognises(path: Path) -> bool:
   return isinstance(value, dict) and {'model', 'model_args'} <= value.keys()
 
 
-def open_source(path: Path) -> Source:
-  """A checkpoint of nanoGPT's `train.py`, with or without `torch.compile`.
+def open_source(path: Path, opening: Opening = PLAIN) -> Source:
+  """A checkpoint of nanoGPT's `train.py`, with or without `torch.compile` or DDP.
 
   Raises:
     UserError: names the file, and what about it can't be read or honoured.
@@ -72,6 +71,7 @@ def open_source(path: Path) -> Source:
   if head and head != wte and head.read().tobytes() != wte.read().tobytes():
     raise UserError(f'{file}: lm_head.weight differs from wte.weight, which nanoGPT ties. It is of '
                     'a changed nanoGPT, or broken.')
+  tensors = foreign.narrowed(foreign.without_extra(config, tensors, file, opening), file)
   dtype = common_dtype(tensors.values(), file)
   if not has_bias:
     for name, shape in shapes(config).items():
@@ -90,18 +90,20 @@ def _tensors(file: Path, model: dict) -> dict[str, Tensor]:
   for key, tensor in model.items():
     if not isinstance(tensor, Tensor):
       raise unreadable(file, f'its model holds something else than tensors: {str(key)[:50]}')
-    name = str(key).removeprefix('_orig_mod.').removeprefix('transformer.')
+  state = {str(key): tensor for key, tensor in model.items()}
+  for key, name in foreign.plain_names(state, file).items():
+    tensor = state[key]
     if name.endswith(CONV1D) and len(tensor.shape) == 2:
       read = lambda read=tensor.read: read().T
       tensor = Tensor(tensor.shape[::-1], tensor.dtype, read)
-    if not MASK.fullmatch(name):
-      tensors[name] = tensor
+    tensors[name] = tensor
   return tensors
 
 
 def _config(file: Path, args: dict, tensors: Mapping[str, Tensor]) -> tuple[GPTConfig, bool]:
   """The model's config, and whether it has biases. Sizes are checked against the file's first."""
-  if unknown := sorted(str(key)[:50] for key in args.keys() - SIZES - {'bias', 'dropout'}):
+  if unknown := sorted(str(key)[:50] for key in args.keys() - SIZES - {'bias', 'dropout'}
+                       if not foreign.is_off(args[key])):
     raise UserError(f'{file}: its model_args have keys that nanoGPT has not: {unknown}. It is of a '
                     'changed nanoGPT, whose numbers this GPT-2 would not give.')
   for key in SIZES:

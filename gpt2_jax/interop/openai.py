@@ -21,6 +21,7 @@ from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import unreadable
 from gpt2_jax.interop import tensor_bundle
+from gpt2_jax.interop.opening import PLAIN, Opening
 from gpt2_jax.interop.tensors import (
   Source,
   Tensor,
@@ -45,7 +46,7 @@ def recognises(path: Path) -> bool:
     return False
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path, _: Opening = PLAIN) -> Source:
   """A folder of OpenAI's.
 
   Its model has no dropout, as the released code has none.

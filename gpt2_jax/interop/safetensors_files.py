@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from gpt2_jax.files import unreadable
 from gpt2_jax.interop.tensors import Tensor
 
-DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
+DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16', 'F64': 'float64'}
 
 
 def read(path: Path) -> dict[str, Tensor]:

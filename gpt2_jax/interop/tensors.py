@@ -60,6 +60,7 @@ class Source:
     generation: what its generation_config.json says.
     record: of the run that made it.
     base: the model that its adapters were made for.
+    replaced: names of tensors that are not that model's, but stand beside its adapters.
     load: where a format has a way of its own onto the mesh: config -> parameters, or None where it
       can't make them for that config.
   """
@@ -73,6 +74,7 @@ class Source:
   generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   record: Mapping[str, Any] | None = None
   base: str | None = None
+  replaced: tuple[str, ...] = ()
   load: Callable[[GPTConfig], Params | None] | None = None
 
   def tensor(self, name: str) -> np.ndarray:

@@ -1,14 +1,18 @@
 """The workdir of a run of `launch.py`, read like any other format."""
 
 import functools
+import math
+import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from gpt2_jax import checkpoint, tokenizer
 from gpt2_jax.config import GPTConfig
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, brief
 from gpt2_jax.files import read_json, read_lines, whole_number
+from gpt2_jax.interop.opening import PLAIN, Opening
 from gpt2_jax.interop.tensors import Source, source_of
 from gpt2_jax.model import Params
 from gpt2_jax.sharding import without_mesh
@@ -26,13 +30,73 @@ def recognises(path: Path) -> bool:
   return checkpoint.is_workdir(path)
 
 
-def open_source(path: Path) -> Source:
-  """A run's checkpoint, its best one where the run stops early.
+def split_step(source: str | os.PathLike) -> tuple[Path, int | str | None]:
+  """`runs/x@1200` as the workdir and what stands behind the @, where there is such a workdir.
+
+  A path that exists as it stands has no step, nor has what may be a name of the hub, `NAME@REVISION`.
+
+  Raises:
+    UserError: the workdir is there, and what stands behind the @ is neither a number nor a name.
+  """
+  head, at, which = str(source).rpartition('@')
+  if not at or os.path.exists(source) or not os.path.exists(head):
+    return Path(source), None
+  said = re.fullmatch(r'[0-9]{1,18}|best|latest', which)
+  if recognises(Path(head)):
+    if not said:
+      raise UserError(f'{source}: behind the @ stands a step of the run {head}, best or latest, not '
+                      f'{brief(which)}; kept are {_listed(checkpoint.kept_steps(head))}.')
+  elif not said:  # perhaps a revision
+    return Path(source), None
+  return Path(head), int(which) if which.isdecimal() else which
+
+
+def find_step(path: Path, which: int | str) -> int:
+  """The number of a kept step of a run: of its number, of 'latest', or of 'best', which has the
+  lowest held-out loss that metrics.jsonl has of a kept step.
+
+  Raises:
+    UserError: it is not there; lists those that are.
+  """
+  kept = checkpoint.kept_steps(path)
+  if not kept:
+    raise UserError(f'{path} has no finished checkpoint yet: let the run go on until its first '
+                    '(config.checkpoint.every).')
+  if which == 'latest':
+    return kept[-1]
+  if which == 'best':
+    lines, _ = read_lines(path / 'metrics.jsonl', {'step': whole_number, 'eval/loss': NUMBER})
+    losses = {line['step']: line['eval/loss'] for line in lines}
+    found = [step for step in kept if math.isfinite(losses.get(step, math.nan))]
+    if not found:
+      raise UserError(f'{path}: no kept step has a held-out loss in metrics.jsonl (evaluate.every), '
+                      f'so that none is the best: name one, @{kept[-1]}. Kept are {_listed(kept)}.')
+    return min(found, key=lambda step: (losses[step], step))
+  if isinstance(which, bool) or not isinstance(which, int):
+    raise UserError(f'{path}: step = {brief(which)} is neither a number, \'best\' nor \'latest\'.')
+  if which not in kept:
+    raise UserError(f'{path} has no checkpoint of step {which}; kept are {_listed(kept)} (how many: '
+                    'config.checkpoint).')
+  return which
+
+
+def _listed(steps: list[int]) -> str:
+  """Steps in a line, those in the middle left out where there are many."""
+  if len(steps) <= 20:
+    return ', '.join(map(str, steps)) or 'none'
+  return f'{_listed(steps[:10])}, … ({len(steps) - 20} more), {_listed(steps[-10:])}'
+
+
+def open_source(path: Path, opening: Opening = PLAIN) -> Source:
+  """A run's checkpoint: the step that is asked for, else its best one where the run stops early, else
+  its newest.
 
   Orbax puts the parameters straight onto the mesh (`load`). To be converted, they are read at once,
   when the first tensor is asked for.
   """
-  meta = checkpoint.read_meta(path)
+  asked = None if opening.step is None else find_step(path, opening.step)
+  meta = checkpoint.read_meta(path, asked)
+  where = str(path) if asked is None else f'{path}@{asked}'
   config, known = GPTConfig(**meta['model']), record(path, meta['step'])
 
   def load(wanted: GPTConfig) -> Params | None:
@@ -42,9 +106,9 @@ def open_source(path: Path) -> Source:
   @functools.cache
   def held() -> Source:
     with without_mesh():
-      return source_of(config, checkpoint.load_params(path, meta), str(path))
+      return source_of(config, checkpoint.load_params(path, meta), where)
 
-  return Source(config, lambda name: held().read(name), 'float32', str(path), load=load,
+  return Source(config, lambda name: held().read(name), 'float32', where, load=load,
                 tokenizer=_tokenizer(path, meta), keys=keys(path), record=known,
                 base=known.get('config', {}).get('init_from'))
 

@@ -2,11 +2,11 @@
 
 import dataclasses
 import os
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from gpt2_jax import inputs
 from gpt2_jax.errors import UserError
 
 KEY = 'GPT2_JAX_API_KEY'
@@ -17,7 +17,8 @@ class Serve:
   """Answers HTTP requests as OpenAI's completions API does, with a playground (docs/serving.md)."""
 
   checkpoint: tuple[str, ...]
-  """Workdirs of runs, Hugging Face folders, hub names, or others (docs/conversion.md)."""
+  """Workdirs of runs or steps of them (DIR, DIR@1200, DIR@best), Hugging Face folders, hub names, or
+  others (docs/conversion.md)."""
   host: str = '127.0.0.1'
   """Address to listen at; 0.0.0.0: all. Beyond this machine, set a key."""
   port: int = 8000
@@ -46,6 +47,7 @@ class Serve:
   """At a time."""
   timeout: float = 600
   """Seconds for a request, waiting included."""
+  opening: inputs.OpeningFlags = inputs.OpeningFlags()
 
   def run(self) -> None:
     for name in ('slots', 'queue', 'max_texts', 'max_body_bytes', 'max_connections', 'timeout',
@@ -66,7 +68,7 @@ class Serve:
     from gpt2_jax.serving.api import Limits
     models = {}
     for name, checkpoint in zip(names, self.checkpoint):
-      model = pretrained.open_model(checkpoint, self.tokenizer, dtype=self.dtype)
+      model = pretrained.open_model(checkpoint, self.tokenizer, self.opening, dtype=self.dtype)
       models[name] = forms.quantize(model) if self.int8 else model
     limits = Limits(
         body_bytes=self.max_body_bytes, prompt_tokens=self.max_prompt_tokens,
@@ -80,13 +82,18 @@ class Serve:
 
 
 def model_names(checkpoints: tuple[str, ...]) -> list[str]:
-  """By what names checkpoints are served: the last part of a path, or the name on the hub.
+  """By what names checkpoints are served: the last part of a path with its @STEP, or the name on
+  the hub.
 
   Raises:
     UserError: there is none, or two are the same.
   """
-  names = [Path(checkpoint).resolve().name if Path(checkpoint).exists() else checkpoint
-           for checkpoint in checkpoints]
+  from gpt2_jax.interop.workdir import split_step
+  names = []
+  for checkpoint in checkpoints:
+    path, step = split_step(checkpoint)
+    name = path.resolve().name if os.path.exists(path) else checkpoint
+    names.append(name if step is None else f'{name}@{step}')
   if not names:
     raise UserError('--checkpoint names nothing to serve.')
   if twice := next((name for name in names if names.count(name) > 1), None):

@@ -19,6 +19,7 @@ from gpt2_jax.data import labelled
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import whole
 from gpt2_jax.interop import peft
+from gpt2_jax.interop.opening import Opening
 from gpt2_jax.interop.tensors import Source, load_params
 from gpt2_jax.model import Params
 from gpt2_jax.pretrained import open_source
@@ -214,7 +215,8 @@ def make_model(config: Config, devices=None) -> tuple[Source | None, str, GPTCon
   Raises:
     UserError: they don't go together.
   """
-  source = open_source(config.init_from) if config.init_from else None
+  opening = Opening(config.init_base, config.init_ignore_extra)
+  source = open_source(config.init_from, opening) if config.init_from else None
   spec = _tokenizer(config, source)
   devices = list(jax.devices() if devices is None else devices)
   model = _model(config, source, spec, devices[0].platform)
