@@ -26,6 +26,7 @@ from gpt2_jax.sharding import BATCH, P, on_devices, reshard
 from gpt2_jax.training.plan import make_model
 
 FILL = 0.97  # of the memory, what the largest batch aims at
+TOKENS = 128  # of a prompt, and new ones, where nothing is said of them
 TRIES = 3  # compilations to find it
 
 
@@ -92,7 +93,7 @@ def compile_decode(
 
 def plan_decode(
     config: Config, topology: Topology, name: str, mode: str, *, batch: int | None = None,
-    prompt: int = 128, new: int = 128, dump: Path | None = None, largest: bool = True) -> Report:
+    prompt: int | None = None, new: int | None = None, dump: Path | None = None, largest: bool = True) -> Report:
   """Generation with a config's model, compiled for a topology.
 
   Args:
@@ -101,7 +102,8 @@ def plan_decode(
     name: of the config, for the report.
     mode: 'decode', a token more in each row, or 'prefill', the prompts and the first token.
     batch: texts at a time on all devices; default: one for each of the parts that it is split in.
-    prompt, new: tokens of each text that are read, and for which there is room.
+    prompt, new: tokens of each text that are read, and for which there is room; default: 128 of both, or
+      what a smaller context has.
     dump: a file for the compiled program.
     largest: whether to look for the largest batch that fits as well: one compilation more, or two.
 
@@ -115,6 +117,12 @@ def plan_decode(
   rows = split if batch is None else batch
   if rows < 1 or rows % split:
     raise UserError(f'--batch {rows} must be a multiple of mesh.data·mesh.fsdp = {split}.')
+  if model.n_positions < 2:
+    raise UserError(f'a model of n_positions = {model.n_positions} does not write.')
+  if prompt is None:
+    prompt = max(1, min(TOKENS, model.n_positions // 2, model.n_positions - (new or 1)))
+  if new is None:
+    new = max(1, min(TOKENS, model.n_positions - prompt))
   if min(prompt, new) < 1 or prompt + new > model.n_positions:
     raise UserError(f'--prompt {prompt} and --new {new} must be at least 1 and no more than '
                     f'model.n_positions = {model.n_positions} together.')
