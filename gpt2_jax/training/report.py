@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import saving
+from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.training import goodput, metrics
 
 PLOT = 'loss.png'
@@ -70,6 +72,18 @@ def plot_losses(workdir: Path, title: str, totals: dict[str, float]) -> Path:
   return path
 
 
+def fitting(prompt: str, tokenizer: Tokenizer | None, config: GPTConfig) -> str:
+  """A prompt, or the end of one that the context has no room for."""
+  ids = [] if tokenizer is None else tokenizer.encode(prompt)
+  if tokenizer is None or len(ids) < config.n_positions:
+    return prompt
+  # a character that was cut is left out
+  prompt = tokenizer.decode_bytes(ids[len(ids) - config.n_positions // 2:]).decode(errors='ignore')
+  while len(tokenizer.encode(prompt)) >= config.n_positions > 1:  # a text's end may have other ids
+    prompt = prompt[1:]
+  return prompt
+
+
 def summary(workdir: Path, prompt: str, sample: str | None, totals: dict[str, float]) -> str:
   """One screen: what came out, where it lies, what to try next."""
   lines = metrics.read(workdir)
@@ -90,6 +104,6 @@ def summary(workdir: Path, prompt: str, sample: str | None, totals: dict[str, fl
       f'picture    {workdir / PLOT}',
       'next',
       f'  gpt2_jax.classify(gpt2_jax.from_pretrained({str(workdir)!r}), \'a text\')' if sample is None
-      else f'  gpt2-jax sample --checkpoint {workdir} --prompt "{prompt.splitlines()[0]}"',
+      else f'  gpt2-jax sample --checkpoint {workdir} --prompt "{(prompt.splitlines() or [""])[0]}"',
       f'  tensorboard --logdir {workdir}          (pip install tensorboard)',
       '  the same launch.py command with a larger --config.train.steps goes on from here'])
