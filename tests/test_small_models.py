@@ -226,3 +226,83 @@ def test_the_sample_after_training_has_room():
   assert fitting('é', byte, config(1)) == '' == fitting('é', byte, config(2)) and fitting('\n', byte, config(2)) == '\n'
   for P in (1, 2, 3):
     assert len(byte.encode(fitting('aéé', byte, config(P)))) < P
+
+
+SERVED = {'p1': (1, 257, 8), 'p2': (2, 257, 8), 'p8': (8, 257, 8), 'p64': (64, 257, 8),
+          'p8-v2': (8, 2, 2), 'p2-v1': (2, 1, 1)}
+NAMES = [pytest.param(name, marks=pytest.mark.slow if '-' in name else ()) for name in SERVED]
+
+
+@pytest.fixture(scope='module')
+def server():
+  pytest.importorskip('fastapi', reason='the server needs the extra serve')
+  from serving_fixtures import serve
+  with serve({name: make(*size) for name, size in SERVED.items()}, slots=2) as running:
+    yield running
+
+
+def ask(server, model: str, path: str = '/v1/completions', **body):
+  import httpx
+  return httpx.post(server.url + path, json=dict(body, model=model), timeout=120)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_served_answers_are_those_of_sample(server, name):
+  """As much as the context holds, of the shortest and the longest prompts."""
+  P, V, _ = SERVED[name]
+  model = server.serving.engines[name].model
+  options = dict(seed=5, temperature=0.8, top_k=300)
+  for n in {n for n in (1, P - 1) if 0 < n < P}:
+    ids = [(7 * i + 1) % V for i in range(n)]
+    [want] = gpt2_jax.generate(model, [ids], max_new_tokens=P - n, **options)
+    answer = ask(server, name, prompt=ids, max_tokens=P - n, logprobs=5, **options)
+    assert answer.status_code == 200, answer.text
+    [have] = answer.json()['choices']
+    assert have['logprobs']['token_ids'] == want.tokens and have['text'] == want.text
+    np.testing.assert_allclose(have['logprobs']['token_logprobs'], want.logprobs, atol=1e-4)
+    assert all(len(top) <= min(6, V) for top in have['logprobs']['top_logprobs'])
+    [short] = ask(server, name, prompt=ids, **options).json()['choices']  # max_tokens: what is left
+    want_text = gpt2_jax.generate(model, [ids], max_new_tokens=min(16, P - n), **options)[0].text
+    assert short['text'] == want_text
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_served_scores_and_refusals(server, name):
+  P, V, _ = SERVED[name]
+  ids = [(5 * i) % V for i in range(P)]
+  model = server.serving.engines[name].model
+  answer = ask(server, name, prompt=ids, max_tokens=0, echo=True, logprobs=1)
+  assert answer.status_code == 200, answer.text
+  found = answer.json()['choices'][0]['logprobs']
+  want_TV = reference(model)(ids)
+  assert found['token_ids'] == ids and found['token_logprobs'][0] is None
+  np.testing.assert_allclose(found['token_logprobs'][1:], want_TV[range(P - 1), ids[1:]], atol=1e-4)
+  for body, param in ((dict(prompt=ids), 'prompt'), (dict(prompt=[0], max_tokens=P), 'max_tokens'),
+                      (dict(prompt=[0] * (P + 1), max_tokens=0), 'prompt')):
+    answer = ask(server, name, **body)
+    error = answer.json()['error']
+    assert answer.status_code == 400 and error['code'] == 'context_length_exceeded'
+    assert f'{P} tokens' in error['message'] and error['param'] == ('prompt' if P == 1 else param)
+  assert ask(server, name, '/v1/features', input='').status_code == 200
+  lens = ask(server, name, '/v1/attention', input='').json()['lens']
+  assert len(lens[0][0]) == min(5, V)
+
+
+def test_served_streams_and_the_best_of_several(server):
+  """Of a model whose context is eight ids."""
+  import httpx
+  from serving_fixtures import events
+  body = dict(prompt='ab', seed=2, stop=['\x00'])
+  whole = ask(server, 'p8', **body, n=3).json()['choices']
+  with httpx.stream('POST', server.url + '/v1/completions', json=body | dict(stream=True, model='p8'),
+                    timeout=120) as answer:
+    pieces = events(answer.iter_lines())
+  assert ''.join(piece['choices'][0]['text'] for piece in pieces) == whole[0]['text']
+  [best] = ask(server, 'p8', **body, best_of=3).json()['choices']
+  assert best['text'] in [choice['text'] for choice in whole]
+
+
+def test_all_programs_of_a_small_model_are_compiled_at_the_start(server):
+  server.serving.engines['p1'].warm()
+  assert [server.serving.engines[name].chunks for name in SERVED] == [
+      [1], [2], [8], [32, 64], [8], [2]]
