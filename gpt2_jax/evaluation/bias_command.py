@@ -39,7 +39,8 @@ class Bias:
     from gpt2_jax.files import write_whole
     model = pretrained.open_model(self.checkpoint, self.tokenizer)
     if 'occupations' in self.probes:  # the others may take their time before it
-      batching.encode(list(map(bias.PROMPT.format, bias.GROUPS)), model.tokenizer, model.config, room=1)
+      prompts = [bias.PROMPT.format(group) for group in bias.GROUPS]
+      batching.encode(prompts, model.tokenizer, model.config, room=1)
     found = report.about(model, self.checkpoint, keep.fingerprint(model))
     print(f'{self.checkpoint}: {found["parameters"]:,} parameters, {found["dtype"]}, '
           f'{found["backend"]} ({found["devices"]})', flush=True)

@@ -93,7 +93,8 @@ def compile_decode(
 
 def plan_decode(
     config: Config, topology: Topology, name: str, mode: str, *, batch: int | None = None,
-    prompt: int | None = None, new: int | None = None, dump: Path | None = None, largest: bool = True) -> Report:
+    prompt: int | None = None, new: int | None = None, dump: Path | None = None,
+    largest: bool = True) -> Report:
   """Generation with a config's model, compiled for a topology.
 
   Args:
@@ -102,8 +103,8 @@ def plan_decode(
     name: of the config, for the report.
     mode: 'decode', a token more in each row, or 'prefill', the prompts and the first token.
     batch: texts at a time on all devices; default: one for each of the parts that it is split in.
-    prompt, new: tokens of each text that are read, and for which there is room; default: 128 of both, or
-      what a smaller context has.
+    prompt, new: tokens of each text that are read, and for which there is room; default: 128 of both,
+      or what a smaller context has.
     dump: a file for the compiled program.
     largest: whether to look for the largest batch that fits as well: one compilation more, or two.
 

@@ -88,8 +88,8 @@ class Answer:
       raise ApiError(
           400, f'This model\'s maximum context length is {n_positions} tokens, however you requested '
           f'{brief(longest + self.most)} tokens ({longest} in your prompt; {brief(self.most)} for '
-          'the completion). Please reduce your prompt; or completion length.', param='prompt' if longest >= n_positions
-          else 'max_tokens', code='context_length_exceeded')
+          'the completion). Please reduce your prompt; or completion length.',
+          param='prompt' if longest >= n_positions else 'max_tokens', code='context_length_exceeded')
     if limits.prompt_tokens is not None and longest > limits.prompt_tokens:
       raise ApiError(400, f'The prompt has {longest} tokens; this server takes '
                      f'{limits.prompt_tokens}.', param='prompt', code='context_length_exceeded')

@@ -41,7 +41,8 @@ class Guard:
     if scope['type'] != 'http':
       return await self.app(scope, receive, send)
     head = scope['method'] == 'HEAD'
-    scope = dict(scope, method='GET' if head else scope['method'], path=_plain(scope['path']))
+    method = 'GET' if head else scope['method']
+    scope = {**scope, 'method': method, 'path': _plain(scope['path'])}
     exchange = Exchange(self.limits, receive, send, head=head)
     began = time.monotonic()
     try:

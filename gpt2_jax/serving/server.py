@@ -19,7 +19,8 @@ from gpt2_jax.serving.api import ApiError, dumps
 HEADER_BYTES = 16 << 10  # of a request's line and headers
 HEADER_SECONDS = 10.0  # for them to arrive
 KEEP_SECONDS = 30  # of a connection between two requests
-OTHER_FILES = 100  # that a server has open beside its connections, at most
+OTHER_FILES = 100  # that a server may have open beside its connections: half are told that it is full
+BACKLOG = 2048  # connections that wait to be accepted, all of them at once
 
 log = logging.getLogger('uvicorn.error')
 
@@ -37,8 +38,11 @@ class Protocol(H11Protocol):
 
   def connection_made(self, transport: Any) -> None:
     super().connection_made(transport)
-    if len(self.connections) > self.config.app.state.serving.connections:  # type: ignore[union-attr]
+    most = self.config.app.state.serving.connections  # type: ignore[union-attr]
+    if len(self.connections) > most:
       self.app = crowded
+    if len(self.connections) > most + OTHER_FILES // 2:  # soon there is no file to answer with
+      transport.abort()
     self.patience = self.stalled = None
     self.await_headers()
 
@@ -163,6 +167,16 @@ def _bound(family: int, kind: int, protocol: int, address: Any) -> socket.socket
   return made
 
 
+def _files() -> int:
+  """How many files this process may have open."""
+  try:
+    import resource
+  except ImportError:  # a system without such a limit
+    return 1 << 30
+  soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+  return 1 << 30 if soft == resource.RLIM_INFINITY else soft
+
+
 def allowed(connections: int) -> int:
   """How many connections there can be: so many, or what the system's limit of open files leaves,
   which is raised as far as it may be.
@@ -170,18 +184,14 @@ def allowed(connections: int) -> int:
   Raises:
     UserError: it leaves none.
   """
-  try:
-    import resource
-  except ImportError:  # a system without such a limit
-    return connections
-  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-  wanted = connections + OTHER_FILES
-  if soft == resource.RLIM_INFINITY or soft >= wanted:
-    return connections
-  with contextlib.suppress(ValueError, OSError, OverflowError):
-    more = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
-    soft = more
+  wanted = connections + OTHER_FILES + BACKLOG
+  if _files() < wanted:
+    with contextlib.suppress(ImportError, ValueError, OSError, OverflowError):
+      import resource
+      _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+      more = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+      resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
+  soft = _files()
   if soft <= OTHER_FILES:
     raise UserError(f'ulimit -n allows {soft} open files, and a server needs more than '
                     f'{OTHER_FILES}: set it to 1100.')
@@ -207,8 +217,10 @@ def make_server(app: FastAPI, *, host: str = '127.0.0.1', port: int = 0, connect
     UserError: host and port can't be listened at.
   """
   app.state.serving.connections = connections
+  # asyncio accepts all that wait before any is looked at
+  backlog = min(BACKLOG, max(1, _files() - connections - OTHER_FILES * 3 // 4))
   return Server(app, uvicorn.Config(
       app, http=Protocol, ws='none', loop='asyncio', log_level=log_level,
-      access_log=False, proxy_headers=False, server_header=False,
+      access_log=False, proxy_headers=False, server_header=False, backlog=backlog,
       timeout_keep_alive=KEEP_SECONDS, h11_max_incomplete_event_size=HEADER_BYTES,
       timeout_graceful_shutdown=10), sockets or bind(host, port))
