@@ -16,7 +16,7 @@ from gpt2_jax.decoding.assemble import make_processors
 from gpt2_jax.decoding.history import Endings, History
 from gpt2_jax.decoding.loop import Request, Rules, Sample, advance, start
 from gpt2_jax.decoding.options import Options
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, brief
 from gpt2_jax.forms import for_decoding
 from gpt2_jax.model import make_params
 from gpt2_jax.planning.plan import Compiled, bytes_of, compile_for, describe, report
@@ -91,6 +91,24 @@ def compile_decode(
     return compile_for(topology, mesh, build, arguments, dump, one_turn=mode == 'decode'), parts
 
 
+def lengths(S: int, prompt: int | None, new: int | None) -> tuple[int, int]:
+  """Tokens that are read and written of a text, as they are compiled, where a model has S positions.
+
+  Raises:
+    UserError: it has not so many.
+  """
+  if S < 2:
+    raise UserError(f'a model of n_positions = {S} does not write.')
+  if prompt is None:
+    prompt = max(1, min(TOKENS, S // 2, S - (new or 1)))
+  if new is None:
+    new = max(1, min(TOKENS, S - prompt))
+  if min(prompt, new) < 1 or prompt + new > S:
+    raise UserError(f'--prompt {brief(prompt)} and --new {brief(new)} must be at least 1 and no more '
+                    f'than model.n_positions = {S} together.')
+  return batching.bucket(prompt, S), batching.bucket(new, S)
+
+
 def plan_decode(
     config: Config, topology: Topology, name: str, mode: str, *, batch: int | None = None,
     prompt: int | None = None, new: int | None = None, dump: Path | None = None,
@@ -118,16 +136,7 @@ def plan_decode(
   rows = split if batch is None else batch
   if rows < 1 or rows % split:
     raise UserError(f'--batch {rows} must be a multiple of mesh.data·mesh.fsdp = {split}.')
-  if model.n_positions < 2:
-    raise UserError(f'a model of n_positions = {model.n_positions} does not write.')
-  if prompt is None:
-    prompt = max(1, min(TOKENS, model.n_positions // 2, model.n_positions - (new or 1)))
-  if new is None:
-    new = max(1, min(TOKENS, model.n_positions - prompt))
-  if min(prompt, new) < 1 or prompt + new > model.n_positions:
-    raise UserError(f'--prompt {prompt} and --new {new} must be at least 1 and no more than '
-                    f'model.n_positions = {model.n_positions} together.')
-  prompt, new = (batching.bucket(n, model.n_positions) for n in (prompt, new))
+  prompt, new = lengths(model.n_positions, prompt, new)
   compile_rows = functools.partial(compile_decode, topology, mesh, model, mode)
   compiled, parts = compile_rows(rows, prompt, new, dump)
   tensor, chip = mesh.shape['tensor'], topology.chip
