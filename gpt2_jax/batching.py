@@ -8,7 +8,7 @@ import numpy as np
 
 from gpt2_jax import sharding
 from gpt2_jax.config import GPTConfig
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, brief
 from gpt2_jax.tokenizer import Tokenizer
 
 Texts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
@@ -48,8 +48,11 @@ def encode(
         raise UserError(f'prompt {i} has no ids: begin with the end-of-text id for a free text.')
     bad = next((token for token in ids if not 0 <= token < config.vocab_size), None)
     if bad is not None:
-      raise UserError(f'prompt {i} holds token id {bad}, but the vocabulary has '
+      raise UserError(f'prompt {i} holds token id {brief(bad)}, but the vocabulary has '
                       f'{config.vocab_size} ids.')
+    if config.n_positions <= room:
+      raise UserError(f'a model of n_positions = {config.n_positions} has no place for a token after '
+                      'another: it can\'t write. Features and scores it can give.')
     if len(ids) + room > config.n_positions:
       raise UserError(f'prompt {i} has {len(ids)} tokens; the model\'s context of '
                       f'{config.n_positions} (n_positions) has no room for '

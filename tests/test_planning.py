@@ -19,7 +19,7 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.hardware import GIB, Chip
 from gpt2_jax.planning import command, cost, hlo, report, search, topology
 from gpt2_jax.planning.cost import Traffic
-from gpt2_jax.planning.decode import plan_decode
+from gpt2_jax.planning.decode import lengths, plan_decode
 from gpt2_jax.planning.plan import plan_train
 from gpt2_jax.planning.report import Report
 from gpt2_jax.training.plan import make_plan
@@ -282,6 +282,18 @@ def test_a_refusal_of_the_compiler_is_a_plan_too(monkeypatch):
   assert made.memory.temporaries == int(21.41 * GIB)
   assert made.memory.arguments > 3 * 4 * made.numbers['parameters'] / 8
   assert Report.from_json(made.to_json()) == made
+
+
+def test_lengths_follow_the_context():
+  for S, given, want in ((1024, (None, None), (128, 128)), (64, (None, None), (32, 32)),
+                         (2, (None, None), (2, 2)), (8, (None, 6), (8, 8)),
+                         (1024, (16, 32), (16, 32))):
+    assert lengths(S, *given) == want, S
+  for S, given in ((1, (None, None)), (64, (128, None)), (64, (None, 64)), (8, (0, 4)),
+                   (8, (1, 10**400))):
+    with pytest.raises(UserError, match='n_positions') as error:
+      lengths(S, *given)
+    assert len(str(error.value)) < 300
 
 
 @pytest.mark.parametrize('mode', ['decode', 'prefill'])

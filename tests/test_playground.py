@@ -203,6 +203,24 @@ def test_the_pointer_finds_the_token_under_it(open_page):
   page.wait_for_selector('#card', state='hidden')
 
 
+def test_a_length_that_the_context_does_not_hold(open_page, byte_server):
+  """Half the context is written."""
+  _, model = byte_server
+  page = open_page()
+  write(page, 'abc')
+  fix_seed(page, 3)
+  page.click('#settings-button')
+  page.fill('#temperature', '0')
+  page.fill('#length', '1000')
+  page.keyboard.press('Escape')
+  page.focus('#text')
+  page.keyboard.press('Tab')
+  until(page, f'document.querySelectorAll("{DONE}").length === 1')
+  half = model.config.n_positions // 2
+  [want] = gpt2_jax.generate(model, 'abc', do_sample=False, max_new_tokens=half)
+  assert page.text_content('.ghost') == want.text and want.finish_reason == 'length'
+
+
 def test_what_is_copied_gives_the_same_texts(open_page, byte_server):
   address, model = byte_server
   page = open_page()

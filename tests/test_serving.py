@@ -231,6 +231,150 @@ def assert_error(answer, status, param=None):
   assert 'Traceback' not in answer.text and '.py' not in answer.text
 
 
+NEUTRAL = dict(
+    suffix='', store=False, metadata={}, service_tier='auto', user='me', safety_identifier='me',
+    seed=None, logit_bias={}, n=None, echo=False, logprobs=None, best_of=None, stop=None, min_p=0,
+    min_tokens=0, repetition_penalty=1.0, length_penalty=1, stop_token_ids=[], ignore_eos=False,
+    use_beam_search=False, prompt_cache_key=None, stream=False,
+    stream_options={'include_usage': False, 'include_obfuscation': False})
+
+
+def test_what_clients_send_of_themselves_is_taken_where_it_asks_for_nothing(server):
+  plain = complete(server, prompt='ab', max_tokens=3, temperature=0)
+  assert complete(server, prompt='ab', max_tokens=3, temperature=0, **NEUTRAL) == plain
+  assert complete(server, prompt='ab', max_tokens=3, temperature=0,
+                  **dict.fromkeys(NEUTRAL)) == plain
+  pieces = stream(server, prompt='ab', max_tokens=3, temperature=0, stream_options=dict(
+      include_usage=True, include_obfuscation=False))
+  assert pieces[-1]['usage']['completion_tokens'] == 3
+  asks = dict(suffix='z', store=True, metadata={'a': 'b'}, service_tier='flex', min_p=0.1,
+              min_tokens=1, repetition_penalty=1.1, stop_token_ids=[3], ignore_eos=True,
+              prompt_cache_key='x')
+  for name, value in asks.items():
+    answer = post(server, prompt='a', **{name: value})
+    assert_error(answer, 400, name)
+    error = answer.json()['error']
+    assert error['code'] == 'unsupported_parameter' and name in error['message']
+  body = dict(prompt='a', stream=True, stream_options={'include_obfuscation': True})
+  assert_error(post(server, **body), 400, 'stream_options')
+
+
+def test_a_temperature_of_almost_nothing(server):
+  """Draws the likeliest token, though the scores divided by it are infinite."""
+  for prompt in ('ab', 'q'):
+    want = complete(server, prompt=prompt, max_tokens=8, temperature=0)
+    for temperature in (5e-324, 1e-38, 1e-30):
+      assert complete(server, prompt=prompt, max_tokens=8, temperature=temperature) == want
+
+
+def test_head_is_get_without_its_body(server):
+  for path in ('/', '/attention', '/favicon.ico', '/healthz', '/v1/models', '/v1/models/tiny',
+               '/openapi.json', '/static/icon.svg', '/v1/models/none', '/v1/nothing',
+               '/v1/completions', '/healthz/?a=1'):
+    get, head = (httpx.request(method, server.url + path) for method in ('GET', 'HEAD'))
+    assert head.status_code == get.status_code and not head.content, path
+    same = lambda answer: {k: v for k, v in answer.headers.items() if k != 'date'}
+    assert same(head) == same(get) and get.content
+  head = httpx.head(server.url + '/metrics')  # which change
+  assert head.status_code == 200 and not head.content and int(head.headers['content-length']) > 1000
+
+
+def test_methods_and_paths(server):
+  for method, path, allow in (
+      ('GET', '/v1/completions', 'POST'), ('OPTIONS', '/v1/completions', 'POST'),
+      ('PUT', '/v1/features', 'POST'), ('DELETE', '/v1/models/tiny', 'GET, HEAD'),
+      ('POST', '/v1/models', 'GET, HEAD'), ('OPTIONS', '/healthz', 'GET, HEAD')):
+    answer = httpx.request(method, server.url + path)
+    assert_error(answer, 405)
+    assert answer.headers['allow'] == allow and allow in answer.json()['error']['message']
+    assert not [name for name in answer.headers if name.startswith('access-control')]
+  body = dict(prompt='a', max_tokens=2, temperature=0)
+  assert post(server, '/v1/completions/', **body).json()['choices'] == complete(server, **body)
+  assert post(server, '/v1/completions?api-version=1', **body).status_code == 200
+  assert httpx.get(server.url + '/v1/models/').json() == httpx.get(server.url + '/v1/models').json()
+  for name in ('a%2Fb', '%00', 'ü', '..%2f..', '%ff', 'x' * 9000):
+    answer = httpx.get(server.url + '/v1/models/' + name)
+    assert_error(answer, 404, 'model')
+    assert len(answer.text) < 500
+
+
+def test_a_body_says_what_it_is(server):
+  good = json.dumps(dict(prompt='a', max_tokens=2, temperature=0)).encode()
+  send_ = lambda content, **headers: httpx.post(
+      server.url + '/v1/completions', content=content, timeout=60,
+      headers={name.replace('_', '-'): value for name, value in headers.items()})
+  for headers, says in (({}, 'Content-Type is missing'),
+                        ({'Content_Type': 'text/plain'}, "Content-Type is 'text/plain'"),
+                        ({'Content_Type': 'multipart/form-data; boundary=x'}, 'Content-Type is'),
+                        ({'Content_Type': 'application/jsonx'}, 'Content-Type is'),
+                        ({'Content_Type': 'application/json', 'Content_Encoding': 'gzip'},
+                         "Content-Encoding is 'gzip'")):
+    answer = send_(good, **headers)
+    assert_error(answer, 415)
+    assert says in answer.json()['error']['message']
+  want = complete(server, prompt='a', max_tokens=2, temperature=0)
+  for headers in ({'Content_Type': 'application/json; charset=utf-8'},
+                  {'Content_Type': 'Application/JSON', 'Content_Encoding': 'identity'}):
+    assert send_(good, **headers).json()['choices'] == want
+  in_pieces = send_((piece for piece in (good[:9], good[9:])), Content_Type='application/json')
+  assert in_pieces.request.headers['transfer-encoding'] == 'chunked'
+  assert in_pieces.json()['choices'] == want
+  for content, says in ((b'{"prompt": "\xff"}', 'utf-8'), (b'[' * 10_000, 'nested'),
+                        (b'{"seed": 1' + b'0' * 5000 + b'}', 'digits'), (b'{', 'line 1')):
+    answer = send_(content, Content_Type='application/json')
+    assert_error(answer, 400)
+    assert says in answer.json()['error']['message']
+
+
+LARGE = 'x' * 9_000
+WRONG = [None, True, -1, 0, 3, 2**70, -2**70, int('9' * 4000), 1e308, 5e-324, float('nan'),
+         float('inf'), '', 'x', LARGE, '\ud800', [], [[]], [None], [[[1]]], ['x'] * 200, [2**70],
+         [LARGE], [1.5], {}, {'a': 1}, {LARGE: 1}, {'9' * 4000: 1}, {'1': float('nan')},
+         {'include_usage': 'x'}, [{}], [[1] * 200]]
+
+
+@pytest.mark.parametrize('route', ['/v1/completions', '/v1/features', '/v1/attention'])
+def test_any_value_of_any_field_is_taken_or_refused_by_its_name(server, route):
+  """Never a 500, and never a long value sent back."""
+  from gpt2_jax.serving.api import AttentionRequest, Completion, FeaturesRequest
+  kind = {'/v1/completions': Completion, '/v1/features': FeaturesRequest,
+          '/v1/attention': AttentionRequest}[route]
+  good = dict(prompt='a', max_tokens=1) if kind is Completion else dict(input='a')
+  with httpx.Client(base_url=server.url, timeout=120) as client:
+    for name in [*kind.model_fields, 'nothing', LARGE]:
+      for value in WRONG:
+        body = json.dumps(good | {name: value})
+        answer = client.post(route, content=body, headers={'Content-Type': 'application/json'})
+        said = (name[:50], str(value)[:50], answer.text[:300])
+        if answer.status_code != 200:
+          error = answer.json()['error']
+          assert answer.status_code in (400, 404), said
+          assert len(answer.text) < 1000 and '\n' not in error['message'], said
+          assert set(error) == {'message', 'type', 'param', 'code'} and error['param'], said
+          if name != LARGE:
+            assert (error['param'] == name and name in error['message']) or (
+                error['code'] in ('context_length_exceeded', 'model_not_found')), said
+  server.settle()
+
+
+def test_a_connection_goes_on_after_errors(server):
+  """Each answer belongs to its request, whatever was refused before it."""
+  body = json.dumps(dict(prompt='a', max_tokens=1)).encode()
+  post_ = lambda path, content, kind=b'application/json': (
+      b'POST ' + path + b' HTTP/1.1\r\nHost: x\r\nContent-Type: ' + kind +
+      b'\r\nContent-Length: %d\r\n\r\n' % len(content) + content)
+  requests = [post_(b'/v1/completions', body), post_(b'/v1/nothing', body * 50),
+              post_(b'/v1/completions', b'{' * 999), post_(b'/v1/completions', body, b'text/plain'),
+              post_(b'/healthz', body * 99), b'HEAD /healthz HTTP/1.1\r\nHost: x\r\n\r\n',
+              post_(b'/v1/completions', body),
+              b'GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n']
+  found = send(server, b''.join(requests))
+  assert re.findall(rb'HTTP/1.1 (\d+)', found) == [
+      b'200', b'404', b'400', b'415', b'405', b'200', b'200', b'200']
+  bad = send(server, b'NO HTTP AT ALL\r\n\r\n')
+  assert bad.startswith(b'HTTP/1.1 400') and json.loads(bad.partition(b'\r\n\r\n')[2])['error']
+
+
 def test_what_cannot_be_honoured_is_said_by_name(server):
   for status, param, body in REFUSED:
     assert_error(post(server, **body), status, param)
@@ -344,6 +488,44 @@ def test_who_leaves_gives_up_the_slot(server):
   assert complete(server, prompt='a', max_tokens=2)
 
 
+def test_pages_of_other_sites_may_read_answers_if_they_are_named():
+  """Preflights, errors and answers say so; no other site's, and none unless one is named."""
+  origin = 'https://notes.example'
+  with serve(api_key='sesame', slots=4, origins=[origin], limits=Limits(body_bytes=999)) as running:
+    preflight = {'Origin': origin, 'Access-Control-Request-Method': 'POST',
+                 'Access-Control-Request-Headers': 'authorization,content-type'}
+    answer = httpx.options(running.url + '/v1/completions', headers=preflight)
+    assert answer.status_code == 200 and answer.headers['access-control-allow-origin'] == origin
+    allowed = answer.headers['access-control-allow-headers'].lower()
+    assert 'authorization' in allowed and 'content-type' in allowed
+    assert 'POST' in answer.headers['access-control-allow-methods']
+    key = {'Authorization': 'Bearer sesame', 'Content-Type': 'application/json'}
+    good = json.dumps(dict(prompt='a', max_tokens=1))
+    for status, content, headers in (
+        (200, good, key), (401, good, {}), (415, good, key | {'Content-Type': 'a/b'}),
+        (400, '{}x', key), (404, good[:-1] + ', "model": "x"}', key), (413, ' ' * 2000, key)):
+      for asks in (origin, 'https://other.example'):
+        answer = httpx.post(running.url + '/v1/completions', content=content,
+                            headers=headers | {'Origin': asks})
+        assert answer.status_code == status
+        assert (answer.headers.get('access-control-allow-origin') == origin) == (asks == origin)
+    answer = httpx.options(running.url + '/v1/completions', headers=preflight | {'Origin': 'null'})
+    assert answer.status_code == 400 and 'access-control-allow-origin' not in answer.headers
+
+
+def test_more_connections_than_there_may_be():
+  """Are told so, when to come again, in the form of other errors; the others are served."""
+  with serve(slots=4) as running:
+    running.serving.connections = 2
+    with httpx.Client(base_url=running.url) as one, httpx.Client(base_url=running.url) as two:
+      for client in (one, two):
+        assert client.get('/healthz').status_code == 200
+      answer = httpx.get(running.url + '/healthz')
+      assert_error(answer, 503)
+      assert answer.headers['retry-after'] and answer.headers['connection'] == 'close'
+      assert one.get('/healthz').status_code == 200
+
+
 def test_a_key_is_asked_for():
   with serve(api_key='sesame', slots=4) as running:
     url = running.url + '/v1/models'
@@ -394,8 +576,64 @@ def test_models_have_names(tmp_path):
   for twice in (('gpt2', 'gpt2'), ()):
     with pytest.raises(UserError):
       model_names(twice)
-  with pytest.raises(UserError, match='--slots 0 must be positive'):
-    Serve(('gpt2',), slots=0).run()
+
+
+FLAGS = [
+    ('--slots 0 must be positive', dict(slots=0)), ('--slots -3', dict(slots=-3)),
+    ('--queue -1', dict(queue=-1)), ('--port 65536 must lie', dict(port=65536)),
+    ('--port -1', dict(port=-1)), ('--port 9', dict(port=10**300 - 1)),
+    ('--timeout nan', dict(timeout=float('nan'))), ('--timeout inf', dict(timeout=float('inf'))),
+    ('--max-connections 0', dict(max_connections=0)), ('--max-tokens -5', dict(max_tokens=-5)),
+    ('--max-body-bytes -', dict(max_body_bytes=-10**4000)),
+    ("--host '' can't be listened at", dict(host='')),
+    ("--host 'no such host' can't", dict(host='no such host')),
+    ("--host '198.51.100.7' can't", dict(host='198.51.100.7')),
+    ('--allow-origin', dict(allow_origin=('example.org',))),
+    ('--allow-origin', dict(allow_origin=('https://example.org/page',))),
+]
+
+
+@pytest.mark.parametrize('says, flags', FLAGS)
+def test_flags_are_checked_before_a_model_is_read(says, flags):
+  with pytest.raises(UserError) as error:
+    Serve(('/there/is/none',), **dict(port=0) | flags).run()
+  assert says in str(error.value) and len(str(error.value)) < 300
+
+
+def test_a_port_that_is_taken():
+  with socket.socket() as taken:
+    taken.bind(('127.0.0.1', 0))
+    taken.listen()
+    port = taken.getsockname()[1]
+    with pytest.raises(UserError, match=f'port {port} of 127.0.0.1 is taken .*--port 0'):
+      Serve(('/there/is/none',), port=port).run()
+
+
+def test_files_that_may_be_open(monkeypatch, capsys):
+  """Connections are as many as the system allows, which is said; none: refused."""
+  import resource
+
+  from gpt2_jax.serving import server as lib
+  limits = [256, 1 << 20]
+  monkeypatch.setattr(resource, 'getrlimit', lambda _: tuple(limits))
+  monkeypatch.setattr(resource, 'setrlimit', lambda _, new: limits.__setitem__(0, new[0]))
+  assert lib.allowed(1000) == 1000 and limits[0] == 1000 + lib.OTHER_FILES + lib.BACKLOG
+  limits[:] = [256, 256]
+  assert lib.allowed(100) == 100 and not capsys.readouterr().out
+  assert lib.allowed(10**30) == 256 - lib.OTHER_FILES
+  assert 'ulimit -n allows 256 open files' in capsys.readouterr().out
+  limits[:] = [64, 64]
+  with pytest.raises(UserError, match='ulimit -n allows 64 open files'):
+    lib.allowed(1000)
+
+
+def test_slots_that_no_memory_holds():
+  form, params = prepare(tiny_model())
+  [device] = params['wte']['weight'].devices()
+  slots.check_room(form, 8, device)
+  for B in (10**9, 10**400):
+    with pytest.raises(UserError, match=r'slots need .* GiB .*: at most --slots \d+'):
+      slots.check_room(form, B, device)
 
 
 @pytest.mark.slow

@@ -145,6 +145,22 @@ def test_schemathesis_finds_no_500(server):
   assert '/v1/completions' in paths and '/v1/features' in paths
 
 
+def test_values_of_200_000_characters(server):
+  """Of any field, or as a field's name: an answer that is short, at once, and never a 500."""
+  from gpt2_jax.serving.api import Completion
+  text, number = 'x' * 200_000, '1' + '0' * 4000
+  bodies = [json.dumps({name: value} | (dict(prompt='a') if name != 'prompt' else {}))
+            for name in Completion.model_fields
+            for value in (text, [text], [text] * 4, {text: text}, {text: 1}, [[text]])]
+  bodies += [json.dumps({text: 1}), json.dumps(dict(prompt='a', stop=text)),
+             *(f'{{"prompt": "a", "{name}": {number}}}' for name in Completion.model_fields)]
+  for body in bodies:
+    answer = httpx.post(server.url + '/v1/completions', content=body, timeout=60,
+                        headers={'Content-Type': 'application/json'})
+    assert answer.status_code in (200, 400, 404), (body[:60], answer.text[:200])
+    assert len(answer.text) < 1000, (body[:60], answer.text[:200])
+
+
 def request(body: dict, path: str = '/v1/completions') -> bytes:
   content = json.dumps(body).encode()
   return (f'POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n'

@@ -249,7 +249,7 @@ def _lift(
   tokens = [(id, token) for id, token in tokenizer.token_bytes.items()
             if token and id < V and id not in skip]
   tokens.sort(key=lambda pair: -len(pair[1]))  # those that have an i-th byte come first
-  ids_N, lengths_N = np.array([(id, len(token)) for id, token in tokens]).reshape(-1, 2).T
+  ids_N, lengths_N = np.array([(id, len(token)) for id, token in tokens], int).reshape(-1, 2).T
   longest = lengths_N.max(initial=1)
   bytes_NL = np.array([token for _, token in tokens], f'S{longest}').view(np.uint8)
   bytes_LN = bytes_NL.reshape(-1, longest).T.astype(int)

@@ -43,9 +43,10 @@ class Contrasting:
 
 
 def _directions(x_BTD: jax.Array) -> jax.Array:
-  """Vectors of length 1."""
+  """Vectors of length 1; of zeros (a model of width 1 has no others) zeros."""
   x = x_BTD.astype(jnp.float32)
-  return (x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True))).astype(x_BTD.dtype)
+  squares = jnp.maximum(jnp.square(x).sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+  return (x * jax.lax.rsqrt(squares)).astype(x_BTD.dtype)
 
 
 @register

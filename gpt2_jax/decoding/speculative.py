@@ -265,6 +265,8 @@ def make_speculative(
     return None
   name = 'prompt_lookup_num_tokens' if lookup else 'num_assistant_tokens'
   k = int(AT_LEAST_1.check(name, getattr(o, name)))
+  if k == Options.num_assistant_tokens and not lookup:
+    k = max(1, min(k, config.n_positions - 1))  # nobody asked for so many
   if k >= config.n_positions:
     raise UserError(f'{name} = {k} must be less than the context of {config.n_positions}.')
   if assistant is None:

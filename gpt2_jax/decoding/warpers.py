@@ -87,12 +87,14 @@ class _Warper:
 @register
 @dataclasses.dataclass(frozen=True)
 class Temperature:
-  """Divides the scores."""
+  """Divides the scores; where the largest would be infinite, their distances to it."""
 
   temperature: ArrayLike
 
   def __call__(self, scores_BV: jax.Array, history: History) -> jax.Array:
-    return scores_BV / self.temperature
+    most_B1 = scores_BV.max(-1, keepdims=True)
+    beyond_B1 = jnp.isfinite(most_B1) & jnp.isinf(most_B1 / self.temperature)
+    return (scores_BV - jnp.where(beyond_B1, most_B1, 0)) / self.temperature
 
 
 @register

@@ -37,10 +37,13 @@ class Bias:
   def run(self) -> None:
     if self.samples < 1 or self.seed < 0:
       raise UserError(f'--samples {self.samples} must be at least 1, --seed {self.seed} at least 0.')
-    from gpt2_jax import pretrained
-    from gpt2_jax.evaluation import keep, report
+    from gpt2_jax import batching, pretrained
+    from gpt2_jax.evaluation import bias, keep, report
     from gpt2_jax.files import write_whole
     model = pretrained.open_model(self.checkpoint, self.tokenizer, self.opening)
+    if 'occupations' in self.probes:  # the others may take their time before it
+      prompts = [bias.PROMPT.format(group) for group in bias.GROUPS]
+      batching.encode(prompts, model.tokenizer, model.config, room=1)
     found = report.about(model, self.checkpoint, keep.fingerprint(model))
     print(f'{self.checkpoint}: {found["parameters"]:,} parameters, {found["dtype"]}, '
           f'{found["backend"]} ({found["devices"]})', flush=True)

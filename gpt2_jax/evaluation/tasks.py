@@ -8,6 +8,7 @@ import numpy as np
 
 from gpt2_jax.data.benchmarks import Benchmark
 from gpt2_jax.decoding.generate import generate
+from gpt2_jax.errors import UserError
 from gpt2_jax.evaluation import corpora, detokenizers, stop_words
 from gpt2_jax.evaluation.protocols import Protocol
 from gpt2_jax.evaluation.scorer import Scorer, Value, Values, mean, perplexity, total
@@ -51,6 +52,9 @@ def written_word(scorer: Scorer, protocol: Protocol, benchmark: Benchmark) -> Va
   A word is letters and digits, or one other sign; case does not matter.
   """
   tokenizer, config = scorer.model.tokenizer, scorer.model.config
+  if config.n_positions <= AHEAD:
+    raise UserError(f'{protocol.name} writes {AHEAD} tokens after a text: a context of '
+                    f'{config.n_positions} (n_positions) has no room for them.')
   banned = [i for i in range(min(tokenizer.vocab_size, config.vocab_size))
             if tokenizer.decode([i]).strip() in stop_words.ENGLISH]
   texts = _lambada(protocol, benchmark)

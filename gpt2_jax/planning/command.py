@@ -34,10 +34,10 @@ class Plan:
   """train: tokens to train on; default: the config's steps x batch."""
   batch: int | None = None
   """decode, prefill: texts at a time on all devices; default: one for each part of the batch."""
-  prompt: int = 128
-  """decode, prefill: tokens of a prompt."""
-  new: int = 128
-  """decode, prefill: new tokens there is room for."""
+  prompt: int | None = None
+  """decode, prefill: tokens of a prompt; default: 128, or half the context."""
+  new: int | None = None
+  """decode, prefill: new tokens there is room for; default: 128, or what the context leaves."""
   search: bool = False
   """train: compile the sensible meshes, micro-batches and remat policies, and rank them."""
   search_limit: int = 24

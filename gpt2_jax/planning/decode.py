@@ -16,7 +16,7 @@ from gpt2_jax.decoding.assemble import make_processors
 from gpt2_jax.decoding.history import Endings, History
 from gpt2_jax.decoding.loop import Request, Rules, Sample, advance, start
 from gpt2_jax.decoding.options import Options
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, brief
 from gpt2_jax.forms import for_decoding
 from gpt2_jax.model import make_params
 from gpt2_jax.planning.plan import Compiled, bytes_of, compile_for, describe, report
@@ -26,6 +26,7 @@ from gpt2_jax.sharding import BATCH, P, on_devices, reshard
 from gpt2_jax.training.plan import make_model
 
 FILL = 0.97  # of the memory, what the largest batch aims at
+TOKENS = 128  # of a prompt, and new ones, where nothing is said of them
 TRIES = 3  # compilations to find it
 
 
@@ -90,9 +91,28 @@ def compile_decode(
     return compile_for(topology, mesh, build, arguments, dump, one_turn=mode == 'decode'), parts
 
 
+def lengths(S: int, prompt: int | None, new: int | None) -> tuple[int, int]:
+  """Tokens that are read and written of a text, as they are compiled, where a model has S positions.
+
+  Raises:
+    UserError: it has not so many.
+  """
+  if S < 2:
+    raise UserError(f'a model of n_positions = {S} does not write.')
+  if prompt is None:
+    prompt = max(1, min(TOKENS, S // 2, S - (new or 1)))
+  if new is None:
+    new = max(1, min(TOKENS, S - prompt))
+  if min(prompt, new) < 1 or prompt + new > S:
+    raise UserError(f'--prompt {brief(prompt)} and --new {brief(new)} must be at least 1 and no more '
+                    f'than model.n_positions = {S} together.')
+  return batching.bucket(prompt, S), batching.bucket(new, S)
+
+
 def plan_decode(
     config: Config, topology: Topology, name: str, mode: str, *, batch: int | None = None,
-    prompt: int = 128, new: int = 128, dump: Path | None = None, largest: bool = True) -> Report:
+    prompt: int | None = None, new: int | None = None, dump: Path | None = None,
+    largest: bool = True) -> Report:
   """Generation with a config's model, compiled for a topology.
 
   Args:
@@ -101,7 +121,8 @@ def plan_decode(
     name: of the config, for the report.
     mode: 'decode', a token more in each row, or 'prefill', the prompts and the first token.
     batch: texts at a time on all devices; default: one for each of the parts that it is split in.
-    prompt, new: tokens of each text that are read, and for which there is room.
+    prompt, new: tokens of each text that are read, and for which there is room; default: 128 of both,
+      or what a smaller context has.
     dump: a file for the compiled program.
     largest: whether to look for the largest batch that fits as well: one compilation more, or two.
 
@@ -115,10 +136,7 @@ def plan_decode(
   rows = split if batch is None else batch
   if rows < 1 or rows % split:
     raise UserError(f'--batch {rows} must be a multiple of mesh.data·mesh.fsdp = {split}.')
-  if min(prompt, new) < 1 or prompt + new > model.n_positions:
-    raise UserError(f'--prompt {prompt} and --new {new} must be at least 1 and no more than '
-                    f'model.n_positions = {model.n_positions} together.')
-  prompt, new = (batching.bucket(n, model.n_positions) for n in (prompt, new))
+  prompt, new = lengths(model.n_positions, prompt, new)
   compile_rows = functools.partial(compile_decode, topology, mesh, model, mode)
   compiled, parts = compile_rows(rows, prompt, new, dump)
   tensor, chip = mesh.shape['tensor'], topology.chip

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from gpt2_jax.errors import brief
+
 INT64 = 2**63
 
 
@@ -91,18 +93,46 @@ class Body(BaseModel):
 
 
 class StreamOptions(BaseModel):
+  """How a text is streamed."""
+
   model_config = ConfigDict(strict=True, extra='forbid')
-  include_usage: bool = False
+  include_usage: bool | None = False
+  include_obfuscation: Literal[False] | None = False
+
+
+OFF = Field(None, description='Not supported: taken where it asks for nothing.')
+Empty = Annotated[dict[str, str], Field(max_length=0)] | None
+NoIds = Annotated[list[int], Field(max_length=0)] | None
+
+
+class Neutral(BaseModel):
+  """What clients of OpenAI's API and of other servers send of themselves: it asks for nothing."""
+
+  suffix: Literal[''] | None = Field(
+      None, description='Not supported: the model writes what comes after a text.')
+  store: Literal[False] | None = OFF
+  metadata: Empty = OFF
+  service_tier: Literal['auto', 'default'] | None = OFF
+  prompt_cache_key: None = OFF
+  prompt_cache_retention: None = OFF
+  safety_identifier: str | None = Field(None, description='As user.')
+  min_tokens: Annotated[int, Field(ge=0, le=0)] | None = OFF
+  min_p: Annotated[float, Field(ge=0, le=0)] | None = OFF
+  repetition_penalty: Annotated[float, Field(ge=1, le=1)] | None = OFF
+  length_penalty: Annotated[float, Field(ge=1, le=1)] | None = OFF
+  stop_token_ids: NoIds = OFF
+  ignore_eos: Literal[False] | None = OFF
+  use_beam_search: Literal[False] | None = OFF
 
 
 Ids = Annotated[list[int], Field(min_length=1)]
 
 
-class Completion(Body):
+class Completion(Body, Neutral):
   """OpenAI's `POST /v1/completions`, and `top_k`."""
 
   prompt: str | Ids | Annotated[list[str] | list[Ids], Field(min_length=1)] | None = None
-  max_tokens: int | None = Field(16, ge=0)
+  max_tokens: int | None = Field(None, ge=0, description='Default: 16, or what the context leaves.')
   temperature: float | None = Field(1.0, ge=0, le=2)
   top_p: float | None = Field(1.0, ge=0, le=1)
   top_k: int | None = Field(None, ge=1, description='Draw from the k likeliest tokens only.')
@@ -119,7 +149,6 @@ class Completion(Body):
   logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]] | None,
                         BeforeValidator(_numbered)] = None
   seed: int | None = Field(None, ge=-INT64, lt=INT64)
-  suffix: None = Field(None, description='Not supported: the model writes what comes after a text.')
   user: str | None = None
 
 
@@ -136,21 +165,23 @@ class AttentionRequest(Body):
   """The attention weights of a text, and what each layer would say next."""
 
   input: str
-  lens: int = Field(5, ge=0, le=20)
+  lens: int | None = Field(None, ge=0, le=20, description='Default: 5, or as many ids as there are.')
 
 
 def refusal(errors: list[dict[str, Any]]) -> ApiError:
   """The error for what pydantic found. Of the kinds of a union, the first complaint is as good."""
   first = errors[0]
   where = [str(part) for part in first['loc'] if part != 'body']
-  if first['type'] == 'json_invalid':
-    return ApiError(400, f'The body is not JSON: {first.get("ctx", {}).get("error", first["msg"])}.')
   param = where[0] if where else None
   if first['type'] == 'extra_forbidden':
-    return ApiError(400, f'Unrecognized request argument: {".".join(where)}.', param=param,
+    name, param = brief('.'.join(where)).strip('\''), brief(param or '').strip('\'')
+    return ApiError(400, f'Unrecognized request argument: {name}.', param=param,
                     code='unknown_parameter')
-  if param == 'suffix':
-    return ApiError(400, 'suffix is not supported: the model writes what comes after a text, not '
-                    'what lies between two.', param=param, code='unsupported_parameter')
+  if param in Neutral.model_fields or 'include_obfuscation' in where:
+    what = '.'.join(where[:1 + (param == 'stream_options')])
+    why = ('the model writes what comes after a text, not what lies between two'
+           if param == 'suffix' else 'leave it out, or send null')
+    return ApiError(400, f'{what} = {brief(first["input"])} is not supported: {why}.', param=param,
+                    code='unsupported_parameter')
   says = first['msg'].removeprefix('Value error, ')
   return ApiError(400, f'{param}: {says}.' if param else f'The body: {says}.', param=param)

@@ -2,19 +2,20 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, brief
 from gpt2_jax.model import GPT2
 from gpt2_jax.serving.api import (
   ApiError,
@@ -32,6 +33,7 @@ from gpt2_jax.serving.engine import Engine
 from gpt2_jax.serving.features import features_data
 from gpt2_jax.serving.guard import Guard
 from gpt2_jax.serving.metrics import Metrics
+from gpt2_jax.serving.route import Route
 
 STATIC = Path(__file__).parent / 'static'
 SHORT = 4096  # bytes of a body
@@ -45,6 +47,7 @@ class Serving:
     self.engines = {name: Engine(name, model, self.metrics, slots=slots, queue=queue)
                     for name, model in models.items()}
     self.draining = False
+    self.connections = 1000  # at a time, as `make_server` sets it
     self.alone = asyncio.Semaphore(1)  # whole passes beside the engines, one at a time
     self.behind = 0  # of them, how many wait
     self.queue = queue
@@ -55,8 +58,8 @@ class Serving:
       raise ApiError(503, 'The server is being stopped.', headers={'Retry-After': '10'})
     found = self.engines.get(name if name is not None else next(iter(self.engines)))
     if found is None:
-      raise ApiError(404, f'The model {name!r} does not exist; there is {", ".join(self.engines)}.',
-                     param='model', code='model_not_found')
+      raise ApiError(404, f'The model {brief(name)} does not exist; there is '
+                     f'{", ".join(self.engines)}.', param='model', code='model_not_found')
     return found
 
   async def apart(self, work: Callable[[], Any]) -> Json:
@@ -116,7 +119,7 @@ async def unless_gone(request: Request, work: Awaitable[Response]) -> Response:
 
 def make_app(models: dict[str, GPT2], *, slots: int = 8, queue: int = 64,
              limits: Limits | None = None, api_key: str | None = None,
-             roots: Mapping[str, str] | None = None) -> FastAPI:
+             roots: Mapping[str, str] | None = None, origins: Sequence[str] = ()) -> FastAPI:
   """The application that serves some models by name.
 
   Args:
@@ -126,6 +129,7 @@ def make_app(models: dict[str, GPT2], *, slots: int = 8, queue: int = 64,
     limits: of requests.
     api_key: that requests must bring, but for the pages and `/healthz`.
     roots: where models came from, as a command line would name them; default: their names.
+    origins: of other sites, whose pages may read answers (CORS); '*': of all.
 
   Raises:
     UserError: a model that can't be served.
@@ -139,9 +143,14 @@ def make_app(models: dict[str, GPT2], *, slots: int = 8, queue: int = 64,
     serving.drain()
 
   app = FastAPI(title='gpt2_jax', docs_url=None, redoc_url=None, lifespan=lifespan,
-                default_response_class=Json)
+                default_response_class=Json, redirect_slashes=False)
+  app.router.route_class = Route
   app.state.serving = serving
   app.add_middleware(Guard, limits=limits, metrics=serving.metrics, api_key=api_key)
+  if origins:  # around the guard, so that its refusals can be read too
+    app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=['GET', 'HEAD', 'POST'],
+                       allow_headers=['Authorization', 'Content-Type'],
+                       expose_headers=['Retry-After'])
   pages = StaticFiles(directory=STATIC)
   app.mount('/static', pages, 'static')
 
@@ -155,7 +164,11 @@ def make_app(models: dict[str, GPT2], *, slots: int = 8, queue: int = 64,
 
   @app.exception_handler(HTTPException)
   async def http_error(_, e: HTTPException):
-    return ApiError(e.status_code, f'{e.detail}.', headers=dict(e.headers or {})).response()
+    headers, says = dict(e.headers or {}), f'{e.detail}.'
+    if e.status_code == 405:  # only what one route takes is known
+      headers = {'Allow': 'GET, HEAD' if 'GET' in str(headers) else 'POST'}
+      says = f'{e.detail}: this address takes {headers["Allow"]}.'
+    return ApiError(e.status_code, says, headers=headers).response()
 
   @app.get('/', include_in_schema=False)
   async def playground(request: Request):
@@ -181,15 +194,15 @@ def make_app(models: dict[str, GPT2], *, slots: int = 8, queue: int = 64,
     """Counts, in Prometheus' format."""
     return Response(generate_latest(serving.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-  describe = lambda name: {'id': name, 'object': 'model', 'created': 0, 'owned_by': 'gpt2_jax'}
+  def describe(name: str) -> dict[str, Any]:
+    return {'id': name, 'object': 'model', 'created': 0, 'owned_by': 'gpt2_jax',
+            'context_length': serving.engines[name].config.n_positions,
+            'root': (roots or {}).get(name, name)}
 
   @app.get('/v1/models')
   async def list_models():
     """The models that are served."""
-    return {'object': 'list', 'data': [
-        describe(name) | {'context_length': engine.config.n_positions,
-                          'root': (roots or {}).get(name, name)}
-        for name, engine in serving.engines.items()]}
+    return {'object': 'list', 'data': [describe(name) for name in serving.engines]}
 
   @app.get('/v1/models/{name:path}')
   async def one_model(name: str):

@@ -113,13 +113,13 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 
 def attention_data(
-    model: GPT2, text: str, *, lens: int = 5, max_tokens: int = 256) -> dict[str, Any]:
+    model: GPT2, text: str, *, lens: int | None = None, max_tokens: int = 256) -> dict[str, Any]:
   """What the attention view shows of a text, as JSON can hold it.
 
   Args:
     model: a model with its tokenizer.
     text: what to read. An empty one is the end-of-text token alone.
-    lens: how many predictions of each layer at each token; 0: none.
+    lens: how many predictions of each layer at each token; 0: none; default: 5, or what there are.
     max_tokens: the longest text. The answer grows with its square: 13 MB for 256 tokens and 144
       heads.
 
@@ -137,6 +137,8 @@ def attention_data(
   config, tokenizer = model.config, model.tokenizer
   if tokenizer is None:
     raise UserError('the attention view needs a tokenizer: this checkpoint brings none.')
+  if lens is None:
+    lens = min(5, config.vocab_size)
   if not 0 <= lens <= config.vocab_size:
     raise UserError(f'lens = {lens}: a number from 0 to the vocabulary\'s {config.vocab_size}.')
   if lens and config.head != 'lm':

@@ -1,15 +1,19 @@
 """The verb `gpt2-jax serve`."""
 
 import dataclasses
+import math
 import os
+import re
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from gpt2_jax import inputs
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, brief
 
 KEY = 'GPT2_JAX_API_KEY'
+ORIGIN = re.compile(r'\*|[a-z][a-z\d+.-]*://[^/\s?#@]+')
 
 
 @dataclasses.dataclass
@@ -25,6 +29,8 @@ class Serve:
   """Port; 0: any that is free."""
   api_key: Annotated[str | None, tyro.conf.arg(metavar='KEY')] = None
   """That requests must bring; default: $GPT2_JAX_API_KEY, which other users here don't see."""
+  allow_origin: tuple[str, ...] = ()
+  """Sites whose pages may read answers (CORS), as https://example.org; *: all; default: none."""
   tokenizer: str | None = None
   """Where a checkpoint brings none: gpt2, byte, or a folder."""
   dtype: Literal['float32', 'bfloat16'] | None = None
@@ -49,13 +55,22 @@ class Serve:
   """Seconds for a request, waiting included."""
   opening: inputs.OpeningFlags = inputs.OpeningFlags()
 
-  def run(self) -> None:
+  def check(self) -> None:
+    """Raises: UserError: names the flag whose value can't be honoured."""
     for name in ('slots', 'queue', 'max_texts', 'max_body_bytes', 'max_connections', 'timeout',
                  'max_prompt_tokens', 'max_tokens'):
-      if (value := getattr(self, name)) is not None and value <= 0:
-        raise UserError(f'--{name.replace("_", "-")} {value} must be positive.')
+      value = getattr(self, name)
+      if value is not None and not 0 < value < math.inf:
+        raise UserError(f'--{name.replace("_", "-")} {brief(value)} must be positive, and finite.')
     if not 0 <= self.port < 1 << 16:
-      raise UserError(f'--port {self.port} must lie between 0 and 65535.')
+      raise UserError(f'--port {brief(self.port)} must lie between 0 and 65535.')
+    for origin in self.allow_origin:
+      if not ORIGIN.fullmatch(origin):
+        raise UserError(f'--allow-origin {brief(origin)} is no origin: a scheme and a host, and no '
+                        'path, as https://example.org or http://localhost:3000; or * for all.')
+
+  def run(self) -> None:
+    self.check()
     names = model_names(self.checkpoint)
     key = self.api_key if self.api_key is not None else os.environ.get(KEY)
     if key == '':
@@ -66,6 +81,7 @@ class Serve:
       raise UserError(f'serve needs more packages ({e}): pip install "gpt2_jax[serve]".') from None
     from gpt2_jax import forms, pretrained
     from gpt2_jax.serving.api import Limits
+    connections, sockets = server.allowed(self.max_connections), server.bind(self.host, self.port)
     models = {}
     for name, checkpoint in zip(names, self.checkpoint):
       model = pretrained.open_model(checkpoint, self.tokenizer, self.opening, dtype=self.dtype)
@@ -74,11 +90,11 @@ class Serve:
         body_bytes=self.max_body_bytes, prompt_tokens=self.max_prompt_tokens,
         new_tokens=self.max_tokens, texts=self.max_texts, seconds=self.timeout)
     made = app.make_app(models, slots=self.slots, queue=self.queue, limits=limits, api_key=key,
-                        roots=dict(zip(names, self.checkpoint)))
+                        roots=dict(zip(names, self.checkpoint)), origins=self.allow_origin)
     for name, engine in made.state.serving.engines.items():
       print(f'{name}: {engine.config.n_positions} positions, {self.slots} slots', flush=True)
       engine.warm()
-    server.make_server(made, host=self.host, port=self.port, connections=self.max_connections).run()
+    server.make_server(made, sockets=sockets, connections=connections).run()
 
 
 def model_names(checkpoints: tuple[str, ...]) -> list[str]:

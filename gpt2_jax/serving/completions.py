@@ -8,10 +8,12 @@ from typing import Any
 
 from gpt2_jax import batching
 from gpt2_jax.decoding.pieces import Pieces
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, brief
 from gpt2_jax.serving.api import ApiError, Completion, Json, Limits
 from gpt2_jax.serving.engine import Engine
 from gpt2_jax.serving.tickets import Closing, Failed, Full, Prompt, Row, Scored, Ticket
+
+TOKENS = 16  # of a text whose request says nothing of it
 
 
 def error_of(why: Failed) -> ApiError:
@@ -43,19 +45,21 @@ class Answer:
     a, V = asked, engine.config.vocab_size
     self.n = a.n or 1
     self.best_of = a.best_of or self.n
-    self.most = 16 if a.max_tokens is None else a.max_tokens
     self.scored = a.logprobs is not None
     if self.best_of < self.n:
       raise ApiError(400, f'best_of = {a.best_of} must be at least n = {self.n}.', param='best_of')
     if a.stream and self.best_of > self.n:
       raise ApiError(400, 'What is the best of best_of is known at the end: it can\'t be streamed.',
                      param='best_of')
-    if a.stream_options is not None and not a.stream:
+    if a.stream_options is not None and a.stream_options.include_usage and not a.stream:
       raise ApiError(400, 'stream_options needs stream = true.', param='stream_options')
     if bad := [token for token in a.logit_bias or () if not 0 <= token < V]:
-      raise ApiError(400, f'logit_bias has token id {bad[0]}, but the vocabulary has {V} ids.',
+      raise ApiError(400, f'logit_bias has token id {brief(bad[0])}, but the vocabulary has {V} ids.',
                      param='logit_bias')
     self.prompts = encode(engine, a.prompt)
+    left = engine.config.n_positions - max(map(len, self.prompts))
+    # where nothing is left, one is asked for all the same, and refused
+    self.most = max(1, min(TOKENS, left)) if a.max_tokens is None else a.max_tokens
     self._check_lengths(limits)
     seed = secrets.randbits(31) if a.seed is None else a.seed
     given = lambda value, default: default if value is None else value
@@ -83,14 +87,14 @@ class Answer:
     if longest + self.most > n_positions:
       raise ApiError(
           400, f'This model\'s maximum context length is {n_positions} tokens, however you requested '
-          f'{longest + self.most} tokens ({longest} in your prompt; {self.most} for the completion). '
-          'Please reduce your prompt; or completion length.', param='prompt' if longest >= n_positions
-          else 'max_tokens', code='context_length_exceeded')
+          f'{brief(longest + self.most)} tokens ({longest} in your prompt; {brief(self.most)} for '
+          'the completion). Please reduce your prompt; or completion length.',
+          param='prompt' if longest >= n_positions else 'max_tokens', code='context_length_exceeded')
     if limits.prompt_tokens is not None and longest > limits.prompt_tokens:
       raise ApiError(400, f'The prompt has {longest} tokens; this server takes '
                      f'{limits.prompt_tokens}.', param='prompt', code='context_length_exceeded')
     if limits.new_tokens is not None and self.most > limits.new_tokens:
-      raise ApiError(400, f'max_tokens = {self.most}: this server writes at most '
+      raise ApiError(400, f'max_tokens = {brief(self.most)}: this server writes at most '
                      f'{limits.new_tokens}.', param='max_tokens')
 
   def submit(self, seconds: float) -> Ticket:

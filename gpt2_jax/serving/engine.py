@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax import batching, sharding
+from gpt2_jax import sharding
 from gpt2_jax.decoding import history as h
 from gpt2_jax.decoding.driver import REFUSED
 from gpt2_jax.decoding.generate import REASONS, own_ends, prepare
@@ -25,11 +25,10 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.model import GPT2
 from gpt2_jax.serving import steps, tickets
 from gpt2_jax.serving.metrics import Metrics
-from gpt2_jax.serving.slots import CHUNK, blank, chosen_of, empty
+from gpt2_jax.serving.slots import CHUNK, blank, check_room, chosen_of, chunk_sizes, empty
 from gpt2_jax.serving.tickets import Closing, Event, Failed, Full, Prompt, Row, Scored, Ticket
 
 BUDGET = 2 * CHUNK  # ids of prompts that are read between two steps
-LEAST = 32  # to what a chunk is padded at least
 
 DEFAULTS = dict(temperature=1.0, top_k=None, top_p=1.0, presence=0.0, frequency=0.0, bias={},
                 logprobs=False)  # of `chosen_of`
@@ -44,14 +43,17 @@ class Engine:
     """`slots` texts are written at a time, `queue` may wait.
 
     Raises:
-      UserError: the model has no tokenizer, another head, or lies on several devices.
+      UserError: the model has no tokenizer, another head, lies on several devices, or on one that has
+        no room for the slots.
     """
     if model.tokenizer is None:
       raise UserError(f'{name} has no tokenizer.')
     self.name, self.model, self.config, self.tokenizer = name, model, model.config, model.tokenizer
     self.form, self.params = prepare(model)
+    self.chunks = chunk_sizes(self.form)
     if len(sharding.devices_of(self.params)) > 1:
       raise UserError(f'{name} lies on several devices: a server\'s model lies on one.')
+    check_room(self.form, slots, *sharding.devices_of(self.params))
     ends = own_ends(model)
     self.eos = jnp.asarray([model.tokenizer.eot] if ends is None else ends, jnp.int32)
     self.size, self.room = slots, queue
@@ -107,7 +109,7 @@ class Engine:
   def warm(self) -> None:
     """Compiles all that requests will need."""
     slots, cache = empty(self.form, B=self.size), blank(self.form)
-    for T in {batching.bucket(n, CHUNK, LEAST) for n in range(1, CHUNK + 1)}:
+    for T in self.chunks:
       ids_2T = np.zeros((2, T), np.int32)
       cache, _ = steps.prefill(self.form, self.params, cache, 0, *ids_2T, False)
     prompt = Prompt([0], 1, cache=cache)
@@ -186,7 +188,7 @@ class Engine:
       prompt.cache = blank(self.form)
     if prompt.unread and (row.limit or prompt.scored):
       n, start = min(prompt.unread, CHUNK), prompt.read
-      T = batching.bucket(n, CHUNK, LEAST)
+      T = next(size for size in self.chunks if n <= size)
       ids_2T = np.zeros((2, T), np.int32)
       ids_2T[0, :n], ids_2T[1, :n] = (prompt.ids[start + i:start + i + n] for i in (0, 1))
       prompt.cache, scores = steps.prefill(

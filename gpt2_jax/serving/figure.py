@@ -97,7 +97,8 @@ class AttentionFigure:
 
 
 def attention_figure(
-    model: GPT2, text: str, layer: int | None = None, head: int | None = None, *, lens: int = 5,
+    model: GPT2, text: str, layer: int | None = None, head: int | None = None, *,
+    lens: int | None = None,
     max_tokens: int = 256, height: int = 900) -> AttentionFigure:
   """Where a model's heads look in a text, to be seen in a notebook or saved.
 

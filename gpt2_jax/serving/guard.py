@@ -7,6 +7,8 @@ import time
 from collections.abc import MutableMapping
 from typing import Any
 
+from starlette.requests import ClientDisconnect
+
 from gpt2_jax.serving.api import ApiError, Limits
 from gpt2_jax.serving.metrics import Metrics
 
@@ -26,7 +28,10 @@ class Gone(Exception):
 
 
 class Guard:
-  """An ASGI middleware: keys, sizes and times of requests, headers of answers, errors, counts."""
+  """An ASGI middleware: keys, sizes and times of requests, headers of answers, errors, counts.
+
+  HEAD is answered as GET, but for the body; a path with a slash at its end as the one without.
+  """
 
   def __init__(self, app: Any, *, limits: Limits, metrics: Metrics, api_key: str | None):
     self.app, self.limits, self.metrics = app, limits, metrics
@@ -35,7 +40,10 @@ class Guard:
   async def __call__(self, scope, receive, send) -> None:
     if scope['type'] != 'http':
       return await self.app(scope, receive, send)
-    exchange = Exchange(self.limits, receive, send)
+    head = scope['method'] == 'HEAD'
+    method = 'GET' if head else scope['method']
+    scope = {**scope, 'method': method, 'path': _plain(scope['path'])}
+    exchange = Exchange(self.limits, receive, send, head=head)
     began = time.monotonic()
     try:
       headers = dict(scope['headers'])
@@ -43,7 +51,7 @@ class Guard:
       await self.app(scope, exchange.receive, exchange.send)
     except ApiError as e:
       await exchange.refuse(e, scope)
-    except (Gone, OSError):
+    except (Gone, ClientDisconnect, OSError):
       exchange.status = exchange.status or 499
     except Exception:
       if exchange.error is not None:  # what Starlette makes of it
@@ -67,6 +75,11 @@ class Guard:
       raise too_large(self.limits)
 
 
+def _plain(path: str) -> str:
+  """A path without the slash at its end; of files it means a folder."""
+  return path if path.startswith('/static/') else path.rstrip('/') or '/'
+
+
 def too_large(limits: Limits) -> ApiError:
   return ApiError(413, f'The body is larger than this server takes, {limits.body_bytes} bytes.',
                   headers={'Connection': 'close'})
@@ -75,8 +88,9 @@ def too_large(limits: Limits) -> ApiError:
 class Exchange:
   """A request and its answer, within their limits."""
 
-  def __init__(self, limits: Limits, receive, send):
-    self.limits, self._receive, self._send = limits, receive, send
+  def __init__(self, limits: Limits, receive, send, *, head: bool):
+    """`head`: whether the answer's headers alone are asked for."""
+    self.limits, self._receive, self._send, self.head = limits, receive, send, head
     self.size, self.status, self.whole = 0, 0, False
     self.error: ApiError | None = None  # of the body; FastAPI would make its own of it
     self.deadline = time.monotonic() + limits.read_seconds
@@ -105,6 +119,8 @@ class Exchange:
     if message['type'] == 'http.response.start':
       self.status = message['status']
       message = {**message, 'headers': [*message.get('headers', ()), *HEADERS]}
+    elif self.head:
+      message = {**message, 'body': b''}
     try:
       async with asyncio.timeout(self.limits.send_seconds):
         await self._send(message)

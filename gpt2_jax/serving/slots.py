@@ -8,15 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt2_jax import batching
 from gpt2_jax.attention import Blocks
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.decoding import history as h
 from gpt2_jax.decoding.history import History
 from gpt2_jax.decoding.pytree import register
+from gpt2_jax.errors import UserError, brief
 from gpt2_jax.layers import KVCache, squeezed, write
 from gpt2_jax.sharding import platform
+from gpt2_jax.training.fit import memory_limit
 
 CHUNK = 128  # ids of a prompt that are read at a time: others wait no longer
+LEAST = 32  # to what a chunk is padded at least
 BLOCKS = 8  # of a cache, at most
 BLOCK_BYTES = 1 << 20  # of a block, at least
 
@@ -49,7 +53,7 @@ def chosen_of(
   draws = temperature > 0
   values: dict[str, Any] = dict(
       key_data_B=None, greedy_B=np.bool_(not draws),
-      temperature_B=np.float32(temperature if draws else 1),
+      temperature_B=np.maximum(np.float32(temperature if draws else 1), np.finfo(np.float32).tiny),
       top_k_B=np.int32(V if top_k is None or not draws else min(top_k, V)),
       top_p_B=np.float32(top_p if draws else 1), presence_B=np.float32(presence),
       frequency_B=np.float32(frequency), biased_B=np.bool_(bool(bias)), bias_BV=bias_V,
@@ -95,6 +99,12 @@ def _write(blocks: tuple[jax.Array, ...], at_B, new_B1NH) -> tuple[jax.Array, ..
   return tuple(put(block, at_B - x * block.shape[2]) for x, block in enumerate(blocks))
 
 
+def chunk_sizes(config: GPTConfig) -> list[int]:
+  """To how many ids a chunk of a prompt is padded, so that few lengths are compiled; ascending."""
+  most = min(CHUNK, config.n_positions)
+  return sorted({batching.bucket(n, most, LEAST) for n in range(1, most + 1)})
+
+
 def room(config: GPTConfig) -> int:
   """Places in a cache: the model's context, and what the last chunk of a prompt may be padded by."""
   S = config.n_positions
@@ -111,6 +121,22 @@ def _blocks(config: GPTConfig, B: int) -> int:
     while 2 * X <= min(BLOCKS, bytes_a_layer // BLOCK_BYTES) and S % (2 * X) == 0:
       X *= 2
   return X
+
+
+def check_room(config: GPTConfig, B: int, device: Any) -> None:
+  """Raises: UserError: the memory of a device can't hold the caches of B slots."""
+  each = (2 * config.n_layer * config.n_embd * room(config) * jnp.dtype(config.dtype).itemsize
+          + 4 * (config.vocab_size + config.n_positions))
+  try:
+    limit = memory_limit(device)
+  except UserError:  # a chip of which it is not known
+    return
+  if device.platform == 'cpu':  # of half the machine's, which simulated devices share
+    limit *= 2 * jax.local_device_count()
+  if B * each > limit:
+    raise UserError(
+        f'{brief(B)} slots need {brief(B * each >> 30)} GiB for their caches, and the device has '
+        f'{limit >> 30}: at most --slots {max(1, limit // 2 // each)} are wise.')
 
 
 @functools.partial(jax.jit, static_argnames=('config',))

@@ -249,21 +249,22 @@ def _train(plan: Plan, workdir: Path, clock: goodput.Clock) -> int:
       return 128 + stop.received
     if patience.over:
       say(f'stopped early: no lower held-out loss since step {patience.best:,}, which is offered')
-    sample = None
-    if plan.model.head == 'lm':
+    text, prompt = None, report.fitting(config.log.sample_prompt, data.tokenizer, plan.model)
+    if plan.model.head == 'lm' and plan.model.n_positions > 1:
       params = in_use()
       if patience.best not in (None, step):
         params = checkpoints.params(patience.best, plan.abstract_state().params)
       params = whole_rows(params)
       with clock('evaluate'), mesh_of(params):
         sample, = generate_tokens(
-            plan.model, params, config.log.sample_prompt, tokenizer=data.tokenizer,
+            plan.model, params, prompt, tokenizer=data.tokenizer,
             seed=config.train.seed, max_new_tokens=config.log.sample_tokens,
             temperature=config.log.sample_temperature, top_k=config.log.sample_top_k)
+      text = sample.text
     if jax.process_index() == 0:
       totals = clock.totals()
       report.plot_losses(workdir, f'{workdir.name}: {tokens_a_step:,} tokens a step', totals)
-      say(report.summary(workdir, config.log.sample_prompt, sample and sample.text, totals))
+      say(report.summary(workdir, prompt, text, totals))
     checkpoints.close()
     if jax.process_index() == 0:
       record_lib.end(workdir, step, clock.totals(), finished=True)

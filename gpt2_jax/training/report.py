@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import saving
+from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.training import goodput, metrics
 
 PLOT = 'loss.png'
@@ -70,6 +72,18 @@ def plot_losses(workdir: Path, title: str, totals: dict[str, float]) -> Path:
     figure.savefig(path.with_suffix('.tmp'), format='png', dpi=120)
     os.replace(path.with_suffix('.tmp'), path)
   return path
+
+
+def fitting(prompt: str, tokenizer: Tokenizer | None, config: GPTConfig) -> str:
+  """A prompt, or the end of one that the context has no room for."""
+  ids = [] if tokenizer is None else tokenizer.encode(prompt)
+  if tokenizer is None or len(ids) < config.n_positions:
+    return prompt
+  # a character that was cut is left out
+  prompt = tokenizer.decode_bytes(ids[len(ids) - config.n_positions // 2:]).decode(errors='ignore')
+  while len(tokenizer.encode(prompt)) >= config.n_positions > 1:  # a text's end may have other ids
+    prompt = prompt[1:]
+  return prompt
 
 
 def summary(workdir: Path, prompt: str, sample: str | None, totals: dict[str, float]) -> str:

@@ -12,6 +12,7 @@ const randomSeed = () => crypto.getRandomValues(new Uint32Array(1))[0] % 1_000_0
 export class Settings {
   #values = { ...DEFAULTS };
   #sources = {};
+  #contexts = {};
 
   constructor() {
     const kept = load(KEY, {});
@@ -55,6 +56,7 @@ export class Settings {
   offer(models) {
     find('model').replaceChildren(...models.map(({ id }) => element('option', { value: id, textContent: id })));
     this.#sources = Object.fromEntries(models.map(({ id, root }) => [id, root ?? id]));
+    this.#contexts = Object.fromEntries(models.map(({ id, context_length: context }) => [id, context]));
     if (!models.some(({ id }) => id === this.#values.model)) this.#values.model = models[0]?.id ?? '';
     find('model-field').hidden = models.length < 2;
     this.#show();
@@ -74,7 +76,9 @@ export class Settings {
   request(prompt, n, seed) {
     prompt = prompt.toWellFormed();  // half a character can't be sent
     const { model, temperature, top_p, top_k, length, newline } = this.#values;
-    const body = { model, prompt, n: temperature === 0 ? 1 : n, max_tokens: length, temperature, seed };
+    const context = this.#contexts[model] ?? Infinity;  // of which the half is kept for the text
+    const most = length < context ? length : Math.max(1, Math.floor(context / 2));
+    const body = { model, prompt, n: temperature === 0 ? 1 : n, max_tokens: most, temperature, seed };
     if (temperature > 0 && top_p < 1) body.top_p = top_p;
     if (temperature > 0 && top_k > 0) body.top_k = top_k;
     if (newline) body.stop = ['\n'];
