@@ -307,3 +307,15 @@ def test_all_programs_of_a_small_model_are_compiled_at_the_start(server):
   server.serving.engines['p1'].warm()
   assert [server.serving.engines[name].chunks for name in SERVED] == [
       [1], [2], [8], [32, 64], [8], [2]]
+
+
+def test_protocols_that_write_refuse_a_context_without_room():
+  """Before anything is read; so do the prompts of `bias`, which come after other probes."""
+  from types import SimpleNamespace
+  from typing import Any
+
+  from gpt2_jax.evaluation import tasks
+  protocol: Any = SimpleNamespace(name='lambada/some')
+  scorer: Any = SimpleNamespace(model=make(3, 2, 2))
+  with pytest.raises(UserError, match='lambada/some writes 3 tokens after a text: a context of 3'):
+    tasks.written_word(scorer, protocol, None)  # type: ignore[arg-type]
