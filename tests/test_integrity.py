@@ -134,7 +134,7 @@ RUN = ['config.json', 'env.json', 'metrics.jsonl', 'tokenizer/vocab.json',
 
 
 @pytest.mark.parametrize('name', RUN)
-@few
+@settings(few, max_examples=8)
 @given(data=st.data())
 def test_readers_of_a_run_with_a_damaged_file(made, name, data):
   """read_meta, from_pretrained (sample, evaluate, convert, serve), reproduce: never a traceback."""
