@@ -82,8 +82,8 @@ class _Manager(ocp.CheckpointManager):
     return False
 
   def _load_checkpoint_infos(self, skip_metadata_read: bool = False) -> list:
-    """Steps by the names of their folders: Orbax' file in each, of nothing that is needed here, may be
-    damaged, and would then keep all others from being read.
+    """Steps by the names of their folders: Orbax' file in each, with nothing that is needed here, may
+    be damaged, and would then keep all others from being read.
     """
     return super()._load_checkpoint_infos(skip_metadata_read=True)
 

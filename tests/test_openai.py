@@ -22,6 +22,7 @@ from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError
 from gpt2_jax.interop import openai, tensor_bundle
 from gpt2_jax.interop.crc32c import crc32c, masked_crc32c
+from gpt2_jax.interop.opening import Opening
 from gpt2_jax.interop.tensors import Source, Tensor, load_params, shapes
 from gpt2_jax.model import bind
 
@@ -507,3 +508,22 @@ def test_recognises_nothing_else(tmp_path):
   (tmp_path / 'hparams.json').write_text('{}')
   assert not openai.recognises(tmp_path)
   assert not openai.recognises(tmp_path / 'hparams.json')
+
+
+def test_a_head_beside_the_model_and_settings_that_are_off(plain, capfd):
+  source = openai.open_source(plain)
+  want = {name: source.tensor(name) for name in shapes(source.config)}
+  hparams = json.loads((plain / 'hparams.json').read_text())
+  (plain / 'hparams.json').write_text(json.dumps(hparams | {'n_inner': None, 'precision': False}))
+  arrays = {name: tensor.read() for name, tensor in tensor_bundle.read(plain / openai.PREFIX).items()}
+  head = {'model/heads/value/w': np.ones((12, 1), np.float64)}
+  bundle(plain / openai.PREFIX, arrays | head)
+  with pytest.raises(UserError, match='model/heads/value/w.*--ignore-extra'):
+    openai.open_source(plain)
+  source = openai.open_source(plain, Opening(ignore_extra=True))
+  assert 'left out' in capfd.readouterr().err and source.dtype == 'float32'
+  for name, value in want.items():
+    same_bits(source.tensor(name), value)
+  bundle(plain / openai.PREFIX, arrays | {'model/h0/attn/q_norm/g': np.ones(3, np.float32)})
+  with pytest.raises(UserError, match='model/h0/attn/q_norm/g.*model itself'):
+    openai.open_source(plain, Opening(ignore_extra=True))

@@ -224,7 +224,7 @@ def test_other_heads(tmp_path, capfd, extra):
   rewrite(folder, lambda state: state | extra)
   with pytest.raises(UserError) as error:
     pretrained.open_source(folder)
-  assert '--ignore-extra (in Python ignore_extra=True)' in str(error.value)
+  assert '--ignore-extra (in Python ignore_extra=True, in a config' in str(error.value)
   same(folder, GOLDEN / 'huggingface' / 'plain', ignore_extra=True)
   said = capfd.readouterr().err
   assert said.count('left out') == 1

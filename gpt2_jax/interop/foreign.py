@@ -18,9 +18,9 @@ WRAPPERS = ('module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_
             '_forward_module', 'base_layer')
 # Buffers of causal masks, which older files have.
 MASK = re.compile(r'h\.\d+\.(attn|crossattention)\.(bias|masked_bias)')
-# Parts of the language model itself; what else stands below them changes what it computes, but for
-# adapters, which were trained beside it.
-INSIDE = re.compile(r'(h|wte|wpe|ln_f|lm_head)\.')
+# Parts of the language model itself, by Hugging Face's names or OpenAI's; what else stands below them
+# changes what it computes, but for adapters, which were trained beside it.
+INSIDE = re.compile(r'h\.|model/h\d+/|(model/)?(wte|wpe|ln_f|lm_head)[./]')
 ADAPTERS = re.compile(r'adapter|lora_|loha_|lokr_|hada_|ia3_|prefix_|prompt_')
 HEADS = {'sequence_classification': ('score.weight',),
          'token_classification': ('classifier.weight', 'classifier.bias')}
@@ -98,8 +98,8 @@ def without_extra(config: GPTConfig, tensors: dict[str, Tensor], where: str | os
   if inside or (extra and not opening.ignore_extra):
     way_out = ('They belong to the language model itself, which without them would compute something '
                'else: its config.json is of another model, or it is no plain GPT-2.' if inside else
-               'If the language model alone will do, --ignore-extra (in Python ignore_extra=True) '
-               'leaves them out.')
+               'If the language model alone will do, --ignore-extra (in Python ignore_extra=True, in '
+               'a config init_ignore_extra) leaves them out.')
     raise UserError(f'{where} has tensors that this GPT-2 does not: '
                     f'{_grouped(inside or extra, 5)}. {way_out}')
   if extra:

@@ -20,7 +20,7 @@ from gpt2_jax import tokenizer
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import unreadable
-from gpt2_jax.interop import tensor_bundle
+from gpt2_jax.interop import foreign, tensor_bundle
 from gpt2_jax.interop.opening import PLAIN, Opening
 from gpt2_jax.interop.tensors import (
   Source,
@@ -46,7 +46,7 @@ def recognises(path: Path) -> bool:
     return False
 
 
-def open_source(path: Path, _: Opening = PLAIN) -> Source:
+def open_source(path: Path, opening: Opening = PLAIN) -> Source:
   """A folder of OpenAI's.
 
   Its model has no dropout, as the released code has none.
@@ -67,19 +67,21 @@ def open_source(path: Path, _: Opening = PLAIN) -> Source:
         f'{path / "hparams.json"} contradicts {prefix.name}: it says {config.n_layer} layers and '
         f'embeddings of {list(want[0])} and {list(want[1])}, but {len(layers)} layers and embeddings '
         f'of {list(have[0])} and {list(have[1])} are there. Use the hparams.json of this model.')
-  theirs = {name: variable(name) for name in shapes(config)}
-  ours = {name: key for key, name in theirs.items()}
+  ours = {variable(name): name for name in shapes(config)}
   found = {}
   for name, tensor in tensors.items():
     kernel = ours.get(name, '').endswith('weight') and name.endswith('/w')
     if kernel and tensor.shape[:1] != (1,):
       raise UserError(f'{prefix}: {name} is of shape {list(tensor.shape)}, but OpenAI\'s are '
                       '[1, in, out]: it is no checkpoint of their code.')
-    found[ours.get(name, name)] = tensor.shape[1:] if kernel else tensor.shape
-  check_tensors(config, found, prefix)
+    shape = tensor.shape[1:] if kernel else tensor.shape
+    found[ours.get(name, name)] = Tensor(
+        shape, tensor.dtype, lambda tensor=tensor, shape=shape: tensor.read().reshape(shape))
+  found = foreign.narrowed(foreign.without_extra(config, found, prefix, opening), prefix)
+  check_tensors(config, {name: tensor.shape for name, tensor in found.items()}, prefix)
   return Source(
-      config, lambda name: tensors[theirs[name]].read().reshape(found[name]),
-      common_dtype(tensors.values(), prefix), str(path), tokenizer=load_tokenizer(path, config))
+      config, lambda name: found[name].read(), common_dtype(found.values(), prefix), str(path),
+      tokenizer=load_tokenizer(path, config))
 
 
 def read_hparams(path: Path) -> GPTConfig:
@@ -90,6 +92,7 @@ def read_hparams(path: Path) -> GPTConfig:
     raise unreadable(path, e) from e
   if not isinstance(hparams, dict) or not hparams.keys() >= HPARAMS.keys():
     raise unreadable(path, f'it must hold {", ".join(HPARAMS)}')
+  hparams = {k: v for k, v in hparams.items() if k in HPARAMS or not foreign.is_off(v)}
   if unknown := sorted(hparams.keys() - HPARAMS.keys()):
     raise UserError(f'{path} has keys that this GPT-2 can\'t honour: {", ".join(unknown)}. Remove '
                     'them if they don\'t matter.')

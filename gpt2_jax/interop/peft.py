@@ -104,8 +104,8 @@ def _base_name(where: Path, keys: Mapping[str, Any]) -> str:
   name, revision = keys.get('base_model_name_or_path'), keys.get('revision')
   if not name or not isinstance(name, str):
     raise UserError(f'{where} does not name the model that the adapters belong to: name it with '
-                    '--base (in Python base=), or write its name or path there as '
-                    'base_model_name_or_path.')
+                    '--base (in Python base=, in a config init_base), or write its name or path '
+                    'there as base_model_name_or_path.')
   return f'{name}@{revision}' if revision and '@' not in name and not os.path.exists(name) else name
 
 
@@ -116,7 +116,8 @@ def _open_base(where: Path, name: str, open_base: Callable[[str], Source], given
     if given:
       raise
     raise UserError(f'{where} names {brief(name)} as the model that the adapters belong to: {e} If '
-                    'it is elsewhere now, name it with --base (in Python base=).') from e
+                    'it is elsewhere now, name it with --base (in Python base=, in a config '
+                    'init_base).') from e
 
 
 def _tensors(path: Path) -> tuple[Path, dict[str, Tensor]]:

@@ -117,8 +117,8 @@ def _tokenizer(path: Path, meta: dict) -> tokenizer.Tokenizer:
   """The run's tokenizer, with the hash that its checkpoint says, where it says one."""
   found = tokenizer.load(path / 'tokenizer')
   if found.sha256 != meta.get('data', {}).get('tokenizer', {}).get('sha256', found.sha256):
-    raise UserError(f'{path / "tokenizer"} is not the tokenizer that the run was trained with: its files '
-                    'were changed or damaged. Start the run again: it writes them anew.')
+    raise UserError(f'{path / "tokenizer"} is not the tokenizer that the run was trained with: its '
+                    'files were changed or damaged. Start the run again: it writes them anew.')
   return found
 
 
