@@ -135,6 +135,21 @@ class TokenStore:
     folder = self.path / 'tokenizer'
     return tokenizer.load(folder if folder.exists() else 'gpt2')
 
+  def check_tokenizer(self, own: tokenizer.Tokenizer | None, whose: str, way: str) -> None:
+    """Raises a UserError where the ids are not a tokenizer's: its texts would be others.
+
+    Args:
+      own: the tokenizer; None: whose it is has none that is known.
+      whose: for the message, as `way`, which says what helps one who knows better.
+    """
+    said = self.manifest['tokenizer']
+    if own is None or ('sha256' in said and said['sha256'] == own.sha256):
+      return
+    if self.tokenizer.sha256 != own.sha256:  # older versions may have named it otherwise
+      known = f'{said["spec"]}, sha256 {self.tokenizer.sha256[:16]}'
+      raise UserError(f'{self.path} was made with another tokenizer ({known}) than that of {whose} '
+                      f'(sha256 {own.sha256[:16]}): its ids stand for other texts. {way}')
+
   def check_vocabulary(self, vocab_size: int) -> None:
     """Raises a UserError where a shard is known to hold an id of `vocab_size` or more."""
     for split in self.splits.values():

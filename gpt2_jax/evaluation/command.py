@@ -55,7 +55,7 @@ class Evaluate:
     said['results'] = []
     for protocol, data in opened:
       values = tasks.KINDS[protocol.kind](asked, protocol, data)
-      result = report.entry(protocol, asked, self.describe(protocol, data), values)
+      result = report.entry(protocol, asked, self.describe(model, protocol, data), values)
       said['results'].append(result)
       print(report.rows(result, said['size']), flush=True)
       self.save(said)
@@ -91,9 +91,12 @@ class Evaluate:
       return benchmark
     return dataclasses.replace(benchmark, examples=benchmark.examples[:self.limit])
 
-  def describe(self, protocol, data) -> dict[str, Any]:
+  def describe(self, model, protocol, data) -> dict[str, Any]:
     if protocol.kind == 'store':
-      return {'split': protocol.split, 'sha256': data.sha256, 'source': str(data.path), 'limit': None}
+      from gpt2_jax.evaluation import corpora
+      tokens, masked = corpora.training_rows(model)
+      return {'split': protocol.split, 'sha256': data.sha256, 'source': str(data.path), 'limit': None,
+              'rows': {'tokens': tokens, 'document_mask': masked}}
     return {'split': data.split, 'sha256': data.sha256, 'source': data.source,
             'examples': len(data.examples), 'limit': self.limit}
 

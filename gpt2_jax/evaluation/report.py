@@ -41,7 +41,7 @@ def entry(protocol: Protocol, scorer: Scorer, data: dict[str, Any], values: Valu
   """A protocol's result. `data` says of what: its split, sha256 and source."""
   said = dataclasses.asdict(protocol)
   stride = protocol.stride and min(protocol.stride, scorer.window)
-  window = scorer.model.config.n_positions if protocol.kind == 'store' else scorer.window
+  window = data['rows']['tokens'] if protocol.kind == 'store' else scorer.window
   metrics = {name: dataclasses.asdict(values[name]) for name in protocol.metrics}
   for name, metric in metrics.items():
     metric['published'] = [dataclasses.asdict(row) for row in published.beside(protocol.name, name)]
@@ -63,6 +63,9 @@ def rows(result: dict[str, Any], size: str | None) -> str:
            f'sha256 {data["sha256"][:16]}']
   if protocol['stride']:
     lines[0] += f', window {protocol["window"]}, stride {protocol["stride"]}'
+  if rows := data.get('rows'):
+    alone = ', each document alone' * rows['document_mask']
+    lines[0] += f', rows of {rows["tokens"]:,} tokens{alone}'
   if data['limit']:
     lines[0] += f', the first {data["limit"]} examples only'
   for name, metric in result['metrics'].items():

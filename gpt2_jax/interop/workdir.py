@@ -26,6 +26,7 @@ def open_source(path: Path) -> Source:
   """
   meta = checkpoint.read_meta(path)
   config, known = GPTConfig(**meta['model']), record(path, meta['step'])
+  known['rows'] = meta.get('rows') or _rows(known['config'], config)
 
   def load(wanted: GPTConfig) -> Params | None:
     same = (wanted.padded_vocab_size, wanted.lora) == (config.padded_vocab_size, config.lora)
@@ -41,6 +42,13 @@ def open_source(path: Path) -> Source:
                 base=known['config'].get('init_from'))
 
 
+def _rows(config: dict[str, Any], model: GPTConfig) -> dict[str, Any]:
+  """The rows of a run whose checkpoints don't say, by its config."""
+  data = config['data']
+  return {'tokens': data['sequence_length'] or model.n_positions,
+          'document_mask': 'document_mask' in data and data['document_mask']}
+
+
 def keys(path: Path) -> dict[str, Any]:
   """What a config.json says of a run's model beside its sizes."""
   if not (path / LABELS).exists():
@@ -54,7 +62,8 @@ def record(path: Path, step: int) -> dict[str, Any]:
   """What a run has left about itself, for a model card.
 
   Keys: step, config, env (of the last start), data (corpus, tokens, sha256, licence) and losses: the
-  lines of metrics.jsonl with a held-out loss, at most 20 of them, and the last line.
+  lines of metrics.jsonl with a held-out loss, at most 20 of them, and the last line. `open_source`
+  adds rows: tokens of each, and document_mask.
   """
   read = lambda name: json.loads((path / name).read_text())
   lines = [json.loads(line) for line in (path / 'metrics.jsonl').read_text().splitlines()]

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from gpt2_jax import tokenizer
-from gpt2_jax.checkpoint import Checkpoints, difference
+from gpt2_jax.checkpoint import Checkpoints, difference, held_positions
 from gpt2_jax.config import Config
 from gpt2_jax.data import labelled, prepare, store
 from gpt2_jax.data import loader as loader_lib
@@ -63,13 +63,15 @@ def evaluate(eval_step, params, split: Any, plan: Plan, stop: StopSignal) -> dic
   return means | ({'eval/accuracy': float(right[0] / count)} if right else {})
 
 
-def train(config: Config, workdir: str | Path, began: float | None = None) -> int:
+def train(config: Config, workdir: str | Path, began: float | None = None,
+          held: int | None = None) -> int:
   """Runs, or continues, the training that a config describes. Returns an exit status.
 
   Args:
     config: with every knob of configs/base.py.
     workdir: of the run.
     began: when the program was started, by `time.monotonic`; default: now.
+    held: positions that the model is to have, as `make_plan` takes them; default: the workdir's.
 
   Raises:
     UserError: for everything that the user can mend.
@@ -77,7 +79,7 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
   workdir, clock = Path(workdir), goodput.Clock(began)
 
   # --- Plan: sizes, mesh, micro-batches --------------------------------------------------------
-  plan = make_plan(config)
+  plan = make_plan(config, held=held_positions(workdir) if held is None else held)
   distributed.hello(plan.mesh)
   say(plan.describe())
   steps, tokens_a_step = config.train.steps, plan.G * plan.T
@@ -85,7 +87,7 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
   if why := compiling.keep_compiled(workdir):
     say(why)
 
-  # --- Data: a token store, and batch = f(seed, step) ------------------------------------------
+  # --- Data: a token store, and batch = f(seed, rows seen) --------------------------------------
   data = open_data(plan)
   data.check_vocabulary(plan.model.vocab_size)
   train_split, val_split = data.splits['train'], data.splits['val']
@@ -110,6 +112,11 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
       raise UserError(f'{workdir} holds the run of another model or other data:\n{other}\n'
                       'Choose another --workdir, or the config of that run.')
     lines, held_out = metrics.read(workdir), len(val_split) > 1
+    if start:
+      seen = checkpoints.meta(start).get('tokens')
+      plan = plan.going_on(
+          start, metrics.tokens_seen(lines, start, tokens_a_step) if seen is None else seen)
+      loader.go_on(start, plan.tokens(start) // plan.T)
     due = lambda step, section: step % section.every == 0 or step == steps
     # whether the last start was stopped within an evaluation
     cut = held_out and due(start, config.evaluate) and any(
@@ -143,7 +150,8 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
           state = abstract.restored(start, spikes.restored(
               lambda items: checkpoints.restore(start, items), checkpoints.meta(start)['tree'],
               abstract.items()))
-        say(f'resumed from step {start:,} of {steps:,}')
+        say(f'resumed from step {start:,} of {steps:,}, {plan.tokens(start):,} tokens seen' +
+            f' of {plan.tokens(steps):,}' * (plan.offset != 0))
       else:
         state = plan.init_state(plan.load_source() if plan.source else None)
     writer = metrics.MetricsWriter(
@@ -169,6 +177,8 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
         writer.sync()
         checkpoints.save(step, state.items(), {
             'identity': identity, 'best': patience.best, 'model': dataclasses.asdict(plan.model),
+            'tokens': plan.tokens(step),
+            'rows': {'tokens': plan.T, 'document_mask': config.data.document_mask},
             'data': {'sha256': data.sha256, 'tokenizer': data.manifest['tokenizer']}},
             patience.losses)
 
@@ -241,7 +251,8 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
             temperature=config.log.sample_temperature, top_k=config.log.sample_top_k)
     if jax.process_index() == 0:
       totals = clock.totals()
-      report.plot_losses(workdir, f'{workdir.name}: {tokens_a_step:,} tokens a step', totals)
+      report.plot_losses(workdir, f'{workdir.name}: {tokens_a_step:,} tokens a step' +
+                         ', at the end' * (plan.offset != 0), totals)
       say(report.summary(workdir, config.log.sample_prompt, sample and sample.text, totals))
     checkpoints.close()
     if jax.process_index() == 0:
