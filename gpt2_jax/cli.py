@@ -101,6 +101,8 @@ class Sample:
     if self.int8:
       model = forms.quantize(model)
     assistant = None if self.assistant is None else gpt2_jax.from_pretrained(self.assistant)
+    if assistant is not None and self.tokenizer is not None:  # that of both
+      assistant.tokenizer = model.tokenizer
     if self.interactive:
       from gpt2_jax.interactive import Session
       return Session(model, self.options, assistant).run()

@@ -43,11 +43,14 @@ class Evaluate:
     import jax
 
     from gpt2_jax import pretrained, sharding
-    from gpt2_jax.evaluation import keep, report, scorer, tasks
+    from gpt2_jax.evaluation import corpora, keep, report, scorer, tasks
     mesh = sharding.make_mesh(data=-1) if jax.device_count() > 1 else None
     model = pretrained.open_model(
         self.checkpoint, self.tokenizer, dtype=self.dtype, mesh=mesh,
         needs_tokenizer=any(protocol.kind != 'store' for protocol, _ in opened))
+    for protocol, data in opened:  # before anything is scored
+      if protocol.kind == 'store':
+        corpora.held_out(model, data)
     fingerprint = keep.fingerprint(model)
     asked = scorer.Scorer(model, keep.Kept(self.scores(), fingerprint))
     said = report.about(model, self.checkpoint, fingerprint)

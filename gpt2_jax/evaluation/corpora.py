@@ -5,7 +5,7 @@ import re
 import numpy as np
 
 from gpt2_jax.data.benchmarks import Benchmark
-from gpt2_jax.data.store import TokenStore
+from gpt2_jax.data.store import Split, TokenStore
 from gpt2_jax.errors import UserError
 from gpt2_jax.evaluation import detokenizers, scoring
 from gpt2_jax.evaluation.protocols import Protocol
@@ -97,14 +97,25 @@ def training_rows(model: GPT2) -> tuple[int, bool]:
   return rows['tokens'], rows['document_mask']
 
 
-def store(scorer: Scorer, protocol: Protocol, opened: TokenStore) -> Values:
-  """The held-out tokens in rows, each token once, as training has them."""
+def held_out(model: GPT2, opened: TokenStore) -> Split:
+  """The held-out tokens of a store.
+
+  Raises:
+    UserError: there are none, or they are not the model's.
+  """
   split = opened.splits.get('val')
   if split is None or len(split) < 2:
     raise UserError(f'{opened.path} holds no held-out tokens (val): prepare it with a val_fraction.')
-  opened.check_tokenizer(scorer.model.tokenizer, 'the model', 'Prepare the data with the model\'s own; '
-                         'if the ids are the model\'s after all, name their tokenizer with --tokenizer.')
-  opened.check_vocabulary(scorer.model.config.vocab_size)
+  if model.config.head != 'lm':
+    raise UserError('this model has a classification head: a store has no labels to score it by.')
+  opened.check_tokenizer(model.tokenizer, 'the model', '--tokenizer')
+  opened.check_vocabulary(model.config.vocab_size)
+  return split
+
+
+def store(scorer: Scorer, protocol: Protocol, opened: TokenStore) -> Values:
+  """The held-out tokens in rows, each token once, as training has them."""
+  split = held_out(scorer.model, opened)
   T, masked = training_rows(scorer.model)
   requests = scoring.rolling(split.read(0, len(split)), window=T, stride=T)
   # training's rows begin anew: the overlap of the last one is not used

@@ -30,6 +30,7 @@ def about(model: GPT2, checkpoint: str, fingerprint: str) -> dict[str, Any]:
   packages = ('gpt2_jax', 'jax', 'jaxlib', 'flax', 'numpy')
   return {
       'version': VERSION, 'checkpoint': checkpoint, 'sha256': fingerprint, 'parameters': n,
+      'tokenizer': None if model.tokenizer is None else model.tokenizer.sha256,
       'size': published.SIZES.get(n), 'dtype': model.config.dtype,
       'parameters_dtype': ' '.join(sorted(dtypes)), 'form': model.config.form, 'backend': backend,
       'devices': f'{len(devices)} x {devices[0].device_kind}', 'python': platform.python_version(),

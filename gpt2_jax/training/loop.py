@@ -38,7 +38,12 @@ def open_data(plan: Plan) -> Any:
   if plan.model.head != 'lm':
     return labelled.open_labelled(data, tokenizer.load(plan.tokenizer), plan.T)
   if data.corpus.startswith('bin:'):
-    return store.open_store(data.corpus.removeprefix('bin:'))
+    opened = store.open_store(data.corpus.removeprefix('bin:'))
+    named = data.tokenizer is not None or plan.source is not None
+    if named and tokenizer.trained_size(plan.tokenizer) is None:
+      whose = 'data.tokenizer' if data.tokenizer is not None else str(plan.config.init_from)
+      opened.check_tokenizer(tokenizer.load(plan.tokenizer), whose, '--config.data.tokenizer')
+    return opened
   settings = prepare.Settings(data.corpus, plan.tokenizer, data.val_fraction, data.split_seed,
                               data.split, data.text_field)
   folder = data.store or Path(data.directory) / prepare.store_name(settings)

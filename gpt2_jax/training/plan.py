@@ -118,6 +118,14 @@ class Plan:
       name, reason = kernels.choose(self.model, self.T, drops=True)
     return f'{name} ({reason})' if reason else name
 
+  def _other_tokenizer(self) -> bool:
+    """Whether the config names another tokenizer than that of the source."""
+    own = self.source and self.source.tokenizer
+    if own is None or self.config.data.tokenizer is None:
+      return False
+    return (tokenizer.trained_size(self.tokenizer) is not None
+            or tokenizer.load(self.tokenizer).sha256 != own.sha256)
+
   def describe(self) -> str:
     """Some lines for a reader."""
     c, shape = self.model, 'x'.join(f'{name}={size}' for name, size in self.mesh.shape.items())
@@ -127,6 +135,9 @@ class Plan:
     if self.source is not None:
       whole, part = num_params(c), num_trained(c)
       tuned = [f'from     {self.source.where}: {part:,} parameters are trained ({part / whole:.2%})']
+      if self._other_tokenizer():
+        tuned.append(f'         its ids stand for other texts: data.tokenizer = {self.tokenizer} is '
+                     'not the tokenizer that it was trained with')
     asked, given = self.config.model.n_positions, self.source and self.source.config.n_positions
     if context := positions.note(asked, self.T, given, c.n_positions):
       tuned.append(f'context  {context}')
