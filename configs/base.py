@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
   # The model. Names and values are Hugging Face's; these are GPT-2 124M's.
   config.model = ConfigDict(dict(
       vocab_size=placeholder(int),  # default: the tokenizer's
-      n_positions=1024,
+      n_positions=1024,  # context; of a new model no more than data.sequence_length
       n_embd=768,
       n_layer=12,
       n_head=12,

@@ -64,7 +64,8 @@ def rows(result: dict[str, Any], size: str | None) -> str:
            f'sha256 {data["sha256"][:16]}']
   if protocol['stride']:
     lines[0] += f', window {protocol["window"]}, stride {protocol["stride"]}'
-  if rows := data.get('rows'):
+  if 'rows' in data:
+    rows = data['rows']
     alone = ', each document alone' * rows['document_mask']
     lines[0] += f', rows of {rows["tokens"]:,} tokens{alone}'
   if data['limit']:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,11 @@ def open_source(path: Path) -> Source:
   """
   meta = checkpoint.read_meta(path)
   config, known = GPTConfig(**meta['model']), record(path, meta['step'])
-  known['rows'] = meta.get('rows') or _rows(known['config'], config)
+  known['rows'] = rows = meta.get('rows') or _rows(known['config'], config)
+  if known['config'].get('init_from') is None and rows['tokens'] < config.n_positions:
+    print(f'{path}: its rows of {rows["tokens"]:,} tokens train as many of its '
+          f'{config.n_positions:,} positions: what it makes of longer texts is not to be trusted',
+          file=sys.stderr)
 
   def load(wanted: GPTConfig) -> Params | None:
     same = (wanted.padded_vocab_size, wanted.lora) == (config.padded_vocab_size, config.lora)

@@ -1,5 +1,7 @@
 """AdamW, its learning-rate schedules, and which parameters decay."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -44,8 +46,8 @@ def make_schedule(optim: Config, steps: int, a_step: int = 1, offset: int = 0) -
   return lambda step: schedule(step + shift)
 
 
-def _schedule(optim: Config, warmup: float, last: float) -> optax.Schedule:
-  """As `make_schedule`; the warm-up and the decay end at these steps."""
+def _schedule(optim: Config, warmup: Any, last: Any) -> optax.Schedule:
+  """As `make_schedule`; the warm-up and the decay end at these steps, numbers that may be broken."""
   peak, end = optim.peak_lr, optim.peak_lr * optim.end_lr_fraction
   if optim.schedule not in SCHEDULES:
     raise UserError(f'optim.schedule = {optim.schedule!r} is not one of {SCHEDULES}.')
