@@ -90,7 +90,7 @@ def default_workdir() -> str:
 
 def main(argv: list[str]) -> int:
   parse_flags(argv)
-  from gpt2_jax import determinism, files
+  from gpt2_jax import checkpoint, determinism, files
   from gpt2_jax.training import compiling, distributed, loop, plan
   workdir = WORKDIR.value or default_workdir()
   try:
@@ -100,7 +100,7 @@ def main(argv: list[str]) -> int:
     distributed.initialize(
         DISTRIBUTED.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     if DRY_RUN.value:
-      made = plan.make_plan(CONFIG.value)
+      made = plan.make_plan(CONFIG.value, held=checkpoint.held_positions(workdir))
       compiling.keep_compiled(workdir)  # the run itself then finds it compiled
       print(plan.dry_run(made))
       return 0

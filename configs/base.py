@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
   # The model. Names and values are Hugging Face's; these are GPT-2 124M's.
   config.model = ConfigDict(dict(
       vocab_size=placeholder(int),  # default: the tokenizer's
-      n_positions=1024,
+      n_positions=1024,  # context; of a new model no more than data.sequence_length
       n_embd=768,
       n_layer=12,
       n_head=12,
@@ -79,7 +79,9 @@ def get_config() -> ConfigDict:
       peak_lr=6e-4,
       schedule='cosine',  # cosine, linear, wsd, constant
       warmup_steps=700,
+      warmup_tokens=placeholder(int),  # in its place: a schedule of tokens seen, whatever the batch
       decay_steps=placeholder(int),  # where the decay ends; default train.steps
+      decay_tokens=placeholder(int),  # in its place, as warmup_tokens
       end_lr_fraction=0.1,  # of peak_lr, for cosine and linear; wsd ends there too
       wsd_decay_fraction=0.2,  # of the steps
       b1=0.9,

@@ -18,8 +18,8 @@ fineweb
     3.28 with 124M; GPT-2's own weights have 3.42, 3.08, 3.00 and 2.83.
 
 shakespeare
-    1,115,394 bytes, the last tenth held out, dropout 0.2. 2,000 steps x 16,384 tokens is 108 passes:
-    watch the held-out loss turn. tiny.py has its own, by bytes.
+    1,115,394 bytes, the last tenth held out, dropout 0.2, rows and context of 256. 2,000 steps
+    x 16,384 tokens is 108 passes: watch the held-out loss turn. tiny.py has its own, by bytes.
 """
 
 

@@ -9,9 +9,9 @@ text, 40 % of an epoch. Measured on 2 CPU cores (AMD EPYC, AVX-512), Python 3.11
 steps 200, 400, 600. The text is that of the running Python, so another version's loss differs a
 little; two runs on one machine give the same to the last bit.
 
-shakespeare: 2,000 steps x 12 rows x 64 bytes, the size of nanoGPT's example for a CPU. Measured
-likewise at 9992cb3: 10,200 tokens/s, held-out loss 2.04 and 1.8865 (nats a byte, over the whole last
-tenth of the text) at steps 1,000 and 2,000.
+shakespeare: 2,000 steps x 12 rows x 64 bytes, which is its context, the size of nanoGPT's example for
+a CPU. Measured likewise at 9992cb3: 10,200 tokens/s, held-out loss 2.04 and 1.8865 (nats a byte, over
+the whole last tenth of the text) at steps 1,000 and 2,000.
 """
 
 from configs import base, recipes

@@ -7,6 +7,7 @@ that what is committed has one; a checkpoint is checked against it before it is 
 module that knows Orbax.
 """
 
+import contextlib
 import errno
 import logging
 import shutil
@@ -23,7 +24,7 @@ from jax.experimental import multihost_utils
 from gpt2_jax import manifest
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError, saving
-from gpt2_jax.files import local, read_json
+from gpt2_jax.files import local, read_json, whole_number
 from gpt2_jax.model import Params, make_params
 from gpt2_jax.sharding import on_devices, without_mesh
 
@@ -283,6 +284,16 @@ def kept_steps(workdir: str | Path) -> list[int]:
     return sorted(checkpoints.all_steps())
   finally:
     checkpoints.close()
+
+
+def held_positions(workdir: str | Path) -> int | None:
+  """n_positions of the run that a workdir holds, the same in all of its checkpoints; None where there
+  is none yet.
+  """
+  for path in sorted((Path(workdir) / FOLDER).glob('*/meta/metadata')):
+    with contextlib.suppress(UserError):  # a damaged one: another tells
+      return read_json(path, {'model': {'n_positions': whole_number}})['model']['n_positions']
+  return None
 
 
 def read_meta(workdir: str | Path, step: int | None = None) -> dict:

@@ -108,6 +108,8 @@ class Sample:
       model = forms.quantize(model)
     assistant = None if self.assistant is None else (
         gpt2_jax.from_pretrained(self.assistant, ignore_extra=self.opening.ignore_extra))
+    if assistant is not None and self.tokenizer is not None:  # that of both
+      assistant.tokenizer = model.tokenizer
     if self.interactive:
       from gpt2_jax.interactive import Session
       return Session(model, self.options, assistant).run()

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import inspect
 import os
+import sys
 from pathlib import Path
 
 import jax
@@ -140,13 +141,17 @@ def open_model(
 
   Args:
     checkpoint: what `from_pretrained` reads, as are `options`.
-    spec: of a tokenizer in the place of the checkpoint's own: gpt2, byte, or a folder.
+    spec: of a tokenizer in the place of the checkpoint's own: gpt2, byte, or a folder. That it is
+      another one is said on standard error.
     opening: how it is opened.
     needs_tokenizer: whether to have none is an error.
   """
   model = from_pretrained(checkpoint, **vars(opening), **options)
   if spec is not None:
-    model.tokenizer = tokenizer.load(spec)
+    own, model.tokenizer = model.tokenizer, tokenizer.load(spec)
+    if own is not None and own.sha256 != model.tokenizer.sha256:
+      print(f'--tokenizer {spec} (sha256 {model.tokenizer.sha256[:16]}) is taken in place of the one '
+            f'that {checkpoint} was trained with (sha256 {own.sha256[:16]})', file=sys.stderr)
   if needs_tokenizer and model.tokenizer is None:
     raise UserError(f'{checkpoint} brings no tokenizer: name one with --tokenizer.')
   return model

@@ -1,8 +1,8 @@
 """Texts with labels, to fine-tune a classifier on: .jsonl files of {"text": …, "label": …}.
 
 The same three names as in `loader.py`, so that the training loop needs not know which it is given. A
-batch is a dict of `tokens` [A, M, T] (padded on the right), `lengths` and `labels` [A, M]. Row r of
-the batch of step s is a function of (seed, step) here as well. Everything is kept in memory.
+batch is a dict of `tokens` [A, M, T] (padded on the right), `lengths` and `labels` [A, M]. Its rows
+are a function of the seed and the rows seen here as well. Everything is kept in memory.
 """
 
 import dataclasses
@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
 from gpt2_jax import sharding as sharding_lib
 from gpt2_jax import tokenizer as tokenizers
+from gpt2_jax.data.loader import Order
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import local, parse_json
 
@@ -158,20 +158,20 @@ def _place(rows: dict[int, dict], shape: tuple[int, int], T: int, sharding: Name
           for key in ('tokens', 'lengths', 'labels')}
 
 
-class TrainLoader:
-  """Batches of G examples, as a function of (seed, step)."""
+class TrainLoader(Order):
+  """Batches of G examples, as a function of (seed, step, rows seen before)."""
 
   def __init__(self, split: Split, T: int, G: int, seed: int, vocab_size: int):
     del vocab_size  # checked when the data was opened
-    self.split, self.T, self.G = split, T, G
-    self._order = grain.MapDataset.range(len(split)).seed(seed).shuffle().repeat()
+    self.split, self.T = split, T
+    super().__init__(len(split), G, seed)
 
   @property
   def steps_per_epoch(self) -> float:
     return len(self.split) / self.G
 
   def _example(self, step: int, row: int):
-    return self.split.examples[int(self._order[step * self.G + row])]  # pyright: ignore[reportArgumentType]
+    return self.split.examples[self.number(step, row)]
 
   def documents(self, step: int) -> list[list[str]]:
     """Per row of a batch, the name of its example."""

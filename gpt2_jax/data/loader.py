@@ -2,8 +2,9 @@
 
 Training: the split's tokens are cut into windows of T + 1 at stride T (a window's last token is the
 next one's first, so that each token is predicted once). Grain shuffles the windows anew in each
-epoch. Row r of the batch of step s is number s·G + r of that endless order: a batch is a function
-of (seed, step), whatever the number of processes, and nothing but the step needs to be saved.
+epoch. A batch is the next G rows of that endless order: a function of the seed and of the rows seen
+before it, whatever the number of processes. With batches of one size these are s·G at step s; a run
+that goes on with another size neither repeats a row of the epoch nor leaves one out.
 
 Evaluation: all windows of the held-out split in order, each token counted once.
 """
@@ -20,8 +21,24 @@ from gpt2_jax.data import store
 from gpt2_jax.errors import UserError
 
 
-class TrainLoader:
-  """Batches of G rows of T + 1 tokens, as a function of (seed, step)."""
+class Order:
+  """An endless order of rows, shuffled anew in each epoch, and where the batches lie in it."""
+
+  def __init__(self, rows: int, G: int, seed: int):
+    self.G, self._first = G, 0
+    self._order = grain.MapDataset.range(rows).seed(seed).shuffle().repeat()
+
+  def go_on(self, step: int, seen: int) -> None:
+    """Lets the batch of `step`, and those behind it, follow on so many rows that were seen."""
+    self._first = seen - step * self.G
+
+  def number(self, step: int, row: int) -> int:
+    """Which row stands at a place of the batch of a step."""
+    return int(self._order[self._first + step * self.G + row])  # pyright: ignore[reportArgumentType]
+
+
+class TrainLoader(Order):
+  """Batches of G rows of T + 1 tokens, as a function of (seed, step, rows seen before)."""
 
   def __init__(self, split: store.Split, T: int, G: int, seed: int, vocab_size: int):
     """
@@ -35,19 +52,19 @@ class TrainLoader:
     Raises:
       UserError: the split is shorter than one window.
     """
-    self.split, self.T, self.G, self.vocab_size = split, T, G, vocab_size
+    self.split, self.T, self.vocab_size = split, T, vocab_size
     self.windows = (len(split) - 1) // T
     if self.windows < 1:
       raise UserError(f'the split {split.name!r} has {len(split):,} tokens, too few for a window of '
                       f'{T} + 1: shorten config.data.sequence_length, or add text.')
-    self._order = grain.MapDataset.range(self.windows).seed(seed).shuffle().repeat()
+    super().__init__(self.windows, G, seed)
 
   @property
   def steps_per_epoch(self) -> float:
     return self.windows / self.G
 
   def _start(self, step: int, row: int) -> int:
-    return int(self._order[step * self.G + row]) * self.T  # pyright: ignore[reportArgumentType]
+    return self.number(step, row) * self.T
 
   def rows(self, step: int, rows: Sequence[int]) -> np.ndarray:
     """These rows of the batch of `step`: T + 1 tokens each."""

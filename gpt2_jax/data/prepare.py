@@ -274,7 +274,14 @@ def _prepare(settings: Settings, folder: Path, corpus: corpora.Corpus, workers: 
 
 def _check_same(opened: store.TokenStore, settings: Settings) -> None:
   """Raises a UserError where a finished store is of another corpus, or of other settings."""
-  want, have = _json(dataclasses.asdict(settings)), opened.manifest['settings']
+  want, have = _json(dataclasses.asdict(settings)), dict(opened.manifest['settings'])
+  if tokenizers.trained_size(settings.tokenizer) is None:  # it is the ids that count, not their name
+    own = tokenizers.load(settings.tokenizer).sha256
+    same = own in (opened.manifest['tokenizer']['sha256'], opened.tokenizer.sha256)
+    if same:
+      have['tokenizer'] = settings.tokenizer
+    elif have['tokenizer'] == settings.tokenizer:
+      have['tokenizer'] += f' with sha256 {opened.tokenizer.sha256[:16]}'
   differ = [f'{k}: {have.get(k)!r} there, {v!r} asked for' for k, v in want.items()
             if v != have.get(k)]
   if differ:

@@ -24,13 +24,15 @@ import hashlib
 import itertools
 import json
 import os
+import shlex
 from pathlib import Path
 
 import numpy as np
 
 from gpt2_jax import tokenizer
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, brief
 from gpt2_jax.files import local, misfit, name_of_file, parse_json, whole_number, write_whole
+from gpt2_jax.tokenizer import Tokenizer
 
 MANIFEST = 'manifest.json'
 VERSION = 1
@@ -144,7 +146,7 @@ class TokenStore:
     return self.manifest['tokenizer']['eot']
 
   @functools.cached_property
-  def tokenizer(self) -> tokenizer.Tokenizer:
+  def tokenizer(self) -> Tokenizer:
     folder = self.path / 'tokenizer'
     found = tokenizer.load(folder if folder.exists() else 'gpt2')
     if found.sha256 != self.manifest['tokenizer'].get('sha256', found.sha256):
@@ -152,6 +154,27 @@ class TokenStore:
                       f'is another than that in {MANIFEST}): restore its files, or prepare the '
                       'store again.')
     return found
+
+  def check_tokenizer(self, own: Tokenizer | None, whose: str, way: str) -> None:
+    """Raises a UserError where the ids are not a tokenizer's: its texts would be others. A store that
+    doesn't say whose they are is GPT-2's, unless the tokenizer has fewer ids: those beyond tell.
+
+    Args:
+      own: the tokenizer; None: none is known.
+      whose: it is, for the message.
+      way: the flag by which one who knows better says that the ids are the store's.
+    """
+    said = self.manifest['tokenizer']
+    unknown = 'sha256' not in said and own is not None and own.vocab_size < tokenizer.GPT2_SIZE
+    if own is None or unknown or ('sha256' in said and said['sha256'] == own.sha256):
+      return
+    if self.tokenizer.sha256 != own.sha256:  # older versions may have named it otherwise
+      folder = self.path / 'tokenizer'
+      raise UserError(
+          f'{self.path} was made with another tokenizer ({brief(said["spec"])}, sha256 '
+          f'{self.tokenizer.sha256[:16]}) than that of {whose} (sha256 {own.sha256[:16]}): its ids '
+          f'stand for other texts. Prepare the text with that one; if the ids are right all the '
+          f'same, say so: {way}={shlex.quote(str(folder)) if folder.exists() else "gpt2"}')
 
   def check_vocabulary(self, vocab_size: int) -> None:
     """Raises a UserError where a shard is known to hold an id of `vocab_size` or more."""

@@ -179,6 +179,11 @@ def _decoder(
     options = options | {'eos_token_id': own_ends(model)}
   prepared, assistant = prepare(model), None
   if assistant_model is not None:
+    own, other = (each.tokenizer for each in (model, assistant_model))
+    if tokenizer is None and own and other and own.sha256 != other.sha256:
+      raise UserError('the assistant model has another tokenizer than the model: its guesses would '
+                      'be of other texts. If the ids are the same all the same, say whose both are: '
+                      'tokenizer= (--tokenizer).')
     assistant = prepare(assistant_model)
     if len({sharding.devices_of(params) for _, params in (prepared, assistant)}) > 1:
       raise UserError('the assistant model lies on other devices than the model: load both with the '

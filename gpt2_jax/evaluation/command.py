@@ -46,11 +46,14 @@ class Evaluate:
     import jax
 
     from gpt2_jax import pretrained, sharding
-    from gpt2_jax.evaluation import keep, report, scorer, tasks
+    from gpt2_jax.evaluation import corpora, keep, report, scorer, tasks
     mesh = sharding.make_mesh(data=-1) if jax.device_count() > 1 else None
     model = pretrained.open_model(
         self.checkpoint, self.tokenizer, self.opening, dtype=self.dtype, mesh=mesh,
         needs_tokenizer=any(protocol.kind != 'store' for protocol, _ in opened))
+    for protocol, data in opened:  # before anything is scored
+      if protocol.kind == 'store':
+        corpora.held_out(model, data)
     fingerprint = keep.fingerprint(model)
     asked = scorer.Scorer(model, keep.Kept(self.scores(), fingerprint))
     said = report.about(model, self.checkpoint, fingerprint)
@@ -58,7 +61,7 @@ class Evaluate:
     said['results'] = []
     for protocol, data in opened:
       values = tasks.KINDS[protocol.kind](asked, protocol, data)
-      result = report.entry(protocol, asked, self.describe(protocol, data), values)
+      result = report.entry(protocol, asked, self.describe(model, protocol, data), values)
       said['results'].append(result)
       print(report.rows(result, said['size']), flush=True)
       self.save(said)
@@ -96,9 +99,12 @@ class Evaluate:
       return benchmark
     return dataclasses.replace(benchmark, examples=benchmark.examples[:self.limit])
 
-  def describe(self, protocol, data) -> dict[str, Any]:
+  def describe(self, model, protocol, data) -> dict[str, Any]:
     if protocol.kind == 'store':
-      return {'split': protocol.split, 'sha256': data.sha256, 'source': str(data.path), 'limit': None}
+      from gpt2_jax.evaluation import corpora
+      tokens, masked = corpora.training_rows(model)
+      return {'split': protocol.split, 'sha256': data.sha256, 'source': str(data.path), 'limit': None,
+              'rows': {'tokens': tokens, 'document_mask': masked}}
     return {'split': data.split, 'sha256': data.sha256, 'source': data.source,
             'examples': len(data.examples), 'limit': self.limit}
 

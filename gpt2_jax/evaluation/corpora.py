@@ -5,12 +5,13 @@ import re
 import numpy as np
 
 from gpt2_jax.data.benchmarks import Benchmark
-from gpt2_jax.data.store import TokenStore
+from gpt2_jax.data.store import Split, TokenStore
 from gpt2_jax.errors import UserError
 from gpt2_jax.evaluation import detokenizers, scoring
 from gpt2_jax.evaluation.protocols import Protocol
 from gpt2_jax.evaluation.scorer import Scorer, Value, Values, per_unit, total
 from gpt2_jax.evaluation.scoring import Request
+from gpt2_jax.model import GPT2
 
 
 def count_words(text: str) -> int:
@@ -85,16 +86,40 @@ def pages(scorer: Scorer, protocol: Protocol, benchmark: Benchmark) -> Values:
           per_unit(metric, nll, size, 'bytes') for metric in protocol.metrics}
 
 
-def store(scorer: Scorer, protocol: Protocol, opened: TokenStore) -> Values:
-  """The held-out tokens in rows of the model's context, each token once, as in training."""
+def training_rows(model: GPT2) -> tuple[int, bool]:
+  """Tokens of a row, and whether documents in it are masked from each other: of a run's checkpoint as
+  the run had it; else the model's context, and no.
+  """
+  record = model.source.record if model.source is not None else None
+  rows = (record or {}).get('rows')
+  if rows is None:
+    return model.config.n_positions, False
+  return rows['tokens'], rows['document_mask']
+
+
+def held_out(model: GPT2, opened: TokenStore) -> Split:
+  """The held-out tokens of a store.
+
+  Raises:
+    UserError: there are none, or they are not the model's.
+  """
   split = opened.splits.get('val')
   if split is None or len(split) < 2:
     raise UserError(f'{opened.path} holds no held-out tokens (val): prepare it with a val_fraction.')
-  opened.check_vocabulary(scorer.model.config.vocab_size)
-  T = scorer.model.config.n_positions
+  if model.config.head != 'lm':
+    raise UserError('this model has a classification head: a store has no labels to score it by.')
+  opened.check_tokenizer(model.tokenizer, 'the model', '--tokenizer')
+  opened.check_vocabulary(model.config.vocab_size)
+  return split
+
+
+def store(scorer: Scorer, protocol: Protocol, opened: TokenStore) -> Values:
+  """The held-out tokens in rows, each token once, as training has them."""
+  split = held_out(scorer.model, opened)
+  T, masked = training_rows(scorer.model)
   requests = scoring.rolling(split.read(0, len(split)), window=T, stride=T)
   # training's rows begin anew: the overlap of the last one is not used
-  requests = [Request(r.context[-1:], r.target) for r in requests]
+  requests = [Request(r.context[-1:], r.target, opened.eot if masked else None) for r in requests]
   nll, n = total(scorer.score(requests, protocol.name)), sum(len(r.target) for r in requests)
   return {'loss': Value(nll / n, None, n, 'tokens'),
           'token_ppl': per_unit('token_ppl', nll, n, 'tokens')}

@@ -30,6 +30,7 @@ def about(model: GPT2, checkpoint: str, fingerprint: str) -> dict[str, Any]:
   packages = ('gpt2_jax', 'jax', 'jaxlib', 'flax', 'numpy')
   return {
       'version': VERSION, 'checkpoint': checkpoint, 'sha256': fingerprint, 'parameters': n,
+      'tokenizer': None if model.tokenizer is None else model.tokenizer.sha256,
       'size': published.SIZES.get(n), 'dtype': model.config.dtype,
       'parameters_dtype': ' '.join(sorted(dtypes)), 'form': model.config.form, 'backend': backend,
       'devices': f'{len(devices)} x {devices[0].device_kind}', 'python': platform.python_version(),
@@ -41,7 +42,7 @@ def entry(protocol: Protocol, scorer: Scorer, data: dict[str, Any], values: Valu
   """A protocol's result. `data` says of what: its split, sha256 and source."""
   said = dataclasses.asdict(protocol)
   stride = protocol.stride and min(protocol.stride, scorer.window)
-  window = scorer.model.config.n_positions if protocol.kind == 'store' else scorer.window
+  window = data['rows']['tokens'] if protocol.kind == 'store' else scorer.window
   metrics = {name: dataclasses.asdict(values[name]) for name in protocol.metrics}
   for name, metric in metrics.items():
     metric['published'] = [dataclasses.asdict(row) for row in published.beside(protocol.name, name)]
@@ -63,6 +64,10 @@ def rows(result: dict[str, Any], size: str | None) -> str:
            f'sha256 {data["sha256"][:16]}']
   if protocol['stride']:
     lines[0] += f', window {protocol["window"]}, stride {protocol["stride"]}'
+  if 'rows' in data:
+    rows = data['rows']
+    alone = ', each document alone' * rows['document_mask']
+    lines[0] += f', rows of {rows["tokens"]:,} tokens{alone}'
   if data['limit']:
     lines[0] += f', the first {data["limit"]} examples only'
   for name, metric in result['metrics'].items():

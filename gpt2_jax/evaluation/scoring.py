@@ -36,10 +36,12 @@ class Request:
     context: ids before the target, at least one: who asks decides what a text begins with. What
       doesn't fit the model's window is cut on the left.
     target: ids to score, at most n_positions.
+    document_start: an id that begins a document; then a token sees its own document alone.
   """
 
   context: Sequence[int] | np.ndarray
   target: Sequence[int] | np.ndarray
+  document_start: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,8 +119,8 @@ def score(
   """
   check(model.config, requests)
   keys = [] if kept is None else [
-      kept.key('score', np.asarray(r.context)[-model.config.n_positions:], r.target)
-      for r in requests]
+      kept.key('score', np.asarray(r.context)[-model.config.n_positions:], r.target,
+               *([] if r.document_start is None else [[r.document_start]])) for r in requests]
   found = {i: _thawed(value) for i, key in enumerate(keys)
            if kept is not None and (value := kept.get(key)) is not None}
   params = sharding.whole_rows(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
@@ -144,12 +146,15 @@ def _thawed(value: list[str]) -> Scored:
   return Scored(logprobs, bits.astype(bool))
 
 
-def _shape(config: GPTConfig, request: Request) -> tuple[int, int]:
-  """(T, K): positions, and targets, that the program for a request has room for."""
+def _shape(config: GPTConfig, request: Request) -> tuple[int, int, int]:
+  """(T, K, start): positions, and targets, that the program for a request has room for, and the id
+  that begins a document, -1 for none.
+  """
   n = len(request.target)
   T = batching.bucket(
       min(len(request.context) + n - 1, config.n_positions), config.n_positions)
-  return T, next((few for few in FEW if n <= few < T), T)
+  start = -1 if request.document_start is None else request.document_start
+  return T, next((few for few in FEW if n <= few < T), T), start
 
 
 def _rows(T: int) -> int:
@@ -160,15 +165,15 @@ def _rows(T: int) -> int:
 def _run(config: GPTConfig, params: Params, requests: Sequence[Request], todo: list[int]
          ) -> Iterator[tuple[list[int], list[Scored]]]:
   """Numbers of requests, a batch at a time, and their results; the longest first."""
-  by_shape: dict[tuple[int, int], list[int]] = {}
+  by_shape: dict[tuple[int, int, int], list[int]] = {}
   for i in todo:
     by_shape.setdefault(_shape(config, requests[i]), []).append(i)
   running = None  # the host collects a batch while the next one is computed
-  for (T, K), numbers in sorted(by_shape.items(), reverse=True):
+  for (T, K, start), numbers in sorted(by_shape.items(), reverse=True):
     for first in range(0, len(numbers), B := _rows(T)):
       batch = numbers[first:first + B]
       arrays = map(batching.place, _arrays([requests[i] for i in batch], B, T, K))
-      started = batch, _score(config, params, *arrays, K=K)
+      started = batch, _score(config, params, *arrays, K=K, start=start)
       if running:
         yield _collect(requests, *running)
       running = started
@@ -189,11 +194,12 @@ def _arrays(batch: list[Request], B: int, T: int, K: int) -> tuple[np.ndarray, .
   return tokens_BT, starts_B, targets_BK
 
 
-@functools.partial(jax.jit, static_argnames=('config', 'K'))
-def _score(config: GPTConfig, params: Params, tokens_BT, starts_B, targets_BK, *, K: int):
+@functools.partial(jax.jit, static_argnames=('config', 'K', 'start'))
+def _score(config: GPTConfig, params: Params, tokens_BT, starts_B, targets_BK, *, K: int, start: int):
   """Log-probabilities of K targets a row and whether each is the likeliest, [B, K]."""
   model = bind(config, params)
-  x_BTD = model.transformer(tokens_BT).x_BTD
+  documents_BT = None if start < 0 else jnp.cumsum(tokens_BT == start, axis=1, dtype=jnp.int32)
+  x_BTD = model.transformer(tokens_BT, documents_BT=documents_BT).x_BTD
   B, T = tokens_BT.shape
 
   room = LOGITS[sharding.platform()] * batching.split() // (B * config.padded_vocab_size)

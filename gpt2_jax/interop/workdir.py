@@ -98,6 +98,12 @@ def open_source(path: Path, opening: Opening = PLAIN) -> Source:
   meta = checkpoint.read_meta(path, asked)
   where = str(path) if asked is None else f'{path}@{asked}'
   config, known = GPTConfig(**meta['model']), record(path, meta['step'])
+  asked_of = known.get('config', {})  # empty where the run's record is damaged
+  known['rows'] = rows = meta.get('rows') or _rows(asked_of, config)
+  if asked_of.get('init_from') is None and rows['tokens'] < config.n_positions:
+    print(f'{path}: its rows of {rows["tokens"]:,} tokens train as many of its '
+          f'{config.n_positions:,} positions: what it makes of longer texts is not to be trusted',
+          file=sys.stderr)
 
   def load(wanted: GPTConfig) -> Params | None:
     same = (wanted.padded_vocab_size, wanted.lora) == (config.padded_vocab_size, config.lora)
@@ -110,7 +116,7 @@ def open_source(path: Path, opening: Opening = PLAIN) -> Source:
 
   return Source(config, lambda name: held().read(name), 'float32', where, load=load,
                 tokenizer=_tokenizer(path, meta), keys=keys(path), record=known,
-                base=known.get('config', {}).get('init_from'))
+                base=asked_of.get('init_from'))
 
 
 def _tokenizer(path: Path, meta: dict) -> tokenizer.Tokenizer:
@@ -120,6 +126,13 @@ def _tokenizer(path: Path, meta: dict) -> tokenizer.Tokenizer:
     raise UserError(f'{path / "tokenizer"} is not the tokenizer that the run was trained with: its '
                     'files were changed or damaged. Start the run again: it writes them anew.')
   return found
+
+
+def _rows(config: dict[str, Any], model: GPTConfig) -> dict[str, Any]:
+  """The rows of a run whose checkpoints don't say, by its config."""
+  data = config.get('data', {})
+  return {'tokens': data.get('sequence_length') or model.n_positions,
+          'document_mask': data.get('document_mask', False)}
 
 
 def keys(path: Path) -> dict[str, Any]:
@@ -135,7 +148,8 @@ def record(path: Path, step: int) -> dict[str, Any]:
   """What a run has left about itself, for a model card.
 
   Keys: step, config, env (of the last start), data (corpus, tokens, sha256, licence) and losses: the
-  lines of metrics.jsonl with a held-out loss, at most 20 of them, and the last line.
+  lines of metrics.jsonl with a held-out loss, at most 20 of them, and the last line. `open_source`
+  adds rows: tokens of each, and document_mask.
   """
   try:
     config = read_json(path / 'config.json', {'optim': dict, 'train': dict})

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from gpt2_jax import tokenizer
-from gpt2_jax.checkpoint import Checkpoints, difference
+from gpt2_jax.checkpoint import Checkpoints, difference, held_positions
 from gpt2_jax.config import Config
 from gpt2_jax.data import labelled, prepare, store, verify
 from gpt2_jax.data import loader as loader_lib
@@ -48,7 +48,12 @@ def open_data(plan: Plan) -> Any:
   if plan.model.head != 'lm':
     return labelled.open_labelled(data, tokenizer.load(plan.tokenizer), plan.T)
   if data.corpus.startswith('bin:'):
-    return store.open_store(data.corpus.removeprefix('bin:'))
+    opened = store.open_store(data.corpus.removeprefix('bin:'))
+    named = data.tokenizer is not None or plan.source is not None
+    if named and tokenizer.trained_size(plan.tokenizer) is None:
+      whose = 'data.tokenizer' if data.tokenizer is not None else str(plan.config.init_from)
+      opened.check_tokenizer(tokenizer.load(plan.tokenizer), whose, '--config.data.tokenizer')
+    return opened
   settings = prepare.Settings(data.corpus, plan.tokenizer, data.val_fraction, data.split_seed,
                               data.split, data.text_field)
   folder = data.store or local(data.directory) / prepare.store_name(settings)
@@ -73,19 +78,21 @@ def evaluate(eval_step, params, split: Any, plan: Plan, stop: StopSignal) -> dic
   return means | ({'eval/accuracy': float(right[0] / count)} if right else {})
 
 
-def train(config: Config, workdir: str | Path, began: float | None = None) -> int:
+def train(config: Config, workdir: str | Path, began: float | None = None,
+          held: int | None = None) -> int:
   """Runs, or continues, the training that a config describes. Returns an exit status.
 
   Args:
     config: with every knob of configs/base.py.
     workdir: of the run.
     began: when the program was started, by `time.monotonic`; default: now.
+    held: positions that the model is to have, as `make_plan` takes them; default: the workdir's.
 
   Raises:
     UserError: for everything that the user can mend.
   """
   clock = goodput.Clock(began)
-  plan = make_plan(config)
+  plan = make_plan(config, held=held_positions(workdir) if held is None else held)
   with holding.held(workdir):
     return _train(plan, Path(workdir), clock)
 
@@ -101,7 +108,7 @@ def _train(plan: Plan, workdir: Path, clock: goodput.Clock) -> int:
   if why := compiling.keep_compiled(workdir):
     say(why)
 
-  # --- Data: a token store, and batch = f(seed, step) ------------------------------------------
+  # --- Data: a token store, and batch = f(seed, rows seen) --------------------------------------
   data = open_data(plan)
   data.check_vocabulary(plan.model.vocab_size)
   content = verify.Background(data, jax.process_index(), jax.process_count())
@@ -128,6 +135,11 @@ def _train(plan: Plan, workdir: Path, clock: goodput.Clock) -> int:
       for line in record_lib.set_aside(workdir) + [metrics.flaws(workdir, start)] * bool(start):
         say(line) if line else None
     lines, held_out = metrics.read(workdir), len(val_split) > 1
+    if start:
+      seen = checkpoints.meta(start).get('tokens')
+      plan = plan.going_on(
+          start, metrics.tokens_seen(lines, start, tokens_a_step) if seen is None else seen)
+      loader.go_on(start, plan.tokens(start) // plan.T)
     due = lambda step, section: step % section.every == 0 or step == steps
     # whether the last start was stopped within an evaluation
     cut = held_out and due(start, config.evaluate) and any(
@@ -161,7 +173,8 @@ def _train(plan: Plan, workdir: Path, clock: goodput.Clock) -> int:
           state = abstract.restored(start, spikes.restored(
               lambda items: checkpoints.restore(start, items), checkpoints.meta(start)['tree'],
               abstract.items()))
-        say(f'resumed from step {start:,} of {steps:,}')
+        say(f'resumed from step {start:,} of {steps:,}, {plan.tokens(start):,} tokens seen' +
+            f' of {plan.tokens(steps):,}' * (plan.offset != 0))
       else:
         state = plan.init_state(plan.load_source() if plan.source else None)
     writer = metrics.MetricsWriter(
@@ -189,6 +202,8 @@ def _train(plan: Plan, workdir: Path, clock: goodput.Clock) -> int:
         writer.sync()
         checkpoints.save(step, state.items(), {
             'identity': identity, 'best': patience.best, 'model': dataclasses.asdict(plan.model),
+            'tokens': plan.tokens(step),
+            'rows': {'tokens': plan.T, 'document_mask': config.data.document_mask},
             'data': {'sha256': data.sha256, 'tokenizer': data.manifest['tokenizer']}},
             patience.losses)
 
@@ -263,7 +278,8 @@ def _train(plan: Plan, workdir: Path, clock: goodput.Clock) -> int:
       text = sample.text
     if jax.process_index() == 0:
       totals = clock.totals()
-      report.plot_losses(workdir, f'{workdir.name}: {tokens_a_step:,} tokens a step', totals)
+      report.plot_losses(workdir, f'{workdir.name}: {tokens_a_step:,} tokens a step' +
+                         ', at the end' * (plan.offset != 0), totals)
       say(report.summary(workdir, prompt, text, totals))
     checkpoints.close()
     if jax.process_index() == 0:

@@ -6,7 +6,7 @@ is not finite:
     train/loss            mean nll of the step's batch, in nats, before its update
     train/grad_norm       before clipping; train/update_norm, train/param_norm after
     train/learning_rate   of the step
-    train/tokens          tokens seen so far
+    train/tokens          tokens seen so far, over all starts, whatever the batches they came in
     train/skipped         1 where the step was a spike and not taken, else 0; only with
                           optim.skip_zscore, as is train/grad_norm_zscore: how far the norm's
                           logarithm lay above its running mean, in standard deviations
@@ -106,6 +106,23 @@ def flaws(workdir: Path, step: int) -> str:
     if found:
       said.append(f'{workdir / name}: {"; ".join(found)}')
   return '. '.join(said) + '. The run goes on.' if said else ''
+
+
+def tokens_seen(lines: list[dict], step: int, a_step: int) -> int:
+  """Tokens that a run had seen at a step, by a record of an early version: it took all steps for
+  such of the batch that it had just then.
+
+  Args:
+    lines: of the record.
+    step: number of updates done.
+    a_step: tokens of a step where no line tells.
+  """
+  seen, last = 0, 0
+  for line in lines:
+    if last < line['step'] <= step and 'train/tokens' in line:
+      a_step = line['train/tokens'] // line['step']
+      seen, last = seen + (line['step'] - last) * a_step, line['step']
+  return seen + (step - last) * a_step
 
 
 def plain(line: dict) -> dict:

@@ -1,5 +1,7 @@
 """AdamW, its learning-rate schedules, and which parameters decay."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -12,16 +14,41 @@ from gpt2_jax.training.spikes import skip_spikes
 SCHEDULES = ('cosine', 'linear', 'wsd', 'constant')
 
 
-def make_schedule(optim: Config, steps: int) -> optax.Schedule:
+def make_schedule(optim: Config, steps: int, a_step: int = 1, offset: int = 0) -> optax.Schedule:
   """Step (from 0) -> learning rate: a linear warm-up to `peak_lr`, then one of
 
   - cosine, linear: down to `end_lr_fraction` of the peak at `decay_steps` (default: `steps`);
   - wsd: constant, then linear over the last `wsd_decay_fraction` of the steps (warm-up, stable,
     decay; Hu et al. 2024, arXiv:2404.06395);
   - constant.
+
+  With `warmup_tokens` or `decay_tokens` it is a function of the tokens seen, whatever the batches
+  that they came in; what is said in steps then stands where these are with today's batch.
+
+  Args:
+    optim: that section of the config.
+    steps: of the run.
+    a_step: tokens of a step.
+    offset: tokens seen at a step, less those of so many steps: not 0 where the batch was another.
   """
-  peak, end, warmup = optim.peak_lr, optim.peak_lr * optim.end_lr_fraction, optim.warmup_steps
-  last = steps if optim.decay_steps is None else optim.decay_steps
+  warmup, last = optim.warmup_steps, steps if optim.decay_steps is None else optim.decay_steps
+  if optim.warmup_tokens is None and optim.decay_tokens is None:
+    return _schedule(optim, warmup, last)
+  if optim.decay_tokens is not None and optim.decay_steps is not None:
+    raise UserError('optim.decay_steps and optim.decay_tokens both say where the decay ends: leave '
+                    'one of them unset.')
+  if (least := min(optim.warmup_tokens or 0, optim.decay_tokens or 0)) < 0:
+    raise UserError(f'optim.warmup_tokens and decay_tokens must not be negative, as {least} is.')
+  shift = offset / a_step  # steps of today's batch that there were beside those counted
+  in_steps = lambda tokens, step: step + shift if tokens is None else tokens / a_step
+  schedule = _schedule(
+      optim, in_steps(optim.warmup_tokens, warmup), in_steps(optim.decay_tokens, last))
+  return lambda step: schedule(step + shift)
+
+
+def _schedule(optim: Config, warmup: Any, last: Any) -> optax.Schedule:
+  """As `make_schedule`; the warm-up and the decay end at these steps, numbers that may be broken."""
+  peak, end = optim.peak_lr, optim.peak_lr * optim.end_lr_fraction
   if optim.schedule not in SCHEDULES:
     raise UserError(f'optim.schedule = {optim.schedule!r} is not one of {SCHEDULES}.')
   rest = max(1, last - warmup)
@@ -34,7 +61,7 @@ def make_schedule(optim: Config, steps: int) -> optax.Schedule:
     after = optax.linear_schedule(peak, end, decay, transition_begin=max(0, rest - decay))
   else:
     after = optax.constant_schedule(peak)
-  if not warmup:
+  if warmup < 1:
     return after
   # the first update already moves: step 0 has peak / warmup
   return optax.join_schedules(

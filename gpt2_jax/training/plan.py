@@ -23,9 +23,8 @@ from gpt2_jax.interop.opening import Opening
 from gpt2_jax.interop.tensors import Source, load_params
 from gpt2_jax.model import Params
 from gpt2_jax.pretrained import open_source
-from gpt2_jax.training import compiling, fit, memory
+from gpt2_jax.training import compiling, fit, memory, positions
 from gpt2_jax.training.optimizer import make_optimizer, make_schedule
-from gpt2_jax.training.positions import stretched
 from gpt2_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
 
 # Fields of the model that may change between two starts of a run: they don't change what it is.
@@ -47,6 +46,21 @@ class Plan:
   eval_rows: int  # rows of an evaluation batch
   tx: optax.GradientTransformation
   schedule: optax.Schedule
+  offset: int = 0  # tokens seen at a step, less those of so many steps of this batch
+
+  def tokens(self, step: int) -> int:
+    """Tokens seen when so many updates are done, over all starts of the run."""
+    return self.offset + step * self.G * self.T
+
+  def going_on(self, step: int, tokens: int) -> 'Plan':
+    """The plan of a run that goes on behind a step at which it had seen so many tokens."""
+    offset = tokens - step * self.G * self.T
+    if offset == self.offset:
+      return self
+    optim, a_step = self.config.optim, self.G * self.T
+    schedule = make_schedule(optim, self.config.train.steps, a_step, offset)
+    tx = make_optimizer(optim, schedule, self.model.width_ratio)
+    return dataclasses.replace(self, offset=offset, schedule=schedule, tx=tx)
 
   @property
   def batch_sharding(self) -> NamedSharding:
@@ -64,7 +78,8 @@ class Plan:
     kept = self.model.head == source.config.head
     config = dataclasses.replace(source.config, vocab_multiple=self.model.vocab_multiple)
     params = load_params(dataclasses.replace(source, config=config))
-    params = stretched(self.model, params, self.config.init_positions, self.config.train.seed)
+    how, seed = self.config.init_positions, self.config.train.seed
+    params = positions.stretched(self.model, params, how, seed)
     return params if kept else {k: v for k, v in params.items() if k in ('wte', 'wpe', 'h', 'ln_f')}
 
   def abstract_state(self) -> TrainState:
@@ -104,6 +119,14 @@ class Plan:
       name, reason = kernels.choose(self.model, self.T, drops=True)
     return f'{name} ({reason})' if reason else name
 
+  def _other_tokenizer(self) -> bool:
+    """Whether the config names another tokenizer than that of the source."""
+    own = self.source and self.source.tokenizer
+    if own is None or self.config.data.tokenizer is None:
+      return False
+    return (tokenizer.trained_size(self.tokenizer) is not None
+            or tokenizer.load(self.tokenizer).sha256 != own.sha256)
+
   def describe(self) -> str:
     """Some lines for a reader."""
     c, shape = self.model, 'x'.join(f'{name}={size}' for name, size in self.mesh.shape.items())
@@ -113,6 +136,12 @@ class Plan:
     if self.source is not None:
       whole, part = num_params(c), num_trained(c)
       tuned = [f'from     {self.source.where}: {part:,} parameters are trained ({part / whole:.2%})']
+      if self._other_tokenizer():
+        tuned.append(f'         its ids stand for other texts: data.tokenizer = {self.tokenizer} is '
+                     'not the tokenizer that it was trained with')
+    asked, given = self.config.model.n_positions, self.source and self.source.config.n_positions
+    if context := positions.note(asked, self.T, given, c.n_positions):
+      tuned.append(f'context  {context}')
     return '\n'.join([
         f'model    {num_params(c):,} parameters: {c.n_layer} layers, width {c.n_embd}, '
         f'{c.n_head} heads, vocabulary {c.vocab_size:,} (inside {c.padded_vocab_size:,})',
@@ -181,8 +210,9 @@ def _tokenizer(config: Config, source: Source | None) -> str:
   return str(folder)
 
 
-def _model(config: Config, source: Source | None, spec: str, platform: str) -> GPTConfig:
-  fields = dict(config.model)
+def _model(config: Config, source: Source | None, spec: str, platform: str,
+           held: int | None) -> GPTConfig:
+  fields, rows = dict(config.model), config.data.sequence_length
   if fields['dtype'] == 'auto':
     fields['dtype'] = 'float32' if platform == 'cpu' else 'bfloat16'
   lora = dict(config.lora)
@@ -196,12 +226,15 @@ def _model(config: Config, source: Source | None, spec: str, platform: str) -> G
       raise UserError('lora.r trains adapters of a model that is there: say which, in init_from.')
     if fields['vocab_size'] is None:
       fields['vocab_size'] = tokenizer.vocab_size(spec)
+    fields['n_positions'] = positions.context(fields['n_positions'], rows, None, held)
     return GPTConfig(**fields)
   free = [*FREE, 'vocab_multiple', 'head', 'lora', 'num_labels']  # what a run may choose anew
   other = {k: v for k, v in fields.items()
            if k not in free and v is not None and v != getattr(source.config, k)}
   if other.keys() == {'n_positions'} and other['n_positions'] > source.config.n_positions:
-    free.append('n_positions')  # a longer context: see `stretched`
+    free.append('n_positions')  # a longer context: see `positions.stretched`
+    fields['n_positions'] = positions.context(
+        other['n_positions'], rows, source.config.n_positions, held)
   elif other:
     raise UserError(f'the config says model = {other}, but init_from = {config.init_from} is of '
                     'another shape: use configs/finetune.py, which takes its sizes from there.')
@@ -209,8 +242,11 @@ def _model(config: Config, source: Source | None, spec: str, platform: str) -> G
   return dataclasses.replace(source.config, **fields)
 
 
-def make_model(config: Config, devices=None) -> tuple[Source | None, str, GPTConfig, Mesh]:
+def make_model(config: Config, devices=None, held: int | None = None
+               ) -> tuple[Source | None, str, GPTConfig, Mesh]:
   """What a config begins with, its tokenizer's spec, its model and its mesh.
+
+  Arguments are those of `make_plan`.
 
   Raises:
     UserError: they don't go together.
@@ -219,18 +255,19 @@ def make_model(config: Config, devices=None) -> tuple[Source | None, str, GPTCon
   source = open_source(config.init_from, opening) if config.init_from else None
   spec = _tokenizer(config, source)
   devices = list(jax.devices() if devices is None else devices)
-  model = _model(config, source, spec, devices[0].platform)
+  model = _model(config, source, spec, devices[0].platform, held)
   mesh = fit.choose_mesh(config.mesh, model, devices)
   sharding.check_divisible(mesh, model.divisible())
   return source, spec, model, mesh
 
 
-def make_plan(config: Config, devices=None) -> Plan:
+def make_plan(config: Config, devices=None, held: int | None = None) -> Plan:
   """Checks a config against the devices and derives the rest.
 
   Args:
     config: of the run.
     devices: default: all. They needn't be there: those of a topology are only described.
+    held: positions of the run that goes on, see `positions.context`; None: it begins.
 
   Raises:
     UserError: the config contradicts itself or doesn't fit the devices.
@@ -238,7 +275,7 @@ def make_plan(config: Config, devices=None) -> Plan:
   check_places(config)
   if config.deterministic:
     determinism.check()
-  source, spec, model, mesh = make_model(config, devices)
+  source, spec, model, mesh = make_model(config, devices, held)
   T = model.n_positions if config.data.sequence_length is None else config.data.sequence_length
   if not 1 <= T <= model.n_positions:
     raise UserError(f'data.sequence_length = {T} is longer than the model\'s context '
@@ -266,7 +303,7 @@ def make_plan(config: Config, devices=None) -> Plan:
   elif eval_rows % split:
     raise UserError(f'evaluate.batch_rows = {eval_rows} must be a multiple of mesh.data·mesh.fsdp '
                     f'= {split}.')
-  schedule = make_schedule(config.optim, config.train.steps)
+  schedule = make_schedule(config.optim, config.train.steps, G * T)
   every, patience = config.evaluate.every, config.evaluate.patience
   if (patience or keep.keep_best) and every % keep.every:
     cause = (f'evaluate.patience = {patience} offers' if patience else

@@ -1,4 +1,4 @@
-"""A model with more positions than the one it begins with."""
+"""How many positions a model has, and where it has more than the one that it begins with."""
 
 from typing import Any
 
@@ -11,6 +11,39 @@ from gpt2_jax.model import Params, make_params
 from gpt2_jax.sharding import RULES, reshard
 
 WAYS = ('interpolate', 'extend')
+
+
+def context(asked: int, rows: int | None, given: int | None, held: int | None) -> int:
+  """The number of positions of a model: none that nothing trains, as far as the config allows.
+
+  Args:
+    asked: model.n_positions, or those of where the parameters are from.
+    rows: tokens of a row (data.sequence_length); None: as many as there are positions.
+    given: positions where the parameters are from; None: they begin at random.
+    held: those of the run that goes on, which stays the model that it is; None: a run begins.
+  """
+  if rows is None or not 1 <= rows <= asked:  # the latter is refused: `make_plan`
+    return asked
+  if held is not None and rows <= held <= asked:
+    return held
+  return max(rows, given or 0)
+
+
+def note(asked: int | None, rows: int, given: int | None, have: int) -> str:
+  """What is to be said of a model's context; '' where all is as the config says.
+
+  Args:
+    asked, rows, given: as of `context`; asked is None where the config leaves it open.
+    have: what it gave.
+  """
+  if asked is not None and have < asked:
+    of = 'of its rows' if have == rows else 'of its rows, or the longer one it begins with,'
+    return (f'{have:,} positions, the context {of} (data.sequence_length = {rows}): nothing would '
+            f'train the other {asked - have:,} of model.n_positions = {asked}')
+  if rows < have and have > (given or 0):
+    return (f'{have:,} positions, as the run that goes on has: its rows of {rows:,} tokens train the '
+            f'first {rows:,} alone, and what it makes of longer texts is not to be trusted')
+  return ''
 
 
 def stretched(config: GPTConfig, params: Params, how: str, seed: int) -> Params:

@@ -51,7 +51,7 @@ def environment(plan: Plan, data: Any) -> dict:
       'versions': versions(), 'git_commit': commit(), 'processes': jax.process_count(),
       'processor': hardware.processor(),
       'devices': f'{plan.mesh.size} x {plan.mesh.devices.flat[0].device_kind}',
-      'mesh': dict(plan.mesh.shape), 'micro_batches': plan.A,
+      'mesh': dict(plan.mesh.shape), 'micro_batches': plan.A, 'rows': plan.G, 'row_tokens': plan.T,
       'data': {'corpus': plan.config.data.corpus, 'tokens': len(data.splits['train']),
                'sha256': data.sha256, 'licence': data.manifest['source']['licence']},
       'determinism': determinism.describe() if plan.config.deterministic else {},

@@ -28,7 +28,7 @@ class Recorder:
     """
     self.clock, self.workdir, self.loader = clock, workdir, loader
     self.checkpoints, self.say = checkpoints, say
-    self.tokens = plan.G * plan.T
+    self.plan, self.tokens = plan, plan.G * plan.T
     self.flops = self.tokens * flops_per_token(plan.model, plan.T)
     peak = peak_flops(plan.mesh.devices.flat[0].device_kind)
     self.peak = peak and peak * plan.mesh.size
@@ -53,7 +53,7 @@ class Recorder:
       compared, slow = self.stragglers.add(step, host, seconds)
     if slow:
       self.say(f'step {step:,}: {slow}')
-    values |= {'train/tokens': step * self.tokens, 'perf/step_seconds': seconds,
+    values |= {'train/tokens': self.plan.tokens(step), 'perf/step_seconds': seconds,
                'perf/tokens_per_second': self.tokens / seconds,
                'perf/flops_per_second': self.flops / seconds,
                'perf/data_wait_seconds': waited, 'perf/memory_gib': metrics.peak_memory_gib()}

@@ -17,7 +17,7 @@ import jax
 from ml_collections import ConfigDict
 
 from gpt2_jax import determinism
-from gpt2_jax.checkpoint import difference
+from gpt2_jax.checkpoint import difference, held_positions
 from gpt2_jax.config import Config
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import local, read_json
@@ -65,16 +65,18 @@ def differences(there: list[dict], here: list[dict]) -> Iterator[Difference]:
         yield Difference(step, key, x, y)
 
 
-def _restrict(config: Config, last: int, start: dict) -> None:
+def _restrict(config: Config, last: int, start: dict, positions: int | None) -> None:
   """Makes the config say what the run derived from its devices, up to its last recorded step."""
   for axis, size in start['mesh'].items():
     config.mesh[axis] = size
-  T = config.data.sequence_length or config.model.n_positions
+  T = (start.get('row_tokens') or config.data.sequence_length or positions
+       or config.model.n_positions)
   rows = config.train.global_batch_tokens // T
   split = config.mesh.data * config.mesh.fsdp
   config.train.micro_batch_rows = rows // start['micro_batches'] // split
   if last < config.train.steps:  # it was stopped: its schedule is that of all steps
-    config.optim.decay_steps = config.optim.decay_steps or config.train.steps
+    if config.optim.decay_tokens is None:
+      config.optim.decay_steps = config.optim.decay_steps or config.train.steps
     config.train.steps = last
 
 
@@ -151,14 +153,17 @@ def reproduce(workdir: str | Path, output: str | Path | None = None) -> int:
   _take_environment(start)  # before `say`, which asks the devices who is to speak
   if changed:
     say(f'what is not as it was:\n{changed}')
-  for name in ('mesh', 'micro_batches', 'git_commit', 'versions'):
-    if any(other[name] != start[name] for other in starts):
+  for name in ('mesh', 'micro_batches', 'rows', 'row_tokens', 'git_commit', 'versions'):
+    if any(other.get(name) != start.get(name) for other in starts):
       say(f'its {len(starts)} starts differ in {name}: only the last one\'s is repeated')
-  again: Config = ConfigDict({'deterministic': False} | config)  # there was no such knob once
-  _restrict(again, lines[-1]['step'], start)
+  # there were no such knobs once
+  config['optim'] = {'warmup_tokens': None, 'decay_tokens': None} | config['optim']
+  again: Config = ConfigDict({'deterministic': False} | config)
+  positions = held_positions(workdir)
+  _restrict(again, lines[-1]['step'], start, positions)
   if again.deterministic:
     determinism.require()
-  if status := train(again, output):
+  if status := train(again, output, held=positions):
     return status
   used = lambda start: f'{start["devices"]}, data {start["data"]["sha256"]}'
   if (there := used(start)) != (here := used(record.starts(output)[-1])):
