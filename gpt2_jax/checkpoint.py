@@ -31,11 +31,19 @@ FOLDER = 'checkpoints'
 VERSION = 2  # from 2 on none is without a manifest
 
 # Orbax logs a background thread's exception with its traceback, and then raises it in ours as well;
-# asyncio says of its other tasks that nobody has asked how they ended.
+# of its other tasks asyncio says that nobody has asked how they ended, or that they ended too late.
 logging.getLogger('absl').addFilter(
     lambda record: not (record.exc_info and 'orbax' in record.pathname))
 logging.getLogger('asyncio').addFilter(
     lambda record: 'exception was never retrieved' not in record.getMessage())
+
+
+def _unraisable(unraisable, *, hook=sys.unraisablehook) -> None:
+  if str(unraisable.exc_value) != 'Event loop is closed':
+    hook(unraisable)
+
+
+sys.unraisablehook = _unraisable
 
 
 def _of_step(step: int) -> str:
@@ -72,6 +80,12 @@ class _Manager(ocp.CheckpointManager):
   def reached_preemption(self, step: int) -> bool:
     """Never: `StopSignal` asks JAX, counting its questions, and one from here would upset that."""
     return False
+
+  def _load_checkpoint_infos(self, skip_metadata_read: bool = False) -> list:
+    """Steps by the names of their folders: Orbax' file in each, with nothing that is needed here, may
+    be damaged, and would then keep all others from being read.
+    """
+    return super()._load_checkpoint_infos(skip_metadata_read=True)
 
 
 class Checkpoints:

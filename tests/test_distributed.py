@@ -100,7 +100,9 @@ with jax.set_mesh(mesh):
   if i == '0':
     path = next((folder / 'checkpoints' / '3' / 'params').rglob('d/*'))
     path.write_bytes(path.read_bytes()[:-1])
-    (folder / 'checkpoints' / '2' / 'manifest.json').unlink()
+    (folder / 'checkpoints' / '2' / 'manifest.json').unlink()  # as of an older release
+    path = folder / 'checkpoints' / '2' / 'meta' / 'metadata'
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'version': 1}))
   jax.experimental.multihost_utils.sync_global_devices('damaged')
   step = checkpoints.whole_step()
   restored = checkpoints.restore(step, {'params': {'w': array}})['params']['w']

@@ -26,6 +26,7 @@ import filelock
 import numpy as np
 
 from gpt2_jax import tokenizer as tokenizers
+from gpt2_jax import verified
 from gpt2_jax.data import corpora, store
 from gpt2_jax.errors import UserError, saving
 from gpt2_jax.files import local, misfit, read_json, write_whole
@@ -216,13 +217,15 @@ def _begin(folder: Path, job: dict) -> None:
 
 
 def _finished(folder: Path, number: int, dtype: str) -> dict | None:
-  """What the finished part of this number left; None where it isn't finished, or not whole."""
+  """What a part left that an earlier try has finished; None where it isn't finished, or not whole."""
   try:
     record = read_json(folder / _part_name(number), {'train': _is_record, 'val': _is_record})
     for s in filter(None, record.values()):
       store.Shard(folder / s['file'], s['tokens'], dtype, index=folder / s['index'],
                   documents=s['documents']).check()
-  except UserError:
+      if verified.digest([folder / s['file'], folder / s['index']]) != s['sha256']:
+        return None
+  except (UserError, OSError):
     return None
   return record
 
@@ -241,14 +244,15 @@ def _prepare(settings: Settings, folder: Path, corpus: corpora.Corpus, workers: 
     write_whole(folder / 'tokenizer' / 'done', '')
   parts = _parts(corpus.pieces)
   size = lambda number: sum(piece.bytes for _, piece in parts[number])
-  finished = {n for n in range(len(parts)) if _finished(folder, n, _dtype(tokenizer)) is not None}
-  todo = [n for n in range(len(parts)) if n not in finished]
+  records = {n: record for n in range(len(parts))
+             if (record := _finished(folder, n, _dtype(tokenizer))) is not None}
+  todo = [n for n in range(len(parts)) if n not in records]
   with track(f'tokenizing {settings.corpus}', sum(map(size, range(len(parts)))), 'bytes',
-             done=sum(map(size, finished))) as advance:
+             done=sum(map(size, records))) as advance:
     if workers <= 1 or len(todo) <= 1:
       _start_worker(folder, settings, tokenizer)
       for n in todo:
-        _encode_part(n, parts[n])
+        records[n] = _encode_part(n, parts[n])
         advance(size(n))
     else:
       with concurrent.futures.ProcessPoolExecutor(
@@ -257,16 +261,12 @@ def _prepare(settings: Settings, folder: Path, corpus: corpora.Corpus, workers: 
         futures = {pool.submit(_encode_part, n, parts[n]): n for n in todo}
         try:
           for future in concurrent.futures.as_completed(futures):
-            future.result()
+            records[futures[future]] = future.result()
             advance(size(futures[future]))
         except BaseException:
           pool.shutdown(wait=False, cancel_futures=True)
           raise
-  records = [_finished(folder, n, _dtype(tokenizer)) for n in range(len(parts))]
-  if None in records:
-    raise UserError(f'{folder}: part {records.index(None)} is not as it was written: is another '
-                    'program at work in this folder? Run it again.')
-  manifest = _manifest(settings, corpus, tokenizer, records)
+  manifest = _manifest(settings, corpus, tokenizer, [records[n] for n in range(len(parts))])
   write_whole(folder / store.MANIFEST, json.dumps(manifest, indent=1))
   for name in [JOB, *(_part_name(n) for n in range(len(parts)))]:
     (folder / name).unlink()

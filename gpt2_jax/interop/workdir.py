@@ -45,8 +45,17 @@ def open_source(path: Path) -> Source:
       return source_of(config, checkpoint.load_params(path, meta), str(path))
 
   return Source(config, lambda name: held().read(name), 'float32', str(path), load=load,
-                tokenizer=tokenizer.load(path / 'tokenizer'), keys=keys(path), record=known,
+                tokenizer=_tokenizer(path, meta), keys=keys(path), record=known,
                 base=known.get('config', {}).get('init_from'))
+
+
+def _tokenizer(path: Path, meta: dict) -> tokenizer.Tokenizer:
+  """The run's tokenizer, with the hash that its checkpoint says, where it says one."""
+  found = tokenizer.load(path / 'tokenizer')
+  if found.sha256 != meta.get('data', {}).get('tokenizer', {}).get('sha256', found.sha256):
+    raise UserError(f'{path / "tokenizer"} is not the tokenizer that the run was trained with: its '
+                    'files were changed or damaged. Start the run again: it writes them anew.')
+  return found
 
 
 def keys(path: Path) -> dict[str, Any]:

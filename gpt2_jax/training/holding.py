@@ -64,6 +64,9 @@ def _take(workdir: Path) -> int:
       raise
     print(f'{workdir}: nothing can be locked there ({e.strerror}): see to it that no other run '
           'uses it', file=sys.stderr, flush=True)
+  if not os.fstat(fd).st_nlink:  # a run that came to nothing has just removed it
+    os.close(fd)
+    return _take(workdir)
   said = {'host': socket.gethostname(), 'pid': os.getpid(),
           'since': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}
   with saving('the workdir', workdir / FILE):
@@ -71,6 +74,16 @@ def _take(workdir: Path) -> int:
     os.pwrite(fd, (json.dumps(said) + '\n').encode(), 0)
   _held.add(fd)
   return fd
+
+
+def _leave(workdir: Path, fd: int) -> None:
+  """Lets go of a workdir; one in which nothing but the lock is left is as if it had never been."""
+  if os.listdir(workdir) == [FILE]:
+    with contextlib.suppress(OSError):
+      (workdir / FILE).unlink()
+      workdir.rmdir()
+  _held.remove(fd)
+  os.close(fd)
 
 
 @contextlib.contextmanager
@@ -99,5 +112,4 @@ def held(workdir: str | os.PathLike) -> Iterator[None]:
     yield
   finally:
     if fd is not None and fd in _held:
-      _held.remove(fd)
-      os.close(fd)
+      _leave(workdir, fd)

@@ -1,5 +1,6 @@
 """Training, from a config to a trained model: read `train` from top to bottom."""
 
+import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -114,7 +115,7 @@ def _train(plan: Plan, workdir: Path, clock: goodput.Clock) -> int:
     say(f'         labels {", ".join(data.labels[:12])}' + ', …' * (len(data.labels) > 12) +
         f'; {data.cut:,} texts are cut to {plan.T} tokens' * bool(data.cut))
 
-  with StopSignal() as stop, jax.set_mesh(plan.mesh):
+  with StopSignal() as stop, jax.set_mesh(plan.mesh), contextlib.ExitStack() as at_end:
     # --- Workdir: new, or that of the same run --------------------------------------------------
     distributed.check_shared(workdir)
     keep = config.checkpoint
@@ -165,6 +166,7 @@ def _train(plan: Plan, workdir: Path, clock: goodput.Clock) -> int:
         state = plan.init_state(plan.load_source() if plan.source else None)
     writer = metrics.MetricsWriter(
         workdir, start, config.log.tensorboard, config.deterministic)
+    at_end.callback(writer.close)
     in_use = lambda: state.params if state.ema is None else state.ema
 
     def evaluation(step: int) -> dict:
