@@ -119,6 +119,13 @@ def open_source(path: Path, opening: Opening = PLAIN) -> Source:
                 base=asked_of.get('init_from'))
 
 
+def _rows(config: dict[str, Any], model: GPTConfig) -> dict[str, Any]:
+  """The rows of a run whose checkpoints don't say, by its config."""
+  data = config.get('data', {})
+  return {'tokens': data.get('sequence_length') or model.n_positions,
+          'document_mask': data.get('document_mask', False)}
+
+
 def _tokenizer(path: Path, meta: dict) -> tokenizer.Tokenizer:
   """The run's tokenizer, with the hash that its checkpoint says, where it says one."""
   found = tokenizer.load(path / 'tokenizer')
@@ -126,13 +133,6 @@ def _tokenizer(path: Path, meta: dict) -> tokenizer.Tokenizer:
     raise UserError(f'{path / "tokenizer"} is not the tokenizer that the run was trained with: its '
                     'files were changed or damaged. Start the run again: it writes them anew.')
   return found
-
-
-def _rows(config: dict[str, Any], model: GPTConfig) -> dict[str, Any]:
-  """The rows of a run whose checkpoints don't say, by its config."""
-  data = config.get('data', {})
-  return {'tokens': data.get('sequence_length') or model.n_positions,
-          'document_mask': data.get('document_mask', False)}
 
 
 def keys(path: Path) -> dict[str, Any]:

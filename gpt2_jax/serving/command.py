@@ -4,7 +4,6 @@ import dataclasses
 import math
 import os
 import re
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
