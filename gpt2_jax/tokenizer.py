@@ -9,10 +9,10 @@ A tokenizer is named by a spec:
 - `byte`: 256 bytes and `<|endoftext|>`.
 - a folder with Hugging Face's files (`tokenizer_files` says which), with ids in any order.
 
-Ordinary added tokens (`add_tokens(['COVID-19'])`) are found in every text, as Hugging Face's tokenizers
-find them. The text of a special one (`<|endoftext|>`, `<|pad|>`, ...) inside a text is text, not the
-token, unless `allow_special` says otherwise: a document can't end itself. Hugging Face's own find these,
-too, always. No token is ever put around a text, whatever `add_bos_token` says.
+Ordinary added tokens (`add_tokens(['COVID-19'])`) are found in every text, as Hugging Face's own
+tokenizers find them. The text of a special one (`<|endoftext|>`, `<|pad|>`, ...) inside a text is
+text, not the token, unless `allow_special` says otherwise: a document can't end itself. Hugging
+Face's find these, too. No token is ever put around a text, whatever `add_bos_token` says.
 
 Encoding is tiktoken's, wherever that gives the ids of the merges, and tokenizers' where it doesn't.
 """

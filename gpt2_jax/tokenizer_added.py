@@ -2,12 +2,11 @@
 
 The leftmost one is taken, of those that begin there the longest; the search goes on behind it. Tokens
 that are not `normalized` are looked for first, the others in what is left between them. (Source:
-tokenizers/src/tokenizer/added_vocabulary.rs.) That package would do it at the speed of the BPE itself;
-one regular expression takes a fiftieth of it.
+tokenizers/src/tokenizer/added_vocabulary.rs.) That package would take as long for it as for the BPE;
+one regular expression takes a thirtieth of that.
 """
 
 import itertools
-import os.path
 import re
 from collections.abc import Sequence
 
@@ -31,7 +30,8 @@ def _pattern(words: list[str], depth: int) -> str:
   """`words`: different ones, sorted."""
   if depth == DEPTH:
     return f'(?:{"|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))})'
-  n = len(os.path.commonprefix([words[0], words[-1]]))
+  ends = words[0], words[-1]  # what these begin with alike, all do
+  n = next((i for i, (a, b) in enumerate(zip(*ends)) if a != b), min(map(len, ends)))
   begin, rest = re.escape(words[0][:n]), [word[n:] for word in words]
   if len(rest) == 1:
     return begin
@@ -79,8 +79,8 @@ class Finder:
       token, (start, stop) = self._added[match[0]], match.span()
       if token.special and not special:
         continue
-      if token.single_word and (start > low and WORD.match(text[start - 1])
-                                or stop < high and WORD.match(text[stop])):
+      around = text[max(low, start - 1):start] + text[stop:min(high, stop + 1)]
+      if token.single_word and WORD.search(around):
         continue
       if token.lstrip:
         start = max(start, done)  # an earlier one may have taken it as a blank: then there is none

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from gpt2_jax import seeds
 from gpt2_jax import sharding as sharding_lib
 from gpt2_jax.data import store
 from gpt2_jax.errors import UserError
@@ -40,7 +41,8 @@ class TrainLoader:
     if self.windows < 1:
       raise UserError(f'the split {split.name!r} has {len(split):,} tokens, too few for a window of '
                       f'{T} + 1: shorten config.data.sequence_length, or add text.')
-    self._order = grain.MapDataset.range(self.windows).seed(seed).shuffle().repeat()
+    windows = grain.MapDataset.range(self.windows)
+    self._order = windows.seed(seeds.check('seed', seed)).shuffle().repeat()
 
   @property
   def steps_per_epoch(self) -> float:

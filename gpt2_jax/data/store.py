@@ -135,6 +135,14 @@ class TokenStore:
     folder = self.path / 'tokenizer'
     return tokenizer.load(folder if folder.exists() else 'gpt2')
 
+  def check_tokenizer(self) -> None:
+    """Raises a UserError where the tokenizer that lies in the store would give other ids."""
+    if self.manifest['tokenizer'].get('sha256', self.tokenizer.sha256) != self.tokenizer.sha256:
+      raise UserError(
+          f'{self.path} has ids that its tokenizer would not give: that was changed, or the store '
+          'is of a release that did not look for ordinary added tokens in texts. Remove that folder '
+          'to prepare it anew.')
+
   def check_vocabulary(self, vocab_size: int) -> None:
     """Raises a UserError where a shard is known to hold an id of `vocab_size` or more."""
     for split in self.splits.values():

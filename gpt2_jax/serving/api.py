@@ -7,8 +7,6 @@ from typing import Annotated, Any, Literal
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-INT64 = 2**63
-
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
@@ -88,6 +86,8 @@ class Body(BaseModel):
 
   model_config = ConfigDict(strict=True, extra='forbid', allow_inf_nan=False)
   model: str | None = Field(None, description='Default: the first model that is served.')
+  allow_special: bool | None = Field(
+      False, description='Whether the text of a special token, <|endoftext|>, is the token.')
 
 
 class StreamOptions(BaseModel):
@@ -99,7 +99,7 @@ Ids = Annotated[list[int], Field(min_length=1)]
 
 
 class Completion(Body):
-  """OpenAI's `POST /v1/completions`, and `top_k`."""
+  """OpenAI's `POST /v1/completions`, and `top_k` and `allow_special`."""
 
   prompt: str | Ids | Annotated[list[str] | list[Ids], Field(min_length=1)] | None = None
   max_tokens: int | None = Field(16, ge=0)
@@ -118,7 +118,7 @@ class Completion(Body):
   frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
   logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]] | None,
                         BeforeValidator(_numbered)] = None
-  seed: int | None = Field(None, ge=-INT64, lt=INT64)
+  seed: int | None = Field(None, ge=-(2**63), lt=2**64)
   suffix: None = Field(None, description='Not supported: the model writes what comes after a text.')
   user: str | None = None
 

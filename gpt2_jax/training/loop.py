@@ -40,7 +40,7 @@ def open_data(plan: Plan) -> Any:
   if data.corpus.startswith('bin:'):
     return store.open_store(data.corpus.removeprefix('bin:'))
   settings = prepare.Settings(data.corpus, plan.tokenizer, data.val_fraction, data.split_seed,
-                              data.split, data.text_field)
+                              data.split, data.text_field, data.special)
   folder = data.store or Path(data.directory) / prepare.store_name(settings)
   return prepare.ensure_store(settings, folder)
 
@@ -237,6 +237,7 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
       with clock('evaluate'), mesh_of(params):
         sample, = generate_tokens(
             plan.model, params, config.log.sample_prompt, tokenizer=data.tokenizer,
+            allow_special=config.data.special,
             seed=config.train.seed, max_new_tokens=config.log.sample_tokens,
             temperature=config.log.sample_temperature, top_k=config.log.sample_top_k)
     if jax.process_index() == 0:

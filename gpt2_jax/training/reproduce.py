@@ -153,7 +153,8 @@ def reproduce(workdir: str | Path, output: str | Path | None = None) -> int:
   for name in ('mesh', 'micro_batches', 'git_commit', 'versions'):
     if any(other[name] != start[name] for other in starts):
       say(f'its {len(starts)} starts differ in {name}: only the last one\'s is repeated')
-  again: Config = ConfigDict({'deterministic': False} | config)  # there was no such knob once
+  data = {'special': False} | config['data']
+  again: Config = ConfigDict({'deterministic': False} | config | {'data': data})  # once no such knobs
   _restrict(again, lines[-1]['step'], start)
   if again.deterministic:
     determinism.require()
