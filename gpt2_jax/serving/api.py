@@ -118,7 +118,7 @@ class Completion(Body):
   frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
   logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]] | None,
                         BeforeValidator(_numbered)] = None
-  seed: int | None = Field(None, ge=-(2**63), lt=2**64)
+  seed: int | None = Field(None, ge=-(2**63), lt=2**63)
   suffix: None = Field(None, description='Not supported: the model writes what comes after a text.')
   user: str | None = None
 
