@@ -1,5 +1,7 @@
 """Texts to batches, for everything that is not training: generation, features, classification."""
 
+import functools
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +13,7 @@ from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError, brief
 from gpt2_jax.tokenizer import Tokenizer
 
-Texts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+Texts = str | Sequence[int] | Sequence[str | Sequence[int]]
 
 
 def bucket(n: int, most: int, least: int = 16) -> int:
@@ -19,9 +21,22 @@ def bucket(n: int, most: int, least: int = 16) -> int:
   return min(most, max(least, 1 << (n - 1).bit_length()))
 
 
+@functools.cache
+def say_once(text: str) -> None:
+  """Says something that may concern many texts, once."""
+  print(text, file=sys.stderr, flush=True)
+
+
+def special_note(tokenizer: Tokenizer, text: str) -> str | None:
+  """What is to be said of a text that is read without its special tokens; None: it has none."""
+  found = tokenizer.special_in(text)
+  return found and (f'note: {brief(found)} in a prompt is read as text. To have the special token, '
+                    'say so: --special, allow_special=True, or give ids.')
+
+
 def encode(
-    texts: Texts, tokenizer: Tokenizer | None, config: GPTConfig, *, room: int = 0
-) -> list[list[int]]:
+    texts: Texts, tokenizer: Tokenizer | None, config: GPTConfig, *, room: int = 0,
+    allow_special: bool = False) -> list[list[int]]:
   """Ids of a text, of texts, of ids or of lists of ids. An empty text becomes the end-of-text id.
 
   Args:
@@ -29,6 +44,7 @@ def encode(
     tokenizer: for texts.
     config: its vocabulary and context bound the ids.
     room: how many positions must be left.
+    allow_special: whether special tokens count in a text. Where not, and there are some, it is said.
 
   Raises:
     UserError: names the text that can't be used.
@@ -41,7 +57,10 @@ def encode(
     if isinstance(text, str):
       if tokenizer is None:
         raise UserError('a text needs a tokenizer: pass tokenizer=, or ids in place of texts.')
-      ids = tokenizer.encode(text) or [tokenizer.eot]  # an empty prompt: a document begins
+      if not allow_special and (note := special_note(tokenizer, text)):
+        say_once(note)
+      # an empty prompt: a document begins
+      ids = tokenizer.encode(text, allow_special=allow_special) or [tokenizer.eot]
     else:
       ids = [int(token) for token in text]
       if not ids:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from gpt2_jax import errors, files, inputs
+from gpt2_jax import errors, files, inputs, seeds
 from gpt2_jax.decoding.options import Options
 from gpt2_jax.errors import UserError
 from gpt2_jax.evaluation.bias_command import Bias
@@ -39,6 +39,8 @@ class Prepare:
   """Chooses the documents that are held out."""
   text_field: str = 'text'
   """Field that holds the text, in .jsonl, .parquet and TFDS."""
+  special: bool = False
+  """The text of a special token, <|endoftext|> perhaps, is the token; if not, it is text as any."""
   workers: int | None = None
   """Processes; default: the number of cores."""
   verify: bool = False
@@ -47,7 +49,7 @@ class Prepare:
   def run(self) -> None:
     from gpt2_jax.data import prepare, verify
     settings = prepare.Settings(self.corpus, self.tokenizer, self.val_fraction, self.split_seed,
-                                self.split, self.text_field)
+                                self.split, self.text_field, self.special)
     opened = prepare.ensure_store(settings, self.output, self.workers)
     for name, split in opened.splits.items():
       print(f'{name:6s}{len(split):>16,} tokens {split.documents:>12,} documents')
@@ -69,6 +71,10 @@ class Sample:
   """Texts to continue; '' starts a new document. None: standard input, unless it is a terminal."""
   prompt_file: Annotated[str | None, tyro.conf.arg(metavar='FILE')] = None
   """More: lines that are not blank, of a .jsonl file their "prompt". - is standard input."""
+  prompt_ids: Annotated[tuple[str, ...], tyro.conf.arg(metavar='ID …')] = ()
+  """Token ids, of one prompt in place of a text. In a .jsonl file, "prompt" may be a list of ids."""
+  special: bool = False
+  """The same as --allow-special: the text of a special token, <|endoftext|> perhaps, is the token."""
   batch_size: int = 32
   """Prompts that are continued at a time. The texts do not depend on it."""
   greedy: bool = False
@@ -89,13 +95,20 @@ class Sample:
   def run(self) -> None:
     if self.json + self.stream + self.interactive > 1:
       raise UserError('--json, --stream and --interactive exclude each other.')
-    if self.interactive and (self.prompt or self.prompt_file):
-      raise UserError('--interactive asks for prompts: leave --prompt and --prompt-file out.')
+    if self.interactive and (self.prompt or self.prompt_file or self.prompt_ids):
+      raise UserError('--interactive asks for prompts: leave --prompt, --prompt-file and '
+                      '--prompt-ids out.')
     if self.batch_size < 1:
       raise UserError(f'--batch-size {self.batch_size} must be at least 1.')
     if self.greedy:
       self.options = dataclasses.replace(self.options, do_sample=False)
-    prompts = [inputs.typed(text, f'--prompt {text[:40]!r}') for text in self.prompt]
+    seeds.check('--seed', self.options.seed)
+    if self.special:
+      self.options = dataclasses.replace(self.options, allow_special=True)
+    prompts: list[str | list[int]] = [
+        inputs.typed(text, f'--prompt {text[:40]!r}') for text in self.prompt]
+    if self.prompt_ids:
+      prompts.append(inputs.ids(' '.join(self.prompt_ids)))
     if self.prompt_file is not None:
       prompts += inputs.read_prompts(self.prompt_file)
     if isinstance(sys.stdout, io.TextIOWrapper):  # an odd character ends no long work
@@ -117,21 +130,22 @@ class Sample:
       prompts = ['' if sys.stdin.isatty() else inputs.piped().removesuffix('\n')]
     (self.write if self.stream else self.show)(model, assistant, prompts)
 
-  def write(self, model, assistant, prompts: list[str]) -> None:
+  def write(self, model, assistant, prompts: list[str | list[int]]) -> None:
     """Prints texts while they are written."""
     from gpt2_jax.decoding.generate import stream
     for i, prompt in enumerate(prompts):
       pieces = stream(model, prompt, assistant_model=assistant, **inputs.given(self.options))
-      print(RULE if i else '', prompt, sep='', end='', flush=True)
+      print(RULE if i else '', text_of(model, prompt), sep='', end='', flush=True)
       for piece in pieces:
         print(piece, end='', flush=True)
       print(flush=True)
 
-  def show(self, model, assistant, prompts: list[str]) -> None:
+  def show(self, model, assistant, prompts: list[str | list[int]]) -> None:
     """Prints texts that are done."""
     from gpt2_jax import batching
     from gpt2_jax.decoding.generate import generate
-    ids = batching.encode(prompts, model.tokenizer, model.config, room=1)
+    ids = batching.encode(prompts, model.tokenizer, model.config, room=1,
+                          allow_special=self.options.allow_special)
     asked = {name: getattr(self, name) for name in ('checkpoint', 'tokenizer', 'assistant', 'int8')}
     asked |= {'base': self.opening.base, 'ignore_extra': self.opening.ignore_extra,
               'options': vars(self.options)}
@@ -145,8 +159,13 @@ class Sample:
               'prompt': prompts[i], 'prompt_index': i, 'prompt_tokens': ids[i], **asked}
           print(json.dumps(fields, ensure_ascii=False), flush=True)
         else:
-          print(rule, prompts[i], result.text, sep='', flush=True)
+          print(rule, text_of(model, prompts[i]), result.text, sep='', flush=True)
           rule = RULE
+
+
+def text_of(model, prompt: str | list[int]) -> str:
+  """A prompt as it is printed."""
+  return prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
 
 
 @dataclasses.dataclass

@@ -79,6 +79,7 @@ def features(
     hidden_states: bool = True,
     attentions: bool = True,
     tokenizer: Tokenizer | None = None,
+    allow_special: bool = False,
 ) -> list[Features]:
   """The features of texts: hidden states of every layer and attention weights of every head.
 
@@ -89,6 +90,7 @@ def features(
     texts: a text, texts, ids, or lists of ids.
     hidden_states, attentions: whether to return them.
     tokenizer: for texts, where the model has none.
+    allow_special: whether special tokens count in a text, <|endoftext|> for example.
 
   Returns:
     A `Features` for each text.
@@ -97,7 +99,8 @@ def features(
     UserError: a text is longer than the context, or an id is not in the vocabulary.
   """
   params = whole_rows(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-  rows = batching.encode(texts, tokenizer or model.tokenizer, model.config)
+  rows = batching.encode(
+      texts, tokenizer or model.tokenizer, model.config, allow_special=allow_special)
   as_float32 = lambda x: np.asarray(x, np.float32)
   found = []
   with mesh_of(params):
@@ -114,12 +117,13 @@ def features(
 
 
 def classify(
-    model: GPT2, texts: batching.Texts, *, tokenizer: Tokenizer | None = None) -> list[Classified]:
+    model: GPT2, texts: batching.Texts, *, tokenizer: Tokenizer | None = None,
+    allow_special: bool = False) -> list[Classified]:
   """What a model with a classification head says of texts.
 
   Args:
-    model, texts, tokenizer: as in `features`. Only the last n_positions tokens would fit, so longer
-      texts are an error.
+    model, texts, tokenizer, allow_special: as in `features`. Only the last n_positions tokens would
+      fit, so longer texts are an error.
 
   Raises:
     UserError: the model has no such head, or a text is longer than the context.
@@ -130,7 +134,7 @@ def classify(
   params = whole_rows(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
   named = model.source.keys.get('id2label', {}) if model.source is not None else {}
   names = [named.get(str(k), named.get(k, f'LABEL_{k}')) for k in range(config.num_labels)]
-  rows = batching.encode(texts, tokenizer or model.tokenizer, config)
+  rows = batching.encode(texts, tokenizer or model.tokenizer, config, allow_special=allow_special)
   found = []
   with mesh_of(params):
     for batch, arrays in _batches(rows, config.n_positions):

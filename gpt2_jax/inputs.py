@@ -14,7 +14,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from gpt2_jax.decoding.options import Options
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, brief
 from gpt2_jax.files import local, parse_json
 from gpt2_jax.interop.opening import Opening
 
@@ -110,13 +110,33 @@ def typed(text: str, where: str) -> str:
   return utf8(text.encode(errors='surrogateescape'), where)
 
 
+def lines(data: bytes, where: str) -> str:
+  """The text of some lines, which may end as Windows ends them, behind a byte order mark."""
+  return utf8(data, where).removeprefix('\ufeff').replace('\r\n', '\n')
+
+
 def piped() -> str:
   """All of standard input."""
-  return utf8(sys.stdin.buffer.read(), 'standard input')
+  return lines(sys.stdin.buffer.read(), 'standard input')
 
 
-def read_prompts(path: str) -> list[str]:
-  """The prompts of a file: each line of a .jsonl file has a "prompt"; elsewhere each line is one.
+def ids(text: str) -> list[int]:
+  """Token ids, with blanks or commas between them, in brackets or not.
+
+  Raises:
+    UserError: they are none.
+  """
+  found = re.fullmatch(r'\s*\[?([\d\s,]+)\]?\s*', text)
+  numbers = re.findall(r'\d+', found[1]) if found else []
+  if not numbers or max(map(len, numbers)) > 18:
+    raise UserError(f'--prompt-ids {brief(text)} are no ids: wanted whole numbers with blanks or '
+                    'commas between them.')
+  return [int(number) for number in numbers]
+
+
+def read_prompts(path: str) -> list[str | list[int]]:
+  """The prompts of a file: each line of a .jsonl file has a "prompt", a text or a list of ids;
+  elsewhere each line is one.
 
   Lines with nothing but white space are left out. '-' is standard input.
 
@@ -124,21 +144,25 @@ def read_prompts(path: str) -> list[str]:
     UserError: names what can't be read, and where.
   """
   try:
-    text = piped() if path == '-' else utf8(local(path).read_bytes(), path).removeprefix('\ufeff')
+    text = piped() if path == '-' else lines(local(path).read_bytes(), path)
   except OSError as e:
     raise UserError(f'cannot read prompts from {path}: {e.strerror}.') from None
-  lines = [(i, line.removesuffix('\r')) for i, line in enumerate(text.split('\n'), 1) if line.strip()]
-  if not lines:
+  numbered = [(i, line.removesuffix('\r')) for i, line in enumerate(text.split('\n'), 1)
+              if line.strip()]
+  if not numbered:
     raise UserError(f'{path} holds no prompt.')
   if not path.endswith('.jsonl'):
-    return [line for _, line in lines]
+    return [line for _, line in numbered]
   prompts = []
-  for i, line in lines:
+  for i, line in numbered:
     try:
-      prompt = parse_json(line, {'prompt': str})['prompt']
+      prompt = parse_json(line, {'prompt': (str, list)})['prompt']
     except ValueError:
       prompt = None
-    if not isinstance(prompt, str):
-      raise UserError(f'{path}:{i}: wanted {{"prompt": TEXT}}, not {line[:60]}')
-    prompts.append(utf8(prompt.encode(errors='surrogatepass'), f'{path}:{i}: the prompt'))
+    if isinstance(prompt, str):
+      prompt = utf8(prompt.encode(errors='surrogatepass'), f'{path}:{i}: the prompt')
+    elif not (isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt)):
+      raise UserError(f'{path}:{i}: wanted {{"prompt": TEXT}} or {{"prompt": [ID, …]}}, not '
+                      f'{line[:60]}')
+    prompts.append(prompt)
   return prompts

@@ -118,7 +118,9 @@ class Session:
   def go_on(self, text: str | list[int], show: str = '') -> None:
     """Continues a text, until Ctrl-C."""
     pieces = self.pieces(text, self.options)
-    [ids], self.ids = batching.encode(text, self.model.tokenizer, self.model.config), None
+    self.ids = None
+    [ids] = batching.encode(text, self.model.tokenizer, self.model.config,
+                            allow_special=self.options.allow_special)
     print(show, end='', flush=True)
     end = 'stopped: /more goes on'
     try:

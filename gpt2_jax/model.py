@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gpt2_jax import seeds
 from gpt2_jax.attention import attention, causal_mask
 from gpt2_jax.config import ACTIVATIONS, REMAT_POLICIES, GPTConfig
 from gpt2_jax.errors import UserError
@@ -291,7 +292,7 @@ def bind(config: GPTConfig, params: Params) -> GPT2:
 
 def make_params(config: GPTConfig, seed: int) -> Params:
   """Initial parameters, as a nested dict. To be traced: see `init_params`."""
-  return nnx.to_pure_dict(nnx.state(GPT2(config, rngs=nnx.Rngs(seed)), nnx.Param))
+  return nnx.to_pure_dict(nnx.state(GPT2(config, rngs=nnx.Rngs(seeds.key(seed))), nnx.Param))
 
 
 def init_params(config: GPTConfig, seed: int) -> Params:

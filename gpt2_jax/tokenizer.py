@@ -9,14 +9,14 @@ A tokenizer is named by a spec:
 - `byte`: 256 bytes and `<|endoftext|>`.
 - a folder with Hugging Face's files (`tokenizer_files` says which), with ids in any order.
 
-Added tokens (`<|endoftext|>`, `<|pad|>`, ...) written inside a text are text, not the tokens, unless
-`allow_special` says otherwise: a document can't end itself. Hugging Face's own tokenizers find them
-always. No token is ever put around a text, whatever `add_bos_token` says.
+Ordinary added tokens (`add_tokens(['COVID-19'])`) are found in every text, as Hugging Face's own
+tokenizers find them. The text of a special one (`<|endoftext|>`, `<|pad|>`, ...) inside a text is
+text, not the token, unless `allow_special` says otherwise: a document can't end itself. Hugging
+Face's find these, too. No token is ever put around a text, whatever `add_bos_token` says.
 
 Encoding is tiktoken's, wherever that gives the ids of the merges, and tokenizers' where it doesn't.
 """
 
-import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -34,6 +34,7 @@ import tiktoken_ext.openai_public as released
 from gpt2_jax import tokenizer_files as files
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import local
+from gpt2_jax.tokenizer_added import Finder
 from gpt2_jax.tokenizer_files import EOT, Added, Tables
 
 PATTERN = released.r50k_pat_str
@@ -77,18 +78,27 @@ class Tokenizer:
     self.vocab_size = max(vocab.values()) + 1
 
   def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-    """The ids of a text. `<|endoftext|>` and other added tokens in it count with `allow_special`.
+    """The ids of a text. `<|endoftext|>` and other special tokens in it count with `allow_special`.
 
     Raises:
       UserError: the text has a byte that the vocabulary, an odd one, has no token for.
     """
-    if allow_special:
-      return self._to_ids(np.array(self._theirs.encode(_valid(text)).ids, np.uint32)).tolist()
-    return self.encode_array(text).tolist()
+    return self.encode_array(text, allow_special=allow_special).tolist()
 
-  def encode_array(self, text: str) -> np.ndarray:
-    """As `encode`, without added tokens, to an array of uint32: quicker for long texts."""
+  def encode_array(self, text: str, *, allow_special: bool = False) -> np.ndarray:
+    """As `encode`, to an array of uint32: quicker for long texts."""
     text = _valid(text)
+    parts = [np.array([token.id], np.uint32) if token else self._between(text[start:stop])
+             for token, start, stop in self._finder.pieces(text, allow_special)]
+    return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.uint32), *parts])
+
+  def special_in(self, text: str) -> str | None:
+    """The first special token that a text holds the text of."""
+    found = self._finder.special(_valid(text))
+    return found and found.content
+
+  def _between(self, text: str) -> np.ndarray:
+    """The ids of a text, or a part of one, in which no added token counts."""
     if not self._tiktoken_is_exact:
       return self._to_ids(np.array(self._theirs_without_added.encode(text).ids, np.uint32))
     if self._tables.prefix_space and text and not text.startswith(' '):
@@ -139,20 +149,16 @@ class Tokenizer:
             and all(len(bpe.tokenize(name)) == 1 for name in names))
 
   @functools.cached_property
-  def _theirs(self):
-    """The same tokenizer as an object of the package tokenizers, for ranks, with added tokens."""
-    return self._make_theirs(self._tables.added)
+  def _finder(self) -> Finder:
+    return Finder(self._tables.added)
 
   @functools.cached_property
   def _theirs_without_added(self):
-    return self._make_theirs([])
-
-  def _make_theirs(self, added: Sequence[Added]):
+    """The same tokenizer as an object of the package tokenizers, for ranks, without added tokens."""
     import tokenizers
     ranks = {name: i for i, name in enumerate(self._names)}
-    added = [dataclasses.replace(token, id=ranks[token.content]) for token in added]
     return tokenizers.Tokenizer.from_str(files.tokenizer_json(
-        ranks, self._tables.pairs, added, self._tables.prefix_space))
+        ranks, self._tables.pairs, [], self._tables.prefix_space))
 
   def decode(self, tokens: Iterable[int]) -> str:
     """The text of some ids; bytes that are not UTF-8 (a cut character) become U+FFFD."""
@@ -193,7 +199,11 @@ class Tokenizer:
 def _essence(tables: Tables) -> tuple:
   """What the ids of a text depend on, beside the merges."""
   added = [(t.id, t.content, t.single_word, t.lstrip, t.rstrip) for t in tables.added]
-  return tables.vocab, added, tables.prefix_space, tables.eot
+  essence = tables.vocab, added, tables.prefix_space, tables.eot
+  if all(t.special for t in tables.added):
+    return essence
+  # left out above, so that hashes stay which were made when no added token was looked for
+  return *essence, [(t.id, t.normalized, t.special) for t in tables.added]
 
 
 def _valid(text: str) -> str:

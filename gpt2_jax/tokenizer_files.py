@@ -31,7 +31,8 @@ class Added:
   """A token that is found in a text as a whole, before the BPE: Hugging Face's AddedToken.
 
   `lstrip` and `rstrip`: it takes along the white space before and behind it. `single_word`: not
-  inside of a word. `normalized` and `special` change no ids here; they are kept for transformers.
+  inside of a word. `normalized`: looked for after those that are not. `special`: found only where
+  that is asked for; so are all that are used as something, and the end of a text.
   """
   id: int
   content: str
@@ -201,8 +202,11 @@ class _Reader:
       raise UserError(f'{where}: the tokens {self.names[id]!r:.60} and {name!r:.60} have the same id '
                       f'{id}. Remove the wrong one.')
 
-  def add(self, id: Any, token: Any, where: str) -> None:
-    """Adds a token, a text or an object with flags; those of an earlier file stay as they are."""
+  def add(self, id: Any, token: Any, where: str, *, special: bool = False) -> None:
+    """Adds a token, a text or an object with flags; those of an earlier file stay as they are.
+
+    Where it doesn't say so itself, it is `special` or not.
+    """
     content = _content(token, where)
     id = _id(id, content, where)
     if self.vocab.setdefault(content, id) != id:
@@ -210,6 +214,7 @@ class _Reader:
                       f'{self.vocab[content]} elsewhere in the tokenizer. Remove the wrong one.')
     self._take(id, content, where)
     given = token if isinstance(token, dict) else {}
+    given = {'special': special, 'normalized': not given.get('special', special)} | given
     flags = {f.name: given[f.name] is True for f in dataclasses.fields(Added)[2:] if f.name in given}
     self.added.setdefault(content, Added(id, content, **flags))
 
@@ -235,7 +240,7 @@ def _complete(vocab: Mapping[str, Any], pairs: Iterable[Any], where: Path, added
   roles, specials = _specials(settings, f'{older if older.exists() else path}')
   for content, token in specials.items():
     if content in reader.vocab or content in ids:
-      reader.add(reader.vocab.get(content, ids.get(content)), token, str(oldest))
+      reader.add(reader.vocab.get(content, ids.get(content)), token, str(oldest), special=True)
   for content, id in ids.items():
     reader.add(id, {'content': content, 'normalized': True, 'special': False}, str(oldest))
 
@@ -243,10 +248,12 @@ def _complete(vocab: Mapping[str, Any], pairs: Iterable[Any], where: Path, added
   if eot is None:
     raise UserError(f'{where}: no token ends a text: there is neither {EOT}, nor an eos_token, nor '
                     '</s>. Name one of its tokens as eos_token in tokenizer_config.json.')
-  reader.add(reader.vocab[eot], eot, str(where))
+  reader.add(reader.vocab[eot], eot, str(where), special=True)
+  added = [dataclasses.replace(token, special=token.special or token.content in (eot, *specials))
+           for token in reader.added.values()]
   return Tables(
       vocab=dict(sorted(reader.vocab.items(), key=lambda item: item[1])), pairs=checked,
-      added=sorted(reader.added.values(), key=lambda token: token.id), roles=roles,
+      added=sorted(added, key=lambda token: token.id), roles=roles,
       prefix_space=settings.get('add_prefix_space', prefix_space) is True, eot=reader.vocab[eot])
 
 

@@ -77,6 +77,50 @@ def test_workers_change_no_byte(text_folder, tmp_path, monkeypatch):
   assert files(tmp_path / 'a') == files(tmp_path / 'b')
 
 
+def test_special_tokens_of_documents(tmp_path, capsys):
+  """Text, which is said; or the tokens, where that is asked for, in a store of another name."""
+  for i in range(3):
+    (tmp_path / f'{i}.txt').write_text(f'one{tokenizer.EOT}two {i}\n' * 4)
+  plain, special = (settings(tmp_path / '*.txt', split='tail', special=on) for on in (False, True))
+  assert prepare.store_name(special) == prepare.store_name(plain) + '-special'
+  stores = {}
+  for name, each in (('plain', plain), ('special', special)):
+    stores[name] = prepare.ensure_store(each, tmp_path / name, workers=1)
+    said = capsys.readouterr().out
+    assert ('note: 6 texts of' in said and '--special' in said) == (name == 'plain')
+  ends = [int((s.splits['train'].read(0, len(s.splits['train'])) == s.eot).sum())
+          for s in stores.values()]
+  assert ends == [3, 3 + 9]  # of each document the last line is held out
+  assert 'special' not in stores['plain'].manifest['settings']  # as older releases wrote it
+  for one, other in ((plain, 'special'), (special, 'plain')):
+    with pytest.raises(UserError, match='special: '):
+      prepare.ensure_store(one, tmp_path / other)
+  assert stores['special'].sha256 != stores['plain'].sha256
+
+
+def test_a_store_from_before_added_tokens_were_looked_for(tmp_path):
+  """Its ids are not those of its tokenizer, whose hash says so."""
+  folder = tmp_path / 'tokenizer'
+  tokenizer.load('byte').save(folder)
+  content = json.loads((folder / 'tokenizer.json').read_text())
+  content['added_tokens'].append(content['added_tokens'][0] | {
+      'id': 257, 'content': 'COVID-19', 'special': False})
+  (folder / 'tokenizer.json').write_text(json.dumps(content))
+  (tmp_path / 'a.txt').write_text('of COVID-19\n' * 20)
+  wanted = settings(tmp_path / 'a.txt', split='tail', tokenizer=str(folder))
+  made = prepare.ensure_store(wanted, tmp_path / 's', workers=1)
+  assert 257 in made.splits['train'].read(0, 40)
+  assert prepare.ensure_store(wanted, tmp_path / 's').sha256 == made.sha256
+  path = tmp_path / 's' / store.MANIFEST
+  manifest = json.loads(path.read_text())
+  manifest['tokenizer']['sha256'] = old = '0' * 64
+  shards = [s['sha256'] for split in manifest['splits'].values() for s in split['shards']]
+  manifest['sha256'] = hashlib.sha256('\n'.join([old, *shards]).encode()).hexdigest()
+  path.write_text(json.dumps(manifest))
+  with pytest.raises(UserError, match='ordinary added tokens in texts.*to prepare it anew'):
+    prepare.ensure_store(wanted, tmp_path / 's')
+
+
 def test_the_split_follows_its_seed(text_folder, tmp_path, byte_store):
   again = prepare.ensure_store(settings(text_folder), tmp_path / 'again')
   other = prepare.ensure_store(settings(text_folder, split_seed=1), tmp_path / 'other')
@@ -160,7 +204,7 @@ def test_a_full_disk_is_said_and_loses_nothing(text_folder, tmp_path):
   (folder / 'tokenizer').mkdir(parents=True)
   corpus = corpora.open_corpus(f'text:{text_folder}')
   s = settings(text_folder)
-  job = prepare._json({'settings': s.__dict__, 'corpus': corpus.identity})
+  job = prepare._json({'settings': s.as_json(), 'corpus': corpus.identity})
   (folder / 'job.json').write_text(json.dumps(job))
   (folder / 'val-00000.bin.tmp').symlink_to('/dev/full')
   with pytest.raises(UserError, match='cannot write the token store .* No space left'):

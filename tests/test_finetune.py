@@ -313,6 +313,34 @@ def test_labelled_texts_are_split_by_their_text(tmp_path):
   assert texts(other.splits['val']) != texts(val) and other.sha256 != data.sha256
 
 
+def test_labelled_lines_end_as_they_end(tmp_path):
+  """CRLF is no part of a text; what else Unicode ends a line with is, and ends no line of JSON."""
+  from gpt2_jax import tokenizer
+  bytes_of = tokenizer.load('byte')
+  texts = [f'a\u2028b\x85c\r\n{i}' for i in range(40)]
+  lines = [json.dumps({'text': text, 'label': i % 2}, ensure_ascii=False)
+           for i, text in enumerate(texts)]
+  found = []
+  for end in ('\n', '\r\n'):
+    (tmp_path / 'a.jsonl').write_bytes(end.join(lines).encode())
+    data = labelled.open_labelled(data_section(tmp_path / 'a.jsonl'), bytes_of, 64)
+    found.append(sorted(bytes_of.decode(ids) for split in data.splits.values()
+                        for _, ids, _ in split.examples))
+  assert found == [sorted(texts)] * 2
+
+
+def test_special_tokens_of_labelled_texts(tmp_path):
+  from gpt2_jax import tokenizer
+  rows = [{'text': f'a<|endoftext|>{i}', 'label': i % 2} for i in range(40)]
+  (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  plain, special = (labelled.open_labelled(
+      data_section(tmp_path / 'a.jsonl', special=on), tokenizer.load('byte'), 64)
+      for on in (False, True))
+  count = lambda data: sum(256 in ids for split in data.splits.values()
+                           for _, ids, _ in split.examples)
+  assert (count(plain), count(special)) == (0, 40) and plain.sha256 != special.sha256
+
+
 @pytest.mark.parametrize('content,match', [
     ('{"text": "a", "label": "x"}\n{"text": "b"}\n', "line 2 has no field 'label'"),
     ('{"text": "a", "label": "x"}\nnonsense\n', 'line 2: not a line of JSON'),

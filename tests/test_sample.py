@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpt2_jax
-from gpt2_jax import cli, inputs, tokenizer
+from gpt2_jax import batching, cli, inputs, tokenizer
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.decoding.options import Options
 from gpt2_jax.errors import UserError
@@ -43,7 +43,7 @@ SPELLED = {
     'early_stopping': ('never', 'never'), 'num_beam_groups': ('2', 2),
     'diversity_penalty': ('0.3', 0.3), 'penalty_alpha': ('0.6', 0.6),
     'prompt_lookup_num_tokens': ('3', 3), 'max_matching_ngram_size': ('4', 4),
-    'num_assistant_tokens': ('6', 6), 'top_logprobs': ('2', 2),
+    'num_assistant_tokens': ('6', 6), 'top_logprobs': ('2', 2), 'allow_special': ('True', True),
 }
 PROMPTS = ['the model', ' a b', 'é ü']
 
@@ -157,12 +157,61 @@ def test_a_stream_is_what_is_printed_at_the_end(sample):
   assert plain.count('-' * 78) == 2 and all(prompt in plain for prompt in PROMPTS)
 
 
-def test_standard_input_is_one_prompt(sample):
+@pytest.mark.parametrize('end', ['\n', '\r\n'])
+def test_standard_input_is_one_prompt(sample, end):
   flags = ['--greedy', '--max-new-tokens', '5', '--json']
-  line = json.loads(sample(*flags, stdin='a\n\né\n'.encode()))
-  assert line['prompt'] == 'a\n\né' and line['options']['do_sample'] is False
+  line = json.loads(sample(*flags, stdin='a\n\né\rb\n'.replace('\n', end).encode()))
+  assert line['prompt'] == 'a\n\né\rb' and line['options']['do_sample'] is False
   free = json.loads(sample(*flags))
   assert (free['prompt'], free['prompt_tokens']) == ('', [256])
+
+
+def test_lines_may_end_as_windows_ends_them(sample, tmp_path):
+  """In a file and a pipe, with a byte order mark or without, and in a session."""
+  flags, wanted = ['--greedy', '--max-new-tokens', '2', '--json'], ['ab', 'é\rc', 'd']
+  content = b'\xef\xbb\xbf' + '\r\n'.join(wanted).encode() + b'\r\n'
+  (tmp_path / 'prompts.txt').write_bytes(content)
+  for path in (str(tmp_path / 'prompts.txt'), '-'):
+    printed = sample(*flags, '--prompt-file', path, stdin=content).splitlines()
+    assert [json.loads(line)['prompt'] for line in printed] == wanted
+  session = [sample('--interactive', '--greedy', '--max-new-tokens', '4',
+                    stdin=end.join(['ab\\', 'c', '/again', '']).encode()) for end in ('\n', '\r\n')]
+  assert session[0] == session[1] and session[0].startswith('ab\nc')
+
+
+def test_a_special_token_in_a_prompt(sample, capsys):
+  """Text, which is said once; or the token, at every door where one asks for it."""
+  flags = ['--greedy', '--max-new-tokens', '3']
+  text, end = 'a<|endoftext|>b', [64, 256, 65]
+  batching.say_once.cache_clear()
+  with contextlib.redirect_stderr(io.StringIO()) as said:
+    printed = sample(*flags, '--json', '--prompt', text, 'a', text)
+  assert json.loads(printed.splitlines()[0])['prompt_tokens'] == tokenizer.load('byte').encode(text)
+  assert [line for line in said.getvalue().splitlines() if 'note:' in line] == [
+      "note: '<|endoftext|>' in a prompt is read as text. To have the special token, say so: "
+      '--special, allow_special=True, or give ids.']
+  batching.say_once.cache_clear()
+  with contextlib.redirect_stderr(io.StringIO()) as said:
+    for more in (['--prompt', text, '--special'], ['--prompt', text, '--allow-special'],
+                 ['--prompt-ids', '64', '256', '65'], ['--prompt-ids', '[64, 256,65]']):
+      line = json.loads(sample(*flags, '--json', *more))
+      assert line['prompt_tokens'] == end and line['prompt'] in (text, end)
+    whole = sample(*flags, '--prompt', text, '--special')
+    assert whole == sample(*flags, '--prompt-ids', '64', '256', '65')
+    assert whole == sample(*flags, '--stream', '--prompt-ids', '64,256,65')
+    session = ['/set allow_special True', text, '/quit']
+    assert whole == sample('--interactive', *flags, stdin='\n'.join(session).encode())
+    assert whole == sample('--interactive', '--special', *flags, stdin=text.encode() + b'\n')
+  assert 'note:' not in said.getvalue()
+
+
+def test_ids_in_a_file_of_prompts(sample, tmp_path):
+  """What --json printed repeats itself, of ids too."""
+  flags = ['--greedy', '--max-new-tokens', '3', '--json']
+  printed = sample(*flags, '--prompt', 'ab', '--prompt-ids', '97', '256')
+  (tmp_path / 'printed.jsonl').write_text(printed)
+  assert sample(*flags, '--prompt-file', str(tmp_path / 'printed.jsonl')) == printed
+  assert [json.loads(line)['prompt'] for line in printed.splitlines()] == ['ab', [97, 256]]
 
 
 @pytest.mark.slow
@@ -178,6 +227,13 @@ def test_eight_bits_and_an_assistant(model, sample):
     (['--stream', '--json'], b'', 'exclude each other'),
     (['--interactive', '--prompt', 'a'], b'', '--interactive asks for prompts'),
     (['--batch-size', '0'], b'', '--batch-size 0'),
+    (['--prompt-ids', '1', 'x2'], b'', "--prompt-ids '1 x2' are no ids"),
+    (['--prompt-ids', '9' * 5000], b'', 'are no ids'),
+    (['--prompt-ids', '257'], b'', 'token id 257, but the vocabulary has 257'),
+    (['--interactive', '--prompt-ids', '1'], b'', '--interactive asks for prompts'),
+    (['--prompt-file', 'FILE.jsonl'], b'{"prompt": [1, true]}', 'FILE.jsonl:1: wanted'),
+    (['--prompt', 'a', '--seed', '-1'], b'', '--seed = -1 must be a whole number from 0 to 2**64'),
+    (['--prompt', 'a', '--seed', f'{2**64}'], b'', 'must be a whole number from 0 to 2**64'),
     (['--prompt', 'ab\udcff'], b'', 'is not UTF-8: byte 0xff at offset 2.'),
     ([], b'ab\ncd\x80', 'standard input is not UTF-8: byte 0x80 at offset 5.'),
     (['--prompt-file', 'FILE'], b'a\n\xc3', 'FILE is not UTF-8: byte 0xc3 at offset 2.'),

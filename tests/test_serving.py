@@ -643,3 +643,35 @@ def test_a_model_of_several_names():
              for name in ('one', 'two')}
     assert texts['one'] != texts['two']
     assert complete(running, prompt='a', max_tokens=20, seed=1)[0]['text'] == texts['one']
+
+
+def test_seeds_beyond_32_bits_are_seeds(server):
+  """As those of `generate`; a negative one, which OpenAI's may be, counts from 2**64 down."""
+  write = lambda seed: complete(server, prompt='a', max_tokens=12, seed=seed)[0]['text']
+  texts = {seed: write(seed) for seed in (5, 2**32 + 5, 2**62 + 5, -1, 2**32 - 1)}
+  assert len(set(texts.values())) == len(texts)
+  model = server.serving.engines['tiny'].model
+  for seed, text in texts.items():
+    assert text == gpt2_jax.generate(model, 'a', max_new_tokens=12, seed=seed % 2**64)[0].text
+  for seed in (2**63, -2**63 - 1, 1.5):
+    assert_error(post(server, prompt='a', seed=seed), 400, 'seed')
+
+
+def test_special_tokens_of_a_request(server):
+  """Text, and a note; the token where it is asked for."""
+  text, ids = 'a<|endoftext|>b', [64, 256, 65]
+  options = dict(max_tokens=3, temperature=0)
+  plain = post(server, prompt=text, **options).json()
+  assert "'<|endoftext|>' in a prompt is read as text" in plain['note']
+  assert plain['usage']['prompt_tokens'] == len(text)
+  special = post(server, prompt=text, allow_special=True, **options).json()
+  assert special['usage']['prompt_tokens'] == 3 and 'note' not in special
+  assert special['choices'] == complete(server, prompt=ids, **options)
+  assert 'note' not in post(server, prompt='a', **options).json()
+  with httpx.stream('POST', f'{server.url}/v1/completions', timeout=60, json=dict(
+      prompt=text, stream=True, **options)) as answer:
+    assert ['note' in event for event in events(answer.iter_lines())][:2] == [True, False]
+  for route in ('features', 'attention'):
+    found = post(server, f'/v1/{route}', input=text, allow_special=True).json()
+    assert (found['data'][0]['tokens'] if route == 'features' else found['ids']) == ids
+  assert_error(post(server, prompt='a', allow_special='yes'), 400, 'allow_special')

@@ -43,7 +43,8 @@ def _words(text: str) -> str:
 
 
 def text(content: bytes, where: str) -> list[dict]:
-  return [{'text': utf8(content, where)}]
+  """A corpus of lines. Published with LF; in a copy with CRLF, no word ends in a carriage return."""
+  return [{'text': utf8(content, where).replace('\r\n', '\n')}]
 
 
 def last_bytes(content: bytes, where: str) -> list[dict]:

@@ -67,7 +67,7 @@ class Labelled:
 def _read(path: str, text_field: str, label_field: str) -> Iterator[tuple[str, str, str]]:
   """(name, text, label) of each line."""
   try:
-    lines = Path(path).read_text(encoding='utf-8-sig').splitlines()
+    lines = Path(path).read_text(encoding='utf-8-sig').split('\n')  # JSON may hold other line ends
   except UnicodeDecodeError as e:
     raise UserError(f'{path} is not UTF-8 (byte {e.start}). Convert it first.') from e
   for number, line in enumerate(lines, 1):
@@ -125,12 +125,13 @@ def open_labelled(data: Any, tokenizer: tokenizers.Tokenizer, T: int) -> Labelle
   rows, cut, sha256 = [], 0, hashlib.sha256()
   for path in _paths(data):
     for name, text, label in _read(path, data.text_field, data.label_field):
-      ids = tokenizer.encode(text) or [tokenizer.eot]
+      ids = tokenizer.encode(text, allow_special=data.special) or [tokenizer.eot]
       cut += len(ids) > T
       sha256.update(repr((text, label)).encode('utf-8', 'surrogatepass'))
       rows.append((name, ids[:T], label, _held_out(data.split_seed, text, data.val_fraction)))
   labels = label_names(data)
   sha256.update(f'{T}:{tokenizer.sha256}:{data.val_fraction}:{data.split_seed}'.encode())
+  sha256.update(b':special' * data.special)
   splits = {name: Split(name, tuple(
       (where, ids, labels.index(label)) for where, ids, label, held in rows if held == is_val))
       for name, is_val in (('train', False), ('val', True))}

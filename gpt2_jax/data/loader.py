@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from gpt2_jax import seeds
 from gpt2_jax import sharding as sharding_lib
 from gpt2_jax.data import store
 from gpt2_jax.errors import UserError
@@ -26,7 +27,7 @@ class Order:
 
   def __init__(self, rows: int, G: int, seed: int):
     self.G, self._first = G, 0
-    self._order = grain.MapDataset.range(rows).seed(seed).shuffle().repeat()
+    self._order = grain.MapDataset.range(rows).seed(seeds.check('seed', seed)).shuffle().repeat()
 
   def go_on(self, step: int, seen: int) -> None:
     """Lets the batch of `step`, and those behind it, follow on so many rows that were seen."""

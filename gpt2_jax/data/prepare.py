@@ -47,6 +47,7 @@ class Settings:
   split_seed: int = 0
   split: str = 'document'  # 'document': whole documents; 'tail': the end of each document
   text_field: str = 'text'
+  special: bool = False  # whether special tokens count in a text
 
   def __post_init__(self):
     local(self.corpus.partition(':')[2], 'corpus')
@@ -57,9 +58,15 @@ class Settings:
       raise UserError(f'split = {self.split!r} is not one of: document, tail.')
 
 
+  def as_json(self) -> dict:
+    """As a manifest has it; what older releases knew nothing of stands there where it is in use."""
+    return {k: v for k, v in dataclasses.asdict(self).items() if k != 'special' or v}
+
+
 def store_name(settings: Settings) -> str:
   """The usual name of a store's folder."""
-  return f'{corpora.slug(settings.corpus)}-{corpora.slug(settings.tokenizer)}'
+  name = f'{corpora.slug(settings.corpus)}-{corpora.slug(settings.tokenizer)}'
+  return name + '-special' * settings.special
 
 
 def _parts(pieces: list[corpora.Piece]) -> list[list[tuple[int, corpora.Piece]]]:
@@ -115,6 +122,7 @@ def _start_worker(
 
 def _encode_part(number: int, part: list[tuple[int, corpora.Piece]]) -> dict:
   folder, settings, tokenizer = (_worker[key] for key in ('folder', 'settings', 'tokenizer'))
+  held = 0  # texts with special tokens in them that are text
   with saving('the token store', folder), contextlib.ExitStack() as open_files:
     writers = {split: open_files.enter_context(
         store.ShardWriter(folder, f'{split}-{number:05d}', _dtype(tokenizer)))
@@ -122,9 +130,12 @@ def _encode_part(number: int, part: list[tuple[int, corpora.Piece]]) -> dict:
     for piece_number, piece in part:
       for i, document in enumerate(corpora.documents(piece, settings.text_field)):
         for split, text in _split(document, settings, piece_number, i):
-          tokens = text if isinstance(text, np.ndarray) else tokenizer.encode_array(text)
+          tokens = text
+          if isinstance(text, str):
+            tokens = tokenizer.encode_array(text, allow_special=settings.special)
+            held += not settings.special and tokenizer.special_in(text) is not None
           writers[split].add(np.concatenate([[tokenizer.eot], tokens]))
-    record = {split: writer.finish() for split, writer in writers.items()}
+    record = {split: writer.finish() for split, writer in writers.items()} | {'special': held}
     write_whole(folder / _part_name(number), json.dumps(record))
   return record
 
@@ -186,7 +197,7 @@ def _manifest(settings, corpus, tokenizer, records) -> dict:
                     'eot': tokenizer.eot, 'sha256': tokenizer.sha256},
       'source': {'corpus': settings.corpus, 'licence': corpus.licence,
                  'bytes': sum(piece.bytes for piece in corpus.pieces), **corpus.identity},
-      'settings': dataclasses.asdict(settings),
+      'settings': settings.as_json(),
       'made_with': {'gpt2_jax': importlib.metadata.version('gpt2_jax'),
                     'python': platform.python_version()},
       'splits': splits,
@@ -235,7 +246,7 @@ def _is_record(value: Any) -> bool:
 
 
 def _prepare(settings: Settings, folder: Path, corpus: corpora.Corpus, workers: int) -> None:
-  _begin(folder, _json({'settings': dataclasses.asdict(settings), 'corpus': corpus.identity}))
+  _begin(folder, _json({'settings': settings.as_json(), 'corpus': corpus.identity}))
   if (folder / 'tokenizer' / 'done').exists():
     tokenizer = tokenizers.load(folder / 'tokenizer')
   else:
@@ -266,6 +277,9 @@ def _prepare(settings: Settings, folder: Path, corpus: corpora.Corpus, workers: 
         except BaseException:
           pool.shutdown(wait=False, cancel_futures=True)
           raise
+  if held := sum(record.get('special', 0) for record in records.values()):
+    print(f'note: {held:,} texts of {settings.corpus} hold the text of a special token, which is '
+          'text here. To have the token itself: config.data.special=True (--special).')
   manifest = _manifest(settings, corpus, tokenizer, [records[n] for n in range(len(parts))])
   write_whole(folder / store.MANIFEST, json.dumps(manifest, indent=1))
   for name in [JOB, *(_part_name(n) for n in range(len(parts)))]:
@@ -274,11 +288,9 @@ def _prepare(settings: Settings, folder: Path, corpus: corpora.Corpus, workers: 
 
 def _check_same(opened: store.TokenStore, settings: Settings) -> None:
   """Raises a UserError where a finished store is of another corpus, or of other settings."""
-  want, have = _json(dataclasses.asdict(settings)), dict(opened.manifest['settings'])
+  want, have = _json(dataclasses.asdict(settings)), {'special': False} | opened.manifest['settings']
   if tokenizers.trained_size(settings.tokenizer) is None:  # it is the ids that count, not their name
-    own = tokenizers.load(settings.tokenizer).sha256
-    same = own in (opened.manifest['tokenizer']['sha256'], opened.tokenizer.sha256)
-    if same:
+    if tokenizers.load(settings.tokenizer).sha256 == opened.tokenizer.sha256:
       have['tokenizer'] = settings.tokenizer
     elif have['tokenizer'] == settings.tokenizer:
       have['tokenizer'] += f' with sha256 {opened.tokenizer.sha256[:16]}'

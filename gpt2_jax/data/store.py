@@ -150,9 +150,11 @@ class TokenStore:
     folder = self.path / 'tokenizer'
     found = tokenizer.load(folder if folder.exists() else 'gpt2')
     if found.sha256 != self.manifest['tokenizer'].get('sha256', found.sha256):
-      raise UserError(f'{folder} is not the tokenizer that made the tokens in {self.path} (its hash '
-                      f'is another than that in {MANIFEST}): restore its files, or prepare the '
-                      'store again.')
+      raise UserError(
+          f'{folder} is not the tokenizer that made the tokens in {self.path} (its hash is another '
+          f'than that in {MANIFEST}): it was changed, or the store is of a release that did not look '
+          'for ordinary added tokens in texts. Restore its files, or remove the folder of the store '
+          'to prepare it anew.')
     return found
 
   def check_tokenizer(self, own: Tokenizer | None, whose: str, way: str) -> None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gpt2_jax import batching, sharding
+from gpt2_jax import batching, seeds, sharding
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.decoding import automaton
 from gpt2_jax.decoding import history as h
@@ -70,6 +70,7 @@ class Decoder:
       assistant: tuple[GPTConfig, Params] | None = None):
     began = time.monotonic()
     options.check_stopping(config.vocab_size)
+    seeds.check('seed', options.seed)
     self.config, self.options, self.tokenizer = config, options, tokenizer
     self.stop_strings = ([options.stop_strings] if isinstance(options.stop_strings, str)
                          else list(options.stop_strings))
@@ -90,7 +91,7 @@ class Decoder:
     made = make_processors(
         options, V=V, eos=eos, ends=self.ends, guide=guide, extra=tuple(logits_processor),
         prefix_allowed_tokens_fn=prefix_allowed_tokens_fn)
-    ids = batching.encode(prompts, tokenizer, config, room=1)
+    ids = batching.encode(prompts, tokenizer, config, room=1, allow_special=options.allow_special)
     # what only an empty text matches is done
     done = guide is not None and guide.complete(jnp.zeros(1, jnp.int32))[0]
     reason = h.GUIDE if done else h.RUNNING
@@ -99,7 +100,7 @@ class Decoder:
     self.job = Job(
         *for_decoding(config, params), search,
         Rules(made, Endings(jnp.asarray(self.ends), stop, guide)),
-        jax.random.key(options.seed) if options.do_sample else None,
+        seeds.key(options.seed) if options.do_sample else None,
         options.max_new_tokens, options.top_logprobs, options.context == 'slide',
         None if options.max_time is None else began + options.max_time, width)
 
@@ -209,8 +210,8 @@ def generate(
     prefix_allowed_tokens_fn: (index of the prompt, ids so far) -> ids that may come next.
     **options: the fields of `Options`, as docs/decoding.md explains them: `max_new_tokens` (128),
       `do_sample` (True; False takes the likeliest token), `temperature`, `top_k`, `top_p`,
-      `num_return_sequences`, `num_beams`, `stop_strings`, …; and `seed`: the same prompt and seed
-      give the same text, alone or in a batch.
+      `num_return_sequences`, `num_beams`, `stop_strings`, …; `seed`: the same prompt and seed
+      give the same text, alone or in a batch; `allow_special`: special tokens count in a text.
 
   Returns:
     A list of `Generated`, `num_return_sequences` for each prompt in turn.

@@ -1,6 +1,6 @@
 """The options of generation. Names and meanings are those of Hugging Face's `generate`, except
 `presence_penalty`, `frequency_penalty` and `stop_token_ids` (vLLM's and OpenAI's), `regex`,
-`context`, `seed` and `top_logprobs`.
+`context`, `seed`, `top_logprobs` and `allow_special`.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from gpt2_jax.decoding.values import ABOVE_0, AT_LEAST_0, id_list
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, brief
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Options:
   num_return_sequences: int = 1
   """Continuations of each prompt."""
   seed: int = 0
-  """The same prompt and seed give the same text."""
+  """The same prompt and seed give the same text. From 0 to 2**64 - 1."""
   temperature: float = 1.0
   """Below 1 the likely tokens become likelier."""
   top_k: int | None = None
@@ -110,6 +110,10 @@ class Options:
   top_logprobs: int = 0
   """Log-probabilities of so many likeliest tokens at each place."""
 
+  # how a prompt is read
+  allow_special: bool = False
+  """Special tokens count in a prompt, <|endoftext|> for example; if not, they are text as any."""
+
   @classmethod
   def of(cls, **options: Any) -> 'Options':
     """Options by name.
@@ -136,6 +140,8 @@ class Options:
       raise UserError(f'top_logprobs = {self.top_logprobs}: the vocabulary has {V} ids.')
     if self.max_time is not None:
       ABOVE_0.check('max_time', self.max_time)
+    if not isinstance(self.allow_special, bool):
+      raise UserError(f'allow_special = {brief(self.allow_special)} must be True or False.')
     if self.context not in ('stop', 'slide'):
       raise UserError(f"context = {self.context!r} must be 'stop' or 'slide'.")
     for name in ('eos_token_id', 'stop_token_ids'):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from gpt2_jax import seeds
 from gpt2_jax.decoding.generate import generate
 from gpt2_jax.model import GPT2
 from gpt2_jax.progress import track
@@ -113,7 +114,8 @@ def occupations(model: GPT2, *, samples: int, seed: int, groups: Sequence[str] =
       texts[group] = []
       while len(texts[group]) < samples:
         n = min(AT_A_TIME, samples - len(texts[group]))
-        [drawn] = np.random.SeedSequence([seed, g, len(texts[group])]).generate_state(1) >> 1
+        high, low = divmod(seeds.check('seed', seed), 1 << 32)
+        [drawn] = np.random.SeedSequence([low, g, len(texts[group]), high]).generate_state(1) >> 1
         results = generate(
             model, PROMPT.format(group), num_return_sequences=n, seed=int(drawn), top_k=TOP_K,
             max_new_tokens=NEW_TOKENS)

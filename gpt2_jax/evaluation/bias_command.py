@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from gpt2_jax import inputs
+from gpt2_jax import inputs, seeds
 from gpt2_jax.errors import UserError, saving
 
 MOST = 10  # words of a group that are printed
@@ -35,8 +35,9 @@ class Bias:
   """Write everything here, the texts too."""
 
   def run(self) -> None:
-    if self.samples < 1 or self.seed < 0:
-      raise UserError(f'--samples {self.samples} must be at least 1, --seed {self.seed} at least 0.')
+    if self.samples < 1:
+      raise UserError(f'--samples {self.samples} must be at least 1.')
+    seeds.check('--seed', self.seed)
     from gpt2_jax import batching, pretrained
     from gpt2_jax.evaluation import bias, keep, report
     from gpt2_jax.files import write_whole

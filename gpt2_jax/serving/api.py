@@ -90,6 +90,8 @@ class Body(BaseModel):
 
   model_config = ConfigDict(strict=True, extra='forbid', allow_inf_nan=False)
   model: str | None = Field(None, description='Default: the first model that is served.')
+  allow_special: bool | None = Field(
+      False, description='Whether the text of a special token, <|endoftext|>, is the token.')
 
 
 class StreamOptions(BaseModel):
@@ -129,7 +131,7 @@ Ids = Annotated[list[int], Field(min_length=1)]
 
 
 class Completion(Body, Neutral):
-  """OpenAI's `POST /v1/completions`, and `top_k`."""
+  """OpenAI's `POST /v1/completions`, and `top_k` and `allow_special`."""
 
   prompt: str | Ids | Annotated[list[str] | list[Ids], Field(min_length=1)] | None = None
   max_tokens: int | None = Field(None, ge=0, description='Default: 16, or what the context leaves.')

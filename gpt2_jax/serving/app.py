@@ -236,12 +236,14 @@ def make_app(models: dict[str, GPT2], *, slots: int = 8, queue: int = 64,
     engine = serving.engine(asked.model)
 
     def work():
-      [ids] = encode(engine, asked.input, param='input')
+      special = bool(asked.allow_special)
+      [ids] = encode(engine, asked.input, param='input', allow_special=special)
       most = min(limits.attention_tokens, engine.config.n_positions)
       if len(ids) > most:
         raise ApiError(400, f'The text has {len(ids)} tokens; the attention of at most {most} is '
                        'shown.', param='input', code='context_length_exceeded')
-      return attention_data(engine.model, asked.input, lens=asked.lens, max_tokens=most)
+      return attention_data(engine.model, asked.input, lens=asked.lens, max_tokens=most,
+                            allow_special=special)
 
     return await unless_gone(request, serving.apart(work))
 

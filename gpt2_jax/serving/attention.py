@@ -113,7 +113,8 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 
 def attention_data(
-    model: GPT2, text: str, *, lens: int | None = None, max_tokens: int = 256) -> dict[str, Any]:
+    model: GPT2, text: str, *, lens: int | None = None, max_tokens: int = 256,
+    allow_special: bool = False) -> dict[str, Any]:
   """What the attention view shows of a text, as JSON can hold it.
 
   Args:
@@ -122,6 +123,7 @@ def attention_data(
     lens: how many predictions of each layer at each token; 0: none; default: 5, or what there are.
     max_tokens: the longest text. The answer grows with its square: 13 MB for 256 tokens and 144
       heads.
+    allow_special: whether special tokens count in the text.
 
   Returns:
     tokens, ids: of the text.
@@ -143,7 +145,7 @@ def attention_data(
     raise UserError(f'lens = {lens}: a number from 0 to the vocabulary\'s {config.vocab_size}.')
   if lens and config.head != 'lm':
     raise UserError('a classifier predicts no tokens: ask with lens=0.')
-  [ids] = batching.encode(text, tokenizer, config)
+  [ids] = batching.encode(text, tokenizer, config, allow_special=allow_special)
   if len(ids) > max_tokens:
     raise UserError(f'the text has {len(ids)} tokens; the attention view takes {max_tokens}. '
                     'Shorten it.')

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from gpt2_jax import batching
+from gpt2_jax import batching, seeds
 from gpt2_jax.decoding.pieces import Pieces
 from gpt2_jax.errors import UserError, brief
 from gpt2_jax.serving.api import ApiError, Completion, Json, Limits
@@ -22,12 +22,14 @@ def error_of(why: Failed) -> ApiError:
   return ApiError(status, f'{str(why).rstrip(".")}.', code=why.kind)
 
 
-def encode(engine: Engine, texts: Any, param: str = 'prompt') -> list[list[int]]:
+def encode(engine: Engine, texts: Any, param: str = 'prompt', *, allow_special: bool = False
+           ) -> list[list[int]]:
   """Ids of texts, of any length. Raises: ApiError: they can't be used."""
   # OpenAI's API has an error of its own for a context that is too long
   unbounded = dataclasses.replace(engine.config, n_positions=1 << 30)
   try:
-    return batching.encode(texts or '', engine.model.tokenizer, unbounded)
+    return batching.encode(
+        texts or '', engine.model.tokenizer, unbounded, allow_special=allow_special)
   except UserError as e:
     raise ApiError(400, str(e), param=param) from None
 
@@ -56,12 +58,17 @@ class Answer:
     if bad := [token for token in a.logit_bias or () if not 0 <= token < V]:
       raise ApiError(400, f'logit_bias has token id {brief(bad[0])}, but the vocabulary has {V} ids.',
                      param='logit_bias')
-    self.prompts = encode(engine, a.prompt)
+    self.prompts = encode(engine, a.prompt, allow_special=bool(a.allow_special))
+    texts = [a.prompt] if isinstance(a.prompt, str) else a.prompt or []
+    notes = (batching.special_note(engine.model.tokenizer, text)
+             for text in texts if isinstance(text, str) and not a.allow_special)
+    self.note = next(filter(None, notes), None)
     left = engine.config.n_positions - max(map(len, self.prompts))
     # where nothing is left, one is asked for all the same, and refused
     self.most = max(1, min(TOKENS, left)) if a.max_tokens is None else a.max_tokens
     self._check_lengths(limits)
-    seed = secrets.randbits(31) if a.seed is None else a.seed
+    # OpenAI's seeds are signed: a negative one counts from 2**64 down
+    seed = secrets.randbits(31) if a.seed is None else a.seed % seeds.LIMIT
     given = lambda value, default: default if value is None else value
     options = dict(
         temperature=given(a.temperature, 1.0), top_k=a.top_k, top_p=max(given(a.top_p, 1.0), 1e-6),
@@ -154,8 +161,10 @@ class Answer:
       yield self._object([]) | {'usage': self._usage()}
 
   def _object(self, choices: list) -> dict[str, Any]:
+    """Of OpenAI's fields; the first one has a note, too, if there is something to be said."""
+    note, self.note = self.note, None
     return {'id': self.id, 'object': 'text_completion', 'created': self.created,
-            'model': self.engine.name, 'choices': choices}
+            'model': self.engine.name, 'choices': choices} | ({'note': note} if note else {})
 
   def _choice(self, index: int, text: str, logprobs, reason: str | None) -> dict[str, Any]:
     return {'text': text, 'index': index, 'logprobs': logprobs, 'finish_reason': reason}

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax import sharding
+from gpt2_jax import seeds, sharding
 from gpt2_jax.decoding import history as h
 from gpt2_jax.decoding.driver import REFUSED
 from gpt2_jax.decoding.generate import REASONS, own_ends, prepare
@@ -210,7 +210,7 @@ class Engine:
     tokens_S = np.zeros(self.form.n_positions, np.int32)
     tokens_S[:len(ids)] = ids
     return steps.admit(slots, b, row.prompt.cache, tokens_S, len(ids), row.limit,
-                       np.int64(row.seed), row.sample, chosen)
+                       seeds.key_data(row.seed), row.sample, chosen)
 
   def _step(self):
     """Begins a step, if any row wants one; returns what it will have made, and of whom."""

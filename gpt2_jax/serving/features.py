@@ -14,7 +14,8 @@ def features_data(engine: Engine, asked: FeaturesRequest, limits: Limits) -> dic
   Raises:
     ApiError: a text is too long, or they are too many.
   """
-  c, rows = engine.config, encode(engine, asked.input, param='input')
+  c, rows = engine.config, encode(
+      engine, asked.input, param='input', allow_special=bool(asked.allow_special))
   longest, total = max(map(len, rows)), sum(map(len, rows))
   if longest > c.n_positions:
     raise ApiError(400, f'This model\'s maximum context length is {c.n_positions} tokens, however a '

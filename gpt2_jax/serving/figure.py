@@ -98,12 +98,12 @@ class AttentionFigure:
 
 def attention_figure(
     model: GPT2, text: str, layer: int | None = None, head: int | None = None, *,
-    lens: int | None = None,
-    max_tokens: int = 256, height: int = 900) -> AttentionFigure:
+    lens: int | None = None, max_tokens: int = 256, height: int = 900,
+    allow_special: bool = False) -> AttentionFigure:
   """Where a model's heads look in a text, to be seen in a notebook or saved.
 
   Args:
-    model, text, lens, max_tokens: as in `attention_data`.
+    model, text, lens, max_tokens, allow_special: as in `attention_data`.
     layer, head: which are shown at first, counted from 0. A layer alone is the mean of its heads, a
       head alone that of all layers; neither: the head with the strongest character.
     height: of the frame, in pixels.
@@ -115,7 +115,8 @@ def attention_figure(
                               ('head', head, model.config.n_head)):
     if number is not None and not 0 <= number < count:
       raise UserError(f'{name} {number}: the model has {count}, counted from 0.')
-  data = attention_data(model, text, lens=lens, max_tokens=max_tokens)
+  data = attention_data(
+      model, text, lens=lens, max_tokens=max_tokens, allow_special=allow_special)
   if layer is None and head is None:
     layer, head = data['strongest']
   numbers_LN = np.arange(data['layers'] * data['heads']).reshape(data['layers'], -1)

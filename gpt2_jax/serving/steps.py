@@ -96,7 +96,8 @@ def prefill(config: GPTConfig, params: Params, cache, start, tokens_T, next_T, a
 
 
 @functools.partial(jax.jit, donate_argnames=('slots',))
-def admit(slots: Slots, slot, cache, tokens_S, length, limit, seed, sample, chosen: Chosen) -> Slots:
+def admit(slots: Slots, slot, cache, tokens_S, length, limit, key_data, sample, chosen: Chosen
+          ) -> Slots:
   """Lets a slot run.
 
   Args:
@@ -107,10 +108,10 @@ def admit(slots: Slots, slot, cache, tokens_S, length, limit, seed, sample, chos
     tokens_S: the ids of the prompt.
     length: how many they are.
     limit: the most new ids.
-    seed, sample: of which its key is made.
+    key_data, sample: of which its key is made: of a seed (`seeds.key_data`), and of one of its texts.
     chosen: of this row, without its key.
   """
-  key = jax.random.fold_in(jax.random.key(seed), sample)
+  key = jax.random.fold_in(jax.random.wrap_key_data(key_data), sample)
   put = lambda all_B, x: all_B.at[slot].set(x)
   split = lambda row_NSH, blocks: tuple(jnp.split(row_NSH, len(blocks), axis=1))
   all_slots = tuple((jax.tree.map(put, k, split(layer.k, k)), jax.tree.map(put, v, split(layer.v, v)))

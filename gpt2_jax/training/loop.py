@@ -55,7 +55,7 @@ def open_data(plan: Plan) -> Any:
       opened.check_tokenizer(tokenizer.load(plan.tokenizer), whose, '--config.data.tokenizer')
     return opened
   settings = prepare.Settings(data.corpus, plan.tokenizer, data.val_fraction, data.split_seed,
-                              data.split, data.text_field)
+                              data.split, data.text_field, data.special)
   folder = data.store or local(data.directory) / prepare.store_name(settings)
   return prepare.ensure_store(settings, folder)
 
@@ -272,7 +272,7 @@ def _train(plan: Plan, workdir: Path, clock: goodput.Clock) -> int:
       params = whole_rows(params)
       with clock('evaluate'), mesh_of(params):
         sample, = generate_tokens(
-            plan.model, params, prompt, tokenizer=data.tokenizer,
+            plan.model, params, prompt, tokenizer=data.tokenizer, allow_special=config.data.special,
             seed=config.train.seed, max_new_tokens=config.log.sample_tokens,
             temperature=config.log.sample_temperature, top_k=config.log.sample_top_k)
       text = sample.text

@@ -158,6 +158,7 @@ def reproduce(workdir: str | Path, output: str | Path | None = None) -> int:
       say(f'its {len(starts)} starts differ in {name}: only the last one\'s is repeated')
   # there were no such knobs once
   config['optim'] = {'warmup_tokens': None, 'decay_tokens': None} | config['optim']
+  config['data'] = {'special': False} | config['data']
   again: Config = ConfigDict({'deterministic': False} | config)
   positions = held_positions(workdir)
   _restrict(again, lines[-1]['step'], start, positions)

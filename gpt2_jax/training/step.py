@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gpt2_jax import fsdp
+from gpt2_jax import fsdp, seeds
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.counts import trainable_paths
 from gpt2_jax.loss import Loss
@@ -124,7 +124,7 @@ def losses(model: GPT2, batch, dropout_keys_B: jax.Array | None = None,
 
 def row_keys(seed: int, step: jax.Array, first: jax.Array | int, rows: int) -> jax.Array:
   """A key for each of `rows` rows of the batch of `step`, from number `first` on."""
-  key = jax.random.fold_in(jax.random.key(seed), step)
+  key = jax.random.fold_in(seeds.key(seed), step)
   numbers_B = reshard(jnp.arange(rows), RULES.rows_b) + first
   return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers_B)
 
