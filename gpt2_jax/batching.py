@@ -1,5 +1,7 @@
 """Texts to batches, for everything that is not training: generation, features, classification."""
 
+import contextlib
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,15 +10,33 @@ import numpy as np
 
 from gpt2_jax import sharding
 from gpt2_jax.config import GPTConfig
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, brief
 from gpt2_jax.tokenizer import Tokenizer
 
-Texts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+Texts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]  # or arrays of ids
 
 
 def bucket(n: int, most: int, least: int = 16) -> int:
   """n rounded up to a power of two, so that few lengths are compiled; at most `most`."""
   return min(most, max(least, 1 << (n - 1).bit_length()))
+
+
+def _is_id(value: Any) -> bool:
+  """Whether a value is a whole number, of Python, NumPy, JAX or another."""
+  with contextlib.suppress(TypeError):
+    return operator.index(value) is not None
+  return False
+
+
+def _ids(number: int, prompt: Any) -> list[int]:
+  """The ids of a prompt that is no text: a list, a tuple, an array of one axis."""
+  if hasattr(prompt, 'tolist'):  # at once: an array on a device gives its elements slowly
+    prompt = prompt.tolist()
+  try:
+    return [operator.index(token) for token in prompt]
+  except TypeError:
+    raise UserError(
+        f'prompt {number} = {brief(prompt)} is neither a text nor a list of ids.') from None
 
 
 def encode(
@@ -33,8 +53,8 @@ def encode(
   Raises:
     UserError: names the text that can't be used.
   """
-  items: Any = texts
-  if isinstance(items, str) or (len(items) and isinstance(items[0], (int, np.integer))):
+  items: Any = [texts] if isinstance(texts, str) else list(texts)
+  if items and _is_id(items[0]):
     items = [items]
   rows = []
   for i, text in enumerate(items):
@@ -43,12 +63,12 @@ def encode(
         raise UserError('a text needs a tokenizer: pass tokenizer=, or ids in place of texts.')
       ids = tokenizer.encode(text) or [tokenizer.eot]  # an empty prompt: a document begins
     else:
-      ids = [int(token) for token in text]
+      ids = _ids(i, text)
       if not ids:
         raise UserError(f'prompt {i} has no ids: begin with the end-of-text id for a free text.')
     bad = next((token for token in ids if not 0 <= token < config.vocab_size), None)
     if bad is not None:
-      raise UserError(f'prompt {i} holds token id {bad}, but the vocabulary has '
+      raise UserError(f'prompt {i} holds token id {brief(bad)}, but the vocabulary has '
                       f'{config.vocab_size} ids.')
     if len(ids) + room > config.n_positions:
       raise UserError(f'prompt {i} has {len(ids)} tokens; the model\'s context of '

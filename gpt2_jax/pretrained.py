@@ -9,12 +9,15 @@ import dataclasses
 import inspect
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh
 
 from gpt2_jax import sharding, tokenizer
+from gpt2_jax.bounds import DType
+from gpt2_jax.config import DTYPES
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import whole
 from gpt2_jax.interop import (
@@ -76,15 +79,15 @@ def _open(source: str | os.PathLike, above: tuple[Path, ...]) -> Source:
 
 
 def from_pretrained(
-    source: str | os.PathLike, *, mesh: Mesh | None = None, dtype: str | None = None) -> GPT2:
+    source: str | os.PathLike, *, mesh: Mesh | None = None, dtype: Any = None) -> GPT2:
   """A model from anything that `open_source` reads.
 
   Args:
     source: where from.
     mesh: to lay the parameters out on, each device getting its shard only. Default: the mesh that
       is set (`jax.set_mesh`), or one device.
-    dtype: of parameters and activations, 'float32' or 'bfloat16'. Default: float32; for a run's
-      workdir, that of the run.
+    dtype: of parameters and activations, float32 or bfloat16, as `jnp.dtype` takes it. Default:
+      float32; for a run's workdir, that of the run.
 
   Returns:
     The model, with its tokenizer as `model.tokenizer` (None where there is none that we can use).
@@ -95,6 +98,7 @@ def from_pretrained(
   Raises:
     UserError: names what about it can't be read or honoured.
   """
+  dtype = None if dtype is None else DType(DTYPES).check('dtype', dtype)
   opened = open_source(source)
   with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
     return _model(opened, dtype)
@@ -144,7 +148,7 @@ def merge_adapters(model: GPT2) -> GPT2:
 
 
 def save_pretrained(
-    model: GPT2, folder: str | os.PathLike, *, to: str = 'hf', dtype: str | None = None,
+    model: GPT2, folder: str | os.PathLike, *, to: str = 'hf', dtype: Any = None,
     **options) -> None:
   """Writes a model, in Hugging Face's format unless `to` says otherwise.
 
@@ -152,8 +156,8 @@ def save_pretrained(
     model: the model.
     folder: a new folder (for nanogpt, llmc and gguf: a new file).
     to: a name of WRITERS. Adapters are merged into the weights, but for 'peft', which has them only.
-    dtype: of the tensors: 'float32', 'bfloat16' or 'float16'. Default: as in the file that the model
-      is from, so that nothing is lost.
+    dtype: of the tensors: float32, bfloat16 or float16, as `jnp.dtype` takes it. Default:
+      as in the file that the model is from, so that nothing is lost.
     **options: of the format: `max_shard_size` of 'hf', in bytes, default 5 GB.
 
   Raises:
@@ -163,7 +167,7 @@ def save_pretrained(
     write(_source(model), folder, to, dtype=dtype, **options)
 
 
-def write(source: Source, target: str | os.PathLike, to: str, *, dtype: str | None = None,
+def write(source: Source, target: str | os.PathLike, to: str, *, dtype: Any = None,
           **options) -> None:
   """As `save_pretrained`, from an opened checkpoint; `options` are those of the format's `write`."""
   if to not in WRITERS:

@@ -24,7 +24,9 @@ from pathlib import Path
 import filelock
 import numpy as np
 
+from gpt2_jax import bounds
 from gpt2_jax import tokenizer as tokenizers
+from gpt2_jax.bounds import Choice, Float, Int, Place, Text
 from gpt2_jax.data import corpora, store
 from gpt2_jax.errors import UserError, saving
 from gpt2_jax.files import write_whole
@@ -33,6 +35,9 @@ from gpt2_jax.progress import track
 MIN_PART_BYTES, MAX_PART_BYTES, MAX_PARTS = 4 * 2**20, 256 * 2**20, 64
 BPE_TRAINING_BYTES = 64 * 2**20
 JOB = 'job.json'
+SETTINGS: bounds.Table = dict(
+    corpus=Place(), tokenizer=Place(), val_fraction=Float(0, 1, open_low=True, open_high=True),
+    split_seed=Int(-2**63, 2**63 - 1), split=Choice(('document', 'tail')), text_field=Text(1000))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +52,7 @@ class Settings:
   text_field: str = 'text'
 
   def __post_init__(self):
-    if not 0 < self.val_fraction < 1:
-      raise UserError(f'val_fraction = {self.val_fraction} must lie between 0 and 1.')
-    if self.split not in ('document', 'tail'):
-      raise UserError(f'split = {self.split!r} is not one of: document, tail.')
+    bounds.check_all(SETTINGS, vars(self))
 
 
 def store_name(settings: Settings) -> str:

@@ -6,6 +6,7 @@ models with a head have them behind `transformer.`.
 
 import dataclasses
 import json
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -14,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_jax import tokenizer
-from gpt2_jax.config import GPTConfig
+from gpt2_jax import bounds, tokenizer
+from gpt2_jax.config import MODEL, GPTConfig
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import check_place, read_json, unreadable
 from gpt2_jax.interop import mup, safetensors_files, torch_files
@@ -67,6 +68,12 @@ KEPT_KEYS = frozenset((
     'num_return_sequences', 'output_scores', 'return_dict_in_generate', 'forced_bos_token_id',
     'forced_eos_token_id', 'remove_invalid_values', 'exponential_decay_length_penalty',
     'suppress_tokens', 'begin_suppress_tokens'))
+# What of the two is used, and what it may be.
+TOKEN_ID = bounds.Int(-2**31, 2**31 - 1)  # one that is not in the vocabulary, as -1, is passed over
+USED_KEYS: bounds.Table = dict(
+    bos_token_id=bounds.Optional(TOKEN_ID), pad_token_id=bounds.Optional(TOKEN_ID),
+    eos_token_id=bounds.Optional(bounds.OneOrMore(TOKEN_ID)),
+    id2label=bounds.Optional(bounds.Names()))
 # Keys that mean something else unless they are empty.
 EMPTY_KEYS = ('add_cross_attention', 'pruned_heads', 'cross_attention_hidden_size')
 
@@ -89,12 +96,15 @@ def config_from_dict(keys: Mapping[str, Any], where: str = 'config.json') -> GPT
   if fields.get('classifier_dropout', 0) is None:
     del fields['classifier_dropout']
   fields.setdefault('classifier_dropout', keys.get('hidden_dropout', 0.1))
-  for name, value in fields.items():
-    kind = type(getattr(GPTConfig, name)) if name != 'n_inner' else (int, type(None))
-    if not isinstance(value, (int, float) if kind is float else kind) or (
-        isinstance(value, bool) and kind is not bool):
-      raise UserError(f'{where}: {name} = {value!r} is of the wrong type.')
-  return GPTConfig(**fields)
+  bounds.check_all(MODEL, fields, f'{where}: ')
+  check_keys(keys, where)
+  with bounds.errors_of(where):
+    return GPTConfig(**fields)
+
+
+def check_keys(keys: Mapping[str, Any], where: str | os.PathLike) -> None:
+  """Checks those values beside the sizes that something is done with: see USED_KEYS."""
+  bounds.check_all(USED_KEYS, {k: v for k, v in keys.items() if k in USED_KEYS}, f'{where}: ')
 
 
 def config_to_dict(source: Source) -> dict[str, Any]:
@@ -152,7 +162,14 @@ def assemble(path: Path, keys: Mapping[str, Any], tensors: dict[str, Tensor]) ->
   return Source(
       config, lambda name: tensors[name].read(), common_dtype(tensors.values(), path), str(path),
       tokenizer=load_tokenizer(path), keys=kept,
-      generation=read_json(generation) if generation.is_file() else {})
+      generation=generation_keys(generation))
+
+
+def generation_keys(path: Path) -> dict[str, Any]:
+  """What a generation_config.json says; nothing where there is none."""
+  keys = read_json(path) if path.is_file() else {}
+  check_keys(keys, path)
+  return keys
 
 
 def _drop_tied_head(path: Path, tensors: dict[str, Tensor]) -> None:

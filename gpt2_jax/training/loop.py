@@ -13,11 +13,9 @@ from gpt2_jax.checkpoint import Checkpoints, difference
 from gpt2_jax.config import Config
 from gpt2_jax.data import labelled, prepare, store
 from gpt2_jax.data import loader as loader_lib
-from gpt2_jax.decoding.generate import generate_tokens
 from gpt2_jax.errors import UserError, saving
 from gpt2_jax.progress import track
-from gpt2_jax.sharding import mesh_of, whole_rows
-from gpt2_jax.training import compiling, distributed, goodput, metrics, report, spikes
+from gpt2_jax.training import compiling, distributed, goodput, metrics, report, sampling, spikes
 from gpt2_jax.training import record as record_lib
 from gpt2_jax.training.plan import Plan, make_plan, out_of_memory_advice
 from gpt2_jax.training.profiling import Profile
@@ -50,8 +48,11 @@ def evaluate(eval_step, params, split: Any, plan: Plan, stop: StopSignal) -> dic
   labels are right. Empty where a signal cut it short.
   """
   sums, loader = [], LOADERS[plan.model.head]
-  with track('evaluating', loader.eval_size(split, plan.T, plan.eval_rows), 'batches') as done:
-    for batch in loader.eval_batches(split, plan.T, plan.eval_rows, plan.batch_sharding):
+  parts = plan.mesh.shape['data'] * plan.mesh.shape['fsdp']
+  there = -(-loader.eval_size(split, plan.T, 1) // parts) * parts
+  rows = min(plan.eval_rows, there)  # no batch is larger than the split
+  with track('evaluating', loader.eval_size(split, plan.T, rows), 'batches') as done:
+    for batch in loader.eval_batches(split, plan.T, rows, plan.batch_sharding):
       sums.append(eval_step(params, *batch))
       done(1)
       if len(sums) > 4:  # keeps the host from running ahead of the device
@@ -88,6 +89,7 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
   # --- Data: a token store, and batch = f(seed, step) ------------------------------------------
   data = open_data(plan)
   data.check_vocabulary(plan.model.vocab_size)
+  sampling.check(plan, data.tokenizer)
   train_split, val_split = data.splits['train'], data.splits['val']
   loader = LOADERS[plan.model.head].TrainLoader(
       train_split, plan.T, plan.G, config.train.seed, plan.model.vocab_size)
@@ -233,16 +235,12 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
       params = in_use()
       if patience.best not in (None, step):
         params = checkpoints.params(patience.best, plan.abstract_state().params)
-      params = whole_rows(params)
-      with clock('evaluate'), mesh_of(params):
-        sample, = generate_tokens(
-            plan.model, params, config.log.sample_prompt, tokenizer=data.tokenizer,
-            seed=config.train.seed, max_new_tokens=config.log.sample_tokens,
-            temperature=config.log.sample_temperature, top_k=config.log.sample_top_k)
+      with clock('evaluate'):
+        sample = sampling.draw(plan, params, data.tokenizer)
     if jax.process_index() == 0:
       totals = clock.totals()
       report.plot_losses(workdir, f'{workdir.name}: {tokens_a_step:,} tokens a step', totals)
-      say(report.summary(workdir, config.log.sample_prompt, sample and sample.text, totals))
+      say(report.summary(workdir, config.log.sample_prompt, sample, totals))
     checkpoints.close()
     if jax.process_index() == 0:
       record_lib.end(workdir, step, clock.totals(), finished=True)

@@ -20,7 +20,7 @@ from gpt2_jax import determinism
 from gpt2_jax.checkpoint import difference
 from gpt2_jax.config import Config
 from gpt2_jax.errors import UserError
-from gpt2_jax.training import metrics, record
+from gpt2_jax.training import knobs, metrics, record
 from gpt2_jax.training.loop import say, train
 
 NOTE = 'reproduces.json'  # in the folder of the second run: of which run it is the repetition
@@ -154,6 +154,7 @@ def reproduce(workdir: str | Path, output: str | Path | None = None) -> int:
     if any(other[name] != start[name] for other in starts):
       say(f'its {len(starts)} starts differ in {name}: only the last one\'s is repeated')
   again: Config = ConfigDict({'deterministic': False} | config)  # there was no such knob once
+  knobs.check(again)
   _restrict(again, lines[-1]['step'], start)
   if again.deterministic:
     determinism.require()
