@@ -159,17 +159,18 @@ class Text(Kind):
 
 @dataclasses.dataclass(frozen=True)
 class Place(Kind):
-  """Paths, names and patterns of them, as a text."""
+  """Paths, names and patterns of them."""
 
   @property
   def says(self) -> str:
     return 'be a path or name: no empty text, no part of it longer than 255 bytes, nor it than 4,095'
 
   def take(self, value: Any) -> str:
-    _demand(isinstance(value, str) and value.strip() != '' and '\0' not in value)
-    encoded = value.encode()
+    text = os.fspath(value)
+    _demand(isinstance(text, str) and text.strip() != '' and '\0' not in text)
+    encoded = text.encode(errors='surrogateescape')
     _demand(len(encoded) < 4096 and all(len(part) < 256 for part in encoded.split(b'/')))
-    return str(value)
+    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +215,9 @@ class OneOrMore(Kind):
     return f'{self.kind.says}, or be a list of such'
 
   def take(self, value: Any) -> Any:
-    return list(map(self.kind.take, value)) if isinstance(value, list) else self.kind.take(value)
+    if isinstance(value, (list, tuple)):
+      return list(map(self.kind.take, value))
+    return self.kind.take(value)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,23 +1,26 @@
 """The command line: `gpt2-jax VERB`, the same as `python -m gpt2_jax VERB`."""
 
+import contextlib
 import dataclasses
 import io
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from gpt2_jax import inputs
+from gpt2_jax import flags, inputs
 from gpt2_jax.decoding.options import Options
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, brief
 from gpt2_jax.evaluation.bias_command import Bias
 from gpt2_jax.evaluation.command import Evaluate
 from gpt2_jax.planning.command import Plan, split_overrides
 from gpt2_jax.serving.command import Serve
 
+LONG = 1000  # characters of a word
 RULE = '-' * 78 + '\n'
 
 
@@ -85,8 +88,6 @@ class Sample:
       raise UserError('--json, --stream and --interactive exclude each other.')
     if self.interactive and (self.prompt or self.prompt_file):
       raise UserError('--interactive asks for prompts: leave --prompt and --prompt-file out.')
-    if self.batch_size < 1:
-      raise UserError(f'--batch-size {self.batch_size} must be at least 1.')
     if self.greedy:
       self.options = dataclasses.replace(self.options, do_sample=False)
     prompts = [inputs.typed(text, f'--prompt {text[:40]!r}') for text in self.prompt]
@@ -192,16 +193,32 @@ Verb = (Annotated[Prepare, tyro.conf.subcommand('prepare')]
         | Annotated[Reproduce, tyro.conf.subcommand('reproduce')])
 
 
+def parse(argv: Sequence[str]) -> Verb:
+  """The verb that a command line asks for. Exit status 2 where it is none; a message about it says
+  only the ends of long words.
+  """
+  options = dict(prog='gpt2-jax', registry=inputs.registry, config=(tyro.conf.OmitArgPrefixes,))
+  if max(map(len, argv), default=0) > LONG:
+    try:
+      with contextlib.redirect_stderr(io.StringIO()):
+        return tyro.cli(Verb, args=argv, **options)
+    except SystemExit:
+      argv = [brief(word) if len(word) > LONG else word for word in argv]
+      tyro.cli(Verb, args=argv, **options)  # says what is wrong, and leaves
+      raise UserError('a value of the command line is too long.') from None
+  return tyro.cli(Verb, args=argv, **options)
+
+
 def main(argv: list[str] | None = None) -> None:
   """Runs a verb. Exit status 1 and one message where the input can't be used."""
   argv, overrides = list(sys.argv[1:] if argv is None else argv), ()
   if argv[:1] == ['plan']:
     argv, overrides = split_overrides(argv)
   try:
-    verb = tyro.cli(Verb, args=argv, prog='gpt2-jax', registry=inputs.registry,
-                    config=(tyro.conf.OmitArgPrefixes,))
+    verb = parse(argv)
     if isinstance(verb, Plan):
       verb.overrides = overrides
+    flags.check(verb)
     verb.run()
   except UserError as e:
     sys.exit(f'error: {e}')

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from gpt2_jax import sharding, tokenizer
-from gpt2_jax.bounds import DType
+from gpt2_jax.bounds import DType, Place
 from gpt2_jax.config import DTYPES
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import whole
@@ -98,6 +98,7 @@ def from_pretrained(
   Raises:
     UserError: names what about it can't be read or honoured.
   """
+  Place().check('source', source)
   dtype = None if dtype is None else DType(DTYPES).check('dtype', dtype)
   opened = open_source(source)
   with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():

@@ -13,9 +13,11 @@ from gpt2_jax.checkpoint import Checkpoints, difference
 from gpt2_jax.config import Config
 from gpt2_jax.data import labelled, prepare, store
 from gpt2_jax.data import loader as loader_lib
+from gpt2_jax.decoding.generate import generate_tokens
 from gpt2_jax.errors import UserError, saving
 from gpt2_jax.progress import track
-from gpt2_jax.training import compiling, distributed, goodput, metrics, report, sampling, spikes
+from gpt2_jax.sharding import mesh_of, whole_rows
+from gpt2_jax.training import compiling, distributed, goodput, metrics, report, spikes
 from gpt2_jax.training import record as record_lib
 from gpt2_jax.training.plan import Plan, make_plan, out_of_memory_advice
 from gpt2_jax.training.profiling import Profile
@@ -41,6 +43,13 @@ def open_data(plan: Plan) -> Any:
                               data.split, data.text_field)
   folder = data.store or Path(data.directory) / prepare.store_name(settings)
   return prepare.ensure_store(settings, folder)
+
+
+def check_prompt(plan: Plan, tokenizer: tokenizer.Tokenizer) -> None:
+  """Raises a UserError where the model has no such ids as the sample at the end will begin with."""
+  V, ids = plan.model.vocab_size, tokenizer.encode(plan.config.log.sample_prompt) or [tokenizer.eot]
+  if plan.model.head == 'lm' and max(ids) >= V:
+    raise store.bad_token(max(ids), 'log.sample_prompt', V)
 
 
 def evaluate(eval_step, params, split: Any, plan: Plan, stop: StopSignal) -> dict[str, float]:
@@ -89,7 +98,7 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
   # --- Data: a token store, and batch = f(seed, step) ------------------------------------------
   data = open_data(plan)
   data.check_vocabulary(plan.model.vocab_size)
-  sampling.check(plan, data.tokenizer)
+  check_prompt(plan, data.tokenizer)
   train_split, val_split = data.splits['train'], data.splits['val']
   loader = LOADERS[plan.model.head].TrainLoader(
       train_split, plan.T, plan.G, config.train.seed, plan.model.vocab_size)
@@ -235,12 +244,16 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
       params = in_use()
       if patience.best not in (None, step):
         params = checkpoints.params(patience.best, plan.abstract_state().params)
-      with clock('evaluate'):
-        sample = sampling.draw(plan, params, data.tokenizer)
+      params = whole_rows(params)
+      with clock('evaluate'), mesh_of(params):
+        sample, = generate_tokens(
+            plan.model, params, config.log.sample_prompt, tokenizer=data.tokenizer,
+            seed=config.train.seed, max_new_tokens=config.log.sample_tokens,
+            temperature=config.log.sample_temperature, top_k=config.log.sample_top_k)
     if jax.process_index() == 0:
       totals = clock.totals()
       report.plot_losses(workdir, f'{workdir.name}: {tokens_a_step:,} tokens a step', totals)
-      say(report.summary(workdir, config.log.sample_prompt, sample, totals))
+      say(report.summary(workdir, config.log.sample_prompt, sample and sample.text, totals))
     checkpoints.close()
     if jax.process_index() == 0:
       record_lib.end(workdir, step, clock.totals(), finished=True)

@@ -78,7 +78,7 @@ def summary(workdir: Path, prompt: str, sample: str | None, totals: dict[str, fl
   held_out = f', held-out loss {final["eval/loss"]:.4f}' if final else ''
   if 'eval/accuracy' in final:
     held_out += f', {final["eval/accuracy"]:.2%} right'
-  rule, begin = '-' * 78, (prompt.splitlines() or [''])[0]
+  rule = '-' * 78
   return '\n'.join([
       rule,
       f'done: step {last["step"]:,}, {last["train/tokens"]:,} tokens, training loss '
@@ -90,6 +90,6 @@ def summary(workdir: Path, prompt: str, sample: str | None, totals: dict[str, fl
       f'picture    {workdir / PLOT}',
       'next',
       f'  gpt2_jax.classify(gpt2_jax.from_pretrained({str(workdir)!r}), \'a text\')' if sample is None
-      else f'  gpt2-jax sample --checkpoint {workdir} --prompt "{begin}"',
+      else f'  gpt2-jax sample --checkpoint {workdir} --prompt "{prompt.splitlines()[0]}"',
       f'  tensorboard --logdir {workdir}          (pip install tensorboard)',
       '  the same launch.py command with a larger --config.train.steps goes on from here'])
