@@ -44,12 +44,18 @@ class Kind:
     try:
       return self.take(value)
     except (TypeError, ValueError, OverflowError):
-      raise UserError(f'{name}{equals}{brief(value)} must {self.says}.') from None
+      shown = ' '.join(brief(value).split('\n'))
+      raise UserError(f'{name}{equals}{shown} must {self.says}.') from None
 
 
 def plain(value: Any) -> Any:
   """A scalar of NumPy's or JAX's as Python's; others as they are."""
   return value.item() if getattr(value, 'ndim', None) == 0 and hasattr(value, 'item') else value
+
+
+def shortened(text: str, most: int = 500) -> str:
+  """A message of others', cut in the middle where it repeats a long value."""
+  return text if len(text) <= most else f'{text[:most - 100]} … {text[-80:]}'
 
 
 def _demand(holds: bool) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -198,6 +199,9 @@ def parse(argv: Sequence[str]) -> Verb:
   only the ends of long words.
   """
   options = dict(prog='gpt2-jax', registry=inputs.registry, config=(tyro.conf.OmitArgPrefixes,))
+  # one that is no value first: tyro would long look for options that are like it
+  argv = [brief(word) if len(word) > LONG and re.fullmatch(r'-[^\s=]+', word) else word
+          for word in argv]
   if max(map(len, argv), default=0) > LONG:
     try:
       with contextlib.redirect_stderr(io.StringIO()):

@@ -57,7 +57,7 @@ def open_source(source: str | os.PathLike) -> Source:
 
 def _open(source: str | os.PathLike, above: tuple[Path, ...]) -> Source:
   """`above`: the adapters whose base this is."""
-  path = Path(source)
+  path = Path(Place().check('source', source))
   if not path.exists():
     if not hub.is_name(str(source)):
       raise UserError(f'{source} is neither a file or folder here nor a name of the hub.')
@@ -98,7 +98,6 @@ def from_pretrained(
   Raises:
     UserError: names what about it can't be read or honoured.
   """
-  Place().check('source', source)
   dtype = None if dtype is None else DType(DTYPES).check('dtype', dtype)
   opened = open_source(source)
   with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():

@@ -17,7 +17,7 @@ import numpy as np
 
 from gpt2_jax import bounds, tokenizer
 from gpt2_jax.config import MODEL, GPTConfig
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, brief
 from gpt2_jax.files import check_place, read_json, unreadable
 from gpt2_jax.interop import mup, safetensors_files, torch_files
 from gpt2_jax.interop.card import model_card
@@ -85,13 +85,13 @@ def config_from_dict(keys: Mapping[str, Any], where: str = 'config.json') -> GPT
     UserError: it is another model's, or names keys that can't be honoured.
   """
   if keys.get('model_type', 'gpt2') != 'gpt2':
-    raise UserError(f'{where}: model_type is {keys["model_type"]!r}, but only gpt2 can be read.')
+    raise UserError(f'{where}: model_type is {brief(keys["model_type"])}, but only gpt2 can be read.')
   unknown = {k: v for k, v in keys.items()
              if (k not in CONFIG_KEYS and k not in NEUTRAL_KEYS and k not in KEPT_KEYS
              and k not in MADE_KEYS and k not in EMPTY_KEYS) or (k in EMPTY_KEYS and v)}
   if unknown:
-    raise UserError(f'{where} has keys that this GPT-2 can\'t honour: {unknown}. If they don\'t '
-                    'matter, remove them in a copy of the folder and name that.')
+    raise UserError(f'{where} has keys that this GPT-2 can\'t honour: {brief(unknown, 400)}. If they '
+                    'don\'t matter, remove them in a copy of the folder and name that.')
   fields = {k: keys[k] for k in CONFIG_KEYS if k in keys}
   if fields.get('classifier_dropout', 0) is None:
     del fields['classifier_dropout']

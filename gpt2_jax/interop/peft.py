@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gpt2_jax.config import LoRA
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, brief
 from gpt2_jax.files import check_place, read_json
 from gpt2_jax.interop import safetensors_files
 from gpt2_jax.interop.tensors import Source, Tensor, adapter_shapes, check_shapes, common_dtype
@@ -45,24 +45,25 @@ def open_source(path: Path, open_base: Callable[[str], Source]) -> Source:
   """
   keys = read_json(path / CONFIG)
   if keys.get('peft_type') != 'LORA':
-    raise UserError(f'{path / CONFIG}: peft_type is {keys.get("peft_type")!r}; LORA can be read.')
+    raise UserError(f'{path / CONFIG}: peft_type is {brief(keys.get("peft_type"))}; '
+                    'LORA can be read.')
   unknown = {k: v for k, v in keys.items()
              if k not in USED and k not in NEUTRAL and v and (k, v) != ('bias', 'none')}
   targets = keys.get('target_modules')
   if isinstance(targets, str):
     unknown['target_modules'] = targets
   if unknown:
-    raise UserError(f'{path / CONFIG} has keys that can\'t be honoured: {unknown}.')
+    raise UserError(f'{path / CONFIG} has keys that can\'t be honoured: {brief(unknown, 400)}.')
   base_name = keys.get('base_model_name_or_path')
-  if not base_name:
+  if not isinstance(base_name, str) or not base_name:
     raise UserError(f'{path / CONFIG} does not name the model that the adapters belong to: write '
                     'its name or path as base_model_name_or_path.')
   try:
     r, alpha = keys['r'], keys['lora_alpha']
     lora = LoRA(r, alpha * r**0.5 if keys.get('use_rslora') else alpha, tuple(sorted(targets or ())),
                 keys.get('lora_dropout', 0.0))
-  except (KeyError, TypeError) as e:
-    raise UserError(f'{path / CONFIG} can\'t be read: {e!r}.') from e
+  except (KeyError, TypeError, OverflowError) as e:
+    raise UserError(f'{path / CONFIG} can\'t be read: {brief(e)}.') from e
   base = merged(open_base(base_name))
   check_place(path / FILE)
   tensors = safetensors_files.read(path / FILE)

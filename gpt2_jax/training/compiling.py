@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, brief
 
 FOLDER = '.jax_cache'
 HIT, MISS = '/jax/compilation_cache/cache_hits', '/jax/compilation_cache/cache_misses'
@@ -45,7 +45,7 @@ def options(text: str) -> dict[str, bool | int | float | str]:
   for pair in text.split():
     name, _, value = pair.removeprefix('--').partition('=')
     if not name.startswith('xla_') or not value:
-      raise UserError(f'train.compiler_options: {pair!r} is not xla_NAME=VALUE.')
+      raise UserError(f'train.compiler_options: {brief(pair)} is not xla_NAME=VALUE.')
     try:
       found[name] = json.loads(value.lower())
     except ValueError:

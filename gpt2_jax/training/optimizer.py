@@ -20,7 +20,8 @@ def make_schedule(optim: Config, steps: int) -> optax.Schedule:
     decay; Hu et al. 2024, arXiv:2404.06395);
   - constant.
   """
-  peak, end, warmup = optim.peak_lr, optim.peak_lr * optim.end_lr_fraction, optim.warmup_steps
+  peak, warmup = float(optim.peak_lr), optim.warmup_steps
+  end = peak * optim.end_lr_fraction
   last = steps if optim.decay_steps is None else optim.decay_steps
   if optim.schedule not in SCHEDULES:
     raise UserError(f'optim.schedule = {optim.schedule!r} is not one of {SCHEDULES}.')
@@ -92,5 +93,5 @@ def make_optimizer(
       optax.add_decayed_weights(optim.weight_decay, decay_mask),
       optax.scale_by_learning_rate(schedule))
   if optim.clip_norm:
-    tx = optax.chain(clip_by_global_norm(optim.clip_norm), tx)
-  return skip_spikes(tx, optim.skip_zscore, optim.skip_warmup) if optim.skip_zscore else tx
+    tx = optax.chain(clip_by_global_norm(float(optim.clip_norm)), tx)
+  return skip_spikes(tx, float(optim.skip_zscore), optim.skip_warmup) if optim.skip_zscore else tx
