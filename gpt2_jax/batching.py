@@ -13,7 +13,8 @@ from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError, brief
 from gpt2_jax.tokenizer import Tokenizer
 
-Texts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]  # or arrays of ids
+Texts = (str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
+         | Sequence[np.ndarray] | Sequence[jax.Array])
 
 
 def bucket(n: int, most: int, least: int = 16) -> int:

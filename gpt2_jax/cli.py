@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -198,19 +199,20 @@ def parse(argv: Sequence[str]) -> Verb:
   """The verb that a command line asks for. Exit status 2 where it is none; a message about it says
   only the ends of long words.
   """
-  options = dict(prog='gpt2-jax', registry=inputs.registry, config=(tyro.conf.OmitArgPrefixes,))
+  ask = functools.partial(tyro.cli, Verb, prog='gpt2-jax', registry=inputs.registry,
+                          config=(tyro.conf.OmitArgPrefixes,))
   # one that is no value first: tyro would long look for options that are like it
   argv = [brief(word) if len(word) > LONG and re.fullmatch(r'-[^\s=]+', word) else word
           for word in argv]
   if max(map(len, argv), default=0) > LONG:
     try:
       with contextlib.redirect_stderr(io.StringIO()):
-        return tyro.cli(Verb, args=argv, **options)
+        return ask(args=argv)
     except SystemExit:
       argv = [brief(word) if len(word) > LONG else word for word in argv]
-      tyro.cli(Verb, args=argv, **options)  # says what is wrong, and leaves
+      ask(args=argv)  # says what is wrong, and leaves
       raise UserError('a value of the command line is too long.') from None
-  return tyro.cli(Verb, args=argv, **options)
+  return ask(args=argv)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -235,7 +236,7 @@ def accepted(config) -> bool:
   except UserError as e:
     said(e)
     return False
-  rates = [float(made.schedule(step)) for step in range(3)]
+  rates = np.asarray([made.schedule(step) for step in range(3)])
   assert np.isfinite(rates).all() and made.G % made.A == 0
   assert traced(made.model)
   return True
@@ -368,18 +369,19 @@ def test_other_dtypes_are_refused_with_those_that_work(dtype, model, tmp_path):
 def test_prompts_and_options_are_of_any_natural_type(model):
   want = gpt2_jax.generate(model, [[1, 2, 3], [4, 5, 6]], max_new_tokens=3, seed=3, top_k=7)
   ids = [[1, 2, 3], [4, 5, 6]]
-  for prompts in (tuple(map(tuple, ids)), np.array(ids, np.uint16), jnp.array(ids),
+  made: Any
+  for made in (tuple(map(tuple, ids)), np.array(ids, np.uint16), jnp.array(ids),
                   [np.array(ids[0]), jnp.array(ids[1])], (list(jnp.array(row)) for row in ids)):
-    have = gpt2_jax.generate(model, prompts, max_new_tokens=np.int64(3), seed=np.uint8(3),
+    have = gpt2_jax.generate(model, made, max_new_tokens=np.int64(3), seed=np.uint8(3),
                              top_k=jnp.int32(7), temperature=np.float32(1))
     assert have == want
-  for prompt in (np.array(ids[0]), jnp.array(ids[0]), tuple(ids[0]), list(jnp.array(ids[0]))):
-    assert gpt2_jax.features(model, prompt)[0].tokens == ids[0]
+  for made in (np.array(ids[0]), jnp.array(ids[0]), tuple(ids[0]), list(jnp.array(ids[0]))):
+    assert gpt2_jax.features(model, made)[0].tokens == ids[0]
   assert gpt2_jax.generate(
       model, ids[0], max_new_tokens=3, stop_token_ids=np.array([3]), bad_words_ids=np.array([[5]]),
       eos_token_id=jnp.array([1]))
-  for prompt in ([1.5], [[1, 2.0]], [None], np.array([0.5]), [[1, 'a']]):
+  for made in ([1.5], [[1, 2.0]], [None], np.array([0.5]), [[1, 'a']]):
     with pytest.raises(UserError, match='neither a text nor a list of ids'):
-      gpt2_jax.generate(model, prompt)
+      gpt2_jax.generate(model, made)
   with pytest.raises(UserError, match='bits, but the vocabulary'):
     gpt2_jax.generate(model, [10**5000])

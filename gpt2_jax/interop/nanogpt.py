@@ -116,7 +116,7 @@ def _config(file: Path, args: dict, tensors: Mapping[str, Tensor]) -> tuple[GPTC
   if args['n_layer'] > len(tensors):
     raise UserError(f'{file} lacks tensors: it has {len(tensors)}, but n_layer = {args["n_layer"]}.')
   sizes = {ours: args[theirs] for theirs, ours in SIZES.items()}
-  rates = dict.fromkeys(('embd_pdrop', 'attn_pdrop', 'resid_pdrop'), dropout)
+  rates: Any = dict.fromkeys(('embd_pdrop', 'attn_pdrop', 'resid_pdrop'), dropout)
   with bounds.errors_of(file):
     return GPTConfig(**sizes, **rates, activation_function='gelu'), has_bias
 
