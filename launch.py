@@ -19,6 +19,7 @@ from absl import flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 from gpt2_jax import hardware  # noqa: E402
+from gpt2_jax.bounds import shortened  # noqa: E402
 from gpt2_jax.errors import UserError, near, versions  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file('config', help_string='Config file, with :RECIPE after it.')
@@ -31,8 +32,8 @@ DISTRIBUTED = flags.DEFINE_enum(
     'Whether this is one process of several. auto: where the environment shows a cluster.')
 COORDINATOR = flags.DEFINE_string(
     'coordinator', None, 'HOST:PORT of process 0, where nothing in the environment says it.')
-NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes there are.')
-PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.')
+NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes there are.', 1, 2**20)
+PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.', 0, 2**20)
 
 
 def usage() -> str:
@@ -65,7 +66,7 @@ def parse_flags(argv: list[str]) -> None:
       raise ValueError('say which config: --config=configs/tiny.py')
     _ = CONFIG.value.model  # a file that can't be loaded is an error only now
   except Exception as e:  # of many kinds, some with a traceback as their text
-    sys.exit(f'error: {wrong_flag(e, argv)} (the knobs: configs/base.py)')
+    sys.exit(f'error: {shortened(wrong_flag(e, argv))} (the knobs: configs/base.py)')
 
 
 def wrong_flag(e: Exception, argv: list[str]) -> str:

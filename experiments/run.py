@@ -28,6 +28,7 @@ if __name__ == '__main__':
 import tyro  # noqa: E402
 
 from experiments import results, sweeps  # noqa: E402
+from gpt2_jax import bounds  # noqa: E402
 from gpt2_jax.errors import UserError  # noqa: E402
 from gpt2_jax.progress import track  # noqa: E402
 from gpt2_jax.training import metrics, record  # noqa: E402
@@ -186,8 +187,7 @@ class Run:
   """Run them as jobs: slurm, local or debug, with parameters such as slurm_partition=gpu."""
 
   def run(self) -> None:
-    if self.k < 1:
-      raise UserError(f'--k {self.k} must be at least 1.')
+    bounds.check_flags({'name': bounds.Place(), 'k': bounds.Int(1, 1024)}, self)
     sweep = load(self.name)
     all_tasks = tasks(sweep)
     keys = sweeps.varied([task.point for task in all_tasks]) + [sweeps.SEED]

@@ -1,6 +1,8 @@
 """Texts to batches, for everything that is not training: generation, features, classification."""
 
+import contextlib
 import functools
+import operator
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +15,8 @@ from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError, brief
 from gpt2_jax.tokenizer import Tokenizer
 
-Texts = str | Sequence[int] | Sequence[str | Sequence[int]]
+Texts = (str | Sequence[int] | Sequence[str | Sequence[int]] | np.ndarray | jax.Array
+         | Sequence[np.ndarray] | Sequence[jax.Array])
 
 
 def bucket(n: int, most: int, least: int = 16) -> int:
@@ -34,6 +37,24 @@ def special_note(tokenizer: Tokenizer, text: str) -> str | None:
                     'say so: --special, allow_special=True, or give ids.')
 
 
+def _is_id(value: Any) -> bool:
+  """Whether a value is a whole number, of Python, NumPy, JAX or another."""
+  with contextlib.suppress(TypeError):
+    return operator.index(value) is not None
+  return False
+
+
+def _ids(number: int, prompt: Any) -> list[int]:
+  """The ids of a prompt that is no text: a list, a tuple, an array of one axis."""
+  if hasattr(prompt, 'tolist'):  # at once: an array on a device gives its elements slowly
+    prompt = prompt.tolist()
+  try:
+    return [operator.index(token) for token in prompt]
+  except TypeError:
+    raise UserError(
+        f'prompt {number} = {brief(prompt)} is neither a text nor a list of ids.') from None
+
+
 def encode(
     texts: Texts, tokenizer: Tokenizer | None, config: GPTConfig, *, room: int = 0,
     allow_special: bool = False) -> list[list[int]]:
@@ -49,8 +70,8 @@ def encode(
   Raises:
     UserError: names the text that can't be used.
   """
-  items: Any = texts
-  if isinstance(items, str) or (len(items) and isinstance(items[0], (int, np.integer))):
+  items: Any = [texts] if isinstance(texts, str) else list(texts)
+  if items and _is_id(items[0]):
     items = [items]
   rows = []
   for i, text in enumerate(items):
@@ -62,7 +83,7 @@ def encode(
       # an empty prompt: a document begins
       ids = tokenizer.encode(text, allow_special=allow_special) or [tokenizer.eot]
     else:
-      ids = [int(token) for token in text]
+      ids = _ids(i, text)
       if not ids:
         raise UserError(f'prompt {i} has no ids: begin with the end-of-text id for a free text.')
     bad = next((token for token in ids if not 0 <= token < config.vocab_size), None)

@@ -1,23 +1,28 @@
 """The command line: `gpt2-jax VERB`, the same as `python -m gpt2_jax VERB`."""
 
+import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from gpt2_jax import errors, files, inputs, seeds
+from gpt2_jax import errors, flags, inputs, seeds
 from gpt2_jax.decoding.options import Options
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, brief
 from gpt2_jax.evaluation.bias_command import Bias
 from gpt2_jax.evaluation.command import Evaluate
 from gpt2_jax.planning.command import Plan, split_overrides
 from gpt2_jax.serving.command import Serve
 
+LONG = 1000  # characters of a word
 RULE = '-' * 78 + '\n'
 
 
@@ -98,8 +103,6 @@ class Sample:
     if self.interactive and (self.prompt or self.prompt_file or self.prompt_ids):
       raise UserError('--interactive asks for prompts: leave --prompt, --prompt-file and '
                       '--prompt-ids out.')
-    if self.batch_size < 1:
-      raise UserError(f'--batch-size {self.batch_size} must be at least 1.')
     if self.greedy:
       self.options = dataclasses.replace(self.options, do_sample=False)
     seeds.check('--seed', self.options.seed)
@@ -223,19 +226,24 @@ Verb = (Annotated[Prepare, tyro.conf.subcommand('prepare')]
         | Annotated[Reproduce, tyro.conf.subcommand('reproduce')])
 
 
-# names of the options that are places, which must be on this machine
-PLACES = ('checkpoint', 'tokenizer', 'assistant', 'source', 'target', 'output', 'workdir', 'data',
-          'json', 'prompt_file', 'config', 'dump', 'corpus')
-
-
-def check_places(verb: Verb) -> None:
-  """Checks that every path is of this machine, before anything is made there or read."""
-  for field in dataclasses.fields(verb):
-    value = getattr(verb, field.name)
-    for place in value if isinstance(value, tuple) else [value]:
-      if field.name in PLACES and isinstance(place, str | Path):
-        path = str(place).partition(':')[2] if field.name == 'corpus' else place
-        files.local(path, f'--{field.name.replace("_", "-")}')
+def parse(argv: Sequence[str]) -> Verb:
+  """The verb that a command line asks for. Exit status 2 where it is none; a message about it says
+  only the ends of long words.
+  """
+  ask = functools.partial(tyro.cli, Verb, prog='gpt2-jax', registry=inputs.registry,
+                          config=(tyro.conf.OmitArgPrefixes,))
+  # one that is no value first: tyro would long look for options that are like it
+  argv = [brief(word) if len(word) > LONG and re.fullmatch(r'-[^\s=]+', word) else word
+          for word in argv]
+  if max(map(len, argv), default=0) > LONG:
+    try:
+      with contextlib.redirect_stderr(io.StringIO()):
+        return ask(args=argv)
+    except SystemExit:
+      argv = [brief(word) if len(word) > LONG else word for word in argv]
+      ask(args=argv)  # says what is wrong, and leaves
+      raise UserError('a value of the command line is too long.') from None
+  return ask(args=argv)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -246,11 +254,10 @@ def main(argv: list[str] | None = None) -> None:
   if argv[:1] == ['plan']:
     argv, overrides = split_overrides(argv)
   try:
-    verb = tyro.cli(Verb, args=argv, prog='gpt2-jax', registry=inputs.registry,
-                    config=(tyro.conf.OmitArgPrefixes,))
+    verb = parse(argv)
     if isinstance(verb, Plan):
       verb.overrides = overrides
-    check_places(verb)
+    flags.check(verb)
     verb.run()
   except UserError as e:
     sys.exit(f'error: {e}')

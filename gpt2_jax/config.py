@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from gpt2_jax import bounds
+from gpt2_jax.bounds import Bool, Choice, DType, Float, Int, Optional
 from gpt2_jax.errors import UserError, brief, near
-from gpt2_jax.files import local
 
 Config = Any  # a run's ml_collections.ConfigDict (configs/base.py), or a section of it: untyped
 
@@ -74,6 +75,34 @@ HEADS = ('lm', 'sequence_classification', 'token_classification')
 # steps of 1/127 of the largest in their output channel. See `forms.py`.
 FORMS = ('train', 'decode', 'int8')
 
+DTYPES = ('float32', 'bfloat16')  # of activations, of gradients on their way
+MOST_BYTES = 2**50  # of float32 parameters: no machine holds more
+RATE = Float(0, 1, open_high=True)  # of dropout
+
+# What the fields of a `LoRA` and of a `GPTConfig` may be. No axis is longer than LARGE, and no tensor
+# larger than MOST_BYTES, which is looked at when all of them are known.
+LORA: bounds.Table = dict(
+    r=Int(1, 2**16), alpha=Float(-1e6, 1e6), dropout=RATE,
+    target_modules=bounds.Tuple(bounds.Text(100)))
+MODEL: bounds.Table = dict(
+    vocab_size=Int(1), n_positions=Int(1), n_embd=Int(1), n_layer=Int(1, 2**16), n_head=Int(1),
+    n_inner=Optional(Int(1)), activation_function=Choice(ACTIVATIONS), embd_pdrop=RATE,
+    attn_pdrop=RATE, resid_pdrop=RATE, layer_norm_epsilon=Float(0, 1),
+    initializer_range=Float(0, 1e3), scale_attn_weights=Bool(),
+    scale_attn_by_inverse_layer_idx=Bool(), reorder_and_upcast_attn=Bool(),
+    tie_word_embeddings=Bool(), init_scheme=Choice(('hf', 'openai_release')),
+    parametrization=Choice(('standard', 'mup')),
+    mup_base_width=Optional(Int(1)), mup_base_head_width=Optional(Int(1)), vocab_multiple=Int(1),
+    dtype=DType(DTYPES), remat=Choice(REMAT_POLICIES), attention=Choice(ATTENTIONS),
+    reduce_dtype=DType(DTYPES), head=Choice(HEADS), num_labels=Int(1), classifier_dropout=RATE,
+    form=Choice(FORMS))
+
+
+def set_checked(made: Any, table: bounds.Table, prefix: str) -> None:
+  """Checks the fields of a frozen dataclass, and sets them to plain Python's values."""
+  for name, kind in table.items():
+    object.__setattr__(made, name, kind.check(prefix + name, getattr(made, name)))
+
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
@@ -86,9 +115,7 @@ class LoRA:
   modules: ClassVar[tuple[str, ...]] = ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')
 
   def __post_init__(self):
-    object.__setattr__(self, 'target_modules', tuple(self.target_modules))  # JSON has a list
-    if self.r < 1 or not 0 <= self.dropout < 1:
-      raise UserError(f'lora: r = {self.r} must be at least 1, dropout = {self.dropout} in [0, 1).')
+    set_checked(self, LORA, 'lora.')
     for target in self.target_modules:
       if not any(self._matches(module, target) for module in self.modules):
         raise UserError(f'lora.target_modules: {target!r} is none of c_attn, c_proj, c_fc, or '
@@ -145,28 +172,30 @@ class GPTConfig:
 
   def __post_init__(self):
     if self.lora is not None and not isinstance(self.lora, LoRA):  # as a checkpoint's JSON has it
-      object.__setattr__(self, 'lora', LoRA(**self.lora))
-    for name in ('vocab_size', 'n_positions', 'n_embd', 'n_layer', 'n_head', 'vocab_multiple',
-                 'num_labels'):
-      if getattr(self, name) < 1:
-        raise UserError(f'model.{name} = {getattr(self, name)} must be positive.')
+      try:
+        object.__setattr__(self, 'lora', LoRA(**self.lora))
+      except TypeError:
+        raise UserError(f'model.lora = {brief(self.lora)} must have {", ".join(LORA)}.') from None
+    set_checked(self, MODEL, 'model.')
     if self.n_embd % self.n_head:
       raise UserError(f'model.n_embd = {self.n_embd} must be a multiple of n_head = {self.n_head}.')
-    if self.n_inner is not None and self.n_inner < 1:
-      raise UserError(f'model.n_inner = {self.n_inner} must be positive, or None for 4·n_embd.')
-    for name in ('embd_pdrop', 'attn_pdrop', 'resid_pdrop', 'classifier_dropout'):
-      if not 0 <= getattr(self, name) < 1:
-        raise UserError(f'model.{name} = {getattr(self, name)} must lie in [0, 1).')
-    for name, known in (
-        ('activation_function', ACTIVATIONS), ('remat', REMAT_POLICIES),
-        ('init_scheme', ('hf', 'openai_release')), ('head', HEADS), ('form', FORMS),
-        ('parametrization', ('standard', 'mup')), ('attention', ATTENTIONS),
-        ('dtype', ('float32', 'bfloat16')),
-        ('reduce_dtype', ('float32', 'bfloat16'))):
-      if getattr(self, name) not in known:
-        raise UserError(f'model.{name} = {getattr(self, name)!r} is not one of {sorted(known)}.')
-
+    if 4 * self._size() > MOST_BYTES:
+      raise UserError(f'a model of these sizes has {self._size():,} parameters, and no machine holds '
+                      'them: make model.n_embd, n_layer, n_inner, n_positions or vocab_size smaller.')
     self._check_mup()
+
+  def _size(self) -> int:
+    """Number of parameters, with the padding of the vocabulary. Nothing is made to count them."""
+    D, F, V = self.n_embd, self.F, self.padded_vocab_size
+    block = 4 * D * D + 2 * D * F + 9 * D + F
+    heads = {'sequence_classification': self.num_labels * D,
+             'token_classification': self.num_labels * (D + 1)}
+    if self.head == 'lm' and not self.tie_word_embeddings:
+      heads['lm'] = V * D
+    if self.lora is not None:
+      sides = {'attn.c_attn': 4 * D, 'attn.c_proj': 2 * D, 'mlp.c_fc': D + F, 'mlp.c_proj': F + D}
+      block += self.lora.r * sum(n for name, n in sides.items() if self.lora.adapts(name))
+    return (V + self.n_positions + 2) * D + self.n_layer * block + heads.get(self.head, 0)
 
   def _check_mup(self):
     """Raises a `UserError` where the parametrization lacks something or can't be had."""
@@ -178,9 +207,6 @@ class GPTConfig:
     if self.mup_base_width is None:
       raise UserError('model.parametrization = mup needs model.mup_base_width: n_embd of the model '
                       'that the learning rate was found for.')
-    for name, value in given.items():
-      if value is not None and value < 1:
-        raise UserError(f'model.{name} = {value} must be positive.')
     if self.mup_base_head_width is None and self.mup_base_width % self.H:
       raise UserError(f'heads of width {self.H} (n_embd / n_head) are not those of a model of width '
                       f'{self.mup_base_width}: set model.mup_base_head_width to the width that its '
@@ -261,16 +287,3 @@ def wrong_knob(config: Config, words: Iterable[str]) -> str | None:
     if word.startswith('--config.') and name not in (*known, *config):
       return f'there is no knob {brief(name)}{near(name, known)}'
   return None
-
-
-def check_places(config: Config) -> None:
-  """Checks that the paths in a run's config are of this machine, before anything is made there.
-
-  Raises:
-    UserError: one is an address.
-  """
-  data = config.data
-  local(data.corpus.partition(':')[2], 'data.corpus')
-  for name, path in {'data.store': data.store, 'data.directory': data.directory,
-                     'data.tokenizer': data.tokenizer, 'init_from': config.init_from}.items():
-    local(path or '', name)

@@ -132,7 +132,7 @@ def classify(
   if config.head == 'lm':
     raise UserError('this model has no classification head: it is a language model, see generate.')
   params = whole_rows(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-  named = model.source.keys.get('id2label', {}) if model.source is not None else {}
+  named = (model.source.keys.get('id2label') if model.source is not None else None) or {}
   names = [named.get(str(k), named.get(k, f'LABEL_{k}')) for k in range(config.num_labels)]
   rows = batching.encode(texts, tokenizer or model.tokenizer, config, allow_special=allow_special)
   found = []

@@ -10,14 +10,17 @@ import inspect
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh
 
 from gpt2_jax import sharding, tokenizer
+from gpt2_jax.bounds import DType, Place
+from gpt2_jax.config import DTYPES
 from gpt2_jax.errors import UserError, brief
-from gpt2_jax.files import local, whole
+from gpt2_jax.files import whole
 from gpt2_jax.interop import (
   flax_msgpack,
   gguf,
@@ -53,7 +56,7 @@ def open_source(source: str | os.PathLike, opening: Opening = PLAIN) -> Source:
   Raises:
     UserError: it is none of these, or names what about it can't be read or honoured.
   """
-  path, step = workdir.split_step(source)
+  path, step = workdir.split_step(Place().check('source', source))
   if step is not None:
     if opening.step not in (None, step):
       raise UserError(f'{source} names a step, and step = {brief(opening.step)} another: say it '
@@ -64,8 +67,8 @@ def open_source(source: str | os.PathLike, opening: Opening = PLAIN) -> Source:
 
 def _open(source: str | os.PathLike, opening: Opening, above: tuple[Path, ...]) -> Source:
   """`above`: the adapters whose base this is."""
-  path = local(source)
-  if not os.path.exists(path):
+  path = Path(Place().check('source', source))  # a base, perhaps
+  if not path.exists():
     if not hub.is_name(str(source)):
       raise UserError(f'{str(source)[:300]} is neither a file or folder here nor a name of the hub.')
     opened = _open(hub.fetch(str(source)), opening, above)
@@ -104,7 +107,7 @@ def _same_place(name: str, path: Path) -> bool:
 
 
 def from_pretrained(
-    source: str | os.PathLike, *, mesh: Mesh | None = None, dtype: str | None = None,
+    source: str | os.PathLike, *, mesh: Mesh | None = None, dtype: Any = None,
     step: int | str | None = None, base: str | None = None, ignore_extra: bool = False) -> GPT2:
   """A model from anything that `open_source` reads.
 
@@ -112,8 +115,8 @@ def from_pretrained(
     source: where from.
     mesh: to lay the parameters out on, each device getting its shard only. Default: the mesh that
       is set (`jax.set_mesh`), or one device.
-    dtype: of parameters and activations, 'float32' or 'bfloat16'. Default: float32; for a run's
-      workdir, that of the run.
+    dtype: of parameters and activations, float32 or bfloat16, as `jnp.dtype` takes it. Default:
+      float32; for a run's workdir, that of the run.
     step: which checkpoint of a run: a kept step, 'latest', or 'best', that of the lowest held-out
       loss. Default: what the run offers.
     base: the model that adapters belong to, in place of the one that they name.
@@ -129,6 +132,7 @@ def from_pretrained(
   Raises:
     UserError: names what about it can't be read or honoured.
   """
+  dtype = None if dtype is None else DType(DTYPES).check('dtype', dtype)
   opened = open_source(source, Opening(base, ignore_extra, step))
   with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
     return _model(opened, dtype)
@@ -184,7 +188,7 @@ def merge_adapters(model: GPT2) -> GPT2:
 
 
 def save_pretrained(
-    model: GPT2, folder: str | os.PathLike, *, to: str = 'hf', dtype: str | None = None,
+    model: GPT2, folder: str | os.PathLike, *, to: str = 'hf', dtype: Any = None,
     **options) -> None:
   """Writes a model, in Hugging Face's format unless `to` says otherwise.
 
@@ -192,8 +196,8 @@ def save_pretrained(
     model: the model.
     folder: a new folder (for nanogpt, llmc and gguf: a new file).
     to: a name of WRITERS. Adapters are merged into the weights, but for 'peft', which has them only.
-    dtype: of the tensors: 'float32', 'bfloat16' or 'float16'. Default: as in the file that the model
-      is from, so that nothing is lost.
+    dtype: of the tensors: float32, bfloat16 or float16, as `jnp.dtype` takes it. Default:
+      as in the file that the model is from, so that nothing is lost.
     **options: of the format: `max_shard_size` of 'hf', in bytes, default 5 GB.
 
   Raises:
@@ -203,7 +207,7 @@ def save_pretrained(
     write(_source(model), folder, to, dtype=dtype, **options)
 
 
-def write(source: Source, target: str | os.PathLike, to: str, *, dtype: str | None = None,
+def write(source: Source, target: str | os.PathLike, to: str, *, dtype: Any = None,
           **options) -> None:
   """As `save_pretrained`, from an opened checkpoint; `options` are those of the format's `write`."""
   if to not in WRITERS:

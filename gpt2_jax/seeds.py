@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt2_jax.bounds import SEED_MOST
 from gpt2_jax.errors import UserError, brief
 
-LIMIT = 2**64
+LIMIT = SEED_MOST + 1
 
 
 def check(name: str, seed: object) -> int:

@@ -286,12 +286,12 @@ def refused(folder, tmp_path, match):
     ({'add_cross_attention': True}, 'add_cross_attention'),
     ({'quantization_config': {'bits': 4}}, 'quantization_config'),
     ({'model_type': 'llama'}, "model_type is 'llama'"),
-    ({'activation_function': 'snake'}, "'snake' is not one of"),
+    ({'activation_function': 'snake'}, "'snake' must be one of"),
     ({'n_embd': 16}, 'must be a multiple of n_head'),
     ({'n_embd': 18}, r'wte.weight \[97, 15\] instead of \[97, 18\]'),
     ({'n_layer': 3}, 'lacks the tensors: h.2.ln_1.weight'),
     ({'n_layer': 1}, 'has tensors that this GPT-2 does not: h.1.'),
-    ({'n_layer': 'two'}, "n_layer = 'two' is of the wrong type"),
+    ({'n_layer': 'two'}, "n_layer = 'two' must be a whole number from 1"),
     ({'tie_word_embeddings': False}, 'lacks the tensors: lm_head.weight'),
 ])
 def test_a_config_that_does_not_fit(tmp_path, keys, match):
@@ -409,7 +409,7 @@ def test_adapters_on_adapters(tmp_path):
 
 
 def test_what_adapters_may_be():
-  with pytest.raises(UserError, match='r = 0 must be at least 1'):
+  with pytest.raises(UserError, match='r = 0 must be a whole number from 1'):
     LoRA(0, 1.0)
   with pytest.raises(UserError, match='has no adapters to write'):
     pretrained.write(pretrained.open_source(GOLDEN / 'plain'), 'runs/never', 'peft')

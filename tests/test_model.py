@@ -222,10 +222,10 @@ def test_a_model_works_on_a_mesh_and_without(tiny):
 
 @pytest.mark.parametrize('fields,says', [
     (dict(n_head=5), 'n_embd = 768 must be a multiple of n_head = 5'),
-    (dict(activation_function='gelo'), "'gelo' is not one of"),
+    (dict(activation_function='gelo'), "'gelo' must be one of"),
     (dict(attn_pdrop=1.0), r'attn_pdrop = 1.0 must lie in \[0, 1\)'),
-    (dict(remat='some'), "'some' is not one of"),
-    (dict(n_layer=0), 'n_layer = 0 must be positive'),
+    (dict(remat='some'), "'some' must be one of"),
+    (dict(n_layer=0), 'n_layer = 0 must be a whole number from 1 to 65,536'),
 ])
 def test_impossible_configs_are_refused(fields, says):
   with pytest.raises(UserError, match=says):

@@ -154,10 +154,10 @@ def test_a_cache_and_the_form_for_decoding_change_nothing(tmp_path):
 @pytest.mark.parametrize('fields,says', [
     (dict(parametrization='mup'), 'needs model.mup_base_width'),
     (dict(mup_base_width=64), 'is of model.parametrization = mup'),
-    (dict(parametrization='mup', mup_base_width=0), 'must be positive'),
+    (dict(parametrization='mup', mup_base_width=0), 'must be a whole number from 1'),
     (dict(parametrization='mup', mup_base_width=64, n_embd=256, n_head=2), 'mup_base_head_width'),
     (dict(parametrization='mup', mup_base_width=64, lora=LoRA(2, 4.0)), 'convert the model to hf'),
-    (dict(parametrization='umup'), "'umup' is not one of"),
+    (dict(parametrization='umup'), "'umup' must be one of"),
 ])
 def test_what_makes_no_sense_is_said(fields, says):
   with pytest.raises(UserError, match=says):

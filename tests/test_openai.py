@@ -470,9 +470,12 @@ def test_half_precision_is_read(tmp_path):
     ('{"n_vocab": 13}', 'it must hold n_vocab, n_ctx'), ('\xff', 'can\'t be read'),
     ({'n_ctx': '8'}, 'n_ctx = \'8\' must be a whole number'),
     ({'n_ctx': True}, 'n_ctx = True must be a whole number'),
-    ({'n_head': 0}, 'n_head = 0 must be positive'), ({'n_head': 5}, 'multiple of n_head = 5'),
-    ({'n_layer': 10**9}, '1000000000 layers'), ({'n_ctx': 9}, r'\[9, 12\]'),
-    ({'n_vocab': 10**30}, 'contradicts'), ({'sparse': 1}, 'can\'t honour: sparse'),
+    ({'n_head': 0}, 'n_head = 0 must be a whole number from 1'),
+    ({'n_head': 5}, 'multiple of n_head = 5'),
+    ({'n_layer': 10**9}, 'n_layer = 1000000000 must be'),
+    ({'n_layer': 10**4}, '10000 layers'), ({'n_ctx': 9}, r'\[9, 12\]'),
+    ({'n_vocab': 10**30}, 'n_vocab = 1'), ({'n_vocab': 10**8}, 'contradicts'),
+    ({'sparse': 1}, 'can\'t honour: sparse'),
 ])
 def test_hparams(text, match, plain):
   hparams = json.loads((plain / 'hparams.json').read_text())

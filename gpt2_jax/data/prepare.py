@@ -25,8 +25,9 @@ from typing import Any
 import filelock
 import numpy as np
 
+from gpt2_jax import bounds, verified
 from gpt2_jax import tokenizer as tokenizers
-from gpt2_jax import verified
+from gpt2_jax.bounds import Bool, Choice, Corpus, Float, Int, Place, Text
 from gpt2_jax.data import corpora, store
 from gpt2_jax.errors import UserError, saving
 from gpt2_jax.files import local, misfit, read_json, write_whole
@@ -35,6 +36,10 @@ from gpt2_jax.progress import track
 MIN_PART_BYTES, MAX_PART_BYTES, MAX_PARTS = 4 * 2**20, 256 * 2**20, 64
 BPE_TRAINING_BYTES = 64 * 2**20
 JOB = 'job.json'
+SETTINGS: bounds.Table = dict(
+    corpus=Corpus(), tokenizer=Place(), val_fraction=Float(0, 1, open_low=True, open_high=True),
+    split_seed=Int(-2**63, 2**63 - 1), split=Choice(('document', 'tail')), text_field=Text(1000),
+    special=Bool())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +55,7 @@ class Settings:
   special: bool = False  # whether special tokens count in a text
 
   def __post_init__(self):
-    local(self.corpus.partition(':')[2], 'corpus')
-    local(self.tokenizer, 'tokenizer')
-    if not 0 < self.val_fraction < 1:
-      raise UserError(f'val_fraction = {self.val_fraction} must lie between 0 and 1.')
-    if self.split not in ('document', 'tail'):
-      raise UserError(f'split = {self.split!r} is not one of: document, tail.')
-
+    bounds.check_all(SETTINGS, vars(self))
 
   def as_json(self) -> dict:
     """As a manifest has it; what older releases knew nothing of stands there where it is in use."""

@@ -29,7 +29,7 @@ from gpt2_jax.decoding.processors import (
 )
 from gpt2_jax.decoding.values import ABOVE_0, AT_LEAST_0, AT_LEAST_1, FINITE, id_list
 from gpt2_jax.decoding.warpers import NEVER, make_warpers
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, brief
 
 
 def _word(name: str, value: Any, V: int) -> tuple[int, ...]:
@@ -43,17 +43,17 @@ def _words(value: Any, V: int) -> list[tuple[int, ...]]:
   name = 'bad_words_ids'
   if value is not None and not (
       isinstance(value, Iterable) and all(isinstance(word, Iterable) for word in value)):
-    raise UserError(f'{name} = {value!r} must be a list of lists of ids.')
-  return [_word(name, word, V) for word in value or ()]
+    raise UserError(f'{name} = {brief(value)} must be a list of lists of ids.')
+  return [_word(name, word, V) for word in (() if value is None else value)]
 
 
 def _biases(value: Any, V: int) -> dict[tuple[int, ...], float]:
   name, biases = 'sequence_bias', {}
   try:
-    listed = value.items() if isinstance(value, Mapping) else value or ()
+    listed = value.items() if isinstance(value, Mapping) else () if value is None else value
     pairs = [(ids, bias) for ids, bias in listed]
   except (TypeError, ValueError):
-    raise UserError(f'{name} = {value!r} must be {{ids: bias}} or [[ids, bias], …].') from None
+    raise UserError(f'{name} = {brief(value)} must be {{ids: bias}} or [[ids, bias], …].') from None
   for ids, bias in pairs:
     ids = _word(name, ids, V)
     infinite = isinstance(bias, float) and math.isinf(bias)
@@ -117,7 +117,7 @@ def make_processors(
   if (decay := o.exponential_decay_length_penalty) is not None:
     name = 'exponential_decay_length_penalty'
     if not isinstance(decay, Sequence) or isinstance(decay, str) or len(decay) != 2:
-      raise UserError(f'{name} = {decay!r} must be (start, factor).')
+      raise UserError(f'{name} = {brief(decay)} must be (start, factor).')
     if not eos:
       raise UserError(f'{name} needs an id that ends a text: eos_token_id.')
     start, factor = AT_LEAST_0.check(name + '[0]', decay[0]), ABOVE_0.check(name + '[1]', decay[1])

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax.decoding.pytree import register
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, brief
 from gpt2_jax.tokenizer import Tokenizer
 
 DEAD = -1  # no way on
@@ -120,7 +120,7 @@ def regex(pattern: str, tokenizer: Tokenizer, V: int, ends: Collection[int] = ()
   nowhere_Q = np.full(len(accept_Q), DEAD)
   next_QV = _lift(step_QX, nowhere_Q, tokenizer, V, skip={tokenizer.eot, *ends})
   if not _trim(next_QV, accept_Q)[0]:
-    raise UserError(f'regex = {pattern!r}: the vocabulary has no tokens to write a match with.')
+    raise UserError(f'regex = {brief(pattern)}: the vocabulary has no tokens to write a match with.')
   return _automaton(next_QV, accept_Q)
 
 
@@ -133,7 +133,7 @@ def json_schema(schema: str) -> str:
   try:
     return _outlines_core().json_schema.build_regex_from_schema(schema)
   except (TypeError, ValueError) as e:
-    raise UserError(f'the JSON schema {schema!r} can\'t be used: {e}') from e
+    raise UserError(f'the JSON schema {brief(schema)} can\'t be used: {e}') from e
 
 
 def _encode(strings: str | Sequence[str]) -> list[bytes]:
@@ -141,9 +141,11 @@ def _encode(strings: str | Sequence[str]) -> list[bytes]:
   try:
     words = [string.encode() for string in strings]
   except UnicodeEncodeError as e:
-    raise UserError(f'stop_strings = {strings!r} hold half of a surrogate pair: no text does.') from e
+    raise UserError(
+        f'stop_strings = {brief(strings)} hold half of a surrogate pair: no text does.') from e
   if not words or not all(words):
-    raise UserError(f'stop_strings = {strings!r} must be one text or several, none of them empty.')
+    raise UserError(
+        f'stop_strings = {brief(strings)} must be one text or several, none of them empty.')
   return words
 
 
@@ -212,8 +214,9 @@ def _match(pattern: str, most: int) -> tuple[np.ndarray, np.ndarray]:
   except (AttributeError, TypeError, ValueError) as e:
     reason = 'a part of it matches nothing' if 'incompatible' in str(e) else e
     raise UserError(
-        f'regex = {pattern!r} can\'t be used: {reason}. Its syntax is that of Rust\'s crate regex, '
-        'without look-around, back references and \\b; the whole text is matched, without ^ and $.'
+        f'regex = {brief(pattern)} can\'t be used: {reason}. Its syntax is that of Rust\'s '
+        'crate regex, without look-around, back references and \\b; the whole text is matched, '
+        'without ^ and $.'
     ) from e
   transitions, final = index.get_transitions(), index.get_final_states()
   states = [index.get_initial_state()]
@@ -224,8 +227,9 @@ def _match(pattern: str, most: int) -> tuple[np.ndarray, np.ndarray]:
         number[after] = len(states)
         states.append(after)
   if len(states) > most:
-    raise UserError(f'regex = {pattern!r} needs {len(states)} states; with this vocabulary there may '
-                    f'be {most}. Repeat less: .{{1,20}} needs a fifth of what .{{1,100}} does.')
+    raise UserError(
+        f'regex = {brief(pattern)} needs {len(states)} states; with this vocabulary there may be '
+        f'{most}. Repeat less: .{{1,20}} needs a fifth of what .{{1,100}} does.')
   step_QX = np.full((len(states) + 1, X), DEAD)
   for q, state in enumerate(states):
     for byte, after in transitions[state].items():

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gpt2_jax import batching, seeds, sharding
+from gpt2_jax import batching, bounds, seeds, sharding
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.decoding import automaton
 from gpt2_jax.decoding import history as h
@@ -101,7 +101,7 @@ class Decoder:
         *for_decoding(config, params), search,
         Rules(made, Endings(jnp.asarray(self.ends), stop, guide)),
         seeds.key(options.seed) if options.do_sample else None,
-        options.max_new_tokens, options.top_logprobs, options.context == 'slide',
+        min(options.max_new_tokens, bounds.LARGE), options.top_logprobs, options.context == 'slide',
         None if options.max_time is None else began + options.max_time, width)
 
   def run(self, steps: int | None = None) -> Iterator[None]:

@@ -8,6 +8,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from gpt2_jax.bounds import plain
 from gpt2_jax.decoding.values import ABOVE_0, AT_LEAST_0, id_list
 from gpt2_jax.errors import UserError, brief
 
@@ -114,6 +115,10 @@ class Options:
   allow_special: bool = False
   """Special tokens count in a prompt, <|endoftext|> for example; if not, they are text as any."""
 
+  def __post_init__(self):
+    for name, value in vars(self).items():  # scalars of NumPy's and JAX's
+      object.__setattr__(self, name, plain(value))
+
   @classmethod
   def of(cls, **options: Any) -> 'Options':
     """Options by name.
@@ -125,7 +130,7 @@ class Options:
     for name in options:
       if name not in known:
         near = difflib.get_close_matches(name, known, 1)
-        raise UserError(f'there is no option {name!r} of generation'
+        raise UserError(f'there is no option {brief(name)} of generation'
                         + (f'; do you mean {near[0]}?' if near else '. See docs/decoding.md.'))
     return cls(**options)
 
@@ -143,6 +148,6 @@ class Options:
     if not isinstance(self.allow_special, bool):
       raise UserError(f'allow_special = {brief(self.allow_special)} must be True or False.')
     if self.context not in ('stop', 'slide'):
-      raise UserError(f"context = {self.context!r} must be 'stop' or 'slide'.")
+      raise UserError(f"context = {brief(self.context)} must be 'stop' or 'slide'.")
     for name in ('eos_token_id', 'stop_token_ids'):
       id_list(name, getattr(self, name), V)

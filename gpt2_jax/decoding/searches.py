@@ -9,7 +9,7 @@ from gpt2_jax.decoding.loop import Sample, Search
 from gpt2_jax.decoding.options import Options
 from gpt2_jax.decoding.speculative import make_speculative
 from gpt2_jax.decoding.values import AT_LEAST_1, FINITE, Range
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, brief
 from gpt2_jax.model import Params
 
 ALPHA = Range('lie in [0, 1]', lambda x: 0 <= x <= 1)
@@ -40,7 +40,7 @@ def make_search(
   searches = [name for name, given in asked.items() if given]
   if len(searches) > 1:
     raise UserError(f'{" and ".join(searches)} are different searches: ask for one of them.')
-  idle = [f'{name} = {getattr(o, name)!r}' for name in FOR_BEAMS
+  idle = [f'{name} = {brief(getattr(o, name))}' for name in FOR_BEAMS
           if getattr(o, name) != getattr(Options, name)]
   if idle and o.num_beams == 1:
     raise UserError(f'{", ".join(idle)} would do nothing without beams: num_beams > 1.')
@@ -62,7 +62,7 @@ def _beams(o: Options, ends: int) -> Beams:
     raise UserError("context = 'slide' goes on from a row's last half, but beams differ there: "
                     "use context = 'stop' with num_beams > 1.")
   if not any(o.early_stopping is known for known in (False, True)) and o.early_stopping != 'never':
-    raise UserError(f"early_stopping = {o.early_stopping!r} must be False, True or 'never'.")
+    raise UserError(f"early_stopping = {brief(o.early_stopping)} must be False, True or 'never'.")
   diversity = NOT_NEGATIVE.check('diversity_penalty', o.diversity_penalty)
   if o.num_beams % o.num_beam_groups:
     raise UserError(f'num_beams = {o.num_beams} must be a multiple of num_beam_groups = '

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_jax.errors import UserError
+from gpt2_jax.bounds import plain
+from gpt2_jax.errors import UserError, brief
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +26,12 @@ class Range:
     Raises:
       UserError: it is none of them.
     """
+    value = plain(value)
     kind: Any = numbers.Integral if self.whole else numbers.Real
     finite = (isinstance(value, kind) and not isinstance(value, bool)
               and abs(value) <= float(np.finfo(np.float32).max))
     if not finite or not self.has(value):
-      raise UserError(f'{name} = {value!r} must {self.says}.')
+      raise UserError(f'{name} = {brief(value)} must {self.says}.')
     return np.int32(min(value, 1 << 30)) if self.whole else np.float32(value)
 
 
@@ -50,8 +52,8 @@ def id_list(name: str, value: Any, V: int) -> list[int]:
   try:
     ids = [operator.index(item) for item in items]
   except TypeError:
-    raise UserError(f'{name} = {value!r} must be token ids.') from None
+    raise UserError(f'{name} = {brief(value)} must be token ids.') from None
   bad = next((i for i in ids if not 0 <= i < V), None)
   if bad is not None:
-    raise UserError(f'{name} has token id {bad}, but the vocabulary has {V} ids.')
+    raise UserError(f'{name} has token id {brief(bad)}, but the vocabulary has {V} ids.')
   return ids

@@ -17,7 +17,7 @@ from gpt2_jax.decoding.history import History
 from gpt2_jax.decoding.options import Options
 from gpt2_jax.decoding.pytree import register
 from gpt2_jax.decoding.values import POSITIVE, Range
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, brief
 
 NEVER = float('-inf')  # the score of a token that can't be drawn
 LANES = 256  # partial sums of a row: faster than one, and rounded less
@@ -213,7 +213,7 @@ def make_warpers(options: Options, *, ends: int) -> tuple[Any, ...]:
            if (value := getattr(options, name)) != getattr(Options, name)}
   if not options.do_sample:
     contrastive = ['top_k'] if options.penalty_alpha is not None else []
-    idle = [f'{name} = {value}' for name, value in given.items() if name not in contrastive]
+    idle = [f'{name} = {brief(value)}' for name, value in given.items() if name not in contrastive]
     if idle:
       raise UserError(f'{", ".join(idle)} would do nothing: do_sample=False draws no tokens.')
   keep = max(ends, 1) + 1 if options.num_beams > 1 else 1

@@ -39,8 +39,6 @@ class Evaluate:
   def run(self) -> None:
     from gpt2_jax.evaluation import protocols
     wanted = protocols.parse(self.tasks)  # before anything slow
-    if self.limit is not None and self.limit < 1:
-      raise UserError(f'--limit {self.limit} must be at least 1.')
     opened = self.open(wanted)
 
     import jax

@@ -7,7 +7,7 @@ docs/evaluation.md describes each in three lines.
 import dataclasses
 from collections.abc import Iterator
 
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, brief
 
 WINDOW = 1024  # positions that a protocol uses, of a model that has as many
 
@@ -128,8 +128,8 @@ def parse(tasks: str) -> list[tuple[Protocol, bool]]:
       named, own = of_benchmark or [BY_NAME[name]], True
     else:
       benchmarks = ', '.join(dict.fromkeys(p.benchmark for p in ALL))
-      raise UserError(f'--tasks: {name!r} is none of paper, store:FOLDER, a benchmark ({benchmarks}) '
-                      f'or a protocol ({", ".join(BY_NAME)}).')
+      raise UserError(f'--tasks: {brief(name)} is none of paper, store:FOLDER, a benchmark '
+                      f'({benchmarks}) or a protocol ({", ".join(BY_NAME)}).')
     for protocol in named:
       found[protocol.name] = protocol, own or found.get(protocol.name, (protocol, False))[1]
   if not found:

@@ -6,6 +6,7 @@ models with a head have them behind `transformer.`.
 
 import dataclasses
 import json
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -14,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_jax import tokenizer
-from gpt2_jax.config import GPTConfig
+from gpt2_jax import bounds, tokenizer
+from gpt2_jax.config import MODEL, GPTConfig
 from gpt2_jax.errors import UserError, brief
 from gpt2_jax.files import check_place, read_json, unreadable
 from gpt2_jax.interop import foreign, mup, safetensors_files, torch_files
@@ -69,6 +70,12 @@ KEPT_KEYS = frozenset((
     'num_return_sequences', 'output_scores', 'return_dict_in_generate', 'forced_bos_token_id',
     'forced_eos_token_id', 'remove_invalid_values', 'exponential_decay_length_penalty',
     'suppress_tokens', 'begin_suppress_tokens'))
+# What of the two is used, and what it may be.
+TOKEN_ID = bounds.Int(-2**31, 2**31 - 1)  # one that is not in the vocabulary, as -1, is passed over
+USED_KEYS: bounds.Table = dict(
+    bos_token_id=bounds.Optional(TOKEN_ID), pad_token_id=bounds.Optional(TOKEN_ID),
+    eos_token_id=bounds.Optional(bounds.OneOrMore(TOKEN_ID)),
+    id2label=bounds.Optional(bounds.Names()))
 # Keys that mean another function unless they, or the items of their lists, have these values. Any
 # other key may only say that something is off: null, false or empty.
 SAME_KEYS: dict[str, tuple] = {'is_causal': (True,), 'add_cross_attention': (False, None),
@@ -92,7 +99,7 @@ def config_from_dict(keys: Mapping[str, Any], where: str = 'config.json') -> GPT
     UserError: it is another model's, or names keys that can't be honoured.
   """
   if keys.get('model_type', 'gpt2') != 'gpt2':
-    raise UserError(f'{where}: model_type is {keys["model_type"]!r}, but only gpt2 can be read.')
+    raise UserError(f'{where}: model_type is {brief(keys["model_type"])}, but only gpt2 can be read.')
   if unknown := {brief(k): brief(v) for k, v in keys.items() if not _is_honoured(k, v)}:
     said = ', '.join(f'{key}: {value}' for key, value in list(unknown.items())[:8])
     raise UserError(f'{where} has keys that this GPT-2 can\'t honour: {{{said}}}. If they don\'t '
@@ -101,12 +108,15 @@ def config_from_dict(keys: Mapping[str, Any], where: str = 'config.json') -> GPT
   if fields.get('classifier_dropout', 0) is None:
     del fields['classifier_dropout']
   fields.setdefault('classifier_dropout', keys.get('hidden_dropout', 0.1))
-  for name, value in fields.items():
-    kind = type(getattr(GPTConfig, name)) if name != 'n_inner' else (int, type(None))
-    if not isinstance(value, (int, float) if kind is float else kind) or (
-        isinstance(value, bool) and kind is not bool):
-      raise UserError(f'{where}: {name} = {value!r} is of the wrong type.')
-  return GPTConfig(**fields)
+  bounds.check_all(MODEL, fields, f'{where}: ')
+  check_keys(keys, where)
+  with bounds.errors_of(where):
+    return GPTConfig(**fields)
+
+
+def check_keys(keys: Mapping[str, Any], where: str | os.PathLike) -> None:
+  """Checks those values beside the sizes that something is done with: see USED_KEYS."""
+  bounds.check_all(USED_KEYS, {k: v for k, v in keys.items() if k in USED_KEYS}, f'{where}: ')
 
 
 def config_to_dict(source: Source) -> dict[str, Any]:
@@ -164,7 +174,14 @@ def assemble(path: Path, keys: Mapping[str, Any], tensors: dict[str, Tensor],
   return Source(
       config, lambda name: tensors[name].read(), common_dtype(tensors.values(), path), str(path),
       tokenizer=load_tokenizer(path), keys=kept,
-      generation=read_json(generation) if generation.is_file() else {})
+      generation=generation_keys(generation))
+
+
+def generation_keys(path: Path) -> dict[str, Any]:
+  """What a generation_config.json says; nothing where there is none."""
+  keys = read_json(path) if path.is_file() else {}
+  check_keys(keys, path)
+  return keys
 
 
 def _drop_tied_head(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gpt2_jax import bounds
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import unreadable
@@ -70,12 +71,10 @@ def open_source(path: Path, _: Opening = PLAIN) -> Source:
   if size != HEADER + numel * dtype.itemsize:
     raise unreadable(path, f'it has {size:,} bytes instead of the '
                            f'{HEADER + numel * dtype.itemsize:,} of a model of its sizes')
-  try:
+  with bounds.errors_of(path):
     config = GPTConfig(
         vocab_size=V, n_positions=n_positions, n_embd=D, n_layer=L, n_head=n_head,
         embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
-  except UserError as e:
-    raise UserError(f'{path}: {e}') from e
   want, starts, start = shapes(config), {}, HEADER
   for name in _names(L):
     starts[name] = start

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_jax import tokenizer
-from gpt2_jax.config import TANH_GELU, GPTConfig
+from gpt2_jax import bounds, tokenizer
+from gpt2_jax.config import MODEL, RATE, TANH_GELU, GPTConfig
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import unreadable
 from gpt2_jax.interop import foreign, torch_files
@@ -36,6 +36,8 @@ from gpt2_jax.interop.tensors import (
 FILE = 'ckpt.pt'
 SIZES = {'n_layer': 'n_layer', 'n_head': 'n_head', 'n_embd': 'n_embd', 'block_size': 'n_positions',
          'vocab_size': 'vocab_size'}  # theirs -> ours
+ARGS: bounds.Table = ({theirs: MODEL[ours] for theirs, ours in SIZES.items()}
+                      | {'dropout': RATE, 'bias': bounds.Bool()})
 EXACT_GELU = ('gelu', 'gelu_python')
 
 
@@ -106,24 +108,19 @@ def _config(file: Path, args: dict, tensors: Mapping[str, Tensor]) -> tuple[GPTC
                        if not foreign.is_off(args[key])):
     raise UserError(f'{file}: its model_args have keys that nanoGPT has not: {unknown}. It is of a '
                     'changed nanoGPT, whose numbers this GPT-2 would not give.')
-  for key in SIZES:
-    if type(args.get(key)) is not int:
-      raise unreadable(file, f'model_args.{key} is no integer')
-  dropout, has_bias = args.get('dropout', 0.0), args.get('bias', True)
-  if type(dropout) not in (int, float) or type(has_bias) is not bool:
-    raise unreadable(file, 'model_args.dropout is no number or model_args.bias no truth value')
+  args = bounds.check_all(
+      ARGS, dict.fromkeys(SIZES) | {'dropout': 0.0, 'bias': True} | args, f'{file}: model_args.')
+  dropout, has_bias = args['dropout'], args['bias']
   for name, rows in (('wte.weight', args['vocab_size']), ('wpe.weight', args['block_size'])):
     want, have = (rows, args['n_embd']), tensors[name].shape if name in tensors else None
     if have != want:
       raise UserError(f'{file}: {name} is {have or "missing"}, but by model_args it is {want}.')
   if args['n_layer'] > len(tensors):
     raise UserError(f'{file} lacks tensors: it has {len(tensors)}, but n_layer = {args["n_layer"]}.')
-  try:
-    sizes = {ours: args[theirs] for theirs, ours in SIZES.items()}
-    rates = dict.fromkeys(('embd_pdrop', 'attn_pdrop', 'resid_pdrop'), float(dropout))
+  sizes = {ours: args[theirs] for theirs, ours in SIZES.items()}
+  rates: Any = dict.fromkeys(('embd_pdrop', 'attn_pdrop', 'resid_pdrop'), dropout)
+  with bounds.errors_of(file):
     return GPTConfig(**sizes, **rates, activation_function='gelu'), has_bias
-  except UserError as e:
-    raise UserError(f'{file}: {e}') from e
 
 
 def _record(value: dict) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2_jax import tokenizer
-from gpt2_jax.config import GPTConfig
+from gpt2_jax import bounds, tokenizer
+from gpt2_jax.config import MODEL, GPTConfig
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import unreadable
 from gpt2_jax.interop import foreign, tensor_bundle
@@ -96,10 +96,11 @@ def read_hparams(path: Path) -> GPTConfig:
   if unknown := sorted(hparams.keys() - HPARAMS.keys()):
     raise UserError(f'{path} has keys that this GPT-2 can\'t honour: {", ".join(unknown)}. Remove '
                     'them if they don\'t matter.')
-  if bad := [key for key, value in hparams.items() if type(value) is not int]:
-    raise UserError(f'{path}: {bad[0]} = {hparams[bad[0]]!r} must be a whole number.')
-  return GPTConfig(**{ours: hparams[theirs] for theirs, ours in HPARAMS.items()},
-                   embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
+  table = {theirs: MODEL[ours] for theirs, ours in HPARAMS.items()}
+  hparams = bounds.check_all(table, hparams, f'{path}: ')
+  with bounds.errors_of(path):
+    return GPTConfig(**{ours: hparams[theirs] for theirs, ours in HPARAMS.items()},
+                     embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
 
 
 def find_prefix(path: Path) -> Path:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from gpt2_jax.bounds import DType
 from gpt2_jax.config import TANH_GELU, GPTConfig
 from gpt2_jax.counts import param_shapes
 from gpt2_jax.errors import UserError
@@ -97,11 +98,9 @@ class Source:
     said = self.generation.get('eos_token_id', self.keys.get('eos_token_id'))
     return said if said != [] else None
 
-  def astype(self, dtype: str) -> 'Source':
-    """The same with tensors of another dtype."""
-    if dtype not in DTYPES:
-      raise UserError(f'dtype = {dtype!r} is not one of {DTYPES}.')
-    return dataclasses.replace(self, dtype=dtype)
+  def astype(self, dtype: Any) -> 'Source':
+    """The same with tensors of another dtype: one of DTYPES, or what `jnp.dtype` takes for it."""
+    return dataclasses.replace(self, dtype=DType(DTYPES).check('dtype', dtype))
 
 
 def _theirs(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

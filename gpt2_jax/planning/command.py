@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from gpt2_jax.bounds import shortened
 from gpt2_jax.config import wrong_knob
 from gpt2_jax.errors import UserError, saving
 from gpt2_jax.files import local
@@ -103,7 +104,7 @@ def load_config(path: str, overrides: tuple[str, ...] = ()) -> tuple[Any, str]:
     try:
       return _load(name, overrides), ' '.join([name, *overrides])
     except Exception as e:  # of many kinds, some with a traceback as their text
-      last = (str(e) or repr(e)).strip().splitlines()[-1].strip()
+      last = shortened((str(e) or repr(e)).strip().splitlines()[-1].strip())
       if i + 1 == len(tries) or 'recipe' not in last:
         if isinstance(e, (KeyError, AttributeError)):
           last = (overrides and wrong_knob(_load(name, ()), overrides)) or last

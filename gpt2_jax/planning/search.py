@@ -26,7 +26,7 @@ from gpt2_jax.planning.report import Report
 from gpt2_jax.planning.topology import Topology
 from gpt2_jax.progress import track
 from gpt2_jax.sharding import check_divisible, make_mesh
-from gpt2_jax.training.fit import estimate_bytes
+from gpt2_jax.training.fit import divisors, estimate_bytes
 from gpt2_jax.training.plan import make_model
 
 WORKER_BYTES = 3 * GIB  # of the host's memory, for one compilation
@@ -56,10 +56,6 @@ class Candidate:
     return (f'--config.mesh.data={self.data} --config.mesh.fsdp={self.fsdp} '
             f'--config.mesh.tensor={self.tensor} --config.train.micro_batch_rows={self.rows} '
             f'--config.model.remat={self.remat}')
-
-
-def divisors(n: int) -> list[int]:
-  return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def meshes(config: Config, topology: Topology, model: GPTConfig, rows: int) -> Iterator[Mesh]:

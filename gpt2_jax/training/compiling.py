@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UserError, brief
 from gpt2_jax.files import parse_json
 
 FOLDER = '.jax_cache'
@@ -45,7 +45,7 @@ def options(text: str) -> dict[str, bool | int | float | str]:
   for pair in text.split():
     name, _, value = pair.removeprefix('--').partition('=')
     if not name.startswith('xla_') or not value:
-      raise UserError(f'train.compiler_options: {pair!r} is not xla_NAME=VALUE.')
+      raise UserError(f'train.compiler_options: {brief(pair)} is not xla_NAME=VALUE.')
     try:
       found[name] = parse_json(value.lower())
     except ValueError:

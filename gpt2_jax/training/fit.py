@@ -1,6 +1,7 @@
 """What fits on a device: estimates of a step's memory, and the mesh and micro-batches that follow."""
 
 import contextlib
+import math
 import os
 from typing import Any
 
@@ -82,6 +83,12 @@ def choose_mesh(asked: Config, model: GPTConfig, devices: list) -> Mesh:
   return sharding.make_mesh(**sizes, devices=devices)
 
 
+def divisors(n: int) -> list[int]:
+  """The divisors of a positive number, in order."""
+  small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+  return sorted({*small, *(n // d for d in small)})
+
+
 def micro_batches(config: Config, model: GPTConfig, mesh: Mesh, T: int, G: int) -> int:
   """The number A of micro-batches: as asked, or the fewest whose estimate fits the device."""
   split = mesh.shape['data'] * mesh.shape['fsdp']
@@ -90,7 +97,7 @@ def micro_batches(config: Config, model: GPTConfig, mesh: Mesh, T: int, G: int) 
         f'a batch of {G} rows (train.global_batch_tokens = {config.train.global_batch_tokens} / '
         f'{T}) can\'t be split over mesh.data·mesh.fsdp = {split}: make the rows a multiple of '
         f'{split}, or the mesh smaller (divisors of {G}).')
-  fits = [A for A in range(1, G + 1) if G % A == 0 and (G // A) % split == 0]
+  fits = [A for A in divisors(G) if (G // A) % split == 0]
   asked = config.train.micro_batch_rows
   if asked is not None:
     if asked < 1 or G % (asked * split):

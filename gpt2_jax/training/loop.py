@@ -60,13 +60,23 @@ def open_data(plan: Plan) -> Any:
   return prepare.ensure_store(settings, folder)
 
 
+def check_prompt(plan: Plan, tokenizer: tokenizer.Tokenizer) -> None:
+  """Raises a UserError where the model has no such ids as the sample at the end will begin with."""
+  V, ids = plan.model.vocab_size, tokenizer.encode(plan.config.log.sample_prompt) or [tokenizer.eot]
+  if plan.model.head == 'lm' and max(ids) >= V:
+    raise store.bad_token(max(ids), 'log.sample_prompt', V)
+
+
 def evaluate(eval_step, params, split: Any, plan: Plan, stop: StopSignal) -> dict[str, float]:
   """Means over a whole split, each target counted once: of the loss, and of a classifier how many
   labels are right. Empty where a signal cut it short.
   """
   sums, loader = [], LOADERS[plan.model.head]
-  with track('evaluating', loader.eval_size(split, plan.T, plan.eval_rows), 'batches') as done:
-    for batch in loader.eval_batches(split, plan.T, plan.eval_rows, plan.batch_sharding):
+  parts = plan.mesh.shape['data'] * plan.mesh.shape['fsdp']
+  there = -(-loader.eval_size(split, plan.T, 1) // parts) * parts
+  rows = min(plan.eval_rows, there)  # no batch is larger than the split
+  with track('evaluating', loader.eval_size(split, plan.T, rows), 'batches') as done:
+    for batch in loader.eval_batches(split, plan.T, rows, plan.batch_sharding):
       sums.append(eval_step(params, *batch))
       done(1)
       if len(sums) > 4:  # keeps the host from running ahead of the device
@@ -112,6 +122,7 @@ def _train(plan: Plan, workdir: Path, clock: goodput.Clock) -> int:
   data = open_data(plan)
   data.check_vocabulary(plan.model.vocab_size)
   content = verify.Background(data, jax.process_index(), jax.process_count())
+  check_prompt(plan, data.tokenizer)
   train_split, val_split = data.splits['train'], data.splits['val']
   loader = LOADERS[plan.model.head].TrainLoader(
       train_split, plan.T, plan.G, config.train.seed, plan.model.vocab_size)

@@ -37,8 +37,6 @@ def make_schedule(optim: Config, steps: int, a_step: int = 1, offset: int = 0) -
   if optim.decay_tokens is not None and optim.decay_steps is not None:
     raise UserError('optim.decay_steps and optim.decay_tokens both say where the decay ends: leave '
                     'one of them unset.')
-  if (least := min(optim.warmup_tokens or 0, optim.decay_tokens or 0)) < 0:
-    raise UserError(f'optim.warmup_tokens and decay_tokens must not be negative, as {least} is.')
   shift = offset / a_step  # steps of today's batch that there were beside those counted
   in_steps = lambda tokens, step: step + shift if tokens is None else tokens / a_step
   schedule = _schedule(
@@ -48,7 +46,8 @@ def make_schedule(optim: Config, steps: int, a_step: int = 1, offset: int = 0) -
 
 def _schedule(optim: Config, warmup: Any, last: Any) -> optax.Schedule:
   """As `make_schedule`; the warm-up and the decay end at these steps, numbers that may be broken."""
-  peak, end = optim.peak_lr, optim.peak_lr * optim.end_lr_fraction
+  peak = float(optim.peak_lr)
+  end = peak * optim.end_lr_fraction
   if optim.schedule not in SCHEDULES:
     raise UserError(f'optim.schedule = {optim.schedule!r} is not one of {SCHEDULES}.')
   rest = max(1, last - warmup)
@@ -119,5 +118,5 @@ def make_optimizer(
       optax.add_decayed_weights(optim.weight_decay, decay_mask),
       optax.scale_by_learning_rate(schedule))
   if optim.clip_norm:
-    tx = optax.chain(clip_by_global_norm(optim.clip_norm), tx)
-  return skip_spikes(tx, optim.skip_zscore, optim.skip_warmup) if optim.skip_zscore else tx
+    tx = optax.chain(clip_by_global_norm(float(optim.clip_norm)), tx)
+  return skip_spikes(tx, float(optim.skip_zscore), optim.skip_warmup) if optim.skip_zscore else tx

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax import determinism, kernels, sharding, tokenizer
-from gpt2_jax.config import Config, GPTConfig, LoRA, check_places
+from gpt2_jax.config import Config, GPTConfig, LoRA
 from gpt2_jax.counts import flops_per_token, num_params, num_trained
 from gpt2_jax.data import labelled
 from gpt2_jax.errors import UserError
@@ -23,7 +23,7 @@ from gpt2_jax.interop.opening import Opening
 from gpt2_jax.interop.tensors import Source, load_params
 from gpt2_jax.model import Params
 from gpt2_jax.pretrained import open_source
-from gpt2_jax.training import compiling, fit, memory, positions
+from gpt2_jax.training import compiling, fit, knobs, memory, positions
 from gpt2_jax.training.optimizer import make_optimizer, make_schedule
 from gpt2_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
 
@@ -251,6 +251,7 @@ def make_model(config: Config, devices=None, held: int | None = None
   Raises:
     UserError: they don't go together.
   """
+  knobs.check(config)
   opening = Opening(config.init_base, config.init_ignore_extra)
   source = open_source(config.init_from, opening) if config.init_from else None
   spec = _tokenizer(config, source)
@@ -272,10 +273,9 @@ def make_plan(config: Config, devices=None, held: int | None = None) -> Plan:
   Raises:
     UserError: the config contradicts itself or doesn't fit the devices.
   """
-  check_places(config)
+  source, spec, model, mesh = make_model(config, devices, held)
   if config.deterministic:
     determinism.check()
-  source, spec, model, mesh = make_model(config, devices, held)
   T = model.n_positions if config.data.sequence_length is None else config.data.sequence_length
   if not 1 <= T <= model.n_positions:
     raise UserError(f'data.sequence_length = {T} is longer than the model\'s context '
@@ -284,17 +284,11 @@ def make_plan(config: Config, devices=None, held: int | None = None) -> Plan:
   if remainder or not G:
     raise UserError(f'train.global_batch_tokens = {config.train.global_batch_tokens} is no multiple '
                     f'of the row length {T}; the nearest is {max(1, G) * T}.')
-  for section, key in (('train', 'steps'), ('checkpoint', 'every'), ('checkpoint', 'keep'),
-                       ('evaluate', 'every')):
-    if config[section][key] < 1:
-      raise UserError(f'{section}.{key} = {config[section][key]} must be at least 1.')
   sharding.check_divisible(mesh, {'data.sequence_length': (T, 'seq')})
   keep = config.checkpoint
-  if keep.keep_every < 0 or keep.keep_every % keep.every:
+  if keep.keep_every % keep.every:
     raise UserError(f'checkpoint.keep_every = {keep.keep_every} must be 0 or a multiple of '
                     f'checkpoint.every = {keep.every}: only what is saved can be kept.')
-  if keep.keep_best < 0:
-    raise UserError(f'checkpoint.keep_best = {keep.keep_best} must be 0 or more.')
   A = fit.micro_batches(config, model, mesh, T, G)
   split = mesh.shape['data'] * mesh.shape['fsdp']
   eval_rows = config.evaluate.batch_rows

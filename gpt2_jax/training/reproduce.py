@@ -21,7 +21,7 @@ from gpt2_jax.checkpoint import difference, held_positions
 from gpt2_jax.config import Config
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import local, read_json
-from gpt2_jax.training import metrics, record
+from gpt2_jax.training import knobs, metrics, record
 from gpt2_jax.training.loop import say, train
 
 NOTE = 'reproduces.json'  # in the folder of the second run: of which run it is the repetition
@@ -159,7 +159,9 @@ def reproduce(workdir: str | Path, output: str | Path | None = None) -> int:
   # there were no such knobs once
   config['optim'] = {'warmup_tokens': None, 'decay_tokens': None} | config['optim']
   config['data'] = {'special': False} | config['data']
-  again: Config = ConfigDict({'deterministic': False} | config)
+  again: Config = ConfigDict(
+      {'deterministic': False, 'init_base': None, 'init_ignore_extra': False} | config)
+  knobs.check(again)
   positions = held_positions(workdir)
   _restrict(again, lines[-1]['step'], start, positions)
   if again.deterministic:

@@ -1,0 +1,94 @@
+"""What each knob of configs/base.py may be. What follows from several of them is checked where it is
+used, by `plan.make_plan` above all.
+"""
+
+from typing import Any
+
+from gpt2_jax import sharding
+from gpt2_jax.bounds import (
+  FLOAT32,
+  LARGE,
+  SEED_MOST,
+  Bool,
+  Choice,
+  Float,
+  Int,
+  Optional,
+  Place,
+  Table,
+  Text,
+  Tuple,
+)
+from gpt2_jax.config import DTYPES, LORA, MODEL, Config
+from gpt2_jax.data.prepare import SETTINGS
+from gpt2_jax.errors import UserError, brief, near
+from gpt2_jax.training import compiling
+from gpt2_jax.training.optimizer import SCHEDULES
+from gpt2_jax.training.positions import WAYS
+
+STEPS = 10**9  # most of them; they are counted in int32
+TOKENS = 2**62
+MOST_ROWS = 2**20  # of an evaluation batch
+DERIVED = ('num_labels', 'classifier_dropout', 'form')  # fields of a model that are no knobs
+# What the model section says also where a model is there to begin with (init_from), beside its sizes.
+ALWAYS = ('dtype', 'remat', 'attention', 'reduce_dtype', 'head', 'vocab_multiple')
+
+TOP: Table = dict(
+    init_from=Optional(Place()), init_base=Optional(Place()), init_ignore_extra=Bool(),
+    init_positions=Choice(WAYS), deterministic=Bool())
+SECTIONS: dict[str, Table] = dict(
+    model={name: kind for name, kind in MODEL.items() if name not in DERIVED} | dict(
+        vocab_size=Optional(MODEL['vocab_size']), n_positions=Optional(MODEL['n_positions']),
+        dtype=Choice(('auto', *DTYPES)), reduce_dtype=Choice(DTYPES)),
+    data=dict(SETTINGS) | dict(
+        tokenizer=Optional(Place()), label_field=Text(1000), store=Optional(Place()),
+        directory=Place(), sequence_length=Optional(Int(1)), document_mask=Bool()),
+    lora=dict(LORA) | dict(r=Int(0, 2**16)),
+    optim=dict(
+        peak_lr=Float(0, 1e30), schedule=Choice(SCHEDULES), warmup_steps=Int(0, STEPS),
+        decay_steps=Optional(Int(1, STEPS)), warmup_tokens=Optional(Int(0, TOKENS)),
+        decay_tokens=Optional(Int(1, TOKENS)), end_lr_fraction=Float(0, 1),
+        wsd_decay_fraction=Float(0, 1), b1=Float(0, 1, open_high=True),
+        b2=Float(0, 1, open_high=True),
+        eps=Float(1e-30, 1),  # without it, what has no gradient would be 0 / 0
+        weight_decay=Float(0, 1e3), clip_norm=Float(0, FLOAT32), skip_zscore=Float(0, FLOAT32),
+        skip_warmup=Int(0, STEPS), ema_decay=Float(0, 1, open_high=True)),
+    train=dict(
+        steps=Int(1, STEPS), seed=Int(0, SEED_MOST), global_batch_tokens=Int(1),
+        micro_batch_rows=Optional(Int(1)), compiler_options=Text()),
+    checkpoint=dict(
+        every=Int(1, STEPS), keep=Int(1, STEPS), keep_every=Int(0, STEPS), keep_best=Int(0, STEPS)),
+    mesh=dict(data=Optional(Int(-1, 2**20)), fsdp=Int(-1, 2**20), seq=Int(-1, 2**20),
+              tensor=Int(-1, 2**20), slices_over=Choice(sharding.AXES)),
+    evaluate=dict(every=Int(1, STEPS), batch_rows=Optional(Int(1, MOST_ROWS)),
+                  patience=Int(0, STEPS)),
+    profile=dict(steps=Tuple(Int(0, STEPS), 2)),
+    log=dict(tensorboard=Bool(), straggler_every=Int(0, STEPS), sample_prompt=Text(LARGE),
+             sample_tokens=Int(1), sample_temperature=Float(1e-30, 1e30), sample_top_k=Int(1)))
+
+
+def check(config: Config) -> None:
+  """Checks each knob of a run.
+
+  Raises:
+    UserError: names the first knob that is missing, unknown, or of a value that it can't have.
+  """
+  _check(TOP, {name: config[name] for name in config if name not in SECTIONS}, '', TOP)
+  for section, table in SECTIONS.items():
+    if section not in config or not hasattr(config[section], 'items'):
+      raise UserError(f'the config has no section {section}: begin with configs/base.py.')
+    needed = ALWAYS if section == 'model' and config.init_from is not None else table
+    _check(table, dict(config[section].items()), f'{section}.', needed)
+  compiling.options(config.train.compiler_options)
+
+
+def _check(table: Table, values: dict[str, Any], prefix: str, needed) -> None:
+  for name, value in values.items():
+    if name not in table:
+      known = [prefix + each for each in table]
+      raise UserError(f'there is no knob {prefix}{brief(name)[1:-1]}{near(prefix + name, known)} (the '
+                      'knobs: configs/base.py).')
+    table[name].check(prefix + name, value)
+  for name in needed:
+    if name not in values:
+      raise UserError(f'the config does not say {prefix}{name}: begin with configs/base.py.')
