@@ -7,6 +7,7 @@ byte of the store, depend on the corpus and the settings alone, not on the numbe
 """
 
 import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import dataclasses
 import hashlib
@@ -16,6 +17,7 @@ import multiprocessing
 import os
 import platform
 import shutil
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -25,7 +27,8 @@ import filelock
 import numpy as np
 
 from gpt2_jax import tokenizer as tokenizers
-from gpt2_jax.data import corpora, store
+from gpt2_jax.data import corpora, sections, store
+from gpt2_jax.data.splits import Settings, split_document
 from gpt2_jax.errors import UserError, saving
 from gpt2_jax.files import write_whole
 from gpt2_jax.progress import track
@@ -33,24 +36,6 @@ from gpt2_jax.progress import track
 MIN_PART_BYTES, MAX_PART_BYTES, MAX_PARTS = 4 * 2**20, 256 * 2**20, 64
 BPE_TRAINING_BYTES = 64 * 2**20
 JOB = 'job.json'
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """What decides the content of a store, beside the corpus."""
-
-  corpus: str
-  tokenizer: str
-  val_fraction: float = 0.005
-  split_seed: int = 0
-  split: str = 'document'  # 'document': whole documents; 'tail': the end of each document
-  text_field: str = 'text'
-
-  def __post_init__(self):
-    if not 0 < self.val_fraction < 1:
-      raise UserError(f'val_fraction = {self.val_fraction} must lie between 0 and 1.')
-    if self.split not in ('document', 'tail'):
-      raise UserError(f'split = {self.split!r} is not one of: document, tail.')
 
 
 def store_name(settings: Settings) -> str:
@@ -70,29 +55,6 @@ def _parts(pieces: list[corpora.Piece]) -> list[list[tuple[int, corpora.Piece]]]
     parts[-1].append(numbered)
     room -= numbered[1].bytes
   return parts
-
-
-def _held_out(settings: Settings, piece: int, document: int) -> bool:
-  key = f'{settings.split_seed}:{piece}:{document}'.encode()
-  draw = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), 'little') / 2**64
-  return draw < settings.val_fraction
-
-
-def _split(document: corpora.Document, settings: Settings, piece: int, number: int):
-  """Yields (split, text) for a document: one, or two where its tail is held out."""
-  text = document.text
-  if not len(text):
-    return
-  if document.split:
-    yield document.split, text
-  elif settings.split == 'tail':
-    cut = len(text) - max(1, round(len(text) * settings.val_fraction))
-    if isinstance(text, str):  # at the end of a line, where there is one
-      cut = text.rfind('\n', 0, cut) + 1 or cut
-    yield 'train', text[:cut]
-    yield 'val', text[cut:]
-  else:
-    yield 'val' if _held_out(settings, piece, number) else 'train', text
 
 
 # --- workers ----------------------------------------------------------------------------------
@@ -115,12 +77,14 @@ def _encode_part(number: int, part: list[tuple[int, corpora.Piece]]) -> dict:
     writers = {split: open_files.enter_context(
         store.ShardWriter(folder, f'{split}-{number:05d}', _dtype(tokenizer)))
         for split in ('train', 'val')}
+    empty = 0
     for piece_number, piece in part:
       for i, document in enumerate(corpora.documents(piece, settings.text_field)):
-        for split, text in _split(document, settings, piece_number, i):
-          tokens = text if isinstance(text, np.ndarray) else tokenizer.encode_array(text)
-          writers[split].add(np.concatenate([[tokenizer.eot], tokens]))
-    record = {split: writer.finish() for split, writer in writers.items()}
+        empty += not len(document.text)
+        for split, text in split_document(document, settings, piece_number, i):
+          for k, tokens in enumerate(sections.encode(text, tokenizer)):
+            writers[split].add(tokens, begins=k == 0)
+    record = {split: writer.finish() for split, writer in writers.items()} | {'empty': empty}
     write_whole(folder / _part_name(number), json.dumps(record))
   return record
 
@@ -144,11 +108,11 @@ def _training_texts(pieces: list[corpora.Piece], settings: Settings) -> Iterator
     for piece_number in range(0, len(pieces), stride):
       piece = pieces[piece_number]
       for i, document in enumerate(corpora.documents(piece, settings.text_field)):
-        for split, text in _split(document, settings, piece_number, i):
+        for split, text in split_document(document, settings, piece_number, i):
           if isinstance(text, np.ndarray):
             raise UserError('a corpus of tokens (bin:) can\'t train a tokenizer.')
           if split == 'train':
-            yield text
+            yield from sections.sections(text)
       advance(piece.bytes)
 
 
@@ -213,6 +177,8 @@ def _begin(folder: Path, job: dict) -> None:
 
 
 def _prepare(settings: Settings, folder: Path, corpus: corpora.Corpus, workers: int) -> None:
+  for note in corpus.notes:
+    _note(note)
   _begin(folder, _json({'settings': dataclasses.asdict(settings), 'corpus': corpus.identity}))
   if (folder / 'tokenizer' / 'done').exists():
     tokenizer = tokenizers.load(folder / 'tokenizer')
@@ -221,6 +187,27 @@ def _prepare(settings: Settings, folder: Path, corpus: corpora.Corpus, workers: 
     tokenizer.save(folder / 'tokenizer')
     write_whole(folder / 'tokenizer' / 'done', '')
   parts = _parts(corpus.pieces)
+  _encode_all(folder, settings, tokenizer, parts, workers)
+  records = [json.loads((folder / _part_name(n)).read_text()) for n in range(len(parts))]
+  if empty := sum(record.get('empty', 0) for record in records):
+    _note(f'{settings.corpus}: {empty:,} texts are empty or null, and passed over.')
+  if not settings.corpus.startswith('tfds:') and (
+      corpora.open_corpus(settings.corpus).identity != corpus.identity):
+    raise UserError(f'the corpus {settings.corpus!r} has changed while it was read: run the same '
+                    'command again when its files are whole.')
+  manifest = _manifest(settings, corpus, tokenizer, records)
+  write_whole(folder / store.MANIFEST, json.dumps(manifest, indent=1))
+  for name in [JOB, *(_part_name(n) for n in range(len(parts)))]:
+    (folder / name).unlink()
+
+
+def _note(text: str) -> None:
+  print(text, file=sys.stderr, flush=True)
+
+
+def _encode_all(folder: Path, settings: Settings, tokenizer: tokenizers.Tokenizer, parts: list,
+                workers: int) -> None:
+  """Makes the parts that are not there yet."""
   size = lambda number: sum(piece.bytes for _, piece in parts[number])
   finished = {n for n in range(len(parts)) if (folder / _part_name(n)).exists()}
   todo = [n for n in range(len(parts)) if n not in finished]
@@ -231,23 +218,22 @@ def _prepare(settings: Settings, folder: Path, corpus: corpora.Corpus, workers: 
       for n in todo:
         _encode_part(n, parts[n])
         advance(size(n))
-    else:
-      with concurrent.futures.ProcessPoolExecutor(
-          min(workers, len(todo)), multiprocessing.get_context('spawn'), _start_worker,
-          (folder, settings)) as pool:
-        futures = {pool.submit(_encode_part, n, parts[n]): n for n in todo}
-        try:
-          for future in concurrent.futures.as_completed(futures):
-            future.result()
-            advance(size(futures[future]))
-        except BaseException:
-          pool.shutdown(wait=False, cancel_futures=True)
-          raise
-  records = [json.loads((folder / _part_name(n)).read_text()) for n in range(len(parts))]
-  manifest = _manifest(settings, corpus, tokenizer, records)
-  write_whole(folder / store.MANIFEST, json.dumps(manifest, indent=1))
-  for name in [JOB, *(_part_name(n) for n in range(len(parts)))]:
-    (folder / name).unlink()
+      return
+    with concurrent.futures.ProcessPoolExecutor(
+        min(workers, len(todo)), multiprocessing.get_context('spawn'), _start_worker,
+        (folder, settings)) as pool:
+      futures = {pool.submit(_encode_part, n, parts[n]): n for n in todo}
+      try:
+        for future in concurrent.futures.as_completed(futures):
+          future.result()
+          advance(size(futures[future]))
+      except concurrent.futures.process.BrokenProcessPool as e:
+        raise UserError(f'a process that tokenized {settings.corpus!r} was ended, perhaps for want '
+                        'of memory. Run the same command again, with fewer --workers: what was '
+                        'finished is kept.') from e
+      except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
 
 
 def _check_same(opened: store.TokenStore, settings: Settings) -> None:

@@ -97,6 +97,8 @@ def train(config: Config, workdir: str | Path, began: float | None = None) -> in
   if plan.model.head != 'lm':
     say(f'         labels {", ".join(data.labels[:12])}' + ', …' * (len(data.labels) > 12) +
         f'; {data.cut:,} texts are cut to {plan.T} tokens' * bool(data.cut))
+    for line in data.notes:
+      say(f'         {line}')
 
   with StopSignal() as stop, jax.set_mesh(plan.mesh):
     # --- Workdir: new, or that of the same run --------------------------------------------------

@@ -1,0 +1,64 @@
+"""Long texts become tokens section by section: the same tokens, in bounded memory."""
+
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from gpt2_jax.data import text_files
+from gpt2_jax.data.text_files import LongText
+from gpt2_jax.errors import UserError
+from gpt2_jax.tokenizer import Tokenizer
+
+EDGES = re.compile(r'(?<=\S)\s(?=\S)')
+EDGE = 200  # characters on each side of a place where a text may be cut, which decide if it is
+TRIED = 100  # places
+MAX_WORDLESS = 64 * 2**20  # characters
+
+
+def _separate(tokenizer: Tokenizer, text: str, at: int) -> bool:
+  """Whether the tokens of what is left and right of a place are those of both together."""
+  left, right = text[max(0, at - EDGE):at], text[at:at + EDGE]
+  return tokenizer.encode(left + right) == tokenizer.encode(left) + tokenizer.encode(right)
+
+
+def sections(
+    text: str | LongText, tokenizer: Tokenizer | None = None) -> Iterator[str]:
+  """A text in sections whose tokens are together those of the text; a short one as it is.
+
+  A section ends before a single white space, where GPT-2's pattern always parts two tokens, and
+  where this tokenizer does.
+  """
+  if isinstance(text, str) and len(text) <= text_files.LONG:
+    yield text
+    return
+  step = text_files.CHUNK
+  rest, parts = '', (text.parts() if isinstance(text, LongText) else
+                     (text[i:i + step] for i in range(0, len(text), step)))
+  for part in parts:
+    rest += part
+    if len(rest) <= text_files.LONG:
+      continue
+    first = max(1, len(rest) - 2**16)
+    edges = [first + edge.start() for edge in EDGES.finditer(rest[first:])][-TRIED:]
+    for at in reversed(edges):
+      if tokenizer is None or _separate(tokenizer, rest, at):
+        yield rest[:at]
+        rest = rest[at:]
+        break
+    if len(rest) > MAX_WORDLESS:
+      where = f'{text.path}: ' if isinstance(text, LongText) else ''
+      raise UserError(f'{where}a document has {len(rest):,} characters without a white space to cut '
+                      'it at, which is no text to make tokens of. Leave it out, or break its lines.')
+  yield rest
+
+
+def encode(
+    text: str | LongText | np.ndarray, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+  """The tokens of a document, <|endoftext|> before them, in one array; of a long one in several."""
+  tokens = [text] if isinstance(text, np.ndarray) else map(
+      tokenizer.encode_array, sections(text, tokenizer))
+  first = True
+  for array in tokens:
+    yield np.concatenate([[tokenizer.eot], array]) if first else array
+    first = False
