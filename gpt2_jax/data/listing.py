@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from gpt2_jax.data import text_files
 from gpt2_jax.errors import UserError
 
+JOB = b'{"settings": {"corpus": '  # how the job of an unfinished token store begins
 MAX_SAID = 8  # kinds of what is passed over that are told apart
 
 
@@ -76,8 +77,11 @@ class _Search:
         seen.add(real)
         folders.append((link, real))
       folder, real = folders.popleft()
-      names = []
-      for entry in self._entries(folder):
+      names, entries = [], self._entries(folder)
+      if _is_store(folder, {entry.name for entry in entries}):
+        self.passed['token stores'] += 1
+        continue
+      for entry in entries:
         path, below = os.path.join(folder, entry.name), os.path.join(real, entry.name)
         if entry.name.startswith('.'):
           self.passed['hidden'] += 1
@@ -116,6 +120,17 @@ class _Search:
       key = (status.st_dev, status.st_ino) if hard else (self.real(path),)
       return File(path, kind, status.st_size, status.st_mtime_ns), key
     return None
+
+
+def _is_store(folder: str, names: set[str]) -> bool:
+  """Whether a folder is a token store, be it unfinished: perhaps the one that is being made."""
+  if {'manifest.json', 'tokenizer'} <= names:
+    return True
+  try:
+    with open(os.path.join(folder, 'job.json'), 'rb') as f:
+      return f.read(len(JOB)) == JOB
+  except OSError:
+    return False
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
