@@ -53,8 +53,8 @@ def get_config() -> ConfigDict:
   config.data = ConfigDict(dict(
       corpus='stdlib',  # stdlib, text:PATTERN, tfds:NAME, bin:FOLDER
       tokenizer=placeholder(str),  # gpt2, bpe:N, byte, or a folder; default: init_from's, or gpt2
-      text_field='text',  # of .jsonl and .parquet
-      label_field='label',  # of .jsonl, for a classifier
+      text_field='text',  # of .jsonl, .json, .csv, .tsv, .parquet, TFDS
+      label_field='label',  # of the same, for a classifier
       store=placeholder(str),  # folder of the tokens; default: by name in `directory`
       directory='data',
       val_fraction=0.005,  # held out, of the documents

@@ -38,7 +38,7 @@ class Prepare:
   split_seed: int = 0
   """Chooses the documents that are held out."""
   text_field: str = 'text'
-  """Field that holds the text, in .jsonl, .parquet and TFDS."""
+  """Field that holds the text, in .jsonl, .json, .csv, .tsv, .parquet and TFDS."""
   workers: int | None = None
   """Processes; default: the number of cores."""
 

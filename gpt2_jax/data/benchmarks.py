@@ -148,12 +148,18 @@ def fetched(source: Source, member: str = '') -> Path:
 
 def _find(name: str, published: Published, data: Path) -> list[Path]:
   if data.is_file():
+    text_files.kind_of_named(str(data))  # refuses archives
     return [data]
   if not data.is_dir():
     raise UserError(f'{data}: no such file or folder, to read {name} from.')
   data = data.resolve()
   levels = ['/'.join(['*'] * depth) for depth in range(1, DEPTH + 2)]
-  there = [path for level in levels for path in sorted(data.glob(level)) if path.is_file()]
+  ways: dict[Path, Path] = {}  # to each real file the shortest, whatever links there are
+  for level in levels:
+    for path in sorted(data.glob(level)):
+      if path.is_file():
+        ways.setdefault(path.resolve(), path)
+  there = list(ways.values())
   return [_choose(name, part, data, there) for part in published.parts]
 
 

@@ -33,10 +33,10 @@ def _reading(place: str, wanted: str):
     raise UserError(f'{place}: wanted {wanted} ({type(e).__name__}: {why}).') from e
 
 
-def _texts(*values: object) -> None:
-  """Raises a ValueError unless all values are texts that aren't blank."""
+def _texts(*values: object, blank: bool = False) -> None:
+  """Raises a ValueError unless all values are texts; blank ones are only with `blank`."""
   for value in values:
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not (blank or value.strip()):
       raise ValueError(f'{brief(value)} is no text, or a blank one')
 
 
@@ -106,9 +106,9 @@ def hellaswag(content: bytes, where: str) -> list[dict]:
     with _reading(place, 'an example of HellaSwag with its label'):
       row = json.loads(line)
       query, endings, label = row.get('query'), list(row['endings']), int(row['label'])
-      _texts(*endings)
+      _texts(*endings, blank=True)
       if query is None:
-        _texts(row['activity_label'], row['ctx_a'])
+        _texts(row['activity_label'], row['ctx_a'], row['ctx_b'], blank=True)
         query = _clean(f'{row["activity_label"]}: {row["ctx_a"]} {row["ctx_b"].capitalize()}')
         endings = [_clean(ending) for ending in endings]
       _texts(query)
@@ -183,7 +183,7 @@ def crows_pairs(content: bytes, where: str) -> list[dict]:
   columns = ('sent_more', 'sent_less', 'stereo_antistereo', 'bias_type')
   examples = []
   csv.field_size_limit(text_files.MAX_RECORD)
-  rows = csv.DictReader(io.StringIO(utf8(content, where), newline=''), strict=True)
+  rows = csv.DictReader(io.StringIO(utf8(content, where), newline=''))
   try:
     for number, row in enumerate(rows, 1):
       with _reading(f'{where}, pair {number}', f'the columns {", ".join(columns)}'):
@@ -193,7 +193,7 @@ def crows_pairs(content: bytes, where: str) -> list[dict]:
           raise ValueError(f'stereo_antistereo is {brief(example["stereo_antistereo"])}')
       examples.append(example)
   except csv.Error as e:
-    raise UserError(f'{where}, line {rows.line_num}: {e}. Fetch it again.') from e
+    raise UserError(f'{where}, pair {len(examples) + 1}: {e}. Fetch it again.') from e
   return examples
 
 
