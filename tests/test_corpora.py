@@ -256,6 +256,17 @@ def test_a_text_without_white_space_is_refused(tmp_path, monkeypatch):
     prepare.ensure_store(settings(tmp_path / 'x.txt', split='tail'), tmp_path / 's', workers=1)
 
 
+def test_a_million_blanks_are_refused(tmp_path):
+  """They make tiktoken panic, with a trace of Rust."""
+  (tmp_path / 'x.txt').write_text('a' + ' ' * 1_000_000 + 'b')
+  with pytest.raises(UserError, match='900,000 or more white spaces in a row'):
+    prepare.ensure_store(settings(tmp_path / 'x.txt', split='tail', tokenizer='gpt2'), tmp_path / 's',
+                         workers=1)
+  blanks = (' ' * 800_000 + 'b') * 2
+  tokens = np.concatenate(list(sections.encode(blanks, tokenizer.load('gpt2'))))
+  assert tokenizer.load('gpt2').decode(tokens[1:]) == blanks
+
+
 # --- which files ------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ EDGES = re.compile(r'(?<=\S)\s(?=\S)')
 EDGE = 200  # characters on each side of a place where a text may be cut, which decide if it is
 TRIED = 100  # places
 MAX_WORDLESS = 64 * 2**20  # characters
+MAX_BLANK = 900_000  # white spaces in a row; at a million GPT-2's pattern breaks tiktoken
 
 
 def _separate(tokenizer: Tokenizer, text: str, at: int) -> bool:
@@ -53,12 +54,23 @@ def sections(
   yield rest
 
 
+def _check_blanks(text: str) -> None:
+  """Raises a UserError for a text with more white spaces in a row than GPT-2's pattern can read."""
+  step = MAX_BLANK // 3
+  if any(text[at:at + step].isspace() for at in range(0, len(text) - step, step)) and (
+      re.search(rf'\s{{{MAX_BLANK}}}', text)):
+    raise UserError(f'a document has {MAX_BLANK:,} or more white spaces in a row: shorten them, or '
+                    'leave it out.')
+
+
 def encode(
     text: str | LongText | np.ndarray, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
   """The tokens of a document, <|endoftext|> before them, in one array; of a long one in several."""
-  tokens = [text] if isinstance(text, np.ndarray) else map(
-      tokenizer.encode_array, sections(text, tokenizer))
-  first = True
-  for array in tokens:
-    yield np.concatenate([[tokenizer.eot], array]) if first else array
-    first = False
+  begun = False
+  for section in [text] if isinstance(text, np.ndarray) else sections(text, tokenizer):
+    if isinstance(section, str):
+      if tokenizer.merges and len(section) > MAX_BLANK:
+        _check_blanks(section)
+      section = tokenizer.encode_array(section)
+    yield section if begun else np.concatenate([[tokenizer.eot], section])
+    begun = True
