@@ -56,8 +56,8 @@ def get_config() -> ConfigDict:
       corpus='stdlib',  # stdlib, text:PATTERN, tfds:NAME, bin:FOLDER
       tokenizer=placeholder(str),  # gpt2, bpe:N, byte, or a folder; default: init_from's, or gpt2
       special=False,  # the text of a special token, <|endoftext|> perhaps, is the token
-      text_field='text',  # of .jsonl and .parquet
-      label_field='label',  # of .jsonl, for a classifier
+      text_field='text',  # of .jsonl, .json, .csv, .tsv, .parquet, TFDS
+      label_field='label',  # of the same, for a classifier
       store=placeholder(str),  # folder of the tokens; default: by name in `directory`
       directory='data',
       val_fraction=0.005,  # held out, of the documents

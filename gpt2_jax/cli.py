@@ -43,7 +43,7 @@ class Prepare:
   split_seed: int = 0
   """Chooses the documents that are held out."""
   text_field: str = 'text'
-  """Field that holds the text, in .jsonl, .parquet and TFDS."""
+  """Field that holds the text, in .jsonl, .json, .csv, .tsv, .parquet and TFDS."""
   special: bool = False
   """The text of a special token, <|endoftext|> perhaps, is the token; if not, it is text as any."""
   workers: int | None = None

@@ -1,6 +1,7 @@
 """Benchmarks: their files as published, and how they are fetched, over real sockets."""
 
 import dataclasses
+import gzip
 import hashlib
 import http.server
 import io
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 from conftest import environment
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from gpt2_jax.data import benchmarks, builders, corpora, downloads, formats, sources
@@ -179,6 +181,17 @@ def test_which_file_of_several(tmp_path):
     ('lambada', b'{"text": "a"}\n{"txt": "b"}', r'line 2: wanted {"text": TEXT} \(KeyError'),
     ('lambada', b'\n', 'holds no example of lambada'),
     ('lambada', b'\xff', 'is not UTF-8'),
+    ('lambada', b'{"text": null}', r'line 1: wanted .*None is no text'),
+    ('lambada', b'{"text": " "}', 'is no text, or a blank one'),
+    ('lambada', b'[' * 10**5, 'line 1: wanted .* .RecursionError'),
+    ('ptb', b' \n', 'holds no example of ptb'), ('text8', b'', 'holds no example of text8'),
+    ('hellaswag', json.dumps({'query': 3, 'endings': list('defg'), 'label': 0}).encode(),
+     'line 1: wanted .*3 is no text'),
+    ('hellaswag', json.dumps(HELLASWAG | {'endings': [1, 2, 3, 4]}).encode(), '1 is no text'),
+    ('winogrande', b'{"sentence": ["_"], "option1": "a", "option2": "b", "answer": "1"}', 'no text'),
+    ('wsc273', b'<?xml version="1.0" encoding="no-such"?><a/>', 'not well-formed XML'),
+    ('crows-pairs', CROWS.replace(',stereo,', ',"stereo,').encode(), 'pair 2: wanted the columns'),
+    ('crows-pairs', CROWS.replace(' nap.', ' \r nap.').encode(), 'pair 2: '),
     ('cbt-cn', CBT.replace('7 S', '8 S', 1).encode(), 'line 7: wanted the line 7 of a question'),
     ('cbt-cn', CBT.replace('\tfox\t', '\telk\t').encode(), 'its answer is not among the options'),
     ('cbt-cn', CBT.encode() + b'1 And then', 'ends in the middle'),
@@ -195,6 +208,45 @@ def test_files_that_are_not_as_published(tmp_path, name, content, says):
   (tmp_path / 'file').write_bytes(content)
   with pytest.raises(UserError, match=says):
     benchmarks.load(name, str(tmp_path / 'file'))
+
+
+@hypothesis_settings(deadline=None, max_examples=100)
+@given(st.data())
+def test_a_damaged_benchmark_is_examples_or_one_line(data):
+  lambada = json.dumps({'text': 'A “b” c'}).encode()
+  read, content = data.draw(st.sampled_from([
+      (formats.lambada, lambada), (formats.cbt, CBT.encode()), (formats.wsc273, WSC.encode()),
+      (formats.hellaswag, json.dumps(HELLASWAG).encode()), (formats.crows_pairs, CROWS.encode()),
+      (formats.winobias, WINOBIAS.encode()), (formats.text, b'a b')]))
+  for _ in range(data.draw(st.integers(1, 3))):
+    at = data.draw(st.integers(0, len(content)))
+    behind = at + data.draw(st.integers(0, 3))
+    content = content[:at] + data.draw(st.binary(max_size=3)) + content[behind:]
+  try:
+    read(content, 'pro_stereotyped_type1.txt.test')
+  except UserError as e:
+    assert '\n' not in str(e) and 'pro_stereotyped' in str(e)
+
+
+def test_packed_benchmarks_are_those_they_hold(tmp_path):
+  """The sha256 too; an archive would be taken for text, and is refused; links count once."""
+  (tmp_path / 'lambada_test.jsonl').write_text('{"text": "a b"}')
+  plain = benchmarks.load('lambada', str(tmp_path))
+  (tmp_path / 'packed').mkdir()
+  packed = tmp_path / 'packed' / 'lambada_test.jsonl.gz'
+  packed.write_bytes(gzip.compress(b'{"text": "a b"}'))
+  for place in (packed, tmp_path / 'packed'):
+    loaded = benchmarks.load('lambada', str(place))
+    assert (loaded.examples, loaded.sha256) == (plain.examples, plain.sha256)
+  packed.write_bytes(packed.read_bytes()[:-3])
+  with pytest.raises(UserError, match='lambada_test.jsonl.gz is damaged or cut short'):
+    benchmarks.load('lambada', str(packed))
+  (tmp_path / 'enwik8.zip').write_bytes(b'PK')
+  with pytest.raises(UserError, match='enwik8.zip is to be unpacked first'):
+    benchmarks.load('enwik8', str(tmp_path / 'enwik8.zip'))
+  (tmp_path / 'again').symlink_to('.')
+  (tmp_path / 'twice').symlink_to('packed')
+  assert benchmarks.load('lambada', str(tmp_path)).source == plain.source
 
 
 @pytest.mark.parametrize('name,data,says', [

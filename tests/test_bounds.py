@@ -23,7 +23,7 @@ from configs import base
 from gpt2_jax import cli, counts, flags, pretrained
 from gpt2_jax.bounds import Bool, Choice, DType, Float, Int, Optional, Place, Text, Tuple
 from gpt2_jax.config import LORA, MODEL, GPTConfig, LoRA
-from gpt2_jax.data import prepare
+from gpt2_jax.data import splits
 from gpt2_jax.decoding.generate import own_ends
 from gpt2_jax.errors import UserError
 from gpt2_jax.interop import huggingface, llmc, nanogpt, openai, torch_files
@@ -58,7 +58,7 @@ def test_every_knob_and_field_has_a_row():
   assert set(config) - sections(config).keys() == set(knobs.TOP)
   names = lambda made: {field.name for field in dataclasses.fields(made)}
   assert names(GPTConfig) == {*MODEL, 'lora'} and names(LoRA) == set(LORA)
-  assert names(prepare.Settings) == set(prepare.SETTINGS)
+  assert names(splits.Settings) == set(splits.SETTINGS)
   knobs.check(config)
 
 
@@ -356,7 +356,7 @@ def test_dtypes_are_what_jax_takes(dtypes, name, model, tmp_path):
       assert pretrained.open_source(tmp_path / f'{i}').dtype == name
 
 
-@pytest.mark.parametrize('dtype', OTHERS, ids=str)
+@pytest.mark.parametrize('dtype', OTHERS, ids=lambda dtype: str(dtype)[:12])
 def test_other_dtypes_are_refused_with_those_that_work(dtype, model, tmp_path):
   for call in (lambda: gpt2_jax.from_pretrained(tmp_path, dtype=dtype),
                lambda: GPTConfig(dtype=dtype),

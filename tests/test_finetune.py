@@ -344,9 +344,9 @@ def test_special_tokens_of_labelled_texts(tmp_path):
 @pytest.mark.parametrize('content,match', [
     ('{"text": "a", "label": "x"}\n{"text": "b"}\n', "line 2 has no field 'label'"),
     ('{"text": "a", "label": "x"}\nnonsense\n', 'line 2: not a line of JSON'),
-    ('{"text": 3, "label": "x"}\n', "'text' must be a text"),
-    ('{"text": "a", "label": [1]}\n', "'label' a text or a whole"),
-    ('{"text": "a", "label": "x"}\n', 'needs two labels, there is x'),
+    ('{"text": 3, "label": "x"}\n', "line 1: 'text' is a number, not a text: 3"),
+    ('{"text": "a", "label": [1]}\n', "line 1: 'label' is a list, not a text or whole number"),
+    ('{"text": "a", "label": "x"}\n', "needs two labels, there is 'x'"),
     ('', 'needs two labels, there is no example'),
     ('{"text": "a", "label": "x"}\n{"text": "a", "label": "y"}\n', 'leave none for the split'),
 ])
@@ -377,7 +377,7 @@ def test_configs_that_contradict_their_source(pretrained, tmp_path):
   refused("'wte' is none of", lambda c: c.lora.update(r=4, target_modules=('wte',)))
   refused('token_classification can be loaded and converted, not trained',
           lambda c: c.model.update(head='token_classification'))
-  refused('a classifier learns from text:FILE.jsonl',
+  refused('a classifier learns from text:FILE',
           lambda c: c.model.update(head='sequence_classification'))
   refused('has no tokenizer that can be used',
           lambda c: c.update(init_from=str(ROOT / 'tests/golden/huggingface/plain')))

@@ -22,7 +22,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gpt2_jax.data import downloads, formats, sources
+from gpt2_jax.data import downloads, formats, sources, text_files
 from gpt2_jax.data.sources import Source
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import local
@@ -39,7 +39,7 @@ class Benchmark:
   Attributes:
     split: as the name of the file says; where it doesn't, the one that is fetched.
     examples: dicts; their fields are in this module's table.
-    sha256: of the file that was read; of several, of the lines `NAME SHA256`.
+    sha256: of the file that was read, unpacked; of several, of the lines `NAME SHA256`.
     source: path of what was read, or the address it was fetched from.
   """
 
@@ -129,7 +129,7 @@ def load(name: str, data: str | None = None) -> Benchmark:
   else:
     paths = _find(name, published, local(data, '--data').expanduser())
     source = ' '.join(map(str, paths))
-  contents = [path.read_bytes() for path in paths]
+  contents = [text_files.read_whole(str(path)) for path in paths]
   hashes = [hashlib.sha256(content).hexdigest() for content in contents]
   examples = [example for path, content in zip(paths, contents)
               for example in published.read(content, str(path))]
@@ -149,19 +149,26 @@ def fetched(source: Source, member: str = '') -> Path:
 
 def _find(name: str, published: Published, data: Path) -> list[Path]:
   if data.is_file():
+    text_files.kind_of_named(str(data))  # refuses archives
     return [data]
   if not data.is_dir():
     raise UserError(f'{data}: no such file or folder, to read {name} from.')
   data = data.resolve()
   levels = ['/'.join(['*'] * depth) for depth in range(1, DEPTH + 2)]
-  there = [path for level in levels for path in sorted(data.glob(level)) if path.is_file()]
+  ways: dict[Path, Path] = {}  # to each real file the shortest, whatever links there are
+  for level in levels:
+    for path in sorted(data.glob(level)):
+      if path.is_file():
+        ways.setdefault(path.resolve(), path)
+  there = list(ways.values())
   return [_choose(name, part, data, there) for part in published.parts]
 
 
 def _choose(name: str, part: Part, data: Path, there: list[Path]) -> Path:
   """The file of a part: the best name wins, then the fewest folders in between."""
   for pattern in part.is_at():
-    found = [path for path in there if path.match(pattern)]
+    found = [path for path in there if path.match(pattern)] or [
+        path for path in there if any(path.match(pattern + suffix) for suffix in text_files.PACKED)]
     least = [path for path in found if len(path.parts) == len(found[0].parts)]
     if len(least) > 1:
       raise UserError(f'{name} may be any of {", ".join(map(str, least))}: name the file.')

@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 
 from gpt2_jax.data import downloads, formats, sources
 from gpt2_jax.data.benchmarks import fetched
-from gpt2_jax.data.corpora import utf8
+from gpt2_jax.data.text_files import utf8
 
 SPLITS = {'train': 'train', 'validation': 'valid', 'test': 'test'}  # as files are named
 HELD_OUT = formats.HELD_OUT_BYTES

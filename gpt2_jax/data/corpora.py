@@ -1,8 +1,9 @@
 """Where text comes from. A corpus is named by a spec:
 
 - `stdlib`: the sources of the running Python's standard library: real text without a download.
-- `text:PATTERN`: files, folders or globs (`**` too) of .txt, .md, .py, .jsonl[.gz|.zst], .parquet.
-  A file of plain text is one document; so is a line of .jsonl and a row of .parquet.
+- `text:PATTERN`: a file, a folder, or a glob (`**` too) of .txt, .md, .py, .jsonl, .json, .csv, .tsv,
+  each also packed (.gz, .zst, .xz, .bz2), and .parquet. A file of plain text is one document; so is a
+  line of .jsonl, an element of .json, a row of a table.
 - `tfds:NAME[/CONFIG]`, or `tfds:FOLDER` for a prepared one: split `train` of a dataset of TensorFlow
   Datasets in array_record format, read without TensorFlow.
 - `bin:FOLDER`: tokens, as nanoGPT (`train.bin`, `val.bin`) or llm.c (`*_train_*.bin`) left them.
@@ -11,10 +12,6 @@ A corpus is cut into pieces, which can be read in any order and in other process
 """
 
 import dataclasses
-import glob
-import gzip
-import io
-import json
 import os
 import platform
 import sysconfig
@@ -24,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_jax.data import store
+from gpt2_jax.data import listing, records, store, text_files
+from gpt2_jax.data.text_files import LongText
 from gpt2_jax.errors import UserError
 
 PIECE_BYTES = 16 * 2**20
-DATA_FIELDS = 'Name the field that holds the text with config.data.text_field (--text-field).'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,20 +41,26 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """A text, or tokens where the corpus holds tokens."""
+  """A text, or tokens where the corpus holds tokens; empty where the corpus has a null."""
 
-  text: str | np.ndarray
+  text: str | LongText | np.ndarray
   split: str | None = None  # where the corpus says to which split it belongs
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """What a spec stands for. `identity` says which text it is, for humans and for comparison."""
+  """What a spec stands for.
+
+  Attributes:
+    identity: says which text it is, for humans and for comparison.
+    notes: what is to be said before it is read: which files are passed over.
+  """
 
   spec: str
   licence: str
   identity: dict
   pieces: list[Piece]
+  notes: tuple[str, ...] = ()
 
 
 def slug(spec: str) -> str:
@@ -69,79 +72,20 @@ def slug(spec: str) -> str:
 # --- readers: Piece, field -> documents -------------------------------------------------------
 
 
-def utf8(content: bytes, where: str) -> str:
-  """The text of a file or line `where`, without a byte order mark; a UserError if it is not UTF-8."""
-  try:
-    return content.decode('utf-8-sig')
-  except UnicodeDecodeError as e:
-    raise UserError(f'{where} is not UTF-8 (byte {e.start}: {content[e.start]:#04x}). Convert it, '
-                    'for example with iconv -t utf-8, or leave it out.') from e
-
-
 def _read_text(piece: Piece, field: str) -> Iterator[Document]:
-  yield Document(utf8(Path(piece.path).read_bytes(), piece.path))
+  yield Document(text_files.plain_text(piece.path))
 
 
-def _parse_line(line: bytes, where: str, field: str) -> Document:
-  try:
-    return Document(json.loads(utf8(line, where))[field])
-  except json.JSONDecodeError as e:
-    raise UserError(f'{where}: not a line of JSON ({e}).') from e
-  except (KeyError, TypeError) as e:
-    raise UserError(f'{where} has no field {field!r}. {DATA_FIELDS}') from e
-
-
-def _read_jsonl(piece: Piece, field: str) -> Iterator[Document]:
-  """The lines that begin in [start, stop) bytes."""
-  with open(piece.path, 'rb') as f:
-    if piece.start:
-      f.seek(piece.start - 1)
-      f.readline()
-    while (offset := f.tell()) < piece.stop and (line := f.readline()):
-      if line.strip():
-        yield _parse_line(line, f'{piece.path} at byte {offset}', field)
-
-
-def _read_jsonl_packed(piece: Piece, field: str) -> Iterator[Document]:
-  try:
-    if piece.path.endswith('.zst'):
-      import zstandard  # part of the extra `data`
-      lines = io.BufferedReader(zstandard.open(piece.path, 'rb'))
-    else:
-      lines = gzip.open(piece.path, 'rb')
-    with lines:
-      for number, line in enumerate(lines, 1):
-        if line.strip():
-          yield _parse_line(line, f'{piece.path} line {number}', field)
-  except ImportError as e:
-    raise _missing('zstandard', piece.path) from e
-  except (EOFError, gzip.BadGzipFile) as e:
-    raise UserError(f'{piece.path} is damaged or cut short ({e}): fetch it again.') from e
-
-
-def _missing(package: str, path: str) -> UserError:
-  return UserError(f'{path} needs the package {package}: pip install {package}.')
-
-
-def _parquet(path: str):
-  try:
-    import pyarrow.parquet  # part of the extra `data`
-  except ImportError as e:
-    raise _missing('pyarrow', path) from e
-  try:
-    return pyarrow.parquet.ParquetFile(path)
-  except (pyarrow.ArrowInvalid, OSError) as e:
-    raise UserError(f'{path} is damaged or cut short ({e}): fetch it again.') from e
-
-
-def _read_parquet(piece: Piece, field: str) -> Iterator[Document]:
-  file = _parquet(piece.path)
-  if field not in file.schema_arrow.names:
-    raise UserError(f'{piece.path} has the columns {file.schema_arrow.names}, not {field!r}. '
-                    f'{DATA_FIELDS}')
-  for group in range(piece.start, piece.stop):
-    for value in file.read_row_group(group, columns=[field])[field]:
-      yield Document(value.as_py() or '')
+def _read_records(piece: Piece, field: str) -> Iterator[Document]:
+  """The records of a file, or of the part of it that the piece is."""
+  if piece.reader == 'jsonl cut':
+    found = records.jsonl_between(piece.path, piece.start, piece.stop, [field])
+  elif piece.reader == 'parquet':
+    found = records.parquet(piece.path, piece.start, piece.stop, [field])
+  else:
+    found = records.READERS[piece.reader](piece.path, [field])
+  for _, place, (value,) in found:
+    yield Document(records.text_of(value, f'{piece.path} {place}', field))
 
 
 def _tfds_builder(name: str) -> Any:
@@ -154,21 +98,25 @@ def _tfds_builder(name: str) -> Any:
 
 
 def _read_tfds(piece: Piece, field: str) -> Iterator[Document]:
-  source: Any = _tfds_builder(piece.path).as_data_source('train')
-  for i in range(piece.start, piece.stop):
-    try:
-      text = source[i][field]
-    except KeyError as e:
-      raise UserError(f'tfds:{piece.path} has the features {sorted(source[i])}, not {field!r}. '
-                      f'{DATA_FIELDS}') from e
-    yield Document(utf8(text, f'tfds:{piece.path} {i}') if isinstance(text, bytes) else text)
+  try:
+    source: Any = _tfds_builder(piece.path).as_data_source('train')
+    examples = (source[i] for i in range(piece.start, piece.stop))
+    for i, example in enumerate(examples, piece.start):
+      if field not in example:
+        raise UserError(f'tfds:{piece.path} has the features {sorted(example)}, not {field!r}. '
+                        f'{records.FIELDS}')
+      yield Document(records.text_of(example[field], f'tfds:{piece.path} {i}', field))
+  except UserError:
+    raise
+  except Exception as e:  # the library raises kinds of its own, and array_record others
+    raise UserError(f'tfds:{piece.path} can\'t be read: {_first_line(e)}. Prepare it anew.') from e
 
 
 def _read_bin(piece: Piece, field: str) -> Iterator[Document]:
   """Documents of a token file: each begins after, or with, an <|endoftext|> of GPT-2's."""
-  shard = store.foreign_shard(Path(piece.path))
-  tokens = shard.array()
-  split = 'val' if 'val' in Path(piece.path).name else 'train'
+  path = Path(piece.path)
+  tokens = store.foreign_shard(path).array()
+  split = 'val' if path.name == 'val.bin' or path.match('*_val_*.bin') else 'train'
   (ends,) = np.nonzero(tokens == store.GPT2_EOT)
   for start, stop in zip([0, *(ends + 1)], [*ends, len(tokens)]):
     if stop > start:
@@ -176,12 +124,8 @@ def _read_bin(piece: Piece, field: str) -> Iterator[Document]:
 
 
 READERS: dict[str, Callable[[Piece, str], Iterator[Document]]] = {
-    'text': _read_text, 'jsonl': _read_jsonl, 'jsonl packed': _read_jsonl_packed,
-    'parquet': _read_parquet, 'tfds': _read_tfds, 'bin': _read_bin,
-}
-SUFFIXES = {
-    '.txt': 'text', '.md': 'text', '.py': 'text', '.jsonl': 'jsonl', '.jsonl.gz': 'jsonl packed',
-    '.jsonl.zst': 'jsonl packed', '.parquet': 'parquet',
+    'text': _read_text, 'tfds': _read_tfds, 'bin': _read_bin, 'jsonl cut': _read_records,
+    **dict.fromkeys(records.READERS, _read_records),
 }
 
 
@@ -193,43 +137,29 @@ def documents(piece: Piece, field: str) -> Iterator[Document]:
 # --- specs: which pieces there are ------------------------------------------------------------
 
 
-def _reader_of(path: str) -> str | None:
-  return next((r for suffix, r in SUFFIXES.items() if path.lower().endswith(suffix)), None)
-
-
-def _cut(path: str) -> Iterator[Piece]:
-  size, reader = os.path.getsize(path), _reader_of(path) or 'text'
-  if reader == 'jsonl':
+def _cut(file: listing.File) -> Iterator[Piece]:
+  path, kind, size = file.path, file.kind, file.size
+  if kind == 'jsonl' and not text_files.kind_of(path)[1] and not records.is_array(path):
     for start in range(0, size, PIECE_BYTES):
       stop = min(start + PIECE_BYTES, size)
-      yield Piece(reader, path, start, stop, stop - start)
-  elif reader == 'parquet':
-    meta = _parquet(path).metadata
-    for group in range(meta.num_row_groups):
-      yield Piece(reader, path, group, group + 1, meta.row_group(group).total_byte_size)
+      yield Piece('jsonl cut', path, start, stop, stop - start)
+  elif kind == 'parquet':
+    with records.open_parquet(path) as opened:
+      sizes = [opened.metadata.row_group(i).total_byte_size
+               for i in range(opened.metadata.num_row_groups)]
+    yield from (Piece(kind, path, i, i + 1, size) for i, size in enumerate(sizes))
   else:
-    yield Piece(reader, path, 0, size, size)
+    yield Piece(kind, path, 0, size, size)
 
 
-def _files(spec: str, paths: list[str], licence: str) -> Corpus:
-  listing = [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths]
-  return Corpus(spec, licence, {'files': listing}, [p for path in paths for p in _cut(path)])
+def _files(spec: str, files: list[listing.File], licence: str) -> Corpus:
+  identity = [(file.path, file.size, file.mtime_ns) for file in files]
+  return Corpus(spec, licence, {'files': identity}, [p for file in files for p in _cut(file)])
 
 
 def _open_text(spec: str, pattern: str) -> Corpus:
-  """Files in sorted order. A file named outright may have any suffix and is then plain text."""
-  pattern = os.path.expanduser(pattern)
-  if os.path.isfile(pattern):
-    return _files(spec, [pattern], 'unstated')
-  if os.path.isdir(pattern):
-    pattern = os.path.join(glob.escape(pattern), '**')
-  found = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
-  paths = [path for path in found if _reader_of(path)]
-  if not paths:
-    raise UserError(
-        f'corpus {spec!r}: ' + (f'none of the {len(found)} files there ends in one of '
-                                f'{", ".join(SUFFIXES)}.' if found else 'no such file or folder.'))
-  return _files(spec, paths, 'unstated')
+  files, notes = listing.find(spec, pattern)
+  return dataclasses.replace(_files(spec, files, 'unstated'), notes=notes)
 
 
 def _open_stdlib(spec: str, _: str) -> Corpus:
@@ -240,11 +170,16 @@ def _open_stdlib(spec: str, _: str) -> Corpus:
   for folder, folders, names in os.walk(root):
     folders[:] = [name for name in folders if name not in skip]  # not entered: what is installed
     paths += [Path(folder, name) for name in names if name.endswith('.py')]
-  paths = sorted(path for path in paths if path.stat().st_size)
-  corpus = _files(spec, [str(path) for path in paths], 'PSF-2.0')
-  listing = [(str(p.relative_to(root)), p.stat().st_size) for p in paths]
+  files = [listing.named(str(path), 'text') for path in sorted(paths) if path.is_file()]
+  files = [file for file in files if file.size]
+  corpus = _files(spec, files, 'PSF-2.0')
+  sizes = [(str(Path(file.path).relative_to(root)), file.size) for file in files]
   return dataclasses.replace(
-      corpus, identity={'python': platform.python_version(), 'files': listing})
+      corpus, identity={'python': platform.python_version(), 'files': sizes})
+
+
+def _first_line(e: Exception) -> str:
+  return f'{type(e).__name__}: {(str(e).strip().splitlines() or [""])[0][:300]}'
 
 
 def _open_tfds(spec: str, name: str) -> Corpus:
@@ -255,10 +190,8 @@ def _open_tfds(spec: str, name: str) -> Corpus:
   except UserError:  # of a builder of ours
     raise
   except Exception as e:  # the library raises kinds of its own for each of many causes
-    raise UserError(f'corpus {spec!r} can\'t be had: {type(e).__name__}: '
-                    f'{str(e).strip().splitlines()[0] if str(e) else ""}. See the catalog of '
-                    'TensorFlow Datasets for its name, and docs/data.md for what works without '
-                    'TensorFlow.') from e
+    raise UserError(f'corpus {spec!r} can\'t be had: {_first_line(e)}. See the catalog of TensorFlow '
+                    'Datasets for its name, and docs/data.md for what works without that.') from e
   step = 10_000
   mean = builder.info.dataset_size / max(1, examples)
   pieces = [Piece('tfds', name, start, min(start + step, examples),
@@ -273,9 +206,7 @@ def _open_bin(spec: str, folder: str) -> Corpus:
   paths = [str(path) for paths in store.foreign_files(Path(folder)).values() for path in paths]
   if not paths:
     raise UserError(f'corpus {spec!r}: no train.bin (nanoGPT) or *_train_*.bin (llm.c) there.')
-  corpus = _files(spec, paths, 'unstated')
-  return dataclasses.replace(
-      corpus, pieces=[dataclasses.replace(p, reader='bin') for p in corpus.pieces])
+  return _files(spec, [listing.named(path, 'bin') for path in paths], 'unstated')
 
 
 KINDS = {'stdlib': _open_stdlib, 'text': _open_text, 'tfds': _open_tfds, 'bin': _open_bin}

@@ -13,8 +13,9 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import PurePath
 
-from gpt2_jax.data.corpora import utf8
-from gpt2_jax.errors import UserError
+from gpt2_jax.data import text_files
+from gpt2_jax.data.text_files import utf8
+from gpt2_jax.errors import UserError, brief
 from gpt2_jax.files import parse_json
 
 HELD_OUT_BYTES = 5_000_000  # enwik8 and text8: the last 5 of 100 MB are the test set
@@ -27,8 +28,16 @@ def _reading(place: str, wanted: str):
   """Turns what goes wrong while an example is taken apart into a `UserError`."""
   try:
     yield
-  except (KeyError, IndexError, TypeError, ValueError, AttributeError) as e:
-    raise UserError(f'{place}: wanted {wanted} ({type(e).__name__}: {e}).') from e
+  except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError) as e:
+    why = str(e) if len(str(e)) < 300 else f'{str(e)[:280]} …'
+    raise UserError(f'{place}: wanted {wanted} ({type(e).__name__}: {why}).') from e
+
+
+def _texts(*values: object, blank: bool = False) -> None:
+  """Raises a ValueError unless all values are texts; blank ones are only with `blank`."""
+  for value in values:
+    if not isinstance(value, str) or not (blank or value.strip()):
+      raise ValueError(f'{brief(value)} is no text, or a blank one')
 
 
 def _lines(content: bytes, where: str) -> Iterator[tuple[str, str]]:
@@ -44,19 +53,23 @@ def _words(text: str) -> str:
 
 def text(content: bytes, where: str) -> list[dict]:
   """A corpus of lines. Published with LF; in a copy with CRLF, no word ends in a carriage return."""
-  return [{'text': utf8(content, where).replace('\r\n', '\n')}]
+  whole = utf8(content, where).replace('\r\n', '\n')
+  return [{'text': whole}] if whole.strip() else []
 
 
 def last_bytes(content: bytes, where: str) -> list[dict]:
   """The test set of enwik8 or text8, from all of it or from a file of the test set alone."""
-  return [{'text': content[-HELD_OUT_BYTES:]}]
+  held_out = content[-HELD_OUT_BYTES:]
+  return [{'text': held_out}] if held_out.strip() else []
 
 
 def lambada(content: bytes, where: str) -> list[dict]:
   examples = []
   for place, line in _lines(content, where):
     with _reading(place, '{"text": TEXT}'):
-      examples.append({'text': str(parse_json(line)['text'])})
+      passage = parse_json(line)['text']
+      _texts(passage)
+    examples.append({'text': passage})
   return examples
 
 
@@ -94,9 +107,12 @@ def hellaswag(content: bytes, where: str) -> list[dict]:
     with _reading(place, 'an example of HellaSwag with its label'):
       row = parse_json(line)
       query, endings, label = row.get('query'), list(row['endings']), int(row['label'])
+      _texts(*endings, blank=True)
       if query is None:
+        _texts(row['activity_label'], row['ctx_a'], row['ctx_b'], blank=True)
         query = _clean(f'{row["activity_label"]}: {row["ctx_a"]} {row["ctx_b"].capitalize()}')
         endings = [_clean(ending) for ending in endings]
+      _texts(query)
       if len(endings) != 4 or not 0 <= label < 4:
         raise ValueError(f'{len(endings)} endings, label {label}')
     examples.append({'query': query, 'endings': endings, 'label': label})
@@ -109,8 +125,9 @@ def winogrande(content: bytes, where: str) -> list[dict]:
     with _reading(place, 'an example of Winogrande with its answer, 1 or 2'):
       row = parse_json(line)
       example = {key: row[key] for key in ('sentence', 'option1', 'option2', 'answer')}
+      _texts(*example.values())
       if '_' not in example['sentence'] or example['answer'] not in ('1', '2'):
-        raise ValueError(f'sentence {example["sentence"]!r}, answer {example["answer"]!r}')
+        raise ValueError(f'sentence {brief(example["sentence"])}, answer {brief(example["answer"])}')
     examples.append(example)
   return examples
 
@@ -118,8 +135,8 @@ def winogrande(content: bytes, where: str) -> list[dict]:
 def _schema(left: str, pronoun: str, right: str, options: list[str], label: int) -> dict:
   left, pronoun, right = _words(left), _words(pronoun), _words(right)
   options = [_words(option) for option in options]
-  if not pronoun or len(options) != 2 or label not in (0, 1):
-    raise ValueError(f'pronoun {pronoun!r}, options {options}, label {label}')
+  if not pronoun or len(options) != 2 or not all(options) or label not in (0, 1):
+    raise ValueError(f'pronoun {brief(pronoun)}, options {brief(options)}, label {label}')
   gap = '' if len(right) == 1 else ' '  # a full stop
   return {'text': f'{left} [{pronoun}]{gap}{right}'.strip(), 'options': options,
           'answer': options[label]}
@@ -138,8 +155,9 @@ def wsc273(content: bytes, where: str) -> list[dict]:
     with _reading(place, 'text, pronoun, pronoun_loc, options and label of a Winograd schema'):
       for row in (parse_json(line) if whole else [parse_json(line)]):
         at, pronoun, whole_text = int(row['pronoun_loc']), row['pronoun'], row['text']
-        if whole_text[at:at + len(pronoun)] != pronoun:
-          raise ValueError(f'{pronoun!r} is not at {at} of {whole_text!r}')
+        _texts(pronoun, whole_text)
+        if at < 0 or whole_text[at:at + len(pronoun)] != pronoun:
+          raise ValueError(f'{brief(pronoun)} is not at {at} of {brief(whole_text)}')
         examples.append(_schema(whole_text[:at], pronoun, whole_text[at + len(pronoun):],
                                 list(row['options']), int(row['label'])))
   return examples[:WSC]
@@ -148,7 +166,7 @@ def wsc273(content: bytes, where: str) -> list[dict]:
 def _wsc_xml(content: bytes, where: str) -> list[dict]:
   try:
     root = ElementTree.fromstring(content)
-  except ElementTree.ParseError as e:
+  except (ElementTree.ParseError, ValueError, LookupError) as e:  # the last two of its encoding
     raise UserError(f'{where} is not well-formed XML ({e}): fetch it again.') from e
   examples = []
   for number, schema in enumerate(root.iter('schema'), 1):
@@ -165,12 +183,18 @@ def _wsc_xml(content: bytes, where: str) -> list[dict]:
 def crows_pairs(content: bytes, where: str) -> list[dict]:
   columns = ('sent_more', 'sent_less', 'stereo_antistereo', 'bias_type')
   examples = []
-  for number, row in enumerate(csv.DictReader(io.StringIO(utf8(content, where), newline='')), 1):
-    with _reading(f'{where}, pair {number}', f'the columns {", ".join(columns)}'):
-      example = {name: row[name].strip() for name in columns}
-      if example['stereo_antistereo'] not in ('stereo', 'antistereo'):
-        raise ValueError(f'stereo_antistereo is {example["stereo_antistereo"]!r}')
-    examples.append(example)
+  csv.field_size_limit(text_files.MAX_RECORD)
+  rows = csv.DictReader(io.StringIO(utf8(content, where), newline=''))
+  try:
+    for number, row in enumerate(rows, 1):
+      with _reading(f'{where}, pair {number}', f'the columns {", ".join(columns)}'):
+        example = {name: row[name].strip() for name in columns}
+        _texts(*example.values())
+        if example['stereo_antistereo'] not in ('stereo', 'antistereo'):
+          raise ValueError(f'stereo_antistereo is {brief(example["stereo_antistereo"])}')
+      examples.append(example)
+  except csv.Error as e:
+    raise UserError(f'{where}, pair {len(examples) + 1}: {e}. Fetch it again.') from e
   return examples
 
 
@@ -188,7 +212,7 @@ def winobias(content: bytes, where: str) -> list[dict]:
       pronoun = next((part for part in marked if part.lower() in PRONOUNS), None)
       referent = next((part for part in marked if part.lower() not in PRONOUNS), None)
       if not pronoun or not referent:
-        raise ValueError(f'in brackets: {marked}')
+        raise ValueError(f'in brackets: {brief(marked)}')
     sentence = re.sub(r'\[\s*(.*?)\s*\]', r'\1', line)
     examples.append({'sentence': sentence, 'pronoun': pronoun, 'referent': referent,
                      'stereotyped': named[1] == 'pro', 'type': named[2]})

@@ -1,4 +1,4 @@
-"""Texts with labels, to fine-tune a classifier on: .jsonl files of {"text": …, "label": …}.
+"""Texts with labels, to fine-tune a classifier on: files of records {"text": …, "label": …}.
 
 The same three names as in `loader.py`, so that the training loop needs not know which it is given. A
 batch is a dict of `tokens` [A, M, T] (padded on the right), `lengths` and `labels` [A, M]. Its rows
@@ -6,7 +6,6 @@ are a function of the seed and the rows seen here as well. Everything is kept in
 """
 
 import dataclasses
-import glob
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +17,9 @@ from jax.sharding import NamedSharding
 
 from gpt2_jax import sharding as sharding_lib
 from gpt2_jax import tokenizer as tokenizers
+from gpt2_jax.data import listing, records
 from gpt2_jax.data.loader import Order
-from gpt2_jax.errors import UserError
-from gpt2_jax.files import local, parse_json
+from gpt2_jax.errors import UserError, brief
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +40,7 @@ class Labelled:
   Attributes:
     labels: the labels' names, sorted.
     cut: how many texts were longer than T tokens; what is beyond them is not seen.
+    notes: on what is passed over.
   """
 
   path: str
@@ -49,6 +49,7 @@ class Labelled:
   manifest: dict
   cut: int
   tokenizer: tokenizers.Tokenizer
+  notes: tuple[str, ...] = ()
 
   @property
   def sha256(self) -> str:
@@ -64,28 +65,20 @@ class Labelled:
                       'leave config.data.tokenizer unset to take the model\'s own.')
 
 
-def _read(path: str, text_field: str, label_field: str) -> Iterator[tuple[str, str, str]]:
-  """(name, text, label) of each line."""
-  try:
-    lines = Path(path).read_text(encoding='utf-8-sig').split('\n')  # JSON may hold other line ends
-  except UnicodeDecodeError as e:
-    raise UserError(f'{path} is not UTF-8 (byte {e.start}). Convert it first.') from e
-  for number, line in enumerate(lines, 1):
-    if not line.strip():
+def _read(file: listing.File, data: Any) -> Iterator[tuple[str, str | None, str]]:
+  """(name, text, label) of each record; where the text is null, the label is not looked at."""
+  for number, place, (text, label) in records.READERS[file.kind](
+      file.path, [data.text_field, data.label_field]):
+    where = f'{file.path}, {place}'
+    name = f'{Path(file.path).name}:{number}'
+    if text is None:
+      yield name, None, ''
       continue
-    where = f'{path}, line {number}'
-    try:
-      example = parse_json(line)
-      text, label = example[text_field], example[label_field]
-    except ValueError as e:
-      raise UserError(f'{where}: not a line of JSON ({e}).') from e
-    except (KeyError, TypeError) as e:
-      raise UserError(f'{where} has no field {e}: set config.data.text_field and '
-                      'config.data.label_field to the names there.') from e
-    if not isinstance(text, str) or not isinstance(label, (str, int, bool)):
-      raise UserError(f'{where}: {text_field!r} must be a text, {label_field!r} a text or a whole '
-                      'number.')
-    yield f'{Path(path).name}:{number}', text, str(label)
+    text = records.text_of(text, where, data.text_field)
+    if not isinstance(label, (str, int, bool)):
+      raise UserError(f'{where}: {data.label_field!r} is {records.kind_of_value(label)}, not a text '
+                      f'or whole number: {brief(label)}. Mend or remove it.')
+    yield name, text, str(label)
 
 
 def _held_out(seed: int, text: str, fraction: float) -> bool:
@@ -93,24 +86,27 @@ def _held_out(seed: int, text: str, fraction: float) -> bool:
   return int.from_bytes(key, 'little') / 2**64 < fraction
 
 
-def _paths(data: Any) -> list[str]:
-  local(data.corpus.partition(':')[2], 'data.corpus')
-  paths = sorted(glob.glob(data.corpus.removeprefix('text:'), recursive=True))
-  if not data.corpus.startswith('text:') or not paths or any(
-      Path(path).suffix != '.jsonl' for path in paths):
-    raise UserError(f'data.corpus = {data.corpus!r}: a classifier learns from text:FILE.jsonl, lines '
-                    f'of {{"{data.text_field}": …, "{data.label_field}": …}}; '
-                    f'{"there is no such file" if not paths else "these are other files"}.')
-  return paths
+def _files(data: Any) -> tuple[list[listing.File], tuple[str, ...]]:
+  """The files of records that a config's `data` section names, and notes on what is passed over."""
+  kinds = f'.{", .".join(records.READERS)}'
+  wanted = (f'data.corpus = {data.corpus!r}: a classifier learns from text:FILE, records of '
+            f'{{"{data.text_field}": …, "{data.label_field}": …}} in {kinds}')
+  if not data.corpus.startswith('text:'):
+    raise UserError(f'{wanted}.')
+  files, notes = listing.find(data.corpus, data.corpus.removeprefix('text:'))
+  plain = next((file.path for file in files if file.kind not in records.READERS), None)
+  if plain:
+    raise UserError(f'{wanted}; {plain} is another file.')
+  return files, notes
 
 
 def label_names(data: Any) -> tuple[str, ...]:
   """The labels that occur in the files of a config's `data` section, sorted: at least two."""
-  names = {label for path in _paths(data)
-           for _, _, label in _read(path, data.text_field, data.label_field)}
+  names = {label for file in _files(data)[0] for _, text, label in _read(file, data)
+           if text is not None}
   if len(names) < 2:
     raise UserError(f'{data.corpus}: a classifier needs two labels, there is '
-                    f'{", ".join(names) or "no example"}.')
+                    f'{brief(next(iter(names))) if names else "no example"}.')
   return tuple(sorted(names))
 
 
@@ -122,9 +118,13 @@ def open_labelled(data: Any, tokenizer: tokenizers.Tokenizer, T: int) -> Labelle
   Raises:
     UserError: names the file and line that can't be used.
   """
-  rows, cut, sha256 = [], 0, hashlib.sha256()
-  for path in _paths(data):
-    for name, text, label in _read(path, data.text_field, data.label_field):
+  rows, cut, nulls, sha256 = [], 0, 0, hashlib.sha256()
+  files, notes = _files(data)
+  for file in files:
+    for name, text, label in _read(file, data):
+      if text is None:
+        nulls += 1
+        continue
       ids = tokenizer.encode(text, allow_special=data.special) or [tokenizer.eot]
       cut += len(ids) > T
       sha256.update(repr((text, label)).encode('utf-8', 'surrogatepass'))
@@ -142,7 +142,9 @@ def open_labelled(data: Any, tokenizer: tokenizers.Tokenizer, T: int) -> Labelle
   manifest = {'sha256': sha256.hexdigest(),
               'source': {'corpus': data.corpus, 'licence': 'unstated'},
               'tokenizer': {'sha256': tokenizer.sha256, 'vocab_size': tokenizer.vocab_size}}
-  return Labelled(data.corpus, splits, labels, manifest, cut, tokenizer)
+  if nulls:
+    notes += (f'{data.corpus}: {nulls:,} texts are null, and passed over.',)
+  return Labelled(data.corpus, splits, labels, manifest, cut, tokenizer, notes)
 
 
 def _row(example: tuple[str, list[int], int] | None, T: int) -> dict[str, np.ndarray]:

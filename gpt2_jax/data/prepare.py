@@ -7,15 +7,16 @@ byte of the store, depend on the corpus and the settings alone, not on the numbe
 """
 
 import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import multiprocessing
 import os
 import platform
 import shutil
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -25,10 +26,10 @@ from typing import Any
 import filelock
 import numpy as np
 
-from gpt2_jax import bounds, verified
 from gpt2_jax import tokenizer as tokenizers
-from gpt2_jax.bounds import Bool, Choice, Corpus, Float, Int, Place, Text
-from gpt2_jax.data import corpora, store
+from gpt2_jax import verified
+from gpt2_jax.data import corpora, sections, store
+from gpt2_jax.data.splits import Settings, split_document
 from gpt2_jax.errors import UserError, saving
 from gpt2_jax.files import local, misfit, read_json, write_whole
 from gpt2_jax.progress import track
@@ -36,30 +37,6 @@ from gpt2_jax.progress import track
 MIN_PART_BYTES, MAX_PART_BYTES, MAX_PARTS = 4 * 2**20, 256 * 2**20, 64
 BPE_TRAINING_BYTES = 64 * 2**20
 JOB = 'job.json'
-SETTINGS: bounds.Table = dict(
-    corpus=Corpus(), tokenizer=Place(), val_fraction=Float(0, 1, open_low=True, open_high=True),
-    split_seed=Int(-2**63, 2**63 - 1), split=Choice(('document', 'tail')), text_field=Text(1000),
-    special=Bool())
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """What decides the content of a store, beside the corpus."""
-
-  corpus: str
-  tokenizer: str
-  val_fraction: float = 0.005
-  split_seed: int = 0
-  split: str = 'document'  # 'document': whole documents; 'tail': the end of each document
-  text_field: str = 'text'
-  special: bool = False  # whether special tokens count in a text
-
-  def __post_init__(self):
-    bounds.check_all(SETTINGS, vars(self))
-
-  def as_json(self) -> dict:
-    """As a manifest has it; what older releases knew nothing of stands there where it is in use."""
-    return {k: v for k, v in dataclasses.asdict(self).items() if k != 'special' or v}
 
 
 def store_name(settings: Settings) -> str:
@@ -80,29 +57,6 @@ def _parts(pieces: list[corpora.Piece]) -> list[list[tuple[int, corpora.Piece]]]
     parts[-1].append(numbered)
     room -= numbered[1].bytes
   return parts
-
-
-def _held_out(settings: Settings, piece: int, document: int) -> bool:
-  key = f'{settings.split_seed}:{piece}:{document}'.encode()
-  draw = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), 'little') / 2**64
-  return draw < settings.val_fraction
-
-
-def _split(document: corpora.Document, settings: Settings, piece: int, number: int):
-  """Yields (split, text) for a document: one, or two where its tail is held out."""
-  text = document.text
-  if not len(text):
-    return
-  if document.split:
-    yield document.split, text
-  elif settings.split == 'tail':
-    cut = len(text) - max(1, round(len(text) * settings.val_fraction))
-    if isinstance(text, str):  # at the end of a line, where there is one
-      cut = text.rfind('\n', 0, cut) + 1 or cut
-    yield 'train', text[:cut]
-    yield 'val', text[cut:]
-  else:
-    yield 'val' if _held_out(settings, piece, number) else 'train', text
 
 
 # --- workers ----------------------------------------------------------------------------------
@@ -126,15 +80,17 @@ def _encode_part(number: int, part: list[tuple[int, corpora.Piece]]) -> dict:
     writers = {split: open_files.enter_context(
         store.ShardWriter(folder, f'{split}-{number:05d}', _dtype(tokenizer)))
         for split in ('train', 'val')}
+    empty = 0
     for piece_number, piece in part:
       for i, document in enumerate(corpora.documents(piece, settings.text_field)):
-        for split, text in _split(document, settings, piece_number, i):
-          tokens = text
-          if isinstance(text, str):
-            tokens = tokenizer.encode_array(text, allow_special=settings.special)
-            held += not settings.special and tokenizer.special_in(text) is not None
-          writers[split].add(np.concatenate([[tokenizer.eot], tokens]))
-    record = {split: writer.finish() for split, writer in writers.items()} | {'special': held}
+        empty += not len(document.text)
+        for split, text in split_document(document, settings, piece_number, i):
+          special = []
+          for k, tokens in enumerate(sections.encode(text, tokenizer, settings.special, special)):
+            writers[split].add(tokens, begins=k == 0)
+          held += bool(special)
+    record = {split: writer.finish() for split, writer in writers.items()} | {
+        'special': held, 'empty': empty}
     write_whole(folder / _part_name(number), json.dumps(record))
   return record
 
@@ -158,11 +114,11 @@ def _training_texts(pieces: list[corpora.Piece], settings: Settings) -> Iterator
     for piece_number in range(0, len(pieces), stride):
       piece = pieces[piece_number]
       for i, document in enumerate(corpora.documents(piece, settings.text_field)):
-        for split, text in _split(document, settings, piece_number, i):
+        for split, text in split_document(document, settings, piece_number, i):
           if isinstance(text, np.ndarray):
             raise UserError('a corpus of tokens (bin:) can\'t train a tokenizer.')
           if split == 'train':
-            yield text
+            yield from sections.sections(text)
       advance(piece.bytes)
 
 
@@ -230,7 +186,7 @@ def _finished(folder: Path, number: int, dtype: str) -> dict | None:
   """What a part left that an earlier try has finished; None where it isn't finished, or not whole."""
   try:
     record = read_json(folder / _part_name(number), {'train': _is_record, 'val': _is_record})
-    for s in filter(None, record.values()):
+    for s in filter(None, (record['train'], record['val'])):
       store.Shard(folder / s['file'], s['tokens'], dtype, index=folder / s['index'],
                   documents=s['documents']).check()
       if verified.digest([folder / s['file'], folder / s['index']]) != s['sha256']:
@@ -245,6 +201,8 @@ def _is_record(value: Any) -> bool:
 
 
 def _prepare(settings: Settings, folder: Path, corpus: corpora.Corpus, workers: int) -> None:
+  for note in corpus.notes:
+    _note(note)
   _begin(folder, _json({'settings': settings.as_json(), 'corpus': corpus.identity}))
   if (folder / 'tokenizer' / 'done').exists():
     tokenizer = tokenizers.load(folder / 'tokenizer')
@@ -253,6 +211,30 @@ def _prepare(settings: Settings, folder: Path, corpus: corpora.Corpus, workers: 
     tokenizer.save(folder / 'tokenizer')
     write_whole(folder / 'tokenizer' / 'done', '')
   parts = _parts(corpus.pieces)
+  made = _encode_all(folder, settings, tokenizer, parts, workers)
+  records = [made[n] for n in range(len(parts))]
+  if empty := sum(record.get('empty', 0) for record in records):
+    _note(f'{settings.corpus}: {empty:,} texts are empty or null, and passed over.')
+  if held := sum(record.get('special', 0) for record in records):
+    _note(f'{settings.corpus}: {held:,} texts hold the text of a special token, which is text here. '
+          'To have the token itself: config.data.special=True (--special).')
+  if not settings.corpus.startswith('tfds:') and (
+      corpora.open_corpus(settings.corpus).identity != corpus.identity):
+    raise UserError(f'the corpus {settings.corpus!r} has changed while it was read: run the same '
+                    'command again when its files are whole.')
+  manifest = _manifest(settings, corpus, tokenizer, records)
+  write_whole(folder / store.MANIFEST, json.dumps(manifest, indent=1))
+  for name in [JOB, *(_part_name(n) for n in range(len(parts)))]:
+    (folder / name).unlink()
+
+
+def _note(text: str) -> None:
+  print(text, file=sys.stderr, flush=True)
+
+
+def _encode_all(folder: Path, settings: Settings, tokenizer: tokenizers.Tokenizer, parts: list,
+                workers: int) -> dict[int, dict]:
+  """Makes the parts that are not there yet. Returns what all of them left, by number."""
   size = lambda number: sum(piece.bytes for _, piece in parts[number])
   records = {n: record for n in range(len(parts))
              if (record := _finished(folder, n, _dtype(tokenizer))) is not None}
@@ -264,25 +246,23 @@ def _prepare(settings: Settings, folder: Path, corpus: corpora.Corpus, workers: 
       for n in todo:
         records[n] = _encode_part(n, parts[n])
         advance(size(n))
-    else:
-      with concurrent.futures.ProcessPoolExecutor(
-          min(workers, len(todo)), multiprocessing.get_context('spawn'), _start_worker,
-          (folder, settings)) as pool:
-        futures = {pool.submit(_encode_part, n, parts[n]): n for n in todo}
-        try:
-          for future in concurrent.futures.as_completed(futures):
-            records[futures[future]] = future.result()
-            advance(size(futures[future]))
-        except BaseException:
-          pool.shutdown(wait=False, cancel_futures=True)
-          raise
-  if held := sum(record.get('special', 0) for record in records.values()):
-    print(f'note: {held:,} texts of {settings.corpus} hold the text of a special token, which is '
-          'text here. To have the token itself: config.data.special=True (--special).')
-  manifest = _manifest(settings, corpus, tokenizer, [records[n] for n in range(len(parts))])
-  write_whole(folder / store.MANIFEST, json.dumps(manifest, indent=1))
-  for name in [JOB, *(_part_name(n) for n in range(len(parts)))]:
-    (folder / name).unlink()
+      return records
+    with concurrent.futures.ProcessPoolExecutor(
+        min(workers, len(todo)), multiprocessing.get_context('spawn'), _start_worker,
+        (folder, settings)) as pool:
+      futures = {pool.submit(_encode_part, n, parts[n]): n for n in todo}
+      try:
+        for future in concurrent.futures.as_completed(futures):
+          records[futures[future]] = future.result()
+          advance(size(futures[future]))
+      except concurrent.futures.process.BrokenProcessPool as e:
+        raise UserError(f'a process that tokenized {settings.corpus!r} was ended, perhaps for want '
+                        'of memory. Run the same command again, with fewer --workers: what was '
+                        'finished is kept.') from e
+      except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+  return records
 
 
 def _check_same(opened: store.TokenStore, settings: Settings) -> None:

@@ -38,6 +38,7 @@ MANIFEST = 'manifest.json'
 VERSION = 1
 GPT2_EOT = tokenizer.GPT2_SIZE - 1
 LLMC_MAGIC, LLMC_HEADER_BYTES = 20240520, 1024
+LLMC_LLAMA = 20240801  # magic number of llm.c's files for Llama 3: uint32, another vocabulary
 SHARD = {'file': name_of_file, 'index': name_of_file, 'tokens': whole_number,
          'documents': whole_number, 'max_token': whole_number, 'sha256': str}
 SHAPE = {  # of a manifest, see `files.misfit`
@@ -204,13 +205,22 @@ def foreign_files(folder: Path) -> dict[str, list[Path]]:
 
 def foreign_shard(path: Path) -> Shard:
   """A token file of nanoGPT or llm.c, told apart by llm.c's magic number."""
-  header, size = np.fromfile(path, '<i4', 256), path.stat().st_size
+  if not path.is_file():
+    raise UserError(f'{path} is no file of tokens, but a folder, pipe or device.')
+  try:
+    header, size = np.fromfile(path, '<i4', 256), path.stat().st_size
+  except OSError as e:
+    raise UserError(f'{path} can\'t be read: {e.strerror}.') from e
+  if len(header) and header[0] == LLMC_LLAMA:
+    raise UserError(f'{path} has tokens of Llama 3, which no GPT-2 knows. Tokenize its text anew.')
   if len(header) == 256 and header[0] == LLMC_MAGIC:
     if header[1] != 1:
       raise UserError(f'{path}: version {header[1]} of llm.c\'s token files is not known, only 1.')
-    shard = Shard(path, int(header[2]), '<u2', offset=LLMC_HEADER_BYTES)
-    shard.check()
-    return shard
+    tokens, there = int(header[2]), (size - LLMC_HEADER_BYTES) / 2
+    if tokens != there or not tokens:
+      raise UserError(f'{path} has {there:,.10g} tokens, but its header says {tokens:,}: it is '
+                      'empty, damaged or cut short. Make or fetch it again.')
+    return Shard(path, tokens, '<u2', offset=LLMC_HEADER_BYTES)
   if size == 0 or size % 2:
     raise UserError(f'{path} has {size} bytes, which is no whole number of uint16 tokens: it is '
                     'empty or cut short. Make it again.')
@@ -300,8 +310,10 @@ class ShardWriter:
   def __exit__(self, *_) -> None:
     self.file.close()
 
-  def add(self, tokens: np.ndarray) -> None:
-    self.begins.append(self.tokens)
+  def add(self, tokens: np.ndarray, *, begins: bool = True) -> None:
+    """Adds a document, or with `begins=False` more of the last one."""
+    if begins:
+      self.begins.append(self.tokens)
     content = tokens.astype(self.dtype).tobytes()
     self.file.write(content)
     self.hash.update(content)

@@ -93,7 +93,7 @@ def choices(scorer: Scorer, protocol: Protocol, benchmark: Benchmark) -> Values:
   sums = [[-total([s]) for s in row] for row in scored]
   sizes = [[len(s.logprobs) if protocol.units == 'tokens' else len(ending)
             for s, ending in zip(row, e['endings'])] for row, e in zip(scored, examples)]
-  normed = [[x / n for x, n in zip(*rows)] for rows in zip(sums, sizes)]
+  normed = [[x / n if n else -np.inf for x, n in zip(*rows)] for rows in zip(sums, sizes)]
   return {'acc': _right(sums, labels), 'acc_norm': _right(normed, labels)}
 
 

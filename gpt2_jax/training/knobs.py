@@ -20,7 +20,7 @@ from gpt2_jax.bounds import (
   Tuple,
 )
 from gpt2_jax.config import DTYPES, LORA, MODEL, Config
-from gpt2_jax.data.prepare import SETTINGS
+from gpt2_jax.data.splits import SETTINGS
 from gpt2_jax.errors import UserError, brief, near
 from gpt2_jax.training import compiling
 from gpt2_jax.training.optimizer import SCHEDULES
@@ -86,8 +86,8 @@ def _check(table: Table, values: dict[str, Any], prefix: str, needed) -> None:
   for name, value in values.items():
     if name not in table:
       known = [prefix + each for each in table]
-      raise UserError(f'there is no knob {prefix}{brief(name)[1:-1]}{near(prefix + name, known)} (the '
-                      'knobs: configs/base.py).')
+      raise UserError(f'there is no knob {prefix}{brief(name)[1:-1]}{near(prefix + name, known)} '
+                      '(the knobs: configs/base.py).')
     table[name].check(prefix + name, value)
   for name in needed:
     if name not in values:

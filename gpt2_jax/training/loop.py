@@ -132,6 +132,8 @@ def _train(plan: Plan, workdir: Path, clock: goodput.Clock) -> int:
   if plan.model.head != 'lm':
     say(f'         labels {", ".join(data.labels[:12])}' + ', …' * (len(data.labels) > 12) +
         f'; {data.cut:,} texts are cut to {plan.T} tokens' * bool(data.cut))
+    for line in data.notes:
+      say(f'         {line}')
 
   with StopSignal() as stop, jax.set_mesh(plan.mesh), contextlib.ExitStack() as at_end:
     # --- Workdir: new, or that of the same run --------------------------------------------------
