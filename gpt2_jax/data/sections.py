@@ -59,8 +59,8 @@ def sections(
 def _check_blanks(text: str) -> None:
   """Raises a UserError for a text with more white spaces in a row than GPT-2's pattern can read."""
   step = MAX_BLANK // 3
-  if any(text[at:at + step].isspace() for at in range(0, len(text) - step, step)) and (
-      re.search(rf'\s{{{MAX_BLANK}}}', text)):
+  if any(text[at:at + step].isspace() for at in range(0, len(text) - step, step)) and any(
+      len(blank[0]) >= MAX_BLANK for blank in re.finditer(r'\s+', text)):
     raise UserError(f'a document has {MAX_BLANK:,} or more white spaces in a row: shorten them, or '
                     'leave it out.')
 
