@@ -71,12 +71,18 @@ def test_logits_gradients_and_a_step(name):
   assert_close(logits, want['logits'])
   assert_close(states, want['hidden_states'])
   assert_close(attentions, want['attentions'])
-  for kind, tree, tolerance in (('grad', gradients, 1e-5), ('step', stepped, 1e-6)):
+  errors = {}  # of gradients, each by its largest value
+  for kind, tree in (('grad', gradients), ('step', stepped)):
     have = tensors_of(source.config, tree)
     names = [n.removeprefix(f'{kind}/') for n in want if n.startswith(f'{kind}/')]
     assert {n.removeprefix('transformer.') for n in names} == have.keys()
     for n in names:
-      assert_close(have[n.removeprefix('transformer.')], want[f'{kind}/{n}'], tolerance)
+      found, right = have[n.removeprefix('transformer.')], want[f'{kind}/{n}']
+      if kind == 'grad':
+        errors[n] = np.abs(found - right).max()
+        assert_close(found, right)
+      else:  # AdamW's first step magnifies an error of its gradient up to lr / eps = 10 times
+        assert_close(found, right, 1e-6 + 10 * errors[n] / np.abs(right).max())
 
 
 def test_an_old_bin_is_the_same_model():
