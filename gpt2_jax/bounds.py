@@ -188,9 +188,10 @@ class Corpus(Place):
   """What KIND:REST names, or KIND alone; the rest is a place."""
 
   def take(self, value: Any) -> str:
-    _demand(isinstance(value, str) and value.strip() != '')
-    if rest := value.partition(':')[2]:
-      super().take(rest)
+    _demand(isinstance(value, str))
+    kind, _, rest = value.partition(':')
+    for part in filter(None, (kind or rest, rest)):
+      super().take(part)
     return value
 
 

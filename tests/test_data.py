@@ -86,8 +86,8 @@ def test_special_tokens_of_documents(tmp_path, capsys):
   stores = {}
   for name, each in (('plain', plain), ('special', special)):
     stores[name] = prepare.ensure_store(each, tmp_path / name, workers=1)
-    said = capsys.readouterr().out
-    assert ('note: 6 texts of' in said and '--special' in said) == (name == 'plain')
+    said = capsys.readouterr().err
+    assert ('6 texts hold the text of a special' in said and '--special' in said) == (name == 'plain')
   ends = [int((s.splits['train'].read(0, len(s.splits['train'])) == s.eot).sum())
           for s in stores.values()]
   assert ends == [3, 3 + 9]  # of each document the last line is held out

@@ -13,7 +13,7 @@ from configs import base
 from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.data import labelled, loader, store
 from gpt2_jax.errors import UserError
-from gpt2_jax.training import loop, metrics
+from gpt2_jax.training import knobs, loop, metrics
 from gpt2_jax.training.optimizer import SCHEDULES, make_schedule
 
 T = 64
@@ -131,5 +131,5 @@ def test_schedules_that_cannot_be():
   optim.update(decay_steps=5, decay_tokens=5)
   with pytest.raises(UserError, match='leave one of them unset'):
     make_schedule(optim, 10, 4)
-  with pytest.raises(UserError, match='must not be negative, as -1 is'):
-    make_schedule(_with(optim, decay_tokens=None, warmup_tokens=-1), 10, 4)
+  with pytest.raises(UserError, match='optim.warmup_tokens = -1 must be a whole number from 0'):
+    knobs.SECTIONS['optim']['warmup_tokens'].check('optim.warmup_tokens', -1)

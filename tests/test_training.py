@@ -224,7 +224,7 @@ def tiny_config(**fields):
     (dict(optim__schedule='step'), "'step' must be one of"),
     (dict(checkpoint__every=0), 'checkpoint.every = 0 must be a whole number from 1'),
     (dict(checkpoint__keep_every=1500), 'keep_every = 1500 must be 0 or a multiple of .* = 1000'),
-    (dict(checkpoint__keep_best=-1), 'keep_best = -1 must be 0 or more'),
+    (dict(checkpoint__keep_best=-1), 'keep_best = -1 must be a whole number from 0'),
     (dict(checkpoint__keep_best=1, evaluate__every=500), 'keep_best = 1 keeps the best evaluated'),
 ])
 def test_plans_that_cannot_be(fields, says):

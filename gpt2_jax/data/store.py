@@ -171,7 +171,7 @@ class TokenStore:
     unknown = 'sha256' not in said and own is not None and own.vocab_size < tokenizer.GPT2_SIZE
     if own is None or unknown or ('sha256' in said and said['sha256'] == own.sha256):
       return
-    if self.tokenizer.sha256 != own.sha256:  # older versions may have named it otherwise
+    if self.tokenizer.sha256 != own.sha256:
       folder = self.path / 'tokenizer'
       raise UserError(
           f'{self.path} was made with another tokenizer ({brief(said["spec"])}, sha256 '

@@ -108,6 +108,7 @@ def _config(file: Path, args: dict, tensors: Mapping[str, Tensor]) -> tuple[GPTC
                        if not foreign.is_off(args[key])):
     raise UserError(f'{file}: its model_args have keys that nanoGPT has not: {unknown}. It is of a '
                     'changed nanoGPT, whose numbers this GPT-2 would not give.')
+  args = {key: value for key, value in args.items() if key in ARGS}
   args = bounds.check_all(
       ARGS, dict.fromkeys(SIZES) | {'dropout': 0.0, 'bias': True} | args, f'{file}: model_args.')
   dropout, has_bias = args['dropout'], args['bias']

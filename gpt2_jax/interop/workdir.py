@@ -121,9 +121,9 @@ def open_source(path: Path, opening: Opening = PLAIN) -> Source:
 
 def _rows(config: dict[str, Any], model: GPTConfig) -> dict[str, Any]:
   """The rows of a run whose checkpoints don't say, by its config."""
-  data = config.get('data', {})
-  return {'tokens': data.get('sequence_length') or model.n_positions,
-          'document_mask': data.get('document_mask', False)}
+  said = config['data'] if 'data' in config else {}
+  return {'tokens': said.get('sequence_length') or model.n_positions,
+          'document_mask': said.get('document_mask', False)}
 
 
 def _tokenizer(path: Path, meta: dict) -> tokenizer.Tokenizer:
