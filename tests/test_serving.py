@@ -579,8 +579,8 @@ def test_models_have_names(tmp_path):
 
 
 FLAGS = [
-    ('--slots 0 must be positive', dict(slots=0)), ('--slots -3', dict(slots=-3)),
-    ('--queue -1', dict(queue=-1)), ('--port 65536 must lie', dict(port=65536)),
+    ('--slots 0 must be a whole number from 1', dict(slots=0)), ('--slots -3', dict(slots=-3)),
+    ('--queue -1', dict(queue=-1)), ('--port 65536 must be a whole number from 0', dict(port=65536)),
     ('--port -1', dict(port=-1)), ('--port 9', dict(port=10**300 - 1)),
     ('--timeout nan', dict(timeout=float('nan'))), ('--timeout inf', dict(timeout=float('inf'))),
     ('--max-connections 0', dict(max_connections=0)), ('--max-tokens -5', dict(max_tokens=-5)),

@@ -1,14 +1,14 @@
 """The verb `gpt2-jax serve`."""
 
+import contextlib
 import dataclasses
-import math
 import os
 import re
 from typing import Annotated, Literal
 
 import tyro
 
-from gpt2_jax import inputs
+from gpt2_jax import flags, inputs
 from gpt2_jax.errors import UserError, brief
 
 KEY = 'GPT2_JAX_API_KEY'
@@ -55,14 +55,8 @@ class Serve:
   opening: inputs.OpeningFlags = inputs.OpeningFlags()
 
   def check(self) -> None:
-    """Raises: UserError: names the flag whose value can't be honoured."""
-    for name in ('slots', 'queue', 'max_texts', 'max_body_bytes', 'max_connections', 'timeout',
-                 'max_prompt_tokens', 'max_tokens'):
-      value = getattr(self, name)
-      if value is not None and not 0 < value < math.inf:
-        raise UserError(f'--{name.replace("_", "-")} {brief(value)} must be positive, and finite.')
-    if not 0 <= self.port < 1 << 16:
-      raise UserError(f'--port {brief(self.port)} must lie between 0 and 65535.')
+    """Raises a UserError that names the flag whose value can't be honoured."""
+    flags.check(self)
     for origin in self.allow_origin:
       if not ORIGIN.fullmatch(origin):
         raise UserError(f'--allow-origin {brief(origin)} is no origin: a scheme and a host, and no '
@@ -75,12 +69,20 @@ class Serve:
     if key == '':
       raise UserError(f'the API key is empty: set --api-key or ${KEY} to one, or neither.')
     try:
-      from gpt2_jax.serving import app, server
+      from gpt2_jax.serving import server
     except ModuleNotFoundError as e:
       raise UserError(f'serve needs more packages ({e}): pip install "gpt2_jax[serve]".') from None
-    from gpt2_jax import forms, pretrained
-    from gpt2_jax.serving.api import Limits
     connections, sockets = server.allowed(self.max_connections), server.bind(self.host, self.port)
+    with contextlib.ExitStack() as bound:
+      for each in sockets:
+        bound.enter_context(each)
+      self._serve(names, key, connections, sockets)
+
+  def _serve(self, names: list[str], key: str | None, connections: int, sockets: list) -> None:
+    """Loads the models and answers, until a signal ends it."""
+    from gpt2_jax import forms, pretrained
+    from gpt2_jax.serving import app, server
+    from gpt2_jax.serving.api import Limits
     models = {}
     for name, checkpoint in zip(names, self.checkpoint):
       model = pretrained.open_model(checkpoint, self.tokenizer, self.opening, dtype=self.dtype)
