@@ -545,7 +545,8 @@ def test_a_limit_on_the_size_of_files_is_one_line(made, tmp_path):
           f'try:\n  train(tiny_config(Path({str(made)!r})), {str(tmp_path / "run")!r})\n'
           'except UserError as e:\n  sys.exit(f"error: {e}")')
   told = subprocess.run(['bash', '-c', 'ulimit -f 10; exec "$0" -c "$1"', sys.executable, code],
-                        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+                        cwd=ROOT, capture_output=True, text=True, timeout=120,
+                        env=environment(JAX_COMPILATION_CACHE_DIR=str(tmp_path / 'cache')))
   assert told.returncode == 1, told.stderr
   *rest, last = told.stderr.splitlines()
   assert re.match('error: cannot write .* File too large.*ulimit -f', last), told.stderr
