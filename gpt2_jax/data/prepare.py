@@ -29,6 +29,7 @@ import numpy as np
 from gpt2_jax import tokenizer as tokenizers
 from gpt2_jax import verified
 from gpt2_jax.data import corpora, sections, store
+from gpt2_jax.data.shard_writer import ShardWriter
 from gpt2_jax.data.splits import Settings, split_document
 from gpt2_jax.errors import UserError, saving
 from gpt2_jax.files import local, misfit, read_json, write_whole
@@ -78,7 +79,7 @@ def _encode_part(number: int, part: list[tuple[int, corpora.Piece]]) -> dict:
   held = 0  # texts with special tokens in them that are text
   with saving('the token store', folder), contextlib.ExitStack() as open_files:
     writers = {split: open_files.enter_context(
-        store.ShardWriter(folder, f'{split}-{number:05d}', _dtype(tokenizer)))
+        ShardWriter(folder, f'{split}-{number:05d}', _dtype(tokenizer)))
         for split in ('train', 'val')}
     empty = 0
     for piece_number, piece in part:
