@@ -126,6 +126,7 @@ def begun(texts, tmp_path_factory):
   return folder / 'run'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('recipe', [r for r in finetune.RECIPES if r != 'classification'])
 def test_evaluate_gives_the_held_out_loss_of_a_fine_tuned_model(recipe, begun, texts, tmp_path):
   config = finetune.get_config(recipe)

@@ -84,7 +84,7 @@ def test_blocks_are_attention(T, mesh, by_layer, document_start, monkeypatch):
       assert_close(a, b)
 
 
-@pytest.mark.parametrize('T', [200, 1100])
+@pytest.mark.parametrize('T', [200, pytest.param(1100, marks=pytest.mark.slow)])
 def test_blocks_in_bfloat16(T):
   """As close to float64 as XLA's attention is, from the same operands."""
   rng = np.random.default_rng(0)
