@@ -92,27 +92,40 @@ def test_every_option_of_generation_has_an_example_that_works():
     assert all(result.tokens or result.finish_reason == 'stop' for result in results), name
 
 
-@pytest.mark.slow
-def test_every_command_works(tmp_path):
-  tree = tmp_path / 'gpt2_jax'
+def follow(page: Path, tree: Path) -> None:
+  """Types what a page says, in order: commands first, then Python."""
+  env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+  env |= {'PATH': f'{Path(sys.executable).parent}:{env["PATH"]}', 'PYTHONPATH': str(tree)}
+  for command in commands(page):
+    if command.startswith(BY_CI):
+      command = command.partition('&& ')[2]
+      if not command or command == 'pytest':
+        continue
+    result = subprocess.run(['bash', '-c', command], cwd=tree, env=env, capture_output=True, text=True,
+                            timeout=1200)
+    assert result.returncode == 0, f'{page.name}: {command}\n{result.stdout}\n{result.stderr}'
+  for block in re.findall(r'^```python\n(.*?)^```', page.read_text(), re.M | re.S):
+    result = subprocess.run([sys.executable, '-c', block], cwd=tree, env=env, capture_output=True,
+                            text=True, timeout=600)
+    assert result.returncode == 0, f'{page.name}: {block}\n{result.stderr}'
+
+
+@pytest.fixture(scope='module')
+def tree(tmp_path_factory) -> Path:
+  """A copy of the tree, in which README.md has been followed: other pages go on from its runs."""
+  tree = tmp_path_factory.mktemp('docs') / 'gpt2_jax'
   files = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True,
                          check=True).stdout.split('\0')
   for name in filter(None, files):
     (tree / name).parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(ROOT / name, tree / name)
-  env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
-  env |= {'PATH': f'{Path(sys.executable).parent}:{env["PATH"]}', 'PYTHONPATH': str(tree)}
-  for page in PAGES:
-    for command in commands(page):
-      if command.startswith(BY_CI):
-        command = command.partition('&& ')[2]
-        if not command or command == 'pytest':
-          continue
-      result = subprocess.run(['bash', '-c', command], cwd=tree, env=env, capture_output=True,
-                              text=True, timeout=1200)
-      assert result.returncode == 0, f'{page.name}: {command}\n{result.stdout}\n{result.stderr}'
-    for block in re.findall(r'^```python\n(.*?)^```', page.read_text(), re.M | re.S):
-      result = subprocess.run([sys.executable, '-c', block], cwd=tree, env=env,
-                              capture_output=True, text=True, timeout=600)
-      assert result.returncode == 0, f'{page.name}: {block}\n{result.stderr}'
+  follow(PAGES[0], tree)
   assert (tree / 'runs' / 'tiny' / 'loss.png').exists()
+  return tree
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('page', PAGES[1:], ids=lambda page: page.name)
+def test_every_command_works(page, tree):
+  """Those of README.md too, of which the tree comes."""
+  follow(page, tree)
