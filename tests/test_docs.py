@@ -101,8 +101,8 @@ def follow(page: Path, tree: Path) -> None:
       command = command.partition('&& ')[2]
       if not command or command == 'pytest':
         continue
-    result = subprocess.run(['bash', '-c', command], cwd=tree, env=env, capture_output=True, text=True,
-                            timeout=1200)
+    result = subprocess.run(['bash', '-c', command], cwd=tree, env=env, capture_output=True,
+                            text=True, timeout=1200)
     assert result.returncode == 0, f'{page.name}: {command}\n{result.stdout}\n{result.stderr}'
   for block in re.findall(r'^```python\n(.*?)^```', page.read_text(), re.M | re.S):
     result = subprocess.run([sys.executable, '-c', block], cwd=tree, env=env, capture_output=True,
