@@ -25,6 +25,7 @@ With `config.deterministic` the last two families stand in `timing.jsonl`, a lin
 `metrics.jsonl` is the same to the last bit each time.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -212,4 +213,5 @@ class MetricsWriter:
   def close(self) -> None:
     for file in (*self._files.values(), self._board):
       if file is not None:
-        file.close()
+        with contextlib.suppress(OSError):  # a line that could not be flushed was said
+          file.close()
