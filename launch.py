@@ -24,14 +24,20 @@ from gpt2_jax.errors import UserError, near, versions  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file('config', help_string='Config file, with :RECIPE after it.')
 WORKDIR = flags.DEFINE_string(
-    'workdir', None, 'Folder of the run. Default: runs/NAME of the config and recipe.')
+  'workdir', None, 'Folder of the run. Default: runs/NAME of the config and recipe.'
+)
 DRY_RUN = flags.DEFINE_bool(
-    'dry_run', False, 'Compile, print parameters, FLOPs and bytes a device, and stop.')
+  'dry_run', False, 'Compile, print parameters, FLOPs and bytes a device, and stop.'
+)
 DISTRIBUTED = flags.DEFINE_enum(
-    'distributed', 'auto', ['auto', 'on', 'off'],
-    'Whether this is one process of several. auto: where the environment shows a cluster.')
+  'distributed',
+  'auto',
+  ['auto', 'on', 'off'],
+  'Whether this is one process of several. auto: where the environment shows a cluster.',
+)
 COORDINATOR = flags.DEFINE_string(
-    'coordinator', None, 'HOST:PORT of process 0, where nothing in the environment says it.')
+  'coordinator', None, 'HOST:PORT of process 0, where nothing in the environment says it.'
+)
 NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes there are.', 1, 2**20)
 PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.', 0, 2**20)
 
@@ -76,6 +82,7 @@ def wrong_flag(e: Exception, argv: list[str]) -> str:
   if isinstance(e, (KeyError, AttributeError)):
     from gpt2_jax.config import wrong_knob
     from gpt2_jax.planning.command import load_config
+
     file = [word.partition('=')[2] for word in argv if word.startswith('--config=')][-1:]
     with contextlib.suppress(UserError):
       if file and (wrong := wrong_knob(load_config(file[0])[0], argv)):
@@ -93,13 +100,15 @@ def main(argv: list[str]) -> int:
   parse_flags(argv)
   from gpt2_jax import checkpoint, determinism, files
   from gpt2_jax.training import compiling, distributed, loop, plan
+
   workdir = WORKDIR.value or default_workdir()
   try:
     files.local(workdir, '--workdir')
     if CONFIG.value.deterministic:
       determinism.require()
     distributed.initialize(
-        DISTRIBUTED.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+      DISTRIBUTED.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
+    )
     if DRY_RUN.value:
       made = plan.make_plan(CONFIG.value, held=checkpoint.held_positions(workdir))
       compiling.keep_compiled(workdir)  # the run itself then finds it compiled

@@ -75,8 +75,10 @@ def measure(name: str, saves: int, gap: int, folder: Path) -> dict:
   rng = np.random.default_rng(0)
   with jax.set_mesh(plan.mesh):
     step, state = plan.compile_train_step(), plan.init_state()
-    tokens = jax.device_put(rng.integers(
-        0, 2048, (plan.A, plan.G // plan.A, plan.T + 1)).astype(np.int32), plan.batch_sharding)
+    tokens = jax.device_put(
+      rng.integers(0, 2048, (plan.A, plan.G // plan.A, plan.T + 1)).astype(np.int32),
+      plan.batch_sharding,
+    )
     checkpoints = Checkpoints(folder, keep=2)
 
     def loop(state, first: int, count: int, save: bool):
@@ -130,21 +132,38 @@ def measure(name: str, saves: int, gap: int, folder: Path) -> dict:
   more = statistics.median(with_save) - gap * one
   write, read = map(statistics.median, zip(*copies))
   row = dict(
-      name=name, parameters=num_params(plan.model), bytes=size, device=jax.devices()[0].device_kind,
-      step_seconds=plain, blocked_seconds=blocked, blocked_steps=statistics.median(blocked) / one,
-      all_seconds=more, save_seconds=saved, save_extra=saving[0] / size, write_seconds=write,
-      check_seconds=statistics.median(checked), restore_seconds=statistics.median(restored),
-      restore_extra=restoring[0] / size, read_seconds=read)
-  print(f'{name}: {row["parameters"]:,} parameters, {size / 2**20:,.0f} MiB a checkpoint, '
-        f'{row["device"]}')
+    name=name,
+    parameters=num_params(plan.model),
+    bytes=size,
+    device=jax.devices()[0].device_kind,
+    step_seconds=plain,
+    blocked_seconds=blocked,
+    blocked_steps=statistics.median(blocked) / one,
+    all_seconds=more,
+    save_seconds=saved,
+    save_extra=saving[0] / size,
+    write_seconds=write,
+    check_seconds=statistics.median(checked),
+    restore_seconds=statistics.median(restored),
+    restore_extra=restoring[0] / size,
+    read_seconds=read,
+  )
+  print(
+    f'{name}: {row["parameters"]:,} parameters, {size / 2**20:,.0f} MiB a checkpoint, {row["device"]}'
+  )
   print(f'  step {one * 1e3:,.0f} ms (median of {saves} x {gap})')
-  print(f'  save: blocked {statistics.median(blocked) * 1e3:,.0f} ms = {row["blocked_steps"]:.2f} '
-        f'steps (worst {max(blocked) / one:.2f}); all {more * 1e3:,.0f} ms = {more / one:.2f} steps; '
-        f'alone {saved * 1e3:,.0f} ms, plain copy {write * 1e3:,.0f} ms; '
-        f'extra {row["save_extra"]:.2f}')
-  print(f'  resume: check {row["check_seconds"] * 1e3:,.0f} ms, restore '
-        f'{row["restore_seconds"] * 1e3:,.0f} ms, plain read {read * 1e3:,.0f} ms; '
-        f'extra {row["restore_extra"]:.2f}', flush=True)
+  print(
+    f'  save: blocked {statistics.median(blocked) * 1e3:,.0f} ms = {row["blocked_steps"]:.2f} '
+    f'steps (worst {max(blocked) / one:.2f}); all {more * 1e3:,.0f} ms = {more / one:.2f} steps; '
+    f'alone {saved * 1e3:,.0f} ms, plain copy {write * 1e3:,.0f} ms; '
+    f'extra {row["save_extra"]:.2f}'
+  )
+  print(
+    f'  resume: check {row["check_seconds"] * 1e3:,.0f} ms, restore '
+    f'{row["restore_seconds"] * 1e3:,.0f} ms, plain read {read * 1e3:,.0f} ms; '
+    f'extra {row["restore_extra"]:.2f}',
+    flush=True,
+  )
   return row
 
 

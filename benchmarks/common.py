@@ -27,7 +27,7 @@ PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'torch', 'transformers', 
 THREADS = len(os.sched_getaffinity(0))
 RESULTS = Path(__file__).parent / 'results'
 HUGE_PAGES = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}  # as launch.py sets it
-SERVE = '''
+SERVE = """
 import json, os, sys, time
 threads = len(os.sched_getaffinity(0))
 %s
@@ -37,7 +37,7 @@ for line in sys.stdin:
   except Exception as e:
     answer = {'error': f'{type(e).__name__}: {e}'[:500]}
   print(json.dumps(answer), file=out, flush=True)
-'''
+"""
 
 
 class Failed(Exception):
@@ -55,8 +55,13 @@ class Worker:
     """`variables`: of its environment, beside those of this process."""
     keep = 'import os, sys\nout = os.fdopen(os.dup(1), "w")\nos.dup2(2, 1)\n'
     self.process = subprocess.Popen(
-        [sys.executable, '-c', keep + SERVE % code], text=True, env=os.environ | variables,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+      [sys.executable, '-c', keep + SERVE % code],
+      text=True,
+      env=os.environ | variables,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.DEVNULL,
+    )
 
   def ask(self, **request) -> Any:
     """What `run` returns.
@@ -119,8 +124,9 @@ def copy_rate(threads: int = THREADS, size: int = 1 << 29) -> float:
   """Bytes read and written a second by copying `size` bytes of the host's memory, all threads
   together, at best.
   """
-  parts = [(np.ones(size // threads, np.uint8), np.empty(size // threads, np.uint8))
-           for _ in range(threads)]
+  parts = [
+    (np.ones(size // threads, np.uint8), np.empty(size // threads, np.uint8)) for _ in range(threads)
+  ]
   best = float('inf')
   for _ in range(5):
     work = [threading.Thread(target=np.copyto, args=(new, old)) for old, new in parts]
@@ -137,6 +143,7 @@ def gemm_rate(dtype: str, n: int = 2048, repeats: int = 8) -> float:
   """FLOP/s of a product of two n x n matrices by JAX on its first device, at best."""
   import jax
   import jax.numpy as jnp
+
   a, b = (jax.random.normal(jax.random.key(i), (n, n), jnp.dtype(dtype)) for i in (0, 1))
   multiply = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
   jax.block_until_ready(multiply(a, b))
@@ -152,6 +159,7 @@ def device_copy_rate(size: int = 1 << 30, repeats: int = 8) -> float:
   """Bytes read and written a second by copying `size` bytes on JAX's first device, at best."""
   import jax
   import jax.numpy as jnp
+
   x = jnp.zeros(size // 4, jnp.float32)
   add = jax.jit(lambda x: x + 1)
   jax.block_until_ready(add(x))
@@ -166,16 +174,24 @@ def device_copy_rate(size: int = 1 << 30, repeats: int = 8) -> float:
 def circumstances() -> dict:
   """Hardware, versions, commit and command: what a figure must be read with."""
   from gpt2_jax.training import record
+
   versions = {}
   for name in PACKAGES:
     with contextlib.suppress(metadata.PackageNotFoundError):
       versions[name] = metadata.version(name)
   command = ['python', '-m', f'benchmarks.{Path(sys.argv[0]).stem}', *sys.argv[1:]]
-  return {'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), 'command': command,
-          'processor': hardware.processor(), 'threads': THREADS, 'python': platform.python_version(),
-          'versions': versions, 'commit': record.commit(),
-          'environment': {k: v for k, v in os.environ.items()
-                          if k in ('XLA_FLAGS', 'JAX_PLATFORMS', 'GLIBC_TUNABLES')}}
+  return {
+    'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+    'command': command,
+    'processor': hardware.processor(),
+    'threads': THREADS,
+    'python': platform.python_version(),
+    'versions': versions,
+    'commit': record.commit(),
+    'environment': {
+      k: v for k, v in os.environ.items() if k in ('XLA_FLAGS', 'JAX_PLATFORMS', 'GLIBC_TUNABLES')
+    },
+  }
 
 
 @contextlib.contextmanager

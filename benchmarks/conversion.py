@@ -24,7 +24,7 @@ from gpt2_jax.interop import tensors
 
 SIZES = {'small': small, 'medium': medium, 'large': large, 'xl': xl}
 FORMATS = ('hf', 'llmc', 'openai', 'flax')
-WORK = '''
+WORK = """
 import json, resource, sys, time
 import gpt2_jax
 from gpt2_jax import pretrained
@@ -36,22 +36,30 @@ else:
   pretrained.write(pretrained.open_source(source), target, what)
 print(json.dumps({'seconds': time.monotonic() - began,
                   'peak': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
-'''
+"""
 
 
 def random_source(config: GPTConfig) -> tensors.Source:
   shapes = tensors.shapes(config)
   values = np.random.default_rng(0).standard_normal(config.n_embd * config.F).astype(np.float32)
   return tensors.Source(
-      config, lambda name: np.resize(0.02 * values, shapes[name]), 'float32', 'random')
+    config, lambda name: np.resize(0.02 * values, shapes[name]), 'float32', 'random'
+  )
 
 
 def measure(name: str, size: int, what: str, source: Path, target: Path | str = '') -> None:
-  result = subprocess.run([sys.executable, '-c', WORK, what, str(source), str(target)],
-                          capture_output=True, text=True, check=True)
+  result = subprocess.run(
+    [sys.executable, '-c', WORK, what, str(source), str(target)],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
   found = json.loads(result.stdout)
-  print(f'{name:16s} {found["seconds"]:8.1f} s  peak {found["peak"] / 1e9:6.2f} GB  '
-        f'ratio {found["peak"] / size:5.2f}', flush=True)
+  print(
+    f'{name:16s} {found["seconds"]:8.1f} s  peak {found["peak"] / 1e9:6.2f} GB  '
+    f'ratio {found["peak"] / size:5.2f}',
+    flush=True,
+  )
 
 
 def copy(source: Path, target: Path) -> None:

@@ -23,7 +23,9 @@ from benchmarks.common import Worker, ratio, report, take_turns
 
 ONE_CORE = {'RAYON_NUM_THREADS': '1', 'TOKENIZERS_PARALLELISM': 'false'}
 PIN = 'os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n'
-PREPARE = PIN + '''
+PREPARE = (
+  PIN
+  + """
 import tempfile
 from gpt2_jax import tokenizer
 from gpt2_jax.data import corpora, prepare
@@ -41,8 +43,11 @@ def run(corpus, spec, folder=None):
     store = prepare.ensure_store(prepare.Settings(corpus, spec, split='tail'), f'{root}/store', 1)
     return {'seconds': time.perf_counter() - began, 'bytes': store.manifest['source']['bytes'],
             'tokens': sum(map(len, store.splits.values()))}
-'''
-BARE = PIN + '''
+"""
+)
+BARE = (
+  PIN
+  + """
 from gpt2_jax import tokenizer
 from gpt2_jax.data import corpora
 texts, encode = [], None
@@ -59,8 +64,11 @@ def run(package, corpus=None, spec=None):
   began = time.perf_counter()
   encode()
   return {'seconds': time.perf_counter() - began}
-'''
-LOADER = PIN + '''
+"""
+)
+LOADER = (
+  PIN
+  + """
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 from gpt2_jax import sharding
@@ -75,8 +83,11 @@ def run(folder, rows, T, steps):
   for batch in batches:
     jax.block_until_ready(batch)
   return {'seconds': (time.perf_counter() - began) / steps}
-'''
-SLICES = PIN + '''
+"""
+)
+SLICES = (
+  PIN
+  + """
 import numpy as np
 def run(folder, rows, T, steps):
   began = time.perf_counter()
@@ -86,7 +97,8 @@ def run(folder, rows, T, steps):
     x = np.stack([data[i:i + T].astype(np.int64) for i in starts])
     y = np.stack([data[i + 1:i + 1 + T].astype(np.int64) for i in starts])
   return {'seconds': (time.perf_counter() - began) / steps}
-'''
+"""
+)
 
 
 def asker(worker: Worker, **asked):
@@ -95,23 +107,32 @@ def asker(worker: Worker, **asked):
 
 def prepare(corpus: str, spec: str, repeats: int, folder: str):
   """Yields rows: the training of a tokenizer, then text to tokens."""
-  with (Worker(PREPARE, **ONE_CORE) as ours, Worker(BARE, **ONE_CORE) as tiktoken,
-        Worker(BARE, **ONE_CORE) as tokenizers):
+  with (
+    Worker(PREPARE, **ONE_CORE) as ours,
+    Worker(BARE, **ONE_CORE) as tiktoken,
+    Worker(BARE, **ONE_CORE) as tokenizers,
+  ):
     first = ours.ask(corpus=corpus, spec='byte')  # which also reads the files into memory
     size, trained = first['bytes'], spec
     if spec.startswith('bpe:'):
       trained = folder
       seconds = ours.ask(corpus=corpus, spec=spec, folder=folder)['seconds']
-      yield dict(what='train', tokenizer=spec, bytes=size, seconds=[seconds],
-                 bytes_per_second=size / seconds)
+      yield dict(
+        what='train', tokenizer=spec, bytes=size, seconds=[seconds], bytes_per_second=size / seconds
+      )
     sides = {'ours': asker(ours, corpus=corpus, spec=trained)}
     if spec != 'byte':  # which is a table of 256 entries
       for package, worker in (('tiktoken', tiktoken), ('tokenizers', tokenizers)):
         worker.ask(package=package, corpus=corpus, spec=trained)
         sides[package] = asker(worker, package=package)
     seconds = take_turns(sides, repeats)
-  row = dict(what='prepare', tokenizer=spec, bytes=size, seconds=seconds['ours'],
-             bytes_per_second=size / statistics.median(seconds['ours']))
+  row = dict(
+    what='prepare',
+    tokenizer=spec,
+    bytes=size,
+    seconds=seconds['ours'],
+    bytes_per_second=size / statistics.median(seconds['ours']),
+  )
   for package in sides.keys() - {'ours'}:
     row[f'{package}_bytes_per_second'] = size / statistics.median(seconds[package])
     row[f'of_{package}'] = ratio(seconds[package], seconds['ours'])
@@ -125,9 +146,17 @@ def load(rows: int, T: int, tokens: int, repeats: int, need: float, folder: str)
     take_turns(sides, 1)
     seconds = take_turns(sides, repeats)
   rate = {side: rows * T / statistics.median(each) for side, each in seconds.items()}
-  return dict(what='load', rows=rows, T=T, seconds=seconds['ours'], tokens_per_second=rate['ours'],
-              slices_tokens_per_second=rate['slices'], times_need=rate['ours'] / need, need=need,
-              of_slices=ratio(seconds['slices'], seconds['ours']))
+  return dict(
+    what='load',
+    rows=rows,
+    T=T,
+    seconds=seconds['ours'],
+    tokens_per_second=rate['ours'],
+    slices_tokens_per_second=rate['slices'],
+    times_need=rate['ours'] / need,
+    need=need,
+    of_slices=ratio(seconds['slices'], seconds['ours']),
+  )
 
 
 def main() -> None:
@@ -141,16 +170,24 @@ def main() -> None:
   flags.add_argument('--json')
   args = flags.parse_args()
   with report(args.json) as rows, tempfile.TemporaryDirectory() as folder:
-    print(f'{"tokenizer":12s}{"MB/s":>8s}{"tiktoken":>10s}{"of it":>8s}{"tokenizers":>12s}'
-          f'{"of it":>8s}', flush=True)
+    print(
+      f'{"tokenizer":12s}{"MB/s":>8s}{"tiktoken":>10s}{"of it":>8s}{"tokenizers":>12s}{"of it":>8s}',
+      flush=True,
+    )
     for spec in args.tokenizers:
       for row in prepare(args.corpus, spec, args.repeats, f'{folder}/{spec.replace(":", "-")}'):
         rows.append(row)
         name = f'{spec}, training' if row['what'] == 'train' else spec
-        print(f'{name:20s}'[:max(12, len(name))] + f'{row["bytes_per_second"] / 1e6:8.2f}' + ''.join(
+        print(
+          f'{name:20s}'[: max(12, len(name))]
+          + f'{row["bytes_per_second"] / 1e6:8.2f}'
+          + ''.join(
             f'{row[f"{package}_bytes_per_second"] / 1e6:{width}.2f}{row[f"of_{package}"][0]:8.2f}'
-            for package, width in (('tiktoken', 10), ('tokenizers', 12)) if f'of_{package}' in row),
-            flush=True)
+            for package, width in (('tiktoken', 10), ('tokenizers', 12))
+            if f'of_{package}' in row
+          ),
+          flush=True,
+        )
     tokens = np.random.default_rng(0).integers(0, 50257, 1 << 24, np.uint16)
     for split in ('train', 'val'):
       tokens.tofile(f'{folder}/{split}.bin')
@@ -158,8 +195,11 @@ def main() -> None:
     for R, T in (map(int, shape.split('x')) for shape in args.shapes):
       row = load(R, T, args.tokens, args.repeats, args.need, folder)
       rows.append(row)
-      print(f'{f"{R}x{T}":12s}{row["tokens_per_second"] / 1e6:12.1f}{row["times_need"]:7.0f}x'
-            f'{row["slices_tokens_per_second"] / 1e6:15.1f}{row["of_slices"][0]:8.2f}', flush=True)
+      print(
+        f'{f"{R}x{T}":12s}{row["tokens_per_second"] / 1e6:12.1f}{row["times_need"]:7.0f}x'
+        f'{row["slices_tokens_per_second"] / 1e6:15.1f}{row["of_slices"][0]:8.2f}',
+        flush=True,
+      )
 
 
 if __name__ == '__main__':

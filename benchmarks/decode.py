@@ -21,18 +21,18 @@ import time
 import numpy as np
 
 from benchmarks.common import (
-    HUGE_PAGES,
-    Failed,
-    Worker,
-    copy_rate,
-    device_copy_rate,
-    ratio,
-    report,
-    take_turns,
+  HUGE_PAGES,
+  Failed,
+  Worker,
+  copy_rate,
+  device_copy_rate,
+  ratio,
+  report,
+  take_turns,
 )
 from gpt2_jax.config import GPTConfig
 
-TIMED = '''
+TIMED = """
 def run(dtype, prompts, new):
   seconds, tokens = [], None
   for n in (1, new):
@@ -40,8 +40,9 @@ def run(dtype, prompts, new):
     tokens = write(dtype, prompts, n)
     seconds.append(time.perf_counter() - began)
   return {'first': seconds[0], 'all': seconds[1], 'tokens': tokens}
-'''
-OURS = '''
+"""
+OURS = (
+  """
 import gpt2_jax
 loaded = {}
 def model_of(dtype):
@@ -54,8 +55,11 @@ def model_of(dtype):
 def write(dtype, prompts, new):
   return [r.tokens for r in gpt2_jax.generate(
       model_of(dtype), prompts, max_new_tokens=new, do_sample=False, eos_token_id=())]
-''' + TIMED
-THEIRS = '''
+"""
+  + TIMED
+)
+THEIRS = (
+  """
 import torch, transformers
 torch.set_num_threads(threads)
 transformers.logging.set_verbosity_error()
@@ -72,11 +76,14 @@ def write(dtype, prompts, new):
     out = loaded[dtype].generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new,
                                  do_sample=False, pad_token_id=0)
   return out[:, ids.shape[1]:].tolist()
-''' + TIMED
+"""
+  + TIMED
+)
 
 
 def floor(
-    config: GPTConfig, weight_bytes: float, item: int, B: int, length: float, rate: float) -> float:
+  config: GPTConfig, weight_bytes: float, item: int, B: int, length: float, rate: float
+) -> float:
   """Seconds that reading weights and cache takes for one token of each of B rows."""
   per_layer = 4 * config.n_embd**2 + 2 * config.n_embd * config.F
   weights = weight_bytes * (config.n_layer * per_layer + config.vocab_size * config.n_embd)
@@ -88,9 +95,15 @@ def first_piece() -> float:
   import gpt2_jax
   from configs import tiny
   from gpt2_jax import tokenizer
+
   sizes = tiny.get_config().model
-  config = GPTConfig(vocab_size=257, n_positions=sizes.n_positions, n_embd=sizes.n_embd,
-                     n_layer=sizes.n_layer, n_head=sizes.n_head)
+  config = GPTConfig(
+    vocab_size=257,
+    n_positions=sizes.n_positions,
+    n_embd=sizes.n_embd,
+    n_layer=sizes.n_layer,
+    n_head=sizes.n_head,
+  )
   model = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))
   model.tokenizer = tokenizer.load('byte')
   seconds = 0.0
@@ -114,6 +127,7 @@ def measure(ours: Worker, theirs: Worker, dtype: str, B: int, length: int, new: 
     def ask() -> float:
       answers[name].append(worker.ask(dtype=dtype, **asked))
       return answers[name][-1]['all']
+
     return ask
 
   sides = {'theirs': turn('theirs', theirs, base), 'ours': turn('ours', ours, dtype)}
@@ -125,21 +139,36 @@ def measure(ours: Worker, theirs: Worker, dtype: str, B: int, length: int, new: 
   if dtype == 'float32' and not same:
     sys.exit(f'batch {B}, prompt {length}: the tokens differ')
   import jax
+
   rate = copy_rate() if jax.default_backend() == 'cpu' else device_copy_rate()
   item = 2 if base == 'bfloat16' else 4
   least = floor(config, 1 if 'int8' in dtype else item, item, B, length + new / 2, rate)
   first = {name: statistics.median(a['first'] for a in each) for name, each in answers.items()}
-  step = {name: statistics.median((a['all'] - a['first']) / (new - 1) for a in each)
-          for name, each in answers.items()}
+  step = {
+    name: statistics.median((a['all'] - a['first']) / (new - 1) for a in each)
+    for name, each in answers.items()
+  }
   return dict(
-      dtype=dtype, batch=B, prompt=length, new=new, same_tokens=same, seconds=seconds,
-      hf_first_ms=first['theirs'] * 1e3, first_ms=first['ours'] * 1e3,
-      hf_tokens_per_second=B / step['theirs'], tokens_per_second=B / step['ours'],
-      ratio=ratio([a['all'] - a['first'] for a in answers['theirs']],
-                  [a['all'] - a['first'] for a in answers['ours']]),
-      first_ratio=ratio(*([a['first'] for a in each] for each in answers.values())),
-      floor_ms=least * 1e3, step_ms=step['ours'] * 1e3, of_floor=least / step['ours'],
-      copy_bytes_per_second=rate)
+    dtype=dtype,
+    batch=B,
+    prompt=length,
+    new=new,
+    same_tokens=same,
+    seconds=seconds,
+    hf_first_ms=first['theirs'] * 1e3,
+    first_ms=first['ours'] * 1e3,
+    hf_tokens_per_second=B / step['theirs'],
+    tokens_per_second=B / step['ours'],
+    ratio=ratio(
+      [a['all'] - a['first'] for a in answers['theirs']],
+      [a['all'] - a['first'] for a in answers['ours']],
+    ),
+    first_ratio=ratio(*([a['first'] for a in each] for each in answers.values())),
+    floor_ms=least * 1e3,
+    step_ms=step['ours'] * 1e3,
+    of_floor=least / step['ours'],
+    copy_bytes_per_second=rate,
+  )
 
 
 def main() -> None:
@@ -154,17 +183,23 @@ def main() -> None:
   args = flags.parse_args()
 
   import gpt2_jax
+
   with contextlib.ExitStack() as stack:
     rows = stack.enter_context(report(args.json))
     folder = f'{stack.enter_context(tempfile.TemporaryDirectory())}/model'
-    gpt2_jax.save_pretrained(
-        gpt2_jax.bind(GPTConfig(), gpt2_jax.init_params(GPTConfig(), 0)), folder)
-    ours, theirs = (stack.enter_context(Worker(
-        f'folder = {folder!r}' + code, **HUGE_PAGES, XLA_PYTHON_CLIENT_PREALLOCATE='false'))
-        for code in (OURS, THEIRS))
-    print(f'{"dtype":14s}{"batch":>5s}{"prompt":>7s}{"first, ms: HF":>14s}{"ours":>7s}{"ratio":>7s}'
-          f'{"tok/s: HF":>11s}{"ours":>9s}{"ratio":>7s}{"spread":>12s}{"floor ms":>9s}'
-          f'{"step ms":>9s}{"of floor":>9s}  same tokens', flush=True)
+    gpt2_jax.save_pretrained(gpt2_jax.bind(GPTConfig(), gpt2_jax.init_params(GPTConfig(), 0)), folder)
+    ours, theirs = (
+      stack.enter_context(
+        Worker(f'folder = {folder!r}' + code, **HUGE_PAGES, XLA_PYTHON_CLIENT_PREALLOCATE='false')
+      )
+      for code in (OURS, THEIRS)
+    )
+    print(
+      f'{"dtype":14s}{"batch":>5s}{"prompt":>7s}{"first, ms: HF":>14s}{"ours":>7s}{"ratio":>7s}'
+      f'{"tok/s: HF":>11s}{"ours":>9s}{"ratio":>7s}{"spread":>12s}{"floor ms":>9s}'
+      f'{"step ms":>9s}{"of floor":>9s}  same tokens',
+      flush=True,
+    )
     for dtype, B, length in itertools.product(args.dtypes, args.batches, args.prompts):
       head = f'{dtype:14s}{B:5d}{length:7d}'
       try:
@@ -175,10 +210,13 @@ def main() -> None:
         continue
       rows.append(row)
       middle, low, high = row['ratio']
-      print(f'{head}{row["hf_first_ms"]:14.0f}{row["first_ms"]:7.0f}{row["first_ratio"][0]:7.2f}'
-            f'{row["hf_tokens_per_second"]:11.1f}{row["tokens_per_second"]:9.1f}{middle:7.2f}'
-            f'{f"{low:.2f}–{high:.2f}":>12s}{row["floor_ms"]:9.1f}{row["step_ms"]:9.1f}'
-            f'{row["of_floor"]:9.2f}  {"yes" if row["same_tokens"] else "no"}', flush=True)
+      print(
+        f'{head}{row["hf_first_ms"]:14.0f}{row["first_ms"]:7.0f}{row["first_ratio"][0]:7.2f}'
+        f'{row["hf_tokens_per_second"]:11.1f}{row["tokens_per_second"]:9.1f}{middle:7.2f}'
+        f'{f"{low:.2f}–{high:.2f}":>12s}{row["floor_ms"]:9.1f}{row["step_ms"]:9.1f}'
+        f'{row["of_floor"]:9.2f}  {"yes" if row["same_tokens"] else "no"}',
+        flush=True,
+      )
   if not args.no_stream:
     print(f'first piece of a second request, tiny model: {first_piece() * 1e3:.1f} ms')
 

@@ -35,7 +35,7 @@ def held_out_loss(model: gpt2_jax.GPT2, split: Split, tokens: int | None) -> tup
     real = np.zeros((ROWS, T), bool)
     for row, start in enumerate(range(first, min(first + ROWS * T, count), T)):
       window = split.read(start, min(start + T, count) + 1)
-      rows[row, :len(window)], real[row, :len(window) - 1] = window, True
+      rows[row, : len(window)], real[row, : len(window) - 1] = window, True
     total += float(np.asarray(losses(params, rows), np.float64)[real].sum())
     seen += int(real.sum())
   return total / seen, seen
@@ -51,16 +51,30 @@ def main() -> None:
   args = flags.parse_args()
   store = open_store(args.store)
   model = gpt2_jax.from_pretrained(args.checkpoint)
-  forms = {'float32': model, 'bfloat16': gpt2_jax.from_pretrained(args.checkpoint, dtype='bfloat16'),
-           'int8': gpt2_jax.quantize(model)}
+  forms = {
+    'float32': model,
+    'bfloat16': gpt2_jax.from_pretrained(args.checkpoint, dtype='bfloat16'),
+    'int8': gpt2_jax.quantize(model),
+  }
   rows = []
   for name, form in forms.items():
     loss, tokens = held_out_loss(form, store.splits[args.split], args.tokens)
     size = sum(x.nbytes for x in jax.tree.leaves(nnx.state(form, nnx.Param)))
-    rows.append(dict(form=name, bytes=size, tokens=tokens, loss=loss, perplexity=math.exp(loss),
-                     store_sha256=store.sha256))
-    print(f'{name:10s}{size:>14,} bytes  loss {loss:.5f}  perplexity {math.exp(loss):.4f}  '
-          f'{math.exp(loss - rows[0]["loss"]):.5f} of float32  ({tokens:,} tokens)', flush=True)
+    rows.append(
+      dict(
+        form=name,
+        bytes=size,
+        tokens=tokens,
+        loss=loss,
+        perplexity=math.exp(loss),
+        store_sha256=store.sha256,
+      )
+    )
+    print(
+      f'{name:10s}{size:>14,} bytes  loss {loss:.5f}  perplexity {math.exp(loss):.4f}  '
+      f'{math.exp(loss - rows[0]["loss"]):.5f} of float32  ({tokens:,} tokens)',
+      flush=True,
+    )
   if args.json:
     os.makedirs(args.json.parent, exist_ok=True)
     args.json.write_text(json.dumps(rows, indent=1))

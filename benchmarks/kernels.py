@@ -26,8 +26,14 @@ def xla(q_BTNH, k_BTNH, v_BTNH, documents_BT):
   mask_BTS = causal_mask(T, T)
   if documents_BT is not None:
     mask_BTS = mask_BTS & (documents_BT[:, :, None] == documents_BT[:, None])
-  return attention(q_BTNH, k_BTNH, v_BTNH, mask_BTS, scale=q_BTNH.shape[-1]**-0.5,
-                   precision='highest' if q_BTNH.dtype == jnp.float32 else None)[0]
+  return attention(
+    q_BTNH,
+    k_BTNH,
+    v_BTNH,
+    mask_BTS,
+    scale=q_BTNH.shape[-1] ** -0.5,
+    precision='highest' if q_BTNH.dtype == jnp.float32 else None,
+  )[0]
 
 
 def measure(f, arguments, repeats: int) -> tuple[tuple, float]:
@@ -57,10 +63,21 @@ def compare(own: str, B: int, T: int, N: int, H: int, documents: bool, repeats: 
   want, _ = measure(plain, [x.astype(jnp.float32) for x in narrow], 1)
   theirs, xla_ms = measure(plain, narrow, repeats)
   ours, ms = measure(lambda q, k, v: Kernel(own, ids)(q, k, v, H**-0.5), narrow, repeats)
-  error = lambda got: max(float(np.abs(np.asarray(a, np.float32) - b).max() / np.abs(b).max())
-                          for a, b in zip(got, want))
-  return {'B': B, 'T': T, 'N': N, 'H': H, 'documents': documents, 'kernel': own,
-          'error': error(ours), 'xla_error': error(theirs), 'ms': ms, 'xla_ms': xla_ms}
+  error = lambda got: max(
+    float(np.abs(np.asarray(a, np.float32) - b).max() / np.abs(b).max()) for a, b in zip(got, want)
+  )
+  return {
+    'B': B,
+    'T': T,
+    'N': N,
+    'H': H,
+    'documents': documents,
+    'kernel': own,
+    'error': error(ours),
+    'xla_error': error(theirs),
+    'ms': ms,
+    'xla_ms': xla_ms,
+  }
 
 
 def main() -> int:
@@ -73,15 +90,22 @@ def main() -> int:
     print(f'a {jax.default_backend()} has no attention kernel: nothing to measure')
     return 0
   rows = []
-  for shape in ((8, 1024, 12, 64, False), (8, 1024, 12, 64, True), (4, 1024, 25, 64, False),
-                (2, 4096, 12, 64, False)):
+  for shape in (
+    (8, 1024, 12, 64, False),
+    (8, 1024, 12, 64, True),
+    (4, 1024, 25, 64, False),
+    (2, 4096, 12, 64, False),
+  ):
     rows.append(row := compare(own, *shape, asked.repeats))
-    print('{kernel} {B}x{T} {N} heads, documents {documents}: {ms:.2f} ms, xla {xla_ms:.2f}; '
-          'error {error:.1e}, xla {xla_error:.1e}'.format(**row))
+    print(
+      '{kernel} {B}x{T} {N} heads, documents {documents}: {ms:.2f} ms, xla {xla_ms:.2f}; '
+      'error {error:.1e}, xla {xla_error:.1e}'.format(**row)
+    )
   if asked.json:
     with open(asked.json, 'w') as file:
-      json.dump({'device': jax.devices()[0].device_kind, 'jax': jax.__version__, 'rows': rows}, file,
-                indent=1)
+      json.dump(
+        {'device': jax.devices()[0].device_kind, 'jax': jax.__version__, 'rows': rows}, file, indent=1
+      )
   return int(any(row['error'] > 3 * row['xla_error'] for row in rows))
 
 

@@ -40,18 +40,36 @@ def make_corpus(folder: Path, rng: random.Random) -> None:
   words = [''.join(rng.choices('abcdefghij', k=rng.randint(2, 7))) for _ in range(500)]
   for n in range(40):
     (folder / f'{n:02d}.txt').write_text(
-        '\n'.join(' '.join(rng.choices(words, k=12)) for _ in range(8000)))
+      '\n'.join(' '.join(rng.choices(words, k=12)) for _ in range(8000))
+    )
 
 
 def command(folder: Path, name: str) -> list[str]:
   knobs = {
-      'model.n_positions': 64, 'model.n_embd': 32, 'model.n_layer': 2, 'model.n_head': 2,
-      'model.resid_pdrop': 0.1, 'data.corpus': f'text:{folder / "text"}', 'data.tokenizer': 'bpe:400',
-      'data.val_fraction': 0.003, 'data.split': 'tail', 'data.store': folder / f'store-{name}',
-      'train.steps': STEPS, 'train.global_batch_tokens': 64 * 8, 'optim.warmup_steps': 4,
-      'checkpoint.every': SAVE, 'evaluate.every': EVALUATE, 'log.tensorboard': False}
-  return [sys.executable, 'launch.py', '--config=configs/tiny.py', f'--workdir={folder / name}',
-          *(f'--config.{key}={value}' for key, value in knobs.items())]
+    'model.n_positions': 64,
+    'model.n_embd': 32,
+    'model.n_layer': 2,
+    'model.n_head': 2,
+    'model.resid_pdrop': 0.1,
+    'data.corpus': f'text:{folder / "text"}',
+    'data.tokenizer': 'bpe:400',
+    'data.val_fraction': 0.003,
+    'data.split': 'tail',
+    'data.store': folder / f'store-{name}',
+    'train.steps': STEPS,
+    'train.global_batch_tokens': 64 * 8,
+    'optim.warmup_steps': 4,
+    'checkpoint.every': SAVE,
+    'evaluate.every': EVALUATE,
+    'log.tensorboard': False,
+  }
+  return [
+    sys.executable,
+    'launch.py',
+    '--config=configs/tiny.py',
+    f'--workdir={folder / name}',
+    *(f'--config.{key}={value}' for key, value in knobs.items()),
+  ]
 
 
 class Run:
@@ -156,7 +174,7 @@ def check(run: Run, kills: int, rng: random.Random) -> list[str]:
     if found and int(found[0].split()[3].replace(',', '')) < before:
       lost.append(f'{found[0]}, though step {before} was committed')
     if 'checkpoint of step' in printed:
-      lost.append(printed[printed.index('checkpoint of step'):].splitlines()[0])
+      lost.append(printed[printed.index('checkpoint of step') :].splitlines()[0])
     lost += [f'torn: {path}' for path in run.torn()]
     if killed == kills or status == 0:
       break
@@ -196,10 +214,15 @@ def main() -> int:
   have, want = plain(run.workdir), plain(folder / 'whole')
   if have != want:
     differ = next((n for n, pair in enumerate(zip(have, want), 1) if pair[0] != pair[1]), len(have))
-    lost.append(f'the record differs from that of the run left alone at step {differ} '
-                f'({len(have)} and {len(want)} lines)')
-  print('\n'.join(lost) or f'nothing was lost or torn: {len(have)} steps, bitwise those of a run '
-        f'that was left alone (seed {seed})')
+    lost.append(
+      f'the record differs from that of the run left alone at step {differ} '
+      f'({len(have)} and {len(want)} lines)'
+    )
+  print(
+    '\n'.join(lost)
+    or f'nothing was lost or torn: {len(have)} steps, bitwise those of a run '
+    f'that was left alone (seed {seed})'
+  )
   if not lost and args.folder is None:
     shutil.rmtree(folder)
   return bool(lost)

@@ -42,6 +42,7 @@ def compile_cell(size: str, name: str) -> dict:
 
 def cell(size: str, name: str) -> dict:
   from gpt2_jax.planning.plan import plan_train
+
   topo = topology.get(name)
   config, called = load_config(f'configs/{size}.py:{RECIPE}')
   try:
@@ -67,22 +68,28 @@ def row(size: str, name: str, entry: dict) -> str:
   if not r.fits or r.times is None:
     return head + '**does not fit** | – | – | – |'
   moved = sum(t['ici'] + t['dcn'] for t in r.collectives.values()) / GIB
-  return head + (f'{moved:.2f} | {r.times.total * 1e3:,.0f} ({r.times.bound}) | '
-                 f'{r.results["mfu"]:.0%} | {r.results["days"]:.2f} |')
+  return head + (
+    f'{moved:.2f} | {r.times.total * 1e3:,.0f} ({r.times.bound}) | '
+    f'{r.results["mfu"]:.0%} | {r.results["days"]:.2f} |'
+  )
 
 
 def table(cells: dict) -> str:
   lines = [
-      '| size | slice | mesh | micro-batches x rows a chip | remat | HBM, GiB | a chip sends, GiB a '
-      'step | step, ms | MFU | days |', '|---' * 10 + '|']
+    '| size | slice | mesh | micro-batches x rows a chip | remat | HBM, GiB | a chip sends, GiB a '
+    'step | step, ms | MFU | days |',
+    '|---' * 10 + '|',
+  ]
   for name in TOPOLOGIES:
-    lines += [row(size, name, cells[f'{size} {name}']) for size in SIZES
-              if f'{size} {name}' in cells]
+    lines += [row(size, name, cells[f'{size} {name}']) for size in SIZES if f'{size} {name}' in cells]
   found = next(iter(cells.values()))
   shown = ', '.join(f'{name} {version}' for name, version in found['versions'].items())
-  lines += ['', f'Recipe `{RECIPE}`, {shown}, commit {found["commit"]}: '
-            '`python -m benchmarks.plans`. Bytes are the compiler\'s. Step, MFU and days are '
-            'estimates: ' + '; '.join(ASSUMPTIONS) + '.']
+  lines += [
+    '',
+    f'Recipe `{RECIPE}`, {shown}, commit {found["commit"]}: '
+    "`python -m benchmarks.plans`. Bytes are the compiler's. Step, MFU and days are "
+    'estimates: ' + '; '.join(ASSUMPTIONS) + '.',
+  ]
   return '\n'.join(lines)
 
 
@@ -102,8 +109,9 @@ def main() -> None:
     return
   only = set(filter(None, args.only.split(',')))
   pick = lambda names: [name for name in names if name in only or not only & set(names)]
-  commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True,
-                          text=True).stdout.strip()
+  commit = subprocess.run(
+    ['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True, text=True
+  ).stdout.strip()
   made_by = {f'{size} {name}': stamp(size) for name in TOPOLOGIES for size in SIZES}
   cells = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
   cells = {key: cell for key, cell in cells.items() if made_by.get(key, {}).items() <= cell.items()}

@@ -18,7 +18,7 @@ import statistics
 
 from benchmarks.common import Worker, report, take_turns
 
-TRAIN = '''
+TRAIN = """
 import jax, numpy as np
 from configs import tiny
 from gpt2_jax.counts import flops_per_token
@@ -58,8 +58,8 @@ def run(what, **asked):
     state, _ = step(state, tokens)
   jax.block_until_ready(state)
   return (time.perf_counter() - began) / 3
-'''
-DECODE = '''
+"""
+DECODE = """
 import gpt2_jax
 config = gpt2_jax.GPTConfig(vocab_size=2048, n_positions=1024, n_embd=256, n_layer=6, n_head=4)
 model = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))
@@ -69,7 +69,7 @@ def seconds(position, new):
   return time.perf_counter() - began
 def run(position, new):
   return (seconds(position, new) - seconds(position, 1)) / (new - 1)
-'''
+"""
 UNCACHED = {'JAX_ENABLE_COMPILATION_CACHE': 'false'}
 
 
@@ -80,19 +80,26 @@ def train(sizes: list[dict], repeats: int, steps: bool = True) -> list[dict]:
     for size in sizes:
       extra = {}
       if count := size.get('devices'):
-        extra = {'JAX_PLATFORMS': 'cpu',
-                 'XLA_FLAGS': f'--xla_force_host_platform_device_count={count}'}
+        extra = {
+          'JAX_PLATFORMS': 'cpu',
+          'XLA_FLAGS': f'--xla_force_host_platform_device_count={count}',
+        }
       worker = stack.enter_context(Worker(TRAIN, **UNCACHED, **extra))
       flops.append(worker.ask(what='setup', **{k: v for k, v in size.items() if k != 'devices'}))
       workers.append(worker)
-    turns = lambda what: list(take_turns(
+    turns = lambda what: list(
+      take_turns(
         {str(i): lambda worker=worker: worker.ask(what=what) for i, worker in enumerate(workers)},
-        repeats).values())
+        repeats,
+      ).values()
+    )
     turns('compile')  # the first one in a process loads the compiler
     compiling = turns('compile')
     stepping = turns('step') if steps else [[]] * len(sizes)
-  return [{**size, 'flops_per_token': f, 'compile_seconds': c, 'step_seconds': s}
-          for size, f, c, s in zip(sizes, flops, compiling, stepping)]
+  return [
+    {**size, 'flops_per_token': f, 'compile_seconds': c, 'step_seconds': s}
+    for size, f, c, s in zip(sizes, flops, compiling, stepping)
+  ]
 
 
 def flatness(values) -> float:
@@ -103,10 +110,13 @@ def row(rows: list[dict], part: str, label: str, each: dict, **more) -> None:
   rows.append({'part': part, **each, **more})
   compiled = each.get('compile_seconds')
   step = statistics.median(each['step_seconds']) * 1e3 if each.get('step_seconds') else None
-  print(f'{part:9s}{label:>12s}' +
-        (f'{statistics.median(compiled):11.2f}' if compiled else f'{"":11s}') +
-        (f'{step:11.2f}' if step else f'{"":11s}') +
-        ''.join(f'  {name} {value:.4g}' for name, value in more.items()), flush=True)
+  print(
+    f'{part:9s}{label:>12s}'
+    + (f'{statistics.median(compiled):11.2f}' if compiled else f'{"":11s}')
+    + (f'{step:11.2f}' if step else f'{"":11s}')
+    + ''.join(f'  {name} {value:.4g}' for name, value in more.items()),
+    flush=True,
+  )
 
 
 def summary(rows: list[dict], part: str, what: str, values: list[float]) -> None:

@@ -25,16 +25,18 @@ from pathlib import Path
 
 from benchmarks.common import Worker, ratio, report, take_turns
 
-START = '''
+START = """
 import threading
 def start(server):
   threading.Thread(target=server.run, daemon=True).start()
   while not server.started:
     time.sleep(0.01)
   return server.servers[0].sockets[0].getsockname()[1]
-'''
+"""
 
-OURS = START + '''
+OURS = (
+  START
+  + """
 from gpt2_jax import pretrained
 from gpt2_jax.serving.app import make_app
 from gpt2_jax.serving.server import make_server
@@ -42,9 +44,12 @@ def run(folder, slots):
   app = make_app({'tiny': pretrained.from_pretrained(folder)}, queue=1000, slots=slots)
   app.state.serving.engines['tiny'].warm()
   return start(make_server(app, host='127.0.0.1', port=0, log_level='error'))
-'''
+"""
+)
 
-THEIRS = START + '''
+THEIRS = (
+  START
+  + """
 import torch, transformers, uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -69,14 +74,23 @@ def run(folder, slots):
     return JSONResponse({'choices': [{'text': await run_in_threadpool(write, await request.json())}]})
   app = Starlette(routes=[Route('/v1/completions', complete, methods=['POST'])])
   return start(uvicorn.Server(uvicorn.Config(app, port=0, log_level='error')))
-'''
+"""
+)
 
 
 def bodies(count: int = 48) -> list[dict]:
   """Requests of all sorts; every third streams."""
   kinds = ({}, {'temperature': 0.7, 'top_k': 20}, {'temperature': 0}, {'top_p': 0.9})
-  return [dict(prompt=f'def f{i}(' + 'x, ' * (i % 20), max_tokens=32 + 16 * (i % 5), seed=i,
-               stream=i % 3 == 0, **kinds[i % 4]) for i in range(count)]
+  return [
+    dict(
+      prompt=f'def f{i}(' + 'x, ' * (i % 20),
+      max_tokens=32 + 16 * (i % 5),
+      seed=i,
+      stream=i % 3 == 0,
+      **kinds[i % 4],
+    )
+    for i in range(count)
+  ]
 
 
 async def ask(port: int, body: dict) -> tuple[str, float, int]:
@@ -84,9 +98,10 @@ async def ask(port: int, body: dict) -> tuple[str, float, int]:
   content = json.dumps(body).encode()
   reader, writer = await asyncio.open_connection('127.0.0.1', port)
   began, first, lines = time.perf_counter(), 0.0, []
-  writer.write(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n'
-               b'Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s'
-               % (len(content), content))
+  writer.write(
+    b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n'
+    b'Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s' % (len(content), content)
+  )
   status = int((await reader.readline()).split()[1])
   async for line in reader:
     if line.startswith((b'data: {', b'{')):
@@ -140,13 +155,18 @@ class Side:
 
   def row(self, clients: int) -> dict:
     firsts = sorted(1e3 * first for turn in self.turns for first in turn['firsts'])
-    return dict(server=self.name, slots=self.slots, clients=clients,
-                requests=sum(turn['requests'] for turn in self.turns),
-                wrong=sum(turn['wrong'] for turn in self.turns),
-                seconds_a_request=[turn['seconds_a_request'] for turn in self.turns],
-                first_p50_ms=statistics.median(firsts),
-                first_p99_ms=firsts[min(len(firsts) - 1, int(0.99 * len(firsts)))],
-                rss_before=self.before, rss_after=self.worker.resident_bytes())
+    return dict(
+      server=self.name,
+      slots=self.slots,
+      clients=clients,
+      requests=sum(turn['requests'] for turn in self.turns),
+      wrong=sum(turn['wrong'] for turn in self.turns),
+      seconds_a_request=[turn['seconds_a_request'] for turn in self.turns],
+      first_p50_ms=statistics.median(firsts),
+      first_p99_ms=firsts[min(len(firsts) - 1, int(0.99 * len(firsts)))],
+      rss_before=self.before,
+      rss_after=self.worker.resident_bytes(),
+    )
 
 
 def main() -> None:
@@ -161,9 +181,15 @@ def main() -> None:
   from configs import tiny
   from gpt2_jax import tokenizer
   from gpt2_jax.config import GPTConfig
+
   sizes = tiny.get_config().model
-  config = GPTConfig(vocab_size=257, n_positions=sizes.n_positions, n_embd=sizes.n_embd,
-                     n_layer=sizes.n_layer, n_head=sizes.n_head)
+  config = GPTConfig(
+    vocab_size=257,
+    n_positions=sizes.n_positions,
+    n_embd=sizes.n_embd,
+    n_layer=sizes.n_layer,
+    n_head=sizes.n_head,
+  )
   model = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))
   model.tokenizer = tokenizer.load('byte')
   with contextlib.ExitStack() as stack:
@@ -173,23 +199,35 @@ def main() -> None:
     kinds = [('ours', OURS, 1), ('ours', OURS, args.slots)]
     if importlib.util.find_spec('transformers') and importlib.util.find_spec('torch'):
       kinds.append(('transformers', THEIRS, 1))
-    sides = {f'{name}, {slots}': Side(name, slots, stack.enter_context(
-        Worker(code, JAX_PLATFORMS='cpu')), folder) for name, code, slots in kinds}
+    sides = {
+      f'{name}, {slots}': Side(
+        name, slots, stack.enter_context(Worker(code, JAX_PLATFORMS='cpu')), folder
+      )
+      for name, code, slots in kinds
+    }
     one, many, *_ = sides.values()
     if one.texts != many.texts:
       sys.exit(f'the texts of one slot and of {args.slots} differ')
-    seconds = take_turns({name: functools.partial(side.turn, args.clients, args.seconds)
-                          for name, side in sides.items()}, args.repeats)
-    print(f'{"server":14s}{"slots":>5s}{"requests":>9s}{"wrong":>6s}{"req/s":>8s}{"first p50":>11s}'
-          f'{"p99, ms":>9s}{"RSS MiB":>9s}{"after":>7s}   many slots write')
+    seconds = take_turns(
+      {
+        name: functools.partial(side.turn, args.clients, args.seconds) for name, side in sides.items()
+      },
+      args.repeats,
+    )
+    print(
+      f'{"server":14s}{"slots":>5s}{"requests":>9s}{"wrong":>6s}{"req/s":>8s}{"first p50":>11s}'
+      f'{"p99, ms":>9s}{"RSS MiB":>9s}{"after":>7s}   many slots write'
+    )
     ours = list(seconds.values())[1]
     for name, side in sides.items():
       row = side.row(args.clients) | dict(times=ratio(seconds[name], ours))
       rows.append(row)
-      print(f'{side.name:14s}{side.slots:5d}{row["requests"]:9d}{row["wrong"]:6d}'
-            f'{1 / statistics.median(row["seconds_a_request"]):8.1f}{row["first_p50_ms"]:11.0f}'
-            f'{row["first_p99_ms"]:9.0f}{row["rss_before"] >> 20:9d}{row["rss_after"] >> 20:7d}   '
-            '{:.2f} ({:.2f}-{:.2f}) times as much'.format(*row['times']))
+      print(
+        f'{side.name:14s}{side.slots:5d}{row["requests"]:9d}{row["wrong"]:6d}'
+        f'{1 / statistics.median(row["seconds_a_request"]):8.1f}{row["first_p50_ms"]:11.0f}'
+        f'{row["first_p99_ms"]:9.0f}{row["rss_before"] >> 20:9d}{row["rss_after"] >> 20:7d}   '
+        '{:.2f} ({:.2f}-{:.2f}) times as much'.format(*row['times'])
+      )
   if any(row['wrong'] for row in rows):
     sys.exit('answers were wrong')
 

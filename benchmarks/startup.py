@@ -28,10 +28,16 @@ from pathlib import Path
 from benchmarks.common import HUGE_PAGES, report
 
 ROOT = Path(__file__).resolve().parent.parent
-IMPORTS = ('jax', 'gpt2_jax', 'grain, optax, orbax.checkpoint', 'gpt2_jax.training.loop',
-           'gpt2_jax.cli', 'gpt2_jax.pretrained, gpt2_jax.decoding.generate')
+IMPORTS = (
+  'jax',
+  'gpt2_jax',
+  'grain, optax, orbax.checkpoint',
+  'gpt2_jax.training.loop',
+  'gpt2_jax.cli',
+  'gpt2_jax.pretrained, gpt2_jax.decoding.generate',
+)
 # launch.py as it is, which also says when the first step is dispatched, and what JAX's clocks say
-LAUNCH = '''
+LAUNCH = """
 import runpy, sys
 import jax
 sys.argv = sys.argv[1:]
@@ -50,7 +56,7 @@ class Dispatch(jax.profiler.StepTraceAnnotation):
     return super().__enter__()
 jax.profiler.StepTraceAnnotation = Dispatch
 runpy.run_path(sys.argv[0], run_name='__main__')
-'''
+"""
 MARKS = ('model', 'data', 'compiled', 'dispatch', 'step')
 SMALL_BATCH = ('--config.train.global_batch_tokens=1024', '--config.data.sequence_length=256')
 
@@ -59,8 +65,14 @@ def python(*arguments: str, cache: Path | None = None) -> subprocess.Popen:
   env = os.environ | HUGE_PAGES | {'PYTHONPATH': str(ROOT)}
   if cache:
     env['JAX_COMPILATION_CACHE_DIR'] = str(cache)
-  return subprocess.Popen([sys.executable, *arguments], env=env, text=True, cwd=ROOT,
-                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+  return subprocess.Popen(
+    [sys.executable, *arguments],
+    env=env,
+    text=True,
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.DEVNULL,
+  )
 
 
 def importing(modules: str, repeats: int) -> list[float]:
@@ -78,9 +90,17 @@ def start(config: str, flags: tuple[str, ...], cache: Path, folder: str, last: s
   """Seconds until each of MARKS up to `last` is printed, and of JAX's clocks until the dispatch."""
   with tempfile.TemporaryDirectory(dir=folder) as workdir:
     began, found = time.perf_counter(), {}
-    process = python('-c', LAUNCH, 'launch.py', f'--config={config}', f'--workdir={workdir}/run',
-                     f'--config.data.directory={folder}/data', '--config.train.steps=2', *flags,
-                     cache=cache)
+    process = python(
+      '-c',
+      LAUNCH,
+      'launch.py',
+      f'--config={config}',
+      f'--workdir={workdir}/run',
+      f'--config.data.directory={folder}/data',
+      '--config.train.steps=2',
+      *flags,
+      cache=cache,
+    )
     assert process.stdout
     try:
       for line in process.stdout:
@@ -99,8 +119,18 @@ def start(config: str, flags: tuple[str, ...], cache: Path, folder: str, last: s
 
 def first_token(checkpoint: str, cache: Path) -> float:
   began = time.perf_counter()
-  process = python('-m', 'gpt2_jax', 'sample', '--checkpoint', checkpoint, '--prompt', 'Hello',
-                   '--max-new-tokens', '1', cache=cache)
+  process = python(
+    '-m',
+    'gpt2_jax',
+    'sample',
+    '--checkpoint',
+    checkpoint,
+    '--prompt',
+    'Hello',
+    '--max-new-tokens',
+    '1',
+    cache=cache,
+  )
   assert process.stdout
   process.stdout.readline()
   seconds = time.perf_counter() - began
@@ -115,9 +145,11 @@ def save_model(folder: str, size: str) -> None:
 
   import gpt2_jax
   from gpt2_jax import tokenizer
+
   sizes = importlib.import_module(f'configs.{size}').get_config().model
-  config = gpt2_jax.GPTConfig(n_positions=sizes.n_positions, n_embd=sizes.n_embd,
-                              n_layer=sizes.n_layer, n_head=sizes.n_head)
+  config = gpt2_jax.GPTConfig(
+    n_positions=sizes.n_positions, n_embd=sizes.n_embd, n_layer=sizes.n_layer, n_head=sizes.n_head
+  )
   model = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))
   model.tokenizer = tokenizer.load('gpt2')
   gpt2_jax.save_pretrained(model, folder)
@@ -125,8 +157,12 @@ def save_model(folder: str, size: str) -> None:
 
 def main() -> None:
   flags = argparse.ArgumentParser(description=(__doc__ or '').splitlines()[0])
-  flags.add_argument('--parts', nargs='+', default=['imports', 'train', 'sample'],
-                     choices=['imports', 'train', 'sample'])
+  flags.add_argument(
+    '--parts',
+    nargs='+',
+    default=['imports', 'train', 'sample'],
+    choices=['imports', 'train', 'sample'],
+  )
   flags.add_argument('--config', default='small', help='of configs/; tiny, small, …')
   flags.add_argument('--repeats', type=int, default=3, help='of each import and second start')
   flags.add_argument('--json')
@@ -142,25 +178,36 @@ def main() -> None:
     if 'train' in args.parts:
       config = f'configs/{args.config}.py'
       start(config, SMALL_BATCH, Path(folder, 'unused'), folder, 'data')  # makes the store
-      print(f'\n{config:20s}' + ''.join(f'{mark:>10s}' for mark in MARKS) +
-            '   until the dispatch: trace, compile (or read)', flush=True)
-      for batch, extra, last in (('4 x 256', SMALL_BATCH, 'step'), ("its own", (), 'dispatch')):
+      print(
+        f'\n{config:20s}'
+        + ''.join(f'{mark:>10s}' for mark in MARKS)
+        + '   until the dispatch: trace, compile (or read)',
+        flush=True,
+      )
+      for batch, extra, last in (('4 x 256', SMALL_BATCH, 'step'), ('its own', (), 'dispatch')):
         cache = Path(folder, f'cache-{last}')
         for n in range(1 + args.repeats):
           found = start(config, extra, cache, folder, last)
           which = 'second' if n else 'first'
           rows.append(dict(what='train', config=config, batch=batch, start=which, seconds=found))
-          print(f'{batch:9s}{which:11s}' + ''.join(
-              f'{found[mark]:10.2f}' if mark in found else f'{"":10s}' for mark in MARKS) +
-              f'{found["trace"]:10.2f}{found["compile"]:10.2f} ({found["cache"]:.2f})', flush=True)
+          print(
+            f'{batch:9s}{which:11s}'
+            + ''.join(f'{found[mark]:10.2f}' if mark in found else f'{"":10s}' for mark in MARKS)
+            + f'{found["trace"]:10.2f}{found["compile"]:10.2f} ({found["cache"]:.2f})',
+            flush=True,
+          )
     if 'sample' in args.parts:
       save_model(f'{folder}/model', args.config)
       for n in range(1 + args.repeats):
         seconds = first_token(f'{folder}/model', Path(folder, 'cache-sample'))
-        rows.append(dict(what='sample', config=args.config, start='second' if n else 'first',
-                         seconds=seconds))
-        print(f'{"" if n else chr(10)}gpt2-jax sample: {seconds:.2f} s to the first token, '
-              f'{rows[-1]["start"]} start', flush=True)
+        rows.append(
+          dict(what='sample', config=args.config, start='second' if n else 'first', seconds=seconds)
+        )
+        print(
+          f'{"" if n else chr(10)}gpt2-jax sample: {seconds:.2f} s to the first token, '
+          f'{rows[-1]["start"]} start',
+          flush=True,
+        )
 
 
 if __name__ == '__main__':

@@ -20,7 +20,7 @@ import statistics
 
 from benchmarks.common import HUGE_PAGES, Failed, Worker, gemm_rate, ratio, report, take_turns
 
-OURS = '''
+OURS = """
 import importlib, jax, numpy as np
 from gpt2_jax.training.plan import make_plan
 state = step = tokens = None
@@ -48,8 +48,8 @@ def run(steps, **asked):
   memory = jax.devices()[0].memory_stats() or {}
   return {'seconds': (time.perf_counter() - began) / steps, 'loss': loss,
           'bytes': memory.get('peak_bytes_in_use')}
-'''
-THEIRS = '''
+"""
+THEIRS = """
 import torch, transformers
 torch.set_num_threads(threads)
 transformers.logging.set_verbosity_error()
@@ -85,12 +85,13 @@ def run(steps, **asked):
   sync()
   return {'seconds': (time.perf_counter() - began) / steps, 'loss': loss,
           'bytes': torch.cuda.max_memory_allocated() if device == 'cuda' else None}
-'''
+"""
 MODES = {'eager': ('eager', False), 'sdpa': ('sdpa', False), 'sdpa+compile': ('sdpa', True)}
 
 
 def sizes_of(name: str) -> dict:
   from configs import large, medium, small, xl
+
   model = {'small': small, 'medium': medium, 'large': large, 'xl': xl}[name].get_config().model
   return {key: model[key] for key in ('n_positions', 'n_embd', 'n_layer', 'n_head')}
 
@@ -100,9 +101,9 @@ def measure(size: str, R: int, T: int, dtype: str, modes, repeats: int, steps: i
   asked = {'rows': R, 'T': T, 'dtype': dtype}
   sides, peak = {}, {}
   with contextlib.ExitStack() as stack:
+
     def add(name: str, code: str, **setup):
-      worker = stack.enter_context(
-          Worker(code, **HUGE_PAGES, XLA_PYTHON_CLIENT_PREALLOCATE='false'))
+      worker = stack.enter_context(Worker(code, **HUGE_PAGES, XLA_PYTHON_CLIENT_PREALLOCATE='false'))
       worker.ask(steps=1, **asked, **setup)  # compiles
       if (first := worker.ask(steps=1)['seconds']) > limit:
         worker.stop()
@@ -113,6 +114,7 @@ def measure(size: str, R: int, T: int, dtype: str, modes, repeats: int, steps: i
         answer = worker.ask(steps=steps)
         peak[name] = answer['bytes'] or worker.peak_bytes()
         return answer['seconds']
+
       sides[name] = turn
 
     for name in ('gpt2_jax', *modes):
@@ -144,19 +146,31 @@ def main() -> None:
   from gpt2_jax.config import GPTConfig
   from gpt2_jax.counts import flops_per_token
   from gpt2_jax.hardware import peak_flops
+
   device = jax.devices()[0].device_kind
   peak_rate = peak_flops(device)
-  print(f'{"size":7s}{"shape":>8s} {"dtype":9s}{"side":14s}{"tokens/s":>10s}{"step, ms":>10s}'
-        f'{"spread":>16s}{"GB":>7s}{"of GEMM":>9s}{"MFU":>7s}  ours is faster by', flush=True)
+  print(
+    f'{"size":7s}{"shape":>8s} {"dtype":9s}{"side":14s}{"tokens/s":>10s}{"step, ms":>10s}'
+    f'{"spread":>16s}{"GB":>7s}{"of GEMM":>9s}{"MFU":>7s}  ours is faster by',
+    flush=True,
+  )
   with report(args.json) as rows:
     for size, shape, dtype in itertools.product(args.sizes, args.shapes, args.dtypes):
       R, T = map(int, shape.split('x'))
       flops = R * T * flops_per_token(GPTConfig(**sizes_of(size)), T)
       rate, ours = gemm_rate(dtype), None
       for side, seconds, peak in measure(
-          size, R, T, dtype, args.modes, args.repeats, args.steps, args.limit):
-        row = {'size': size, 'rows': R, 'T': T, 'dtype': dtype, 'side': side, 'device': device,
-               'gemm_flops_per_second': rate}
+        size, R, T, dtype, args.modes, args.repeats, args.steps, args.limit
+      ):
+        row = {
+          'size': size,
+          'rows': R,
+          'T': T,
+          'dtype': dtype,
+          'side': side,
+          'device': device,
+          'gemm_flops_per_second': rate,
+        }
         rows.append(row)
         line = f'{size:7s}{shape:>8s} {dtype:9s}{side:14s}'
         if isinstance(seconds, str):
@@ -164,11 +178,18 @@ def main() -> None:
           print(line + seconds, flush=True)
           continue
         s = statistics.median(seconds)
-        row |= {'seconds': seconds, 'tokens_per_second': R * T / s, 'peak_bytes': peak,
-                'of_gemm_rate': flops / s / rate, 'mfu': peak_rate and flops / s / peak_rate}
-        line += (f'{R * T / s:10,.0f}{s * 1e3:10,.0f}'
-                 f'{f"{min(seconds) * 1e3:,.0f}–{max(seconds) * 1e3:,.0f}":>16s}{peak / 1e9:7.1f}'
-                 f'{row["of_gemm_rate"]:9.1%}' + (f'{row["mfu"]:7.1%}' if peak_rate else '      –'))
+        row |= {
+          'seconds': seconds,
+          'tokens_per_second': R * T / s,
+          'peak_bytes': peak,
+          'of_gemm_rate': flops / s / rate,
+          'mfu': peak_rate and flops / s / peak_rate,
+        }
+        line += (
+          f'{R * T / s:10,.0f}{s * 1e3:10,.0f}'
+          f'{f"{min(seconds) * 1e3:,.0f}–{max(seconds) * 1e3:,.0f}":>16s}{peak / 1e9:7.1f}'
+          f'{row["of_gemm_rate"]:9.1%}' + (f'{row["mfu"]:7.1%}' if peak_rate else '      –')
+        )
         if side == 'gpt2_jax':
           ours = seconds
         elif ours:

@@ -22,7 +22,8 @@ def get_config() -> ConfigDict:
   config.deterministic = False
 
   # The model. Names and values are Hugging Face's; these are GPT-2 124M's.
-  config.model = ConfigDict(dict(
+  config.model = ConfigDict(
+    dict(
       vocab_size=placeholder(int),  # default: the tokenizer's
       n_positions=1024,  # context; of a new model no more than data.sequence_length
       n_embd=768,
@@ -49,10 +50,12 @@ def get_config() -> ConfigDict:
       attention='auto',  # cudnn on GPUs, splash on TPUs, blocks on CPUs, where they can; else xla
       reduce_dtype='float32',  # of gradients while they are summed over devices, or bfloat16
       head='lm',  # or sequence_classification
-  ))
+    )
+  )
 
   # The text.
-  config.data = ConfigDict(dict(
+  config.data = ConfigDict(
+    dict(
       corpus='stdlib',  # stdlib, text:PATTERN, tfds:NAME, bin:FOLDER
       tokenizer=placeholder(str),  # gpt2, bpe:N, byte, or a folder; default: init_from's, or gpt2
       special=False,  # the text of a special token, <|endoftext|> perhaps, is the token
@@ -65,18 +68,22 @@ def get_config() -> ConfigDict:
       split_seed=0,
       sequence_length=placeholder(int),  # tokens a row; default n_positions
       document_mask=False,  # a token sees its own document alone, not those before it in the row
-  ))
+    )
+  )
 
   # Adapters that are trained in place of the weights (LoRA, arXiv:2106.09685). Names are PEFT's.
-  config.lora = ConfigDict(dict(
+  config.lora = ConfigDict(
+    dict(
       r=0,  # rank; 0: none, all parameters are trained
       alpha=16.0,  # the adapters' product is scaled by alpha / r
       target_modules=('c_attn',),  # of c_attn, c_proj, c_fc, or one of them: mlp.c_proj
       dropout=0.0,  # of the adapters' input
-  ))
+    )
+  )
 
   # AdamW as in GPT-3's paper (arXiv:2005.14165, appendix B), nanoGPT and llm.c.
-  config.optim = ConfigDict(dict(
+  config.optim = ConfigDict(
+    dict(
       peak_lr=6e-4,
       schedule='cosine',  # cosine, linear, wsd, constant
       warmup_steps=700,
@@ -91,53 +98,66 @@ def get_config() -> ConfigDict:
       weight_decay=0.1,  # of matrices and embeddings, not of biases and layer norms
       clip_norm=1.0,  # global norm of the gradient; 0: no clipping
       skip_zscore=0.0,  # steps whose log gradient norm is so many standard deviations above its usual
-                        # value, or not finite, are not taken; 6 is rare without a cause; 0: off
+      # value, or not finite, are not taken; 6 is rare without a cause; 0: off
       skip_warmup=100,  # steps to know the usual norm by, before any is judged
       ema_decay=0.0,  # moving average of the parameters, for evaluation and samples; 0: off
-  ))
+    )
+  )
 
-  config.train = ConfigDict(dict(
+  config.train = ConfigDict(
+    dict(
       steps=600_000,
       seed=0,  # of the initial weights, the order of the data, dropout and the sample
       global_batch_tokens=2**19,  # tokens an update: part of the recipe, whatever the hardware
       micro_batch_rows=placeholder(int),  # rows a device at a time; default: what fits its memory
       compiler_options='',  # XLA's, for the step: 'xla_gpu_enable_triton_gemm=false …'; docs/gpu.md
-  ))
+    )
+  )
 
-  config.checkpoint = ConfigDict(dict(
+  config.checkpoint = ConfigDict(
+    dict(
       every=1000,  # steps
       keep=2,  # the newest ones, and the one that is offered (evaluate.patience)
       keep_every=0,  # steps: those of its multiples are kept too; 0: none
       keep_best=0,  # of the evaluated ones, so many with the lowest held-out loss are kept too
-  ))
+    )
+  )
 
   # Sizes of the mesh's axes; one of them may be -1: what the others leave. data: batch split; fsdp:
   # batch and parameters split; seq: positions split; tensor: heads, MLP and vocabulary split.
-  config.mesh = ConfigDict(dict(
+  config.mesh = ConfigDict(
+    dict(
       data=placeholder(int),  # default: what fsdp leaves
       fsdp=-1,  # with data's default: as few as hold the state in a quarter of a device's memory
       seq=1,  # for rows too long for one device
       tensor=1,
       slices_over='data',  # the axis that crosses the network between TPU slices, or fsdp
-  ))
+    )
+  )
 
-  config.evaluate = ConfigDict(dict(
+  config.evaluate = ConfigDict(
+    dict(
       every=1000,  # steps; always the whole held-out split
       batch_rows=placeholder(int),  # default: as a micro-batch
       patience=0,  # stop after so many evaluations without a lower loss, offer the best; 0: go on
-  ))
+    )
+  )
 
   # A trace of the host and the devices for TensorBoard or XProf, in workdir/profile.
-  config.profile = ConfigDict(dict(
-      steps=(0, 0),  # from this step, as metrics.jsonl counts, up to that one, which is not traced
-  ))
+  config.profile = ConfigDict(
+    dict(
+      steps=(0, 0)  # from this step, as metrics.jsonl counts, up to that one, which is not traced
+    )
+  )
 
-  config.log = ConfigDict(dict(
+  config.log = ConfigDict(
+    dict(
       tensorboard=True,
       straggler_every=100,  # steps from one comparison of several hosts to the next; 0: never
       sample_prompt='\n',  # of the sample at the end
       sample_tokens=128,
       sample_temperature=0.8,
       sample_top_k=200,
-  ))
+    )
+  )
   return config

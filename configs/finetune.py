@@ -42,8 +42,9 @@ def get_config(recipe: str = 'full'):
   config.model.n_positions = placeholder(int)  # a larger one: see init_positions in base.py
   config.model.update(embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1)
   config.data.update(val_fraction=0.05, split='tail')
-  config.optim.update(peak_lr=2e-5, warmup_steps=50, weight_decay=0.01, schedule='linear',
-                      end_lr_fraction=0.0, b2=0.999)
+  config.optim.update(
+    peak_lr=2e-5, warmup_steps=50, weight_decay=0.01, schedule='linear', end_lr_fraction=0.0, b2=0.999
+  )
   config.train.update(steps=1000, global_batch_tokens=8 * 1024)
   config.evaluate.update(every=50, patience=3)
   config.checkpoint.every = 50

@@ -47,8 +47,9 @@ def fineweb(config):
 
 
 def shakespeare(config):
-  config.data.update(corpus='text:data/shakespeare.txt', split='tail', val_fraction=0.1,
-                     sequence_length=256)
+  config.data.update(
+    corpus='text:data/shakespeare.txt', split='tail', val_fraction=0.1, sequence_length=256
+  )
   config.model.update(embd_pdrop=0.2, attn_pdrop=0.2, resid_pdrop=0.2)
   config.train.update(steps=2000, global_batch_tokens=64 * 256)
   config.optim.warmup_steps = 100
@@ -56,8 +57,12 @@ def shakespeare(config):
   config.log.sample_prompt = 'ROMEO:\n'
 
 
-RECIPES = {'stdlib': stdlib, 'openwebtext': openwebtext, 'fineweb': fineweb,
-           'shakespeare': shakespeare}
+RECIPES = {
+  'stdlib': stdlib,
+  'openwebtext': openwebtext,
+  'fineweb': fineweb,
+  'shakespeare': shakespeare,
+}
 
 
 def apply(config, recipe: str) -> None:

@@ -27,8 +27,10 @@ DONE = 'document.querySelectorAll("#choices li").length === 3 && !document.query
 def playground(page, scheme: str) -> None:
   """Light: continuations to choose from; dark: tokens and the alternatives of one."""
   page.goto('/')
-  page.evaluate('sessionStorage.setItem("gpt2_jax.settings", JSON.stringify({face: "mono", seed: 11, '
-                'fixed: true, temperature: 0.7, length: 20}))')
+  page.evaluate(
+    'sessionStorage.setItem("gpt2_jax.settings", JSON.stringify({face: "mono", seed: 11, '
+    'fixed: true, temperature: 0.7, length: 20}))'
+  )
   page.reload()
   page.fill('#text', START)
   page.focus('#text')
@@ -60,8 +62,9 @@ def main(workdir: str) -> None:
   with serve(models) as running, sync_playwright() as playwright:
     browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
     for scheme in ('light', 'dark'):
-      context = browser.new_context(base_url=running.url, color_scheme=scheme,
-                                    viewport={'width': 1280, 'height': 720})
+      context = browser.new_context(
+        base_url=running.url, color_scheme=scheme, viewport={'width': 1280, 'height': 720}
+      )
       playground(context.new_page(), scheme)
       attention(context.new_page(), scheme)
     browser.close()

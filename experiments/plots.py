@@ -44,12 +44,26 @@ def label_ends(axes) -> None:
       if overlap > 0:
         places[i], places[i + 1] = places[i] - overlap / 2, places[i + 1] + overlap / 2
   for line, place in zip(lines, places):
-    axes.text(1.02, place, line.get_label(), transform=axes.transAxes, color=line.get_color(),
-              va='center', fontsize=9)
+    axes.text(
+      1.02,
+      place,
+      line.get_label(),
+      transform=axes.transAxes,
+      color=line.get_color(),
+      va='center',
+      fontsize=9,
+    )
 
 
-def line(axes, x: Sequence[float], y: Sequence[float], label: str | None = None, *,
-         error: Sequence[float] | None = None, **style) -> None:
+def line(
+  axes,
+  x: Sequence[float],
+  y: Sequence[float],
+  label: str | None = None,
+  *,
+  error: Sequence[float] | None = None,
+  **style,
+) -> None:
   """A line of points with error bars; its label will stand at its end."""
   drawn = axes.errorbar(x, y, yerr=error, marker='o', markersize=4, linewidth=1.4, capsize=2, **style)
   drawn[0].set_label(label or '_')
@@ -65,12 +79,27 @@ def dots(axes, found, names: Sequence[str]) -> None:
   """A column of dots for each group, a seed each, with its mean and the mean's 95 % interval."""
   for i, group in enumerate(found):
     colour = COLOURS[i % len(COLOURS)]
-    axes.plot([i] * len(group.values), [*group.values.values()], 'o', color=colour, alpha=0.45,
-              markersize=5)
-    axes.errorbar(i + 0.12, group.summary.mean, group.summary.half_width, fmt='D', color=colour,
-                  markersize=5, capsize=3)
-    axes.annotate(f'{group.summary.mean:.4f}', (i + 0.12, group.summary.mean), xytext=(8, 0),
-                  textcoords='offset points', va='center', color=colour, fontsize=9)
+    axes.plot(
+      [i] * len(group.values), [*group.values.values()], 'o', color=colour, alpha=0.45, markersize=5
+    )
+    axes.errorbar(
+      i + 0.12,
+      group.summary.mean,
+      group.summary.half_width,
+      fmt='D',
+      color=colour,
+      markersize=5,
+      capsize=3,
+    )
+    axes.annotate(
+      f'{group.summary.mean:.4f}',
+      (i + 0.12, group.summary.mean),
+      xytext=(8, 0),
+      textcoords='offset points',
+      va='center',
+      color=colour,
+      fontsize=9,
+    )
   ticks(axes, range(len(found)), names)
   axes.set_xlim(-0.5, len(found) - 0.2)
   axes.set_ylabel('held-out loss (nats a byte)')

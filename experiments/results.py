@@ -50,8 +50,10 @@ class Group:
 
   def against(self, other: 'Group') -> stats.Paired:
     if self.values.keys() != other.values.keys():
-      raise UserError(f'{self.settings} and {other.settings} have other seeds: '
-                      f'{[*self.values]}, {[*other.values]}. Pairs need the same ones.')
+      raise UserError(
+        f'{self.settings} and {other.settings} have other seeds: '
+        f'{[*self.values]}, {[*other.values]}. Pairs need the same ones.'
+      )
     return stats.paired([*self.values.values()], [other.values[seed] for seed in self.values])
 
 
@@ -84,16 +86,24 @@ def p_value(p: float) -> str:
   return '–' if math.isnan(p) else '< 0.001' if p < 0.001 else f'{p:.3f}'
 
 
-def table(found: Sequence[Group], baseline: sweeps.Point | None = None,
-          name: str = 'held-out loss') -> str:
+def table(
+  found: Sequence[Group], baseline: sweeps.Point | None = None, name: str = 'held-out loss'
+) -> str:
   """Mean, standard deviation and 95 % interval of each group; with a baseline (settings of one of
   them) each one's difference from it, with its interval and its p-value (paired t, Holm).
   """
   keys = [*found[0].settings] or ['']
   head = [*keys, 'seeds', f'{name}, mean', 'standard deviation', '95 % interval']
-  columns = [[*(show(g.settings[k]) if k else 'all' for k in keys), g.summary.n,
-              number(g.summary.mean), number(g.summary.deviation),
-              f'± {number(g.summary.half_width)}'] for g in found]
+  columns = [
+    [
+      *(show(g.settings[k]) if k else 'all' for k in keys),
+      g.summary.n,
+      number(g.summary.mean),
+      number(g.summary.deviation),
+      f'± {number(g.summary.half_width)}',
+    ]
+    for g in found
+  ]
   if baseline is not None:
     base = next(g for g in found if g.settings == baseline)
     others = [g for g in found if g is not base]
@@ -116,11 +126,14 @@ def provenance(name: str, runs: Sequence[Run]) -> str:
   distinct = lambda key: ', '.join(dict.fromkeys(str(key(start)) for start in starts))
   versions = distinct(lambda s: f'Python {s["python"]}, jax {s["versions"]["jax"]}')
   minutes = sum(run.seconds for run in runs) / 60
-  return (f'`python experiments/run.py {name}`: {len(runs)} runs, {minutes:.1f} minutes of them in '
-          f'all, {min(s["time"] for s in starts)[:10]}, on {distinct(lambda s: s["processor"])} '
-          f'(shared with other work); {versions}; '
-          f'commit {distinct(lambda s: (s["git_commit"] or "unknown")[:12])}'
-          + ' (with changes)' * any('dirty' in (s['git_commit'] or '') for s in starts) + '.')
+  return (
+    f'`python experiments/run.py {name}`: {len(runs)} runs, {minutes:.1f} minutes of them in '
+    f'all, {min(s["time"] for s in starts)[:10]}, on {distinct(lambda s: s["processor"])} '
+    f'(shared with other work); {versions}; '
+    f'commit {distinct(lambda s: (s["git_commit"] or "unknown")[:12])}'
+    + ' (with changes)' * any('dirty' in (s['git_commit'] or '') for s in starts)
+    + '.'
+  )
 
 
 def write(folder: Path, name: str, runs: Sequence[Run], report: Callable) -> None:
@@ -133,6 +146,7 @@ def write(folder: Path, name: str, runs: Sequence[Run], report: Callable) -> Non
     report: `(runs, axes) -> blocks of Markdown`; draws onto the axes.
   """
   from experiments import plots
+
   readme = folder / 'README.md'
   text = readme.read_text()
   if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
@@ -140,6 +154,6 @@ def write(folder: Path, name: str, runs: Sequence[Run], report: Callable) -> Non
   figure, axes = plots.figure()
   blocks = report(list(runs), axes)
   plots.save(figure, folder / f'{name}.png')
-  before, after = text[:text.index(BEGIN)], text[text.index(END):]
+  before, after = text[: text.index(BEGIN)], text[text.index(END) :]
   body = '\n\n'.join([BEGIN, *blocks, f'![{name}]({name}.png)', provenance(name, runs), ''])
   write_whole(readme, before + body + after)

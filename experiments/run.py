@@ -70,8 +70,13 @@ class Task:
   @property
   def command(self) -> list[str]:
     knobs = [f'--config.{key}={value}' for key, value in self.point.items() if key not in sweeps.HOW]
-    return [sys.executable, 'launch.py', f'--config={self.config}', f'--workdir={self.folder}',
-            *knobs]
+    return [
+      sys.executable,
+      'launch.py',
+      f'--config={self.config}',
+      f'--workdir={self.folder}',
+      *knobs,
+    ]
 
   def execute(self) -> int:
     """Runs it to its end; returns an exit status."""
@@ -79,8 +84,9 @@ class Task:
     record.write_json(self.folder / 'overrides.json', self.point | {'config': self.config})
     env = dict(os.environ)
     if devices := self.point.get('run.devices'):
-      env['XLA_FLAGS'] = (f'{env.get("XLA_FLAGS", "")} '
-                          f'--xla_force_host_platform_device_count={devices}').strip()
+      env['XLA_FLAGS'] = (
+        f'{env.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count={devices}'
+      ).strip()
     for step in [*self.point.get('run.kill_at', ()), None]:
       if step is None or len(metrics.read(self.folder)) < step:
         with open(self.folder / LOG, 'a') as log:
@@ -135,7 +141,8 @@ class Submitted:
     except ImportError as e:
       raise UserError('--submitit needs the package submitit: pip install "gpt2_jax[sweep]".') from e
     os.environ['PYTHONPATH'] = os.pathsep.join(
-        [str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])])  # jobs import this module
+      [str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]
+    )  # jobs import this module
     known = {}
     for parameter in parameters:
       name, equals, value = parameter.partition('=')
@@ -158,8 +165,10 @@ class Submitted:
 def run_all(name: str, todo: list[Task], total: int, k: int, execute=Task.execute) -> list[str]:
   """Runs tasks, k at once; returns what is to be said of those that failed."""
   failures = []
-  with track(name, total, 'runs', done=total - len(todo)) as advance, \
-       concurrent.futures.ThreadPoolExecutor(k) as pool:
+  with (
+    track(name, total, 'runs', done=total - len(todo)) as advance,
+    concurrent.futures.ThreadPoolExecutor(k) as pool,
+  ):
     futures = {pool.submit(execute, task): task for task in todo}
     try:
       for future in concurrent.futures.as_completed(futures):
@@ -200,8 +209,10 @@ class Run:
       return
     execute = Submitted(*self.submitit) if self.submitit else Task.execute
     if failures := run_all(self.name, todo, len(all_tasks), self.k, execute):
-      raise UserError(f'{len(failures)} of {len(all_tasks)} runs failed; the same command tries them '
-                      'again. The ends of their logs:\n' + '\n'.join(failures))
+      raise UserError(
+        f'{len(failures)} of {len(all_tasks)} runs failed; the same command tries them '
+        'again. The ends of their logs:\n' + '\n'.join(failures)
+      )
     folder = ROOT / 'experiments' / self.name
     runs = [results.Run.read(task.point, task.folder) for task in all_tasks]
     results.write(folder, self.name, runs, sweep.report)

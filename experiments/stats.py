@@ -63,8 +63,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
   """
   order = np.argsort(p_values)
   adjusted = np.empty(len(p_values))
-  adjusted[order] = np.minimum(1, np.maximum.accumulate(
-      np.asarray(p_values)[order] * np.arange(len(p_values), 0, -1)))
+  adjusted[order] = np.minimum(
+    1, np.maximum.accumulate(np.asarray(p_values)[order] * np.arange(len(p_values), 0, -1))
+  )
   return adjusted.tolist()
 
 
@@ -77,7 +78,7 @@ class PowerLaw:
   scale: float
 
   def __call__(self, x):
-    return self.scale * np.asarray(x, float)**-self.exponent
+    return self.scale * np.asarray(x, float) ** -self.exponent
 
 
 def power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:

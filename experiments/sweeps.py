@@ -31,8 +31,11 @@ def grid(axes: Axes) -> list[Point]:
 def zip(axes: Axes) -> list[Point]:
   """The first values together, then the second ones, …; all keys have as many."""
   if len({len(values) for values in axes.values()}) > 1:
-    raise UserError('zip: each key needs as many values as the others, not ' + ', '.join(
-        f'{len(values)} of {key}' for key, values in axes.items()) + '.')
+    raise UserError(
+      'zip: each key needs as many values as the others, not '
+      + ', '.join(f'{len(values)} of {key}' for key, values in axes.items())
+      + '.'
+    )
   return [dict(builtins.zip(axes, values)) for values in builtins.zip(*axes.values())]
 
 

@@ -39,20 +39,22 @@ class Blocks:
     if len(self.parts) == 1:
       return [product(self.parts[0], *(other[0] for other in others))]
     nothing = lambda *args: jnp.zeros_like(jax.eval_shape(product, *args))
-    return [jax.lax.cond(x < self.used, product, nothing, *args)
-            for x, args in enumerate(zip(self.parts, *others))]
+    return [
+      jax.lax.cond(x < self.used, product, nothing, *args)
+      for x, args in enumerate(zip(self.parts, *others))
+    ]
 
 
 def attention(
-    q_BTNH: jax.Array,
-    k_BSNH: jax.Array | Blocks,
-    v_BSNH: jax.Array | Blocks,
-    mask_BTS: jax.Array,
-    *,
-    scale: jax.Array | float,
-    upcast: bool = False,
-    drop: Callable[[jax.Array], jax.Array] | None = None,
-    precision: str | None = None,
+  q_BTNH: jax.Array,
+  k_BSNH: jax.Array | Blocks,
+  v_BSNH: jax.Array | Blocks,
+  mask_BTS: jax.Array,
+  *,
+  scale: jax.Array | float,
+  upcast: bool = False,
+  drop: Callable[[jax.Array], jax.Array] | None = None,
+  precision: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """softmax(scale · q kᵀ) v, with the softmax in float32.
 
@@ -77,8 +79,13 @@ def attention(
 
   def score(k_BNSH):
     if upcast:
-      return _product('BNTH,BNSH->BNTS', q_BNTH.astype(jnp.float32), k_BNSH.astype(jnp.float32),
-                      'highest', jnp.float32)
+      return _product(
+        'BNTH,BNSH->BNTS',
+        q_BNTH.astype(jnp.float32),
+        k_BNSH.astype(jnp.float32),
+        'highest',
+        jnp.float32,
+      )
     return _product('BNTH,BNSH->BNTS', q_BNTH, k_BNSH, precision, jnp.float32)
 
   def attend(v_BNSH, weights_BNTS):

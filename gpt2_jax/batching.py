@@ -15,8 +15,15 @@ from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError, brief
 from gpt2_jax.tokenizer import Tokenizer
 
-Texts = (str | Sequence[int] | Sequence[str | Sequence[int]] | np.ndarray | jax.Array
-         | Sequence[np.ndarray] | Sequence[jax.Array])
+Texts = (
+  str
+  | Sequence[int]
+  | Sequence[str | Sequence[int]]
+  | np.ndarray
+  | jax.Array
+  | Sequence[np.ndarray]
+  | Sequence[jax.Array]
+)
 
 
 def bucket(n: int, most: int, least: int = 16) -> int:
@@ -33,8 +40,10 @@ def say_once(text: str) -> None:
 def special_note(tokenizer: Tokenizer, text: str) -> str | None:
   """What is to be said of a text that is read without its special tokens; None: it has none."""
   found = tokenizer.special_in(text)
-  return found and (f'note: {brief(found)} in a prompt is read as text. To have the special token, '
-                    'say so: --special, allow_special=True, or give ids.')
+  return found and (
+    f'note: {brief(found)} in a prompt is read as text. To have the special token, '
+    'say so: --special, allow_special=True, or give ids.'
+  )
 
 
 def _is_id(value: Any) -> bool:
@@ -52,12 +61,18 @@ def _ids(number: int, prompt: Any) -> list[int]:
     return [operator.index(token) for token in prompt]
   except TypeError:
     raise UserError(
-        f'prompt {number} = {brief(prompt)} is neither a text nor a list of ids.') from None
+      f'prompt {number} = {brief(prompt)} is neither a text nor a list of ids.'
+    ) from None
 
 
 def encode(
-    texts: Texts, tokenizer: Tokenizer | None, config: GPTConfig, *, room: int = 0,
-    allow_special: bool = False) -> list[list[int]]:
+  texts: Texts,
+  tokenizer: Tokenizer | None,
+  config: GPTConfig,
+  *,
+  room: int = 0,
+  allow_special: bool = False,
+) -> list[list[int]]:
   """Ids of a text, of texts, of ids or of lists of ids. An empty text becomes the end-of-text id.
 
   Args:
@@ -88,15 +103,20 @@ def encode(
         raise UserError(f'prompt {i} has no ids: begin with the end-of-text id for a free text.')
     bad = next((token for token in ids if not 0 <= token < config.vocab_size), None)
     if bad is not None:
-      raise UserError(f'prompt {i} holds token id {brief(bad)}, but the vocabulary has '
-                      f'{config.vocab_size} ids.')
+      raise UserError(
+        f'prompt {i} holds token id {brief(bad)}, but the vocabulary has {config.vocab_size} ids.'
+      )
     if config.n_positions <= room:
-      raise UserError(f'a model of n_positions = {config.n_positions} has no place for a token after '
-                      'another: it can\'t write. Features and scores it can give.')
+      raise UserError(
+        f'a model of n_positions = {config.n_positions} has no place for a token after '
+        "another: it can't write. Features and scores it can give."
+      )
     if len(ids) + room > config.n_positions:
-      raise UserError(f'prompt {i} has {len(ids)} tokens; the model\'s context of '
-                      f'{config.n_positions} (n_positions) has no room for '
-                      f'{"more" if room else "them"}. Shorten it.')
+      raise UserError(
+        f"prompt {i} has {len(ids)} tokens; the model's context of "
+        f'{config.n_positions} (n_positions) has no room for '
+        f'{"more" if room else "them"}. Shorten it.'
+      )
     rows.append(ids)
   if not rows:
     raise UserError('there is no prompt.')
@@ -108,7 +128,7 @@ def pad(rows: Sequence[Sequence[int]], most: int) -> tuple[np.ndarray, np.ndarra
   lengths_B = np.array([len(ids) for ids in rows], np.int32)
   padded_BP = np.zeros((len(rows), bucket(int(lengths_B.max()), most)), np.int32)
   for row, ids in zip(padded_BP, rows):
-    row[:len(ids)] = ids
+    row[: len(ids)] = ids
   return padded_BP, lengths_B
 
 

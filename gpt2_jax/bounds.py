@@ -58,7 +58,7 @@ def plain(value: Any) -> Any:
 
 def shortened(text: str, most: int = 500) -> str:
   """A message of others', cut in the middle where it repeats a long value."""
-  return text if len(text) <= most else f'{text[:most - 100]} … {text[-80:]}'
+  return text if len(text) <= most else f'{text[: most - 100]} … {text[-80:]}'
 
 
 def _demand(holds: bool) -> None:
@@ -96,7 +96,7 @@ class Float(Kind):
 
   @property
   def says(self) -> str:
-    return (f'lie in {"[("[self.open_low]}{self.low:g}, {self.high:g}{"])"[self.open_high]}')
+    return f'lie in {"[("[self.open_low]}{self.low:g}, {self.high:g}{"])"[self.open_high]}'
 
   def take(self, value: Any) -> float:
     value = plain(value)

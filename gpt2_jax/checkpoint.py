@@ -34,9 +34,11 @@ VERSION = 2  # from 2 on none is without a manifest
 # Orbax logs a background thread's exception with its traceback, and then raises it in ours as well;
 # of its other tasks asyncio says that nobody has asked how they ended, or that they ended too late.
 logging.getLogger('absl').addFilter(
-    lambda record: not (record.exc_info and 'orbax' in record.pathname))
+  lambda record: not (record.exc_info and 'orbax' in record.pathname)
+)
 logging.getLogger('asyncio').addFilter(
-    lambda record: 'exception was never retrieved' not in record.getMessage())
+  lambda record: 'exception was never retrieved' not in record.getMessage()
+)
 
 
 def _unraisable(unraisable, *, hook=sys.unraisablehook) -> None:
@@ -52,14 +54,19 @@ def _of_step(step: int) -> str:
 
 
 def _shapes(tree: Any) -> dict[str, str]:
-  return {jax.tree_util.keystr(path, simple=True, separator='.'): f'{leaf.dtype}{[*leaf.shape]}'
-          for path, leaf in jax.tree.leaves_with_path(tree)}
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='.'): f'{leaf.dtype}{[*leaf.shape]}'
+    for path, leaf in jax.tree.leaves_with_path(tree)
+  }
 
 
 def difference(have: dict, want: dict) -> str:
   """What two flat dicts differ in, a line each: the first 12 lines."""
-  lines = [f'  {key}: {have.get(key, "absent")} there, {want.get(key, "absent")} here'
-           for key in sorted(have.keys() | want.keys()) if have.get(key) != want.get(key)]
+  lines = [
+    f'  {key}: {have.get(key, "absent")} there, {want.get(key, "absent")} here'
+    for key in sorted(have.keys() | want.keys())
+    if have.get(key) != want.get(key)
+  ]
   return '\n'.join(lines[:12] + [f'  … and {len(lines) - 12} more'] * (len(lines) > 12))
 
 
@@ -73,11 +80,10 @@ class _Best(ocp.checkpoint_managers.PreservationPolicy):
   def should_preserve(self, checkpoints, *, context):
     steps = [checkpoint.step for checkpoint in checkpoints]
     ranked = sorted((step for step in steps if step in self.losses), key=lambda s: self.losses[s])
-    return [step == self.step or step in ranked[:self.count] for step in steps]
+    return [step == self.step or step in ranked[: self.count] for step in steps]
 
 
 class _Manager(ocp.CheckpointManager):
-
   def reached_preemption(self, step: int) -> bool:
     """Never: `StopSignal` asks JAX, counting its questions, and one from here would upset that."""
     return False
@@ -92,8 +98,9 @@ class _Manager(ocp.CheckpointManager):
 class Checkpoints:
   """The checkpoints of a workdir."""
 
-  def __init__(self, workdir: str | Path, keep: int | None = None, keep_every: int = 0,
-               keep_best: int = 0):
+  def __init__(
+    self, workdir: str | Path, keep: int | None = None, keep_every: int = 0, keep_best: int = 0
+  ):
     """
     Args:
       workdir: of the run.
@@ -107,10 +114,16 @@ class Checkpoints:
     policies = [managers.LatestN(keep), self._best]
     if keep_every:
       policies.append(managers.EveryNSteps(keep_every))
-    self._manager = _Manager(self.path, options=ocp.CheckpointManagerOptions(
+    self._manager = _Manager(
+      self.path,
+      options=ocp.CheckpointManagerOptions(
         preservation_policy=managers.AnyPreservationPolicy(policies) if self._writes else None,
-        create=self._writes, cleanup_tmp_directories=self._writes, enable_async_checkpointing=True,
-        async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest)))
+        create=self._writes,
+        cleanup_tmp_directories=self._writes,
+        enable_async_checkpointing=True,
+        async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+      ),
+    )
 
   def latest_step(self) -> int | None:
     """The newest step there is, None where there is none."""
@@ -134,22 +147,25 @@ class Checkpoints:
     try:
       meta = read_json(folder / 'meta' / 'metadata', {'tree': {str: str}})
     except UserError as e:
-      return f'it has no {manifest.FILE} and can\'t be read ({e})'
+      return f"it has no {manifest.FILE} and can't be read ({e})"
     if meta.get('version') not in (None, 1):
       return f'it has no {manifest.FILE}, though it was written with one'
     # Of an early version: Orbax tells, by reading it all.
     alone = ocp.options.MultiprocessingOptions(
-        primary_host=None, active_processes={jax.process_index()}, barrier_sync_key_prefix='check')
+      primary_host=None, active_processes={jax.process_index()}, barrier_sync_key_prefix='check'
+    )
     try:
       names = {key.split('.')[0] for key in meta['tree']}
       for name in names if items is None else names & set(items):
         handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
-          tree = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
-                              reader.metadata(folder / name).item_metadata.tree)
+          tree = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+            reader.metadata(folder / name).item_metadata.tree,
+          )
           reader.restore(folder / name, args=ocp.args.PyTreeRestore(restore_args=tree))
     except Exception as e:  # of whatever kind: the files may hold anything
-      return f'it has no {manifest.FILE} and can\'t be read ({str(e).splitlines()[0][:200]})'
+      return f"it has no {manifest.FILE} and can't be read ({str(e).splitlines()[0][:200]})"
     return None
 
   def whole_step(self, items: tuple[str, ...] | None = None) -> int | None:
@@ -178,11 +194,16 @@ class Checkpoints:
       step, lost = map(int, agreed)
     where = {} if lost or not self._writes else {bad: self._move_aside(bad) for bad in damaged}
     for bad, why in damaged.items():
-      print(f'{_of_step(bad)}: {why}: skipped' + f' and moved to {where.get(bad)}' * (bad in where),
-            file=sys.stderr, flush=True)
+      print(
+        f'{_of_step(bad)}: {why}: skipped' + f' and moved to {where.get(bad)}' * (bad in where),
+        file=sys.stderr,
+        flush=True,
+      )
     if lost:
-      raise UserError(f'all checkpoints in {self.path} are damaged. Restore their files from a copy, '
-                      'or begin anew in another --workdir.')
+      raise UserError(
+        f'all checkpoints in {self.path} are damaged. Restore their files from a copy, '
+        'or begin anew in another --workdir.'
+      )
     if self._writes:
       if shared:
         multihost_utils.sync_global_devices('damaged checkpoints are moved')
@@ -218,11 +239,14 @@ class Checkpoints:
   def check(self, step: int) -> None:
     """Raises a `UserError` where a step that was asked for is damaged: no other one is taken."""
     if damage := self._damage(step, ('meta', 'params', 'ema')):
-      raise UserError(f'{_of_step(step)} in {self.path}: {damage}. Name another step, or none: the '
-                      'run then offers one that is whole.')
+      raise UserError(
+        f'{_of_step(step)} in {self.path}: {damage}. Name another step, or none: the '
+        'run then offers one that is whole.'
+      )
 
-  def save(self, step: int, items: dict[str, Any], meta: dict,
-           losses: dict[int, float] | None = None) -> None:
+  def save(
+    self, step: int, items: dict[str, Any], meta: dict, losses: dict[int, float] | None = None
+  ) -> None:
     """Begins to save; waits only for an earlier save and for the copy to the host's memory.
 
     Args:
@@ -239,9 +263,13 @@ class Checkpoints:
       need = sum(leaf.nbytes for leaf in jax.tree.leaves(items)) // jax.process_count()
       if (free := shutil.disk_usage(self.path).free) < need:
         raise OSError(errno.ENOSPC, f'{need:,} bytes needed, {free:,} free')
-      self._manager.save(step, args=ocp.args.Composite(
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
           meta=ocp.args.JsonSave(meta),
-          **{name: ocp.args.StandardSave(tree) for name, tree in items.items()}))
+          **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+        ),
+      )
 
   def params(self, step: int, abstract: Params) -> Params:
     """The parameters to use, without the rest: the moving average where the run has one."""
@@ -257,11 +285,17 @@ class Checkpoints:
     have, want = self.meta(step)['tree'], _shapes(items)
     have = {key: value for key, value in have.items() if key.split('.')[0] in items}
     if have != want:
-      raise UserError(f'the checkpoint of step {step} in {self.path} does not fit:\n'
-                      f'{difference(have, want)}\nUse the config it was made with, or another '
-                      'workdir.')
-    restored = self._manager.restore(step, args=ocp.args.Composite(
-        **{name: ocp.args.StandardRestore(tree) for name, tree in items.items()}))
+      raise UserError(
+        f'the checkpoint of step {step} in {self.path} does not fit:\n'
+        f'{difference(have, want)}\nUse the config it was made with, or another '
+        'workdir.'
+      )
+    restored = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        **{name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
+      ),
+    )
     return {name: restored[name] for name in items}
 
   def wait(self) -> None:
@@ -316,8 +350,10 @@ def read_meta(workdir: str | Path, step: int | None = None) -> dict:
     else:
       step = checkpoints.step_to_use()
     if step is None:
-      raise UserError(f'{workdir} has no finished checkpoint yet: let the run go on until its first '
-                      '(config.checkpoint.every).')
+      raise UserError(
+        f'{workdir} has no finished checkpoint yet: let the run go on until its first '
+        '(config.checkpoint.every).'
+      )
     return checkpoints.meta(step)
   finally:
     checkpoints.close()

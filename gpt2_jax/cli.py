@@ -53,8 +53,16 @@ class Prepare:
 
   def run(self) -> None:
     from gpt2_jax.data import prepare, verify
-    settings = prepare.Settings(self.corpus, self.tokenizer, self.val_fraction, self.split_seed,
-                                self.split, self.text_field, self.special)
+
+    settings = prepare.Settings(
+      self.corpus,
+      self.tokenizer,
+      self.val_fraction,
+      self.split_seed,
+      self.split,
+      self.text_field,
+      self.special,
+    )
     opened = prepare.ensure_store(settings, self.output, self.workers)
     for name, split in opened.splits.items():
       print(f'{name:6s}{len(split):>16,} tokens {split.documents:>12,} documents')
@@ -101,15 +109,17 @@ class Sample:
     if self.json + self.stream + self.interactive > 1:
       raise UserError('--json, --stream and --interactive exclude each other.')
     if self.interactive and (self.prompt or self.prompt_file or self.prompt_ids):
-      raise UserError('--interactive asks for prompts: leave --prompt, --prompt-file and '
-                      '--prompt-ids out.')
+      raise UserError(
+        '--interactive asks for prompts: leave --prompt, --prompt-file and --prompt-ids out.'
+      )
     if self.greedy:
       self.options = dataclasses.replace(self.options, do_sample=False)
     seeds.check('--seed', self.options.seed)
     if self.special:
       self.options = dataclasses.replace(self.options, allow_special=True)
     prompts: list[str | list[int]] = [
-        inputs.typed(text, f'--prompt {text[:40]!r}') for text in self.prompt]
+      inputs.typed(text, f'--prompt {text[:40]!r}') for text in self.prompt
+    ]
     if self.prompt_ids:
       prompts.append(inputs.ids(' '.join(self.prompt_ids)))
     if self.prompt_file is not None:
@@ -119,15 +129,20 @@ class Sample:
 
     import gpt2_jax
     from gpt2_jax import forms, pretrained
+
     model = pretrained.open_model(self.checkpoint, self.tokenizer, self.opening)
     if self.int8:
       model = forms.quantize(model)
-    assistant = None if self.assistant is None else (
-        gpt2_jax.from_pretrained(self.assistant, ignore_extra=self.opening.ignore_extra))
+    assistant = (
+      None
+      if self.assistant is None
+      else (gpt2_jax.from_pretrained(self.assistant, ignore_extra=self.opening.ignore_extra))
+    )
     if assistant is not None and self.tokenizer is not None:  # that of both
       assistant.tokenizer = model.tokenizer
     if self.interactive:
       from gpt2_jax.interactive import Session
+
       return Session(model, self.options, assistant).run()
     if not prompts:
       prompts = ['' if sys.stdin.isatty() else inputs.piped().removesuffix('\n')]
@@ -136,6 +151,7 @@ class Sample:
   def write(self, model, assistant, prompts: list[str | list[int]]) -> None:
     """Prints texts while they are written."""
     from gpt2_jax.decoding.generate import stream
+
     for i, prompt in enumerate(prompts):
       pieces = stream(model, prompt, assistant_model=assistant, **inputs.given(self.options))
       print(RULE if i else '', text_of(model, prompt), sep='', end='', flush=True)
@@ -147,19 +163,32 @@ class Sample:
     """Prints texts that are done."""
     from gpt2_jax import batching
     from gpt2_jax.decoding.generate import generate
-    ids = batching.encode(prompts, model.tokenizer, model.config, room=1,
-                          allow_special=self.options.allow_special)
+
+    ids = batching.encode(
+      prompts, model.tokenizer, model.config, room=1, allow_special=self.options.allow_special
+    )
     asked = {name: getattr(self, name) for name in ('checkpoint', 'tokenizer', 'assistant', 'int8')}
-    asked |= {'base': self.opening.base, 'ignore_extra': self.opening.ignore_extra,
-              'options': vars(self.options)}
+    asked |= {
+      'base': self.opening.base,
+      'ignore_extra': self.opening.ignore_extra,
+      'options': vars(self.options),
+    }
     rule = ''
     for first in range(0, len(ids), self.batch_size):
-      for result in generate(model, ids[first:first + self.batch_size], assistant_model=assistant,
-                             **inputs.given(self.options)):
+      for result in generate(
+        model,
+        ids[first : first + self.batch_size],
+        assistant_model=assistant,
+        **inputs.given(self.options),
+      ):
         i = first + result.prompt
         if self.json:
           fields = dataclasses.asdict(result) | {
-              'prompt': prompts[i], 'prompt_index': i, 'prompt_tokens': ids[i], **asked}
+            'prompt': prompts[i],
+            'prompt_index': i,
+            'prompt_tokens': ids[i],
+            **asked,
+          }
           print(json.dumps(fields, ensure_ascii=False), flush=True)
         else:
           print(rule, text_of(model, prompts[i]), result.text, sep='', flush=True)
@@ -192,8 +221,12 @@ class Convert:
 
   def run(self) -> None:
     from gpt2_jax import pretrained
-    options = {name: value for name, value in (
-        ('max_shard_size', self.max_shard_size), ('approximate', self.approximate)) if value}
+
+    options = {
+      name: value
+      for name, value in (('max_shard_size', self.max_shard_size), ('approximate', self.approximate))
+      if value
+    }
     source = pretrained.open_source(self.source, self.opening)
     pretrained.write(source, self.target, self.to, dtype=self.dtype, **options)
     print(f'{self.target}: {self.to}, {self.dtype or source.dtype}, from {source.where}')
@@ -212,29 +245,34 @@ class Reproduce:
     if not self.workdir.is_dir():
       raise UserError(f'{self.workdir} is no folder: name the --workdir of a run.')
     from gpt2_jax.training import reproduce
+
     if status := reproduce.reproduce(self.workdir, self.output):
       sys.exit(status)
 
 
-Verb = (Annotated[Prepare, tyro.conf.subcommand('prepare')]
-        | Annotated[Sample, tyro.conf.subcommand('sample')]
-        | Annotated[Serve, tyro.conf.subcommand('serve')]
-        | Annotated[Convert, tyro.conf.subcommand('convert')]
-        | Annotated[Evaluate, tyro.conf.subcommand('evaluate')]
-        | Annotated[Bias, tyro.conf.subcommand('bias')]
-        | Annotated[Plan, tyro.conf.subcommand('plan')]
-        | Annotated[Reproduce, tyro.conf.subcommand('reproduce')])
+Verb = (
+  Annotated[Prepare, tyro.conf.subcommand('prepare')]
+  | Annotated[Sample, tyro.conf.subcommand('sample')]
+  | Annotated[Serve, tyro.conf.subcommand('serve')]
+  | Annotated[Convert, tyro.conf.subcommand('convert')]
+  | Annotated[Evaluate, tyro.conf.subcommand('evaluate')]
+  | Annotated[Bias, tyro.conf.subcommand('bias')]
+  | Annotated[Plan, tyro.conf.subcommand('plan')]
+  | Annotated[Reproduce, tyro.conf.subcommand('reproduce')]
+)
 
 
 def parse(argv: Sequence[str]) -> Verb:
   """The verb that a command line asks for. Exit status 2 where it is none; a message about it says
   only the ends of long words.
   """
-  ask = functools.partial(tyro.cli, Verb, prog='gpt2-jax', registry=inputs.registry,
-                          config=(tyro.conf.OmitArgPrefixes,))
+  ask = functools.partial(
+    tyro.cli, Verb, prog='gpt2-jax', registry=inputs.registry, config=(tyro.conf.OmitArgPrefixes,)
+  )
   # one that is no value first: tyro would long look for options that are like it
-  argv = [brief(word) if len(word) > LONG and re.fullmatch(r'-[^\s=]+', word) else word
-          for word in argv]
+  argv = [
+    brief(word) if len(word) > LONG and re.fullmatch(r'-[^\s=]+', word) else word for word in argv
+  ]
   if max(map(len, argv), default=0) > LONG:
     try:
       with contextlib.redirect_stderr(io.StringIO()):

@@ -19,24 +19,24 @@ TANH_GELU = ('gelu_new', 'gelu_pytorch_tanh', 'gelu_python_tanh', 'gelu_fast', '
 
 # Hugging Face's names (transformers `activations.py`, ACT2FN) -> function.
 ACTIVATIONS = {
-    **dict.fromkeys(TANH_GELU, functools.partial(jax.nn.gelu, approximate=True)),
-    'gelu': functools.partial(jax.nn.gelu, approximate=False),
-    'gelu_python': functools.partial(jax.nn.gelu, approximate=False),
-    'gelu_10': lambda x: jnp.clip(jax.nn.gelu(x, approximate=False), -10, 10),
-    'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),
-    'relu': jax.nn.relu,
-    'relu2': lambda x: jnp.square(jax.nn.relu(x)),
-    'relu6': jax.nn.relu6,
-    'leaky_relu': jax.nn.leaky_relu,
-    'hardswish': jax.nn.hard_swish,
-    'laplace': lambda x: 0.5 * (1 + jax.lax.erf((x - 0.707107) / (0.282095 * 2**0.5))),
-    'sqrtsoftplus': lambda x: jnp.sqrt(jax.nn.softplus(x)),
-    'silu': jax.nn.silu,
-    'swish': jax.nn.silu,
-    'mish': jax.nn.mish,
-    'sigmoid': jax.nn.sigmoid,
-    'tanh': jnp.tanh,
-    'linear': lambda x: x,
+  **dict.fromkeys(TANH_GELU, functools.partial(jax.nn.gelu, approximate=True)),
+  'gelu': functools.partial(jax.nn.gelu, approximate=False),
+  'gelu_python': functools.partial(jax.nn.gelu, approximate=False),
+  'gelu_10': lambda x: jnp.clip(jax.nn.gelu(x, approximate=False), -10, 10),
+  'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),
+  'relu': jax.nn.relu,
+  'relu2': lambda x: jnp.square(jax.nn.relu(x)),
+  'relu6': jax.nn.relu6,
+  'leaky_relu': jax.nn.leaky_relu,
+  'hardswish': jax.nn.hard_swish,
+  'laplace': lambda x: 0.5 * (1 + jax.lax.erf((x - 0.707107) / (0.282095 * 2**0.5))),
+  'sqrtsoftplus': lambda x: jnp.sqrt(jax.nn.softplus(x)),
+  'silu': jax.nn.silu,
+  'swish': jax.nn.silu,
+  'mish': jax.nn.mish,
+  'sigmoid': jax.nn.sigmoid,
+  'tanh': jnp.tanh,
+  'linear': lambda x: x,
 }
 
 # How attention is computed: by XLA, by a kernel that never holds T x T weights, of cuDNN (GPU) or
@@ -45,10 +45,31 @@ ACTIVATIONS = {
 ATTENTIONS = ('auto', 'xla', 'cudnn', 'splash', 'blocks')
 
 # Elementwise functions and sums along an axis: they cost less to compute again than to keep.
-CHEAP = frozenset((
-    'add', 'bitcast_convert_type', 'broadcast_in_dim', 'convert_element_type', 'div', 'erf', 'exp',
-    'integer_pow', 'logistic', 'max', 'min', 'mul', 'neg', 'pow', 'reduce_max', 'reduce_sum', 'rsqrt',
-    'select_n', 'square', 'sub', 'tanh'))
+CHEAP = frozenset(
+  (
+    'add',
+    'bitcast_convert_type',
+    'broadcast_in_dim',
+    'convert_element_type',
+    'div',
+    'erf',
+    'exp',
+    'integer_pow',
+    'logistic',
+    'max',
+    'min',
+    'mul',
+    'neg',
+    'pow',
+    'reduce_max',
+    'reduce_sum',
+    'rsqrt',
+    'select_n',
+    'square',
+    'sub',
+    'tanh',
+  )
+)
 
 
 def keep_products(primitive, *operands, **params) -> bool:
@@ -63,9 +84,9 @@ def keep_products(primitive, *operands, **params) -> bool:
 # What a block keeps for its backward pass; the rest is computed again. None keeps what was gathered
 # from other devices: neither weights that `fsdp` splits, nor keys and values that `seq` splits.
 REMAT_POLICIES = {
-    'none': keep_products,
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # outputs of the projections
-    'full': jax.checkpoint_policies.nothing_saveable,  # the block's input alone
+  'none': keep_products,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # outputs of the projections
+  'full': jax.checkpoint_policies.nothing_saveable,  # the block's input alone
 }
 
 HEADS = ('lm', 'sequence_classification', 'token_classification')
@@ -82,20 +103,39 @@ RATE = Float(0, 1, open_high=True)  # of dropout
 # What the fields of a `LoRA` and of a `GPTConfig` may be. No axis is longer than LARGE, and no tensor
 # larger than MOST_BYTES, which is looked at when all of them are known.
 LORA: bounds.Table = dict(
-    r=Int(1, 2**16), alpha=Float(-1e6, 1e6), dropout=RATE,
-    target_modules=bounds.Tuple(bounds.Text(100)))
+  r=Int(1, 2**16), alpha=Float(-1e6, 1e6), dropout=RATE, target_modules=bounds.Tuple(bounds.Text(100))
+)
 MODEL: bounds.Table = dict(
-    vocab_size=Int(1), n_positions=Int(1), n_embd=Int(1), n_layer=Int(1, 2**16), n_head=Int(1),
-    n_inner=Optional(Int(1)), activation_function=Choice(ACTIVATIONS), embd_pdrop=RATE,
-    attn_pdrop=RATE, resid_pdrop=RATE, layer_norm_epsilon=Float(0, 1),
-    initializer_range=Float(0, 1e3), scale_attn_weights=Bool(),
-    scale_attn_by_inverse_layer_idx=Bool(), reorder_and_upcast_attn=Bool(),
-    tie_word_embeddings=Bool(), init_scheme=Choice(('hf', 'openai_release')),
-    parametrization=Choice(('standard', 'mup')),
-    mup_base_width=Optional(Int(1)), mup_base_head_width=Optional(Int(1)), vocab_multiple=Int(1),
-    dtype=DType(DTYPES), remat=Choice(REMAT_POLICIES), attention=Choice(ATTENTIONS),
-    reduce_dtype=DType(DTYPES), head=Choice(HEADS), num_labels=Int(1), classifier_dropout=RATE,
-    form=Choice(FORMS))
+  vocab_size=Int(1),
+  n_positions=Int(1),
+  n_embd=Int(1),
+  n_layer=Int(1, 2**16),
+  n_head=Int(1),
+  n_inner=Optional(Int(1)),
+  activation_function=Choice(ACTIVATIONS),
+  embd_pdrop=RATE,
+  attn_pdrop=RATE,
+  resid_pdrop=RATE,
+  layer_norm_epsilon=Float(0, 1),
+  initializer_range=Float(0, 1e3),
+  scale_attn_weights=Bool(),
+  scale_attn_by_inverse_layer_idx=Bool(),
+  reorder_and_upcast_attn=Bool(),
+  tie_word_embeddings=Bool(),
+  init_scheme=Choice(('hf', 'openai_release')),
+  parametrization=Choice(('standard', 'mup')),
+  mup_base_width=Optional(Int(1)),
+  mup_base_head_width=Optional(Int(1)),
+  vocab_multiple=Int(1),
+  dtype=DType(DTYPES),
+  remat=Choice(REMAT_POLICIES),
+  attention=Choice(ATTENTIONS),
+  reduce_dtype=DType(DTYPES),
+  head=Choice(HEADS),
+  num_labels=Int(1),
+  classifier_dropout=RATE,
+  form=Choice(FORMS),
+)
 
 
 def set_checked(made: Any, table: bounds.Table, prefix: str) -> None:
@@ -118,8 +158,10 @@ class LoRA:
     set_checked(self, LORA, 'lora.')
     for target in self.target_modules:
       if not any(self._matches(module, target) for module in self.modules):
-        raise UserError(f'lora.target_modules: {target!r} is none of c_attn, c_proj, c_fc, or '
-                        f'{", ".join(self.modules)}.')
+        raise UserError(
+          f'lora.target_modules: {target!r} is none of c_attn, c_proj, c_fc, or '
+          f'{", ".join(self.modules)}.'
+        )
     if not self.target_modules:
       raise UserError('lora.target_modules is empty: nothing would be trained.')
 
@@ -180,16 +222,20 @@ class GPTConfig:
     if self.n_embd % self.n_head:
       raise UserError(f'model.n_embd = {self.n_embd} must be a multiple of n_head = {self.n_head}.')
     if 4 * self._size() > MOST_BYTES:
-      raise UserError(f'a model of these sizes has {self._size():,} parameters, and no machine holds '
-                      'them: make model.n_embd, n_layer, n_inner, n_positions or vocab_size smaller.')
+      raise UserError(
+        f'a model of these sizes has {self._size():,} parameters, and no machine holds '
+        'them: make model.n_embd, n_layer, n_inner, n_positions or vocab_size smaller.'
+      )
     self._check_mup()
 
   def _size(self) -> int:
     """Number of parameters, with the padding of the vocabulary. Nothing is made to count them."""
     D, F, V = self.n_embd, self.F, self.padded_vocab_size
     block = 4 * D * D + 2 * D * F + 9 * D + F
-    heads = {'sequence_classification': self.num_labels * D,
-             'token_classification': self.num_labels * (D + 1)}
+    heads = {
+      'sequence_classification': self.num_labels * D,
+      'token_classification': self.num_labels * (D + 1),
+    }
     if self.head == 'lm' and not self.tie_word_embeddings:
       heads['lm'] = V * D
     if self.lora is not None:
@@ -205,15 +251,21 @@ class GPTConfig:
         raise UserError(f'model.{wrong[0]} is of model.parametrization = mup, and this is standard.')
       return
     if self.mup_base_width is None:
-      raise UserError('model.parametrization = mup needs model.mup_base_width: n_embd of the model '
-                      'that the learning rate was found for.')
+      raise UserError(
+        'model.parametrization = mup needs model.mup_base_width: n_embd of the model '
+        'that the learning rate was found for.'
+      )
     if self.mup_base_head_width is None and self.mup_base_width % self.H:
-      raise UserError(f'heads of width {self.H} (n_embd / n_head) are not those of a model of width '
-                      f'{self.mup_base_width}: set model.mup_base_head_width to the width that its '
-                      'heads have.')
+      raise UserError(
+        f'heads of width {self.H} (n_embd / n_head) are not those of a model of width '
+        f'{self.mup_base_width}: set model.mup_base_head_width to the width that its '
+        'heads have.'
+      )
     if self.lora is not None or not self.scale_attn_weights:
-      raise UserError('model.parametrization = mup goes neither with adapters (lora.r; convert the '
-                      'model to hf first) nor with scale_attn_weights = False.')
+      raise UserError(
+        'model.parametrization = mup goes neither with adapters (lora.r; convert the '
+        'model to hf first) nor with scale_attn_weights = False.'
+      )
 
   @property
   def width_ratio(self) -> float:
@@ -271,17 +323,20 @@ class GPTConfig:
   def divisible(self) -> dict[str, tuple[int, str]]:
     """Name -> (size, the mesh axis that must divide it), for `sharding.check_divisible`."""
     return {
-        'model.n_head': (self.n_head, 'tensor'),
-        'model.n_inner': (self.F, 'tensor'),
-        'the padded vocabulary (model.vocab_multiple)': (self.padded_vocab_size, 'tensor'),
-        'model.n_embd': (self.n_embd, 'fsdp'),
+      'model.n_head': (self.n_head, 'tensor'),
+      'model.n_inner': (self.F, 'tensor'),
+      'the padded vocabulary (model.vocab_multiple)': (self.padded_vocab_size, 'tensor'),
+      'model.n_embd': (self.n_embd, 'fsdp'),
     }
 
 
 def wrong_knob(config: Config, words: Iterable[str]) -> str | None:
   """What is wrong with the first `--config.KEY[=VALUE]` of a command line whose key is no knob."""
-  known = [name if key is None else f'{name}.{key}' for name, section in config.items()
-           for key in (section if hasattr(section, 'keys') else [None])]
+  known = [
+    name if key is None else f'{name}.{key}'
+    for name, section in config.items()
+    for key in (section if hasattr(section, 'keys') else [None])
+  ]
   for word in words:
     name = word.removeprefix('--config.').partition('=')[0]
     if word.startswith('--config.') and name not in (*known, *config):

@@ -11,9 +11,11 @@ VARIABLE = 'XLA_FLAGS'
 # choice of kernels by how fast they happen to be (openxla `docs/determinism.md`; the first implies
 # the second, which older versions of XLA did not). CPU and TPU repeat themselves as they are: these
 # flags mean nothing to them.
-FLAGS = {'--xla_gpu_deterministic_ops': 'true',
-         '--xla_gpu_exclude_nondeterministic_ops': 'true',
-         '--xla_gpu_autotune_level': '0'}
+FLAGS = {
+  '--xla_gpu_deterministic_ops': 'true',
+  '--xla_gpu_exclude_nondeterministic_ops': 'true',
+  '--xla_gpu_autotune_level': '0',
+}
 PRECISION = 'highest'  # of products that don't say: no TF32
 
 
@@ -32,8 +34,10 @@ def require() -> None:
   given = _given()
   for flag, value in FLAGS.items():
     if given.get(flag, value) != value:
-      raise UserError(f'config.deterministic needs {flag}={value}, but {VARIABLE} has '
-                      f'{flag}={given[flag]}: take it out there.')
+      raise UserError(
+        f'config.deterministic needs {flag}={value}, but {VARIABLE} has '
+        f'{flag}={given[flag]}: take it out there.'
+      )
   missing = [f'{flag}={value}' for flag, value in FLAGS.items() if flag not in given]
   os.environ[VARIABLE] = ' '.join([os.environ.get(VARIABLE, ''), *missing]).strip()
   jax.config.update('jax_default_matmul_precision', PRECISION)
@@ -46,8 +50,10 @@ def check() -> None:
     UserError: it was not.
   """
   if any(_given().get(flag) != value for flag, value in FLAGS.items()):
-    raise UserError('config.deterministic has to be known before JAX uses a device: start the run '
-                    'with launch.py, or call gpt2_jax.determinism.require() first.')
+    raise UserError(
+      'config.deterministic has to be known before JAX uses a device: start the run '
+      'with launch.py, or call gpt2_jax.determinism.require() first.'
+    )
 
 
 def describe() -> dict[str, str]:

@@ -26,7 +26,7 @@ def brief(value: object, limit: int = 80) -> str:
     text = f'a number of {value.bit_length():,} bits' if isinstance(value, int) else '?'
   if len(text) <= limit:
     return text
-  return f'{text[:limit - 20]} … {text[-12:]} ({len(text):,} characters)'
+  return f'{text[: limit - 20]} … {text[-12:]} ({len(text):,} characters)'
 
 
 def versions() -> str:
@@ -39,23 +39,29 @@ def near(name: str, known: Iterable[str]) -> str:
   """'; near it: a, b' with those of some names that are like one that is unknown; '' if none is."""
   known, last = list(known), name.rpartition('.')[2]
   found = difflib.get_close_matches(name, known, 3, 0.75)
-  found += [k for k in known if k not in found and difflib.SequenceMatcher(
-      None, k.rpartition('.')[2], last).ratio() > 0.75]
+  found += [
+    k
+    for k in known
+    if k not in found and difflib.SequenceMatcher(None, k.rpartition('.')[2], last).ratio() > 0.75
+  ]
   return f'; near it: {", ".join(found[:3])}' if found else ''
 
 
 # The ways out where the operating system refuses to write, by the number of its error.
 WAYS_OUT = {
-    'Make room there (or choose another place)': (errno.ENOSPC, errno.EDQUOT),
-    'A file may not become so large there: lift the limit (`ulimit -f` shows it), or choose another '
-    'place,': (errno.EFBIG,),
-    'Choose a place that you may write to (or change its permissions),': (
-        errno.EACCES, errno.EPERM, errno.EROFS),
-    'A folder on the way there is missing: make it (or choose another place)': (errno.ENOENT,),
-    'A file is where a folder should be, or the other way round: move it away (or choose another '
-    'place)': (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY),
-    'Choose a shorter name': (errno.ENAMETOOLONG,),
-    'The disk, or the way to it, fails: choose another place': (errno.EIO, errno.ESTALE),
+  'Make room there (or choose another place)': (errno.ENOSPC, errno.EDQUOT),
+  'A file may not become so large there: lift the limit (`ulimit -f` shows it), or choose another '
+  'place,': (errno.EFBIG,),
+  'Choose a place that you may write to (or change its permissions),': (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+  ),
+  'A folder on the way there is missing: make it (or choose another place)': (errno.ENOENT,),
+  'A file is where a folder should be, or the other way round: move it away (or choose another '
+  'place)': (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY),
+  'Choose a shorter name': (errno.ENAMETOOLONG,),
+  'The disk, or the way to it, fails: choose another place': (errno.EIO, errno.ESTALE),
 }
 NO_WRITE = {number: way for way, numbers in WAYS_OUT.items() for number in numbers}
 
@@ -78,5 +84,7 @@ def saving(what: str, path: str | os.PathLike):
     if number is None or number not in NO_WRITE:
       raise
     reason = e if isinstance(e, OSError) else os.strerror(number)
-    raise UserError(f'cannot write {what} to {path}: {reason}. {NO_WRITE[number]} and run the same '
-                    'command again: what was finished is kept.') from e
+    raise UserError(
+      f'cannot write {what} to {path}: {reason}. {NO_WRITE[number]} and run the same '
+      'command again: what was finished is kept.'
+    ) from e

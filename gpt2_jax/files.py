@@ -15,8 +15,10 @@ from gpt2_jax.errors import UserError, brief, saving
 
 def unreadable(path: str | os.PathLike, why: object) -> UserError:
   """The error for a file that is not what its name says."""
-  return UserError(f'{path} can\'t be read: {why}. It is cut short or broken, or of another kind: '
-                   'fetch or write it again.')
+  return UserError(
+    f"{path} can't be read: {why}. It is cut short or broken, or of another kind: "
+    'fetch or write it again.'
+  )
 
 
 def local(path: str | os.PathLike, what: str = '') -> Path:
@@ -30,9 +32,11 @@ def local(path: str | os.PathLike, what: str = '') -> Path:
     UserError: it is an address, as gs://bucket/run.
   """
   if address := re.match(r'([A-Za-z][A-Za-z0-9+.\-]+):/+', os.fspath(path)):
-    shown = f'{address[1]}://{os.fspath(path)[address.end():]}'
-    raise UserError(f'{what}{" " * bool(what)}{brief(shown)}: buckets and other addresses are not '
-                    'supported yet: name a local path (or one where the bucket is mounted).')
+    shown = f'{address[1]}://{os.fspath(path)[address.end() :]}'
+    raise UserError(
+      f'{what}{" " * bool(what)}{brief(shown)}: buckets and other addresses are not '
+      'supported yet: name a local path (or one where the bucket is mounted).'
+    )
   return Path(path)
 
 
@@ -46,8 +50,12 @@ def whole_number(value: Any) -> bool:
 
 def name_of_file(value: Any) -> bool:
   """Whether a value of JSON can be the name of a file within a folder, and of nothing outside."""
-  return (isinstance(value, str) and 0 < len(value) < 256 and value not in ('.', '..')
-          and not set(value) & {'/', '\\', '\0'})
+  return (
+    isinstance(value, str)
+    and 0 < len(value) < 256
+    and value not in ('.', '..')
+    and not set(value) & {'/', '\\', '\0'}
+  )
 
 
 def misfit(value: Any, shape: Any, where: str = '') -> str | None:
@@ -66,8 +74,11 @@ def misfit(value: Any, shape: Any, where: str = '') -> str | None:
       return f'{at} is {brief(value, 60)}, not an object'
     if missing := [key for key in shape if key is not str and key not in value]:
       return f'{at} has no {missing[0]!r}'
-    pairs = [(f'{where}.{key}' if where else str(key), value[key], part)
-             for name, part in shape.items() for key in (value if name is str else [name])]
+    pairs = [
+      (f'{where}.{key}' if where else str(key), value[key], part)
+      for name, part in shape.items()
+      for key in (value if name is str else [name])
+    ]
   elif isinstance(shape, list):
     if not isinstance(value, list):
       return f'{at} is {brief(value, 60)}, not a list'
@@ -78,8 +89,9 @@ def misfit(value: Any, shape: Any, where: str = '') -> str | None:
     return None if right else f'{at} is {brief(value, 60)}'
   else:
     return None if shape(value) else f'{at} is {brief(value, 60)}'
-  return next((wrong for place, part, wanted in pairs
-               if (wrong := misfit(part, wanted, place))), None)
+  return next(
+    (wrong for place, part, wanted in pairs if (wrong := misfit(part, wanted, place))), None
+  )
 
 
 def parse_json(text: str | bytes, shape: Any = None) -> Any:
@@ -144,8 +156,10 @@ def check_place(path: Path) -> None:
   folder, real = path.parent.resolve(), path.resolve()
   home = folder.parent.parent if folder.parent.name == 'snapshots' else folder
   if not real.is_relative_to(home):
-    raise UserError(f'{path} is a link to {real}, outside of its folder: such a checkpoint can\'t be '
-                    'trusted. Copy the file in place of the link if you mean it.')
+    raise UserError(
+      f"{path} is a link to {real}, outside of its folder: such a checkpoint can't be "
+      'trusted. Copy the file in place of the link if you mean it.'
+    )
 
 
 @contextlib.contextmanager

@@ -78,7 +78,8 @@ def quantize(model: GPT2) -> GPT2:
     raise UserError(f'the model is in the form {model.config.form!r}: quantize it as it was loaded.')
   params: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   with mesh_of(params):
-    small = bind(dataclasses.replace(model.config, form='int8'),
-                 _to_form(model.config, params, 'int8'))
+    small = bind(
+      dataclasses.replace(model.config, form='int8'), _to_form(model.config, params, 'int8')
+    )
   small.tokenizer, small.source = model.tokenizer, model.source
   return small

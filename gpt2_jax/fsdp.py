@@ -41,8 +41,7 @@ def _forward(how: Product, x, w, b):
 
 
 def _multiply(how: Product, x, gathered, b):
-  y = matmul.kept(matmul.einsum(
-      how.equation, x, gathered, how.out_spec, how.precision, how.wide))
+  y = matmul.kept(matmul.einsum(how.equation, x, gathered, how.out_spec, how.precision, how.wide))
   if b is None:
     return y
   return y + unshard(b.astype(how.wide)).reshape(_over_rows(how, b.shape))
@@ -69,14 +68,18 @@ def _einsum_bwd(how, kept, dy):
   dy = dy.astype(x.dtype)
   dx = matmul.einsum(f'{out},{w_axes}->{x_axes}', dy, gathered, spec_of(x), how.precision, x.dtype)
   dtype = jnp.promote_types(how.reduce_dtype, x.dtype)
-  local = functools.partial(matmul.einsum, f'{x_axes},{out}->{w_axes}', out_spec=None,
-                            precision=how.precision, wide=dtype)
+  local = functools.partial(
+    matmul.einsum, f'{x_axes},{out}->{w_axes}', out_spec=None, precision=how.precision, wide=dtype
+  )
   dw = summed(local, x, dy, like=w)
   if b is None:
     return dx, dw, None
   b_axes = ''.join(letter for letter in out if letter in w_axes)
-  return dx, dw, summed(lambda dy: jnp.einsum(
-      f'{out}->{b_axes}', dy, preferred_element_type=dtype), dy, like=b)
+  return (
+    dx,
+    dw,
+    summed(lambda dy: jnp.einsum(f'{out}->{b_axes}', dy, preferred_element_type=dtype), dy, like=b),
+  )
 
 
 _einsum.defvjp(_einsum_fwd, _einsum_bwd)
@@ -91,8 +94,9 @@ def summed(f, *rows: jax.Array, like: jax.Array) -> jax.Array:
     like: the parameter; the result lies like it.
   """
   total, spec, apart = sum_of(like)
-  return jax.shard_map(lambda *rows: total(f(*rows)), in_specs=tuple(map(spec_of, rows)),
-                       out_specs=spec, check_vma=apart)(*rows)
+  return jax.shard_map(
+    lambda *rows: total(f(*rows)), in_specs=tuple(map(spec_of, rows)), out_specs=spec, check_vma=apart
+  )(*rows)
 
 
 def sum_of(like: jax.Array) -> tuple[Callable[[jax.Array], jax.Array], P, bool]:
@@ -153,12 +157,14 @@ def sum_now(grads, params):
 
 def zeros_apart(params):
   """Zeros for `sum_later`'s gradients to be added to."""
+
   def zeros(x):
     spec, later = spec_of(x), jax.typeof(x).sharding.spec.reduced
     if not later:
       return jnp.zeros_like(x)
     return jax.sharding.reshard(
-        jnp.zeros(x.shape, x.dtype, out_sharding=spec), P(*spec, unreduced=later))
+      jnp.zeros(x.shape, x.dtype, out_sharding=spec), P(*spec, unreduced=later)
+    )
 
   return jax.tree.map(zeros, params)
 
@@ -177,8 +183,11 @@ def take(table: jax.Array, indices: jax.Array, dtype, spec: P, reduce_dtype: str
 def _lookup(dtype, spec, reduce_dtype, B, table, indices):
   del reduce_dtype
   once = P(*(spec[:-1] if indices.shape[0] == B else (None, *spec[1:-1])), None)
-  found = unshard(table.astype(dtype)).at[indices].get(
-      out_sharding=layout(once), mode='fill', fill_value=jnp.nan)
+  found = (
+    unshard(table.astype(dtype))
+    .at[indices]
+    .get(out_sharding=layout(once), mode='fill', fill_value=jnp.nan)
+  )
   return jnp.broadcast_to(found, (B, *found.shape[1:]), out_sharding=layout(spec))
 
 

@@ -31,20 +31,20 @@ class Chip:
 
 # By the beginning of jax's `device_kind`. Megacore chips (v4, v5p) are one device.
 CHIPS = {
-    'TPU v2': Chip(22.5e12, int(7.5 * GIB), 350e9, 124e9, 3e9, 2),
-    'TPU v3': Chip(61.5e12, int(15.48 * GIB), 450e9, 164e9, 3e9, 2),
-    'TPU v4': Chip(275e12, int(30.75 * GIB), 1228e9, 300e9, 6.25e9),
-    'TPU v5 lite': Chip(197e12, int(15.75 * GIB), 819e9, 200e9, 3.125e9),
-    'TPU v5': Chip(459e12, int(95.74 * GIB), 2765e9, 600e9, 6.25e9),
-    'TPU v6 lite': Chip(918e12, int(31.25 * GIB), 1640e9, 400e9, 6.25e9),
-    'TPU7x': Chip(1153.5e12, int(94.75 * GIB), 3690e9, 300e9, 6.25e9, 2),
-    'NVIDIA A100': Chip(312e12, 40 * 10**9, 1555e9, 300e9, 12.5e9),
-    'NVIDIA A100-SXM4-80GB': Chip(312e12, 85_091_549_184, 2039e9, 300e9, 25e9),
-    'NVIDIA L4': Chip(121e12, 24 * 10**9, 300e9, 32e9, 3.125e9),
-    'NVIDIA H100': Chip(989e12, 84_929_347_584, 3352e9, 450e9, 50e9),
-    'NVIDIA H100 PCIe': Chip(756e12, 80 * 10**9, 2000e9, 64e9, 25e9),
-    'NVIDIA H200': Chip(989e12, 141 * 10**9, 4800e9, 450e9, 50e9),
-    'NVIDIA B200': Chip(2250e12, 180 * 10**9, 8000e9, 900e9, 50e9),
+  'TPU v2': Chip(22.5e12, int(7.5 * GIB), 350e9, 124e9, 3e9, 2),
+  'TPU v3': Chip(61.5e12, int(15.48 * GIB), 450e9, 164e9, 3e9, 2),
+  'TPU v4': Chip(275e12, int(30.75 * GIB), 1228e9, 300e9, 6.25e9),
+  'TPU v5 lite': Chip(197e12, int(15.75 * GIB), 819e9, 200e9, 3.125e9),
+  'TPU v5': Chip(459e12, int(95.74 * GIB), 2765e9, 600e9, 6.25e9),
+  'TPU v6 lite': Chip(918e12, int(31.25 * GIB), 1640e9, 400e9, 6.25e9),
+  'TPU7x': Chip(1153.5e12, int(94.75 * GIB), 3690e9, 300e9, 6.25e9, 2),
+  'NVIDIA A100': Chip(312e12, 40 * 10**9, 1555e9, 300e9, 12.5e9),
+  'NVIDIA A100-SXM4-80GB': Chip(312e12, 85_091_549_184, 2039e9, 300e9, 25e9),
+  'NVIDIA L4': Chip(121e12, 24 * 10**9, 300e9, 32e9, 3.125e9),
+  'NVIDIA H100': Chip(989e12, 84_929_347_584, 3352e9, 450e9, 50e9),
+  'NVIDIA H100 PCIe': Chip(756e12, 80 * 10**9, 2000e9, 64e9, 25e9),
+  'NVIDIA H200': Chip(989e12, 141 * 10**9, 4800e9, 450e9, 50e9),
+  'NVIDIA B200': Chip(2250e12, 180 * 10**9, 8000e9, 900e9, 50e9),
 }
 
 

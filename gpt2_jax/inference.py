@@ -54,7 +54,8 @@ class Classified:
 @functools.partial(jax.jit, static_argnames=('config', 'hidden_states', 'attentions'))
 def _features(config: GPTConfig, params: Params, tokens_BT, hidden_states: bool, attentions: bool):
   out = bind(config, params).transformer(
-      tokens_BT, hidden_states=hidden_states, attentions=attentions)
+    tokens_BT, hidden_states=hidden_states, attentions=attentions
+  )
   return out.x_BTD, out.hidden_states, out.attentions
 
 
@@ -67,19 +68,19 @@ def _batches(rows: list[list[int]], most: int) -> Iterator[tuple[list[list[int]]
   """Rows, ROWS at a time, and each such batch on the devices: (tokens_BT, lengths_B)."""
   size = -(-min(ROWS, len(rows)) // batching.split()) * batching.split()
   for first in range(0, len(rows), size):
-    batch = rows[first:first + size]
+    batch = rows[first : first + size]
     filled = batch + [batch[0]] * (size - len(batch))
     yield batch, tuple(map(batching.place, batching.pad(filled, most)))
 
 
 def features(
-    model: GPT2,
-    texts: batching.Texts,
-    *,
-    hidden_states: bool = True,
-    attentions: bool = True,
-    tokenizer: Tokenizer | None = None,
-    allow_special: bool = False,
+  model: GPT2,
+  texts: batching.Texts,
+  *,
+  hidden_states: bool = True,
+  attentions: bool = True,
+  tokenizer: Tokenizer | None = None,
+  allow_special: bool = False,
 ) -> list[Features]:
   """The features of texts: hidden states of every layer and attention weights of every head.
 
@@ -100,25 +101,35 @@ def features(
   """
   params = whole_rows(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
   rows = batching.encode(
-      texts, tokenizer or model.tokenizer, model.config, allow_special=allow_special)
+    texts, tokenizer or model.tokenizer, model.config, allow_special=allow_special
+  )
   as_float32 = lambda x: np.asarray(x, np.float32)
   found = []
   with mesh_of(params):
     for batch, (tokens_BT, _) in _batches(rows, model.config.n_positions):
       x_BTD, states_LBTD, weights_LBNTS = batching.fetch(
-          _features(model.config, params, tokens_BT, hidden_states, attentions))
+        _features(model.config, params, tokens_BT, hidden_states, attentions)
+      )
       for b, ids in enumerate(batch):
         T = len(ids)
-        found.append(Features(
-            ids, as_float32(x_BTD[b, :T]),
+        found.append(
+          Features(
+            ids,
+            as_float32(x_BTD[b, :T]),
             as_float32(states_LBTD[:, b, :T]) if hidden_states else None,
-            as_float32(weights_LBNTS[:, b, :, :T, :T]) if attentions else None))
+            as_float32(weights_LBNTS[:, b, :, :T, :T]) if attentions else None,
+          )
+        )
   return found
 
 
 def classify(
-    model: GPT2, texts: batching.Texts, *, tokenizer: Tokenizer | None = None,
-    allow_special: bool = False) -> list[Classified]:
+  model: GPT2,
+  texts: batching.Texts,
+  *,
+  tokenizer: Tokenizer | None = None,
+  allow_special: bool = False,
+) -> list[Classified]:
   """What a model with a classification head says of texts.
 
   Args:
@@ -141,9 +152,14 @@ def classify(
       probabilities = batching.fetch(_probabilities(config, params, *arrays))
       for ids, p in zip(batch, probabilities):
         if config.head == 'token_classification':
-          p_TK = p[:len(ids)]
-          found.append(Classified(ids, [names[k] for k in p_TK.argmax(-1)],
-                                  [dict(zip(names, row.tolist())) for row in p_TK]))
+          p_TK = p[: len(ids)]
+          found.append(
+            Classified(
+              ids,
+              [names[k] for k in p_TK.argmax(-1)],
+              [dict(zip(names, row.tolist())) for row in p_TK],
+            )
+          )
         else:
           found.append(Classified(ids, names[p.argmax()], dict(zip(names, p.tolist()))))
   return found

@@ -20,9 +20,11 @@ from gpt2_jax.interop.opening import Opening
 
 FIELDS = {field.name: field for field in dataclasses.fields(Options)}
 # what no list of words can spell, with how to write it
-AS_JSON = {FIELDS['bad_words_ids'].type: '[[ID,…],…]',
-           FIELDS['sequence_bias'].type: '[[[ID,…],BIAS],…]'}
-WORD = re.compile(r'''\s* (?: ("(?:[^"\\]|\\.)*") | '([^']*)' | ([^\s"']\S*) ) (?=\s|$)''', re.X)
+AS_JSON = {
+  FIELDS['bad_words_ids'].type: '[[ID,…],…]',
+  FIELDS['sequence_bias'].type: '[[[ID,…],BIAS],…]',
+}
+WORD = re.compile(r"""\s* (?: ("(?:[^"\\]|\\.)*") | '([^']*)' | ([^\s"']\S*) ) (?=\s|$)""", re.X)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +46,12 @@ def _json(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
   if info.type not in AS_JSON:
     return None
   return PrimitiveConstructorSpec(
-      nargs=1, metavar=AS_JSON[info.type], instance_from_str=lambda words: parse_json(words[0]),
-      is_instance=lambda value: True, str_from_instance=lambda value: [json.dumps(value)])
+    nargs=1,
+    metavar=AS_JSON[info.type],
+    instance_from_str=lambda words: parse_json(words[0]),
+    is_instance=lambda value: True,
+    str_from_instance=lambda value: [json.dumps(value)],
+  )
 
 
 def given(options: Options) -> dict[str, Any]:
@@ -87,7 +93,7 @@ def words(line: str) -> list[str]:
     try:
       found.append(json.loads(quoted) if quoted else bare if plain is None else plain)
     except ValueError as e:
-      raise UserError(f'{quoted} is no JSON string ({e}); in \'…\' nothing is escaped.') from None
+      raise UserError(f"{quoted} is no JSON string ({e}); in '…' nothing is escaped.") from None
     at = match.end()
   return found
 
@@ -129,8 +135,10 @@ def ids(text: str) -> list[int]:
   found = re.fullmatch(r'\s*\[?([\d\s,]+)\]?\s*', text)
   numbers = re.findall(r'\d+', found[1]) if found else []
   if not numbers or max(map(len, numbers)) > 18:
-    raise UserError(f'--prompt-ids {brief(text)} are no ids: wanted whole numbers with blanks or '
-                    'commas between them.')
+    raise UserError(
+      f'--prompt-ids {brief(text)} are no ids: wanted whole numbers with blanks or '
+      'commas between them.'
+    )
   return [int(number) for number in numbers]
 
 
@@ -147,8 +155,9 @@ def read_prompts(path: str) -> list[str | list[int]]:
     text = piped() if path == '-' else lines(local(path).read_bytes(), path)
   except OSError as e:
     raise UserError(f'cannot read prompts from {path}: {e.strerror}.') from None
-  numbered = [(i, line.removesuffix('\r')) for i, line in enumerate(text.split('\n'), 1)
-              if line.strip()]
+  numbered = [
+    (i, line.removesuffix('\r')) for i, line in enumerate(text.split('\n'), 1) if line.strip()
+  ]
   if not numbered:
     raise UserError(f'{path} holds no prompt.')
   if not path.endswith('.jsonl'):
@@ -162,7 +171,8 @@ def read_prompts(path: str) -> list[str | list[int]]:
     if isinstance(prompt, str):
       prompt = utf8(prompt.encode(errors='surrogatepass'), f'{path}:{i}: the prompt')
     elif not (isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt)):
-      raise UserError(f'{path}:{i}: wanted {{"prompt": TEXT}} or {{"prompt": [ID, …]}}, not '
-                      f'{line[:60]}')
+      raise UserError(
+        f'{path}:{i}: wanted {{"prompt": TEXT}} or {{"prompt": [ID, …]}}, not {line[:60]}'
+      )
     prompts.append(prompt)
   return prompts

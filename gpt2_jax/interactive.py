@@ -119,8 +119,9 @@ class Session:
     """Continues a text, until Ctrl-C."""
     pieces = self.pieces(text, self.options)
     self.ids = None
-    [ids] = batching.encode(text, self.model.tokenizer, self.model.config,
-                            allow_special=self.options.allow_special)
+    [ids] = batching.encode(
+      text, self.model.tokenizer, self.model.config, allow_special=self.options.allow_special
+    )
     print(show, end='', flush=True)
     end = 'stopped: /more goes on'
     try:

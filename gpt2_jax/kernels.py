@@ -49,13 +49,12 @@ def choose(config: GPTConfig, T: int, *, drops: bool) -> tuple[str, str]:
   seq = jax.sharding.get_abstract_mesh().shape['seq'] if in_mesh() else 1
   fits = config.dtype == 'bfloat16' and config.H % 8 == 0 and config.H <= 128
   reasons = {
-      f'{name} does not run on a {platform()}': name not in (own, 'xla'),
-      f'{name} has no attention dropout (model.attn_pdrop)': drops and config.attn_pdrop,
-      f'{name} has no reorder_and_upcast_attn': config.reorder_and_upcast_attn,
-      f'{name} wants whole rows, mesh.seq = 1': name in ('cudnn', 'blocks') and seq > 1,
-      'cudnn wants bfloat16 and heads of at most 128, a multiple of 8': name == 'cudnn' and not fits,
-      f'splash wants a multiple of {LANES} positions a device':
-          name == 'splash' and T % (LANES * seq),
+    f'{name} does not run on a {platform()}': name not in (own, 'xla'),
+    f'{name} has no attention dropout (model.attn_pdrop)': drops and config.attn_pdrop,
+    f'{name} has no reorder_and_upcast_attn': config.reorder_and_upcast_attn,
+    f'{name} wants whole rows, mesh.seq = 1': name in ('cudnn', 'blocks') and seq > 1,
+    'cudnn wants bfloat16 and heads of at most 128, a multiple of 8': name == 'cudnn' and not fits,
+    f'splash wants a multiple of {LANES} positions a device': name == 'splash' and T % (LANES * seq),
   }
   reason = next((reason for reason, holds in reasons.items() if holds), '')
   return ('xla', '') if name == 'xla' else ('xla' if reason else name, reason)
@@ -76,8 +75,9 @@ class Kernel:
     if self.name in ('cudnn', 'blocks'):
       run = _cudnn if self.name == 'cudnn' else _blocks
       return _by_shards(run, q_BTNH, k_BSNH, v_BSNH, *documents)
-    return _by_shards(_run_splash, q_BTNH, k_BSNH, v_BSNH, *documents,
-                      kernel=_splash(*q_BTNH.shape[1:3]))
+    return _by_shards(
+      _run_splash, q_BTNH, k_BSNH, v_BSNH, *documents, kernel=_splash(*q_BTNH.shape[1:3])
+    )
 
 
 def _by_shards(run, q_BTNH, k_BSNH, v_BSNH, *documents, kernel=None):
@@ -91,7 +91,8 @@ def _by_shards(run, q_BTNH, k_BSNH, v_BSNH, *documents, kernel=None):
     parts = kernel.manual_sharding_spec(jax.NamedSharding(mesh, P('tensor', 'seq')))
     specs, kernels = (*specs, parts), (jax.tree.map(jax.sharding.reshard, kernel, parts),)
   return jax.shard_map(run, in_specs=specs, out_specs=r.act_btnh, check_vma=False)(
-      q_BTNH, k_BSNH, v_BSNH, *documents, *kernels)
+    q_BTNH, k_BSNH, v_BSNH, *documents, *kernels
+  )
 
 
 def _cudnn(q_BTNH, k_BTNH, v_BTNH, documents=None):
@@ -99,7 +100,8 @@ def _cudnn(q_BTNH, k_BTNH, v_BTNH, documents=None):
   if documents is not None:
     mask_B1TT = (documents[0][:, :, None] == documents[1][:, None])[:, None]
   return jax.nn.dot_product_attention(
-      q_BTNH, k_BTNH, v_BTNH, mask=mask_B1TT, scale=1.0, is_causal=True, implementation='cudnn')
+    q_BTNH, k_BTNH, v_BTNH, mask=mask_B1TT, scale=1.0, is_causal=True, implementation='cudnn'
+  )
 
 
 @jax.custom_vjp
@@ -134,15 +136,17 @@ def _blocks_backward(residuals, dout_BTNH):
   dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
   for first, end in _bounds(q.shape[2]):
     q_i, dout_i, inner_i, most_i, total_i = (
-        x[:, :, first:end] for x in (q, dout, inner, most, total))
+      x[:, :, first:end] for x in (q, dout, inner, most, total)
+    )
     weights = jnp.exp(_scores(q, k, documents, first, end) - most_i) / total_i
     dweights = row_major('BNTH,BNSH->BNTS', dout_i, v[:, :, :end])
     dscores = (weights * (dweights - inner_i)).astype(q.dtype)
     dq.append(row_major('BNTS,BNSH->BNTH', dscores, k[:, :, :end]).astype(q.dtype))
     dk = dk.at[:, :, :end].add(row_major('BNTS,BNTH->BNSH', dscores, q_i))
     dv = dv.at[:, :, :end].add(row_major('BNTS,BNTH->BNSH', weights.astype(v.dtype), dout_i))
-  dq, dk, dv = (x.swapaxes(1, 2) for x in (
-      jnp.concatenate(dq, axis=2), dk.astype(k.dtype), dv.astype(v.dtype)))
+  dq, dk, dv = (
+    x.swapaxes(1, 2) for x in (jnp.concatenate(dq, axis=2), dk.astype(k.dtype), dv.astype(v.dtype))
+  )
   return dq, dk, dv, None
 
 
@@ -173,18 +177,31 @@ def _splash(T: int, N: int):
   """The kernel for T positions and N heads of a whole batch, with the masks of each device's part."""
   # imported here, since Pallas for TPUs takes a tenth of the start that other hardware can do without
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
   shape = jax.sharding.get_abstract_mesh().shape if in_mesh() else {'seq': 1, 'tensor': 1}
   q, kv = math.gcd(T // shape['seq'], BLOCK), math.gcd(T, BLOCK)
   sizes = splash.BlockSizes(
-      block_q=q, block_kv=kv, block_kv_compute=kv, block_q_dkv=q, block_kv_dkv=kv,
-      block_kv_dkv_compute=kv, block_q_dq=q, block_kv_dq=kv)
+    block_q=q,
+    block_kv=kv,
+    block_kv_compute=kv,
+    block_q_dkv=q,
+    block_kv_dkv=kv,
+    block_kv_dkv_compute=kv,
+    block_q_dq=q,
+    block_kv_dq=kv,
+  )
   return splash.make_splash_mha(
-      splash.MultiHeadMask([splash.CausalMask((T, T))] * N), block_sizes=sizes,
-      head_shards=shape['tensor'], q_seq_shards=shape['seq'], interpret=INTERPRET)
+    splash.MultiHeadMask([splash.CausalMask((T, T))] * N),
+    block_sizes=sizes,
+    head_shards=shape['tensor'],
+    q_seq_shards=shape['seq'],
+    interpret=INTERPRET,
+  )
 
 
 def _run_splash(q_BTNH, k_BSNH, v_BSNH, *rest):
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
   *documents, kernel = rest
   heads_first = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSNH, v_BSNH))
   ids = splash.SegmentIds(*documents[0]) if documents else None

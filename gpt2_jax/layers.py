@@ -56,17 +56,22 @@ class KVCache:
     """An empty cache of a model: in the form 'train' one, else one for each layer, which is written
     in place (a slice of a larger array would be copied).
     """
+
     def empty(*layers):
-      shape, spec = (*layers, B, config.n_head, S, config.H), RULES.cache_lbnsh[1 - len(layers):]
+      shape, spec = (*layers, B, config.n_head, S, config.H), RULES.cache_lbnsh[1 - len(layers) :]
       return cls(*(jnp.zeros(shape, config.dtype, out_sharding=layout(P(*spec))) for _ in 'kv'))
 
-    return empty(config.n_layer) if config.form == 'train' else (
-        tuple(empty() for _ in range(config.n_layer)))
+    return (
+      empty(config.n_layer)
+      if config.form == 'train'
+      else (tuple(empty() for _ in range(config.n_layer)))
+    )
 
   def update(self, layer, slot, k_BTNH, v_BTNH) -> tuple['KVCache', jax.Array, jax.Array]:
     """Writes T positions of a layer at `slot`, one for all rows or one a row; returns the cache and
     that layer's k and v, [B, S, N, H].
     """
+
     def put(old, new_BTNH):
       new_BNTH = new_BTNH.swapaxes(1, 2)
       if old.ndim == 4:
@@ -119,8 +124,9 @@ def room(cache: Cache) -> int:
 class Embed(nnx.Module):
   """A table of vectors; rows from `rows` on are padding and zero. Of int8 it has a scale a row."""
 
-  def __init__(self, shape, std, spec, config: GPTConfig, *, rows: int, rngs: nnx.Rngs,
-               int8: bool = False):
+  def __init__(
+    self, shape, std, spec, config: GPTConfig, *, rows: int, rngs: nnx.Rngs, int8: bool = False
+  ):
     self.config = config
     table = normal(rngs, shape, std, spec)
     self.weight = nnx.Param(jnp.where(jnp.arange(shape[0])[:, None] < rows, table, 0))
@@ -132,8 +138,11 @@ class Embed(nnx.Module):
     if self.scale is None:
       return fsdp.take(self.weight[...], indices, c.dtype, spec, c.reduce_dtype, B)
     steps = unshard(self.weight[...]).at[indices].get(out_sharding=layout(spec))
-    scale = unshard(self.scale[...]).at[indices].get(
-        out_sharding=layout(P(*spec[:-1])), mode='fill', fill_value=jnp.nan)
+    scale = (
+      unshard(self.scale[...])
+      .at[indices]
+      .get(out_sharding=layout(P(*spec[:-1])), mode='fill', fill_value=jnp.nan)
+    )
     return (steps * scale[..., None]).astype(c.dtype)
 
   def logits(self, x_BTD: jax.Array) -> jax.Array:
@@ -146,8 +155,7 @@ class Embed(nnx.Module):
   def loss(self, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> Loss:
     """`cross_entropy` of these products."""
     scale_V = None if self.scale is None else self.scale[...]
-    return cross_entropy(
-        self.config, x_BTD, self.weight[...], targets_BT, weights_BT, scale_V)
+    return cross_entropy(self.config, x_BTD, self.weight[...], targets_BT, weights_BT, scale_V)
 
 
 class Classifier(nnx.Module):
@@ -188,8 +196,20 @@ class Linear(nnx.Module):
   the others. A begins as PEFT's, uniform within 1/sqrt(fan-in), B as zero.
   """
 
-  def __init__(self, equation, shape, spec, bias_shape, bias_spec, out_spec, std, *,
-               config: GPTConfig, name: str, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    equation,
+    shape,
+    spec,
+    bias_shape,
+    bias_spec,
+    out_spec,
+    std,
+    *,
+    config: GPTConfig,
+    name: str,
+    rngs: nnx.Rngs,
+  ):
     """`name` is the module's in a block, such as 'attn.c_attn'."""
     self.equation, self.out_spec, self.config = equation, out_spec, config
     self.weight = nnx.Param(normal(rngs, shape, std, spec))
@@ -199,11 +219,19 @@ class Linear(nnx.Module):
     if self.lora:
       r, ins = self.lora.r, len(_contracted(equation))
       fan_in, spec = math.prod(shape[:ins]), tuple(spec)
-      self.lora_A = nnx.LoRAParam(jax.random.uniform(
-          rngs.params(), (*shape[:ins], r), jnp.float32, -fan_in**-0.5, fan_in**-0.5,
-          out_sharding=layout(P(*spec[:ins], None))))
-      self.lora_B = nnx.LoRAParam(jnp.zeros(
-          (r, *shape[ins:]), out_sharding=layout(P(None, *spec[ins:]))))
+      self.lora_A = nnx.LoRAParam(
+        jax.random.uniform(
+          rngs.params(),
+          (*shape[:ins], r),
+          jnp.float32,
+          -(fan_in**-0.5),
+          fan_in**-0.5,
+          out_sharding=layout(P(*spec[:ins], None)),
+        )
+      )
+      self.lora_B = nnx.LoRAParam(
+        jnp.zeros((r, *shape[ins:]), out_sharding=layout(P(None, *spec[ins:])))
+      )
 
   def __call__(self, x: jax.Array, keys_B: jax.Array | None = None):
     (x_axes, w_axes), out = self.equation.split('->')[0].split(','), self.equation.split('->')[1]
@@ -211,14 +239,16 @@ class Linear(nnx.Module):
     # a training step adds up in the activations' dtype, as its gradient does
     wide = dtype.name if c.form == 'train' else 'float32'
     product = lambda equation, x, w, spec, b=None: fsdp.einsum(
-        fsdp.Product(equation, spec, c.precision, c.reduce_dtype, wide), x, w, b)
+      fsdp.Product(equation, spec, c.precision, c.reduce_dtype, wide), x, w, b
+    )
     if c.form == 'train':
       y = product(self.equation, x, self.weight[...], self.out_spec, self.bias[...]).astype(dtype)
     else:  # one axis K is summed over: XLA on CPU would copy a weight with two, N and H, every time
-      flat = lambda z: z.reshape(*z.shape[:z.ndim - len(ins)], -1)
+      flat = lambda z: z.reshape(*z.shape[: z.ndim - len(ins)], -1)
       outs = w_axes.removeprefix(ins)
-      y = product(f'{x_axes.removesuffix(ins)}K,{outs}K->{out}', flat(x), flat(self.weight[...]),
-                  self.out_spec)
+      y = product(
+        f'{x_axes.removesuffix(ins)}K,{outs}K->{out}', flat(x), flat(self.weight[...]), self.out_spec
+      )
       over_rows = lambda b: b[:, None, None] if b.ndim == 3 else b  # c_attn's are CNH
       if self.scale is not None:
         y = y * over_rows(unshard(self.scale[...]))
@@ -226,9 +256,11 @@ class Linear(nnx.Module):
     if self.lora:
       x = dropout(x, self.lora.dropout, keys_B)
       x_BTR = product(f'{x_axes},{ins}R->BTR', x, self.lora_A[...], RULES.act_btd).astype(dtype)
-      y += (self.lora.alpha / self.lora.r * product(
-          f'BTR,R{w_axes.removeprefix(ins)}->{out}', x_BTR, self.lora_B[...], self.out_spec)
-           ).astype(dtype)
+      y += (
+        self.lora.alpha
+        / self.lora.r
+        * product(f'BTR,R{w_axes.removeprefix(ins)}->{out}', x_BTR, self.lora_B[...], self.out_spec)
+      ).astype(dtype)
     return y
 
 

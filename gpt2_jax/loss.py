@@ -47,8 +47,13 @@ def num_chunks(tokens: int, V: int) -> int:
 
 
 def cross_entropy(
-    config: GPTConfig, x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array,
-    weights_BT: jax.Array, scale_V: jax.Array | None = None) -> Loss:
+  config: GPTConfig,
+  x_BTD: jax.Array,
+  table_VD: jax.Array,
+  targets_BT: jax.Array,
+  weights_BT: jax.Array,
+  scale_V: jax.Array | None = None,
+) -> Loss:
   """-log p of the targets under the softmax of `x · table`, divided by muP's `width_ratio`.
 
   Operands of products are of `x_BTD`'s dtype, sums and softmax float32.
@@ -64,7 +69,8 @@ def cross_entropy(
   """
   rows = P(*spec_of(x_BTD)[:2])
   loss: Any = _cross_entropy(
-      config, x_BTD, table_VD, scale_V, reshard(targets_BT, rows), reshard(weights_BT, rows))
+    config, x_BTD, table_VD, scale_V, reshard(targets_BT, rows), reshard(weights_BT, rows)
+  )
   return loss._replace(each=jax.lax.stop_gradient(loss.each))
 
 
@@ -78,7 +84,8 @@ def _forward(config, x, table, *others):
   wanted = 'x' * x.perturbed + 'w' * table.perturbed  # under adapters the table isn't trained
   scale_V, targets_BT, weights_BT = (None if a is None else a.value for a in others)
   each_BT, dx_BTD, dw_VD = _on_mesh(
-      config, wanted, x.value, table.value, scale_V, targets_BT, weights_BT)
+    config, wanted, x.value, table.value, scale_V, targets_BT, weights_BT
+  )
   return Loss((weights_BT * each_BT).sum(), each_BT), (each_BT, dx_BTD, dw_VD)
 
 
@@ -114,8 +121,11 @@ def _on_mesh(config, wanted, x_BTD, table_VD, scale_V, targets_BT, weights_BT):
     return each_BT, dx_BTD, None if dw_VD is None else total(dw_VD.astype(dtype))
 
   return jax.shard_map(
-      local, in_specs=jax.tree.map(spec_of, operands),
-      out_specs=(spec_of(targets_BT), spec_of(x_BTD), w_spec), check_vma=apart)(*operands)
+    local,
+    in_specs=jax.tree.map(spec_of, operands),
+    out_specs=(spec_of(targets_BT), spec_of(x_BTD), w_spec),
+    check_vma=apart,
+  )(*operands)
 
 
 def at(y_CV: jax.Array, ids_C: jax.Array) -> jax.Array:
@@ -166,7 +176,7 @@ def _on_device(config, wanted, axis, x_BTD, table_VD, scale_V, targets_BT, weigh
     a = jnp.pad(a.reshape(B * T, *a.shape[2:]), [(0, chunks * C - B * T), *[(0, 0)] * (a.ndim - 2)])
     return a.reshape(chunks, C, *a.shape[1:])
 
-  join = lambda a: a.reshape(chunks * C, *a.shape[2:])[:B * T].reshape(B, T, *a.shape[2:])
+  join = lambda a: a.reshape(chunks * C, *a.shape[2:])[: B * T].reshape(B, T, *a.shape[2:])
   dw_VD = None
   if 'w' in wanted:
     axes = jax.sharding.get_abstract_mesh().axis_names

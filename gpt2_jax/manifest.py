@@ -27,8 +27,11 @@ def _digest(path: Path) -> str:
 def write(folder: Path) -> None:
   """Leaves the manifest of all files in a folder. In one thread: it runs beside the training."""
   names = sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file())
-  files = {name: {'bytes': (folder / name).stat().st_size, 'sha256': _digest(folder / name)}
-           for name in names if name not in (FILE, *LATER)}
+  files = {
+    name: {'bytes': (folder / name).stat().st_size, 'sha256': _digest(folder / name)}
+    for name in names
+    if name not in (FILE, *LATER)
+  }
   write_whole(folder / FILE, json.dumps({'version': VERSION, 'files': files}, indent=1) + '\n')
 
 
@@ -57,8 +60,11 @@ def damage(folder: Path, items: Collection[str] | None = None) -> str | None:
       return f'{name} has {have:,} bytes, not {size:,}'
   read = [name for name in wanted if items is None or name.split('/')[0] in items]
   total = sum(wanted[name][0] for name in read)
-  shown = track(f'checking {folder}', total, 'bytes') if total > SHOWN_BYTES else (
-      contextlib.nullcontext(lambda amount: None))
+  shown = (
+    track(f'checking {folder}', total, 'bytes')
+    if total > SHOWN_BYTES
+    else (contextlib.nullcontext(lambda amount: None))
+  )
   with shown as advance, concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
     try:
       for name, digest in zip(read, pool.map(lambda name: _digest(folder / name), read)):
@@ -66,5 +72,5 @@ def damage(folder: Path, items: Collection[str] | None = None) -> str | None:
           return f'{name} has other content than was written (SHA-256)'
         advance(wanted[name][0])
     except OSError as e:
-      return f'a file can\'t be read ({e})'
+      return f"a file can't be read ({e})"
   return None

@@ -12,8 +12,9 @@ from gpt2_jax.sharding import in_mesh, layout, platform
 FEW = range(2, 33)  # rows
 
 
-def einsum(equation: str, x: jax.Array, w: jax.Array, out_spec: P | None, precision: str | None,
-           wide) -> jax.Array:
+def einsum(
+  equation: str, x: jax.Array, w: jax.Array, out_spec: P | None, precision: str | None, wide
+) -> jax.Array:
   """`jnp.einsum(equation, x, w)` in the dtype `wide`, laid out as `out_spec` says.
 
   Inside a `jax.shard_map` `out_spec` is None. A CPU multiplies by `row_major`, where it can. There a
@@ -26,8 +27,14 @@ def einsum(equation: str, x: jax.Array, w: jax.Array, out_spec: P | None, precis
       return row_major(equation, x, w, out_spec, precision, wide)
     if not in_mesh() and rows in FEW and _last_axes(equation):
       return _weight_first(equation, x, w, precision, wide)
-  return jnp.einsum(equation, x, w, precision=precision, preferred_element_type=wide,
-                    out_sharding=out_spec and layout(out_spec))
+  return jnp.einsum(
+    equation,
+    x,
+    w,
+    precision=precision,
+    preferred_element_type=wide,
+    out_sharding=out_spec and layout(out_spec),
+  )
 
 
 def lies_whole(x: jax.Array) -> bool:
@@ -39,8 +46,14 @@ def lies_whole(x: jax.Array) -> bool:
   return platform() == 'cpu' and not split and isinstance(x.size, int)
 
 
-def row_major(equation: str, x: jax.Array, y: jax.Array, out_spec: P | None = None,
-              precision: str | None = None, wide='float32') -> jax.Array:
+def row_major(
+  equation: str,
+  x: jax.Array,
+  y: jax.Array,
+  out_spec: P | None = None,
+  precision: str | None = None,
+  wide='float32',
+) -> jax.Array:
   """As `einsum`; added up in float32, of operands that lie [batch, rows, sums] and [batch, sums,
   columns] or [batch, columns, sums], as XLA's library for CPUs wants them.
 
@@ -62,9 +75,13 @@ def row_major(equation: str, x: jax.Array, y: jax.Array, out_spec: P | None = No
   x, y = _arranged(x, x_axes, batch + rows + sums), _arranged(y, y_axes, lies)
   made, axes = batch + rows + columns, range(len(batch))
   z = jax.lax.dot_general(
-      x, y, ((range(x.ndim - len(sums), x.ndim), [lies.index(a) for a in sums]), (axes, axes)),
-      precision, jnp.dtype('float32'),
-      out_sharding=out_spec and layout(P(*(out_spec[out.index(a)] for a in made))))
+    x,
+    y,
+    ((range(x.ndim - len(sums), x.ndim), [lies.index(a) for a in sums]), (axes, axes)),
+    precision,
+    jnp.dtype('float32'),
+    out_sharding=out_spec and layout(P(*(out_spec[out.index(a)] for a in made))),
+  )
   return _in_rows(z).astype(wide).transpose([made.index(a) for a in out])
 
 
@@ -116,7 +133,8 @@ def _last_axes(equation: str) -> bool:
 def _weight_first(equation: str, x, w, precision, wide):
   x_axes, w_axes, out = letters(equation)
   y = jax.lax.dot_general(
-      w, x, (((w.ndim - 1,), (x.ndim - 1,)), ((), ())), precision, jnp.dtype(wide))
+    w, x, (((w.ndim - 1,), (x.ndim - 1,)), ((), ())), precision, jnp.dtype(wide)
+  )
   made = w_axes[:-1] + x_axes[:-1]
   # without the barrier XLA would make x · wᵀ of it
   return jax.lax.optimization_barrier(y).transpose([made.index(letter) for letter in out])

@@ -52,12 +52,29 @@ class Attention(nnx.Module):
     c, r = config, RULES
     self.config = config
     self.c_attn = Linear(
-        'BTD,DCNH->CBTNH', (c.n_embd, 3, c.n_head, c.H), r.c_attn_dcnh,
-        (3, c.n_head, c.H), r.c_attn_cnh, r.act_cbtnh, hidden_std(c), rngs=rngs,
-        config=c, name='attn.c_attn')
+      'BTD,DCNH->CBTNH',
+      (c.n_embd, 3, c.n_head, c.H),
+      r.c_attn_dcnh,
+      (3, c.n_head, c.H),
+      r.c_attn_cnh,
+      r.act_cbtnh,
+      hidden_std(c),
+      rngs=rngs,
+      config=c,
+      name='attn.c_attn',
+    )
     self.c_proj = Linear(
-        'BTNH,NHD->BTD', (c.n_head, c.H, c.n_embd), r.attn_proj_nhd,
-        (c.n_embd,), r.proj_d, r.act_btd, proj_std, rngs=rngs, config=c, name='attn.c_proj')
+      'BTNH,NHD->BTD',
+      (c.n_head, c.H, c.n_embd),
+      r.attn_proj_nhd,
+      (c.n_embd,),
+      r.proj_d,
+      r.act_btd,
+      proj_std,
+      rngs=rngs,
+      config=c,
+      name='attn.c_proj',
+    )
 
   def __call__(self, x_BTD, layer, see, cache, slot, keys_B):
     c = self.config
@@ -73,9 +90,15 @@ class Attention(nnx.Module):
       out_BTNH = see(q_BTNH, k_BSNH, v_BSNH, scale)
     else:
       out_BTNH, weights_BNTS = attention(
-          q_BTNH, k_BSNH, v_BSNH, see, scale=scale, upcast=c.reorder_and_upcast_attn,
-          drop=lambda weights_BNTS: dropout(weights_BNTS, c.attn_pdrop, fold_in(keys_B, 0)),
-          precision=c.precision)
+        q_BTNH,
+        k_BSNH,
+        v_BSNH,
+        see,
+        scale=scale,
+        upcast=c.reorder_and_upcast_attn,
+        drop=lambda weights_BNTS: dropout(weights_BNTS, c.attn_pdrop, fold_in(keys_B, 0)),
+        precision=c.precision,
+      )
     out_BTD = self.c_proj(out_BTNH, fold_in(keys_B, 4))
     return dropout(out_BTD, c.resid_pdrop, fold_in(keys_B, 1)), weights_BNTS, cache
 
@@ -87,11 +110,29 @@ class MLP(nnx.Module):
     c, r = config, RULES
     self.config = config
     self.c_fc = Linear(
-        'BTD,DF->BTF', (c.n_embd, c.F), r.c_fc_df,
-        (c.F,), r.c_fc_f, r.act_btf, hidden_std(c), rngs=rngs, config=c, name='mlp.c_fc')
+      'BTD,DF->BTF',
+      (c.n_embd, c.F),
+      r.c_fc_df,
+      (c.F,),
+      r.c_fc_f,
+      r.act_btf,
+      hidden_std(c),
+      rngs=rngs,
+      config=c,
+      name='mlp.c_fc',
+    )
     self.c_proj = Linear(
-        'BTF,FD->BTD', (c.F, c.n_embd), r.mlp_proj_fd,
-        (c.n_embd,), r.proj_d, r.act_btd, proj_std, rngs=rngs, config=c, name='mlp.c_proj')
+      'BTF,FD->BTD',
+      (c.F, c.n_embd),
+      r.mlp_proj_fd,
+      (c.n_embd,),
+      r.proj_d,
+      r.act_btd,
+      proj_std,
+      rngs=rngs,
+      config=c,
+      name='mlp.c_proj',
+    )
 
   def __call__(self, x_BTD, keys_B):
     c = self.config
@@ -107,13 +148,11 @@ class Block(nnx.Module):
   def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
     std = hidden_std(config)
     proj_std = std if config.init_scheme == 'openai_release' else std / (2 * config.n_layer) ** 0.5
-    self.ln_1, self.ln_2 = (
-        LayerNorm(config.n_embd, config.layer_norm_epsilon) for _ in range(2))
+    self.ln_1, self.ln_2 = (LayerNorm(config.n_embd, config.layer_norm_epsilon) for _ in range(2))
     self.attn = Attention(config, proj_std, rngs=rngs)
     self.mlp = MLP(config, proj_std, rngs=rngs)
 
-  def __call__(
-      self, x_BTD, layer, see, cache=None, slot: jax.Array | int = 0, keys_B=None):
+  def __call__(self, x_BTD, layer, see, cache=None, slot: jax.Array | int = 0, keys_B=None):
     """`see` says which keys a query sees: a mask [B, T, S], or a `Kernel` that knows."""
     with jax.named_scope('attn'):
       out_BTD, weights_BNTS, cache = self.attn(self.ln_1(x_BTD), layer, see, cache, slot, keys_B)
@@ -141,13 +180,15 @@ class GPT2(nnx.Module):
     table: Any = dict(config=c, rows=c.vocab_size, rngs=rngs, int8=c.form == 'int8')
     self.wte = Embed((V, c.n_embd), std, r.wte_vd, **table)
     wpe_std = std / 2 if c.init_scheme == 'openai_release' else std
-    self.wpe = Embed(
-        (c.n_positions, c.n_embd), wpe_std, r.wpe_td, c, rows=c.n_positions, rngs=rngs)
+    self.wpe = Embed((c.n_positions, c.n_embd), wpe_std, r.wpe_td, c, rows=c.n_positions, rngs=rngs)
     self.h: Any  # blocks
     if c.form == 'train':
       self.h = nnx.vmap(
-          lambda rngs: Block(config, rngs=rngs), in_axes=0, out_axes=0,
-          transform_metadata={nnx.PARTITION_NAME: None})(rngs.split(c.n_layer))
+        lambda rngs: Block(config, rngs=rngs),
+        in_axes=0,
+        out_axes=0,
+        transform_metadata={nnx.PARTITION_NAME: None},
+      )(rngs.split(c.n_layer))
     else:
       self.h = nnx.List([Block(config, rngs=rngs) for _ in range(c.n_layer)])
     self.ln_f = LayerNorm(c.n_embd, c.layer_norm_epsilon)
@@ -159,7 +200,8 @@ class GPT2(nnx.Module):
       self.lm_head = Embed((V, c.n_embd), std, r.lm_head_vd, **table)
 
   def __call__(
-      self, tokens_BT: jax.Array, *, lengths_B: jax.Array | None = None, **options) -> jax.Array:
+    self, tokens_BT: jax.Array, *, lengths_B: jax.Array | None = None, **options
+  ) -> jax.Array:
     """Logits in float32: [B, T, V] over the true vocabulary, or those of `classify`.
 
     Options: see `transformer`.
@@ -167,20 +209,20 @@ class GPT2(nnx.Module):
     x_BTD = self.transformer(tokens_BT, **options).x_BTD
     if self.config.head != 'lm':
       return self.classify(x_BTD, lengths_B)
-    return reshard(self.logits(x_BTD), RULES.act_btd)[..., :self.config.vocab_size]
+    return reshard(self.logits(x_BTD), RULES.act_btd)[..., : self.config.vocab_size]
 
   def transformer(
-      self,
-      tokens_BT: jax.Array,
-      *,
-      positions_BT: jax.Array | None = None,
-      mask_BTS: jax.Array | None = None,
-      documents_BT: jax.Array | None = None,
-      cache: Any = None,
-      slot: jax.Array | int = 0,
-      dropout_keys_B: jax.Array | None = None,
-      hidden_states: bool = False,
-      attentions: bool = False,
+    self,
+    tokens_BT: jax.Array,
+    *,
+    positions_BT: jax.Array | None = None,
+    mask_BTS: jax.Array | None = None,
+    documents_BT: jax.Array | None = None,
+    cache: Any = None,
+    slot: jax.Array | int = 0,
+    dropout_keys_B: jax.Array | None = None,
+    hidden_states: bool = False,
+    attentions: bool = False,
   ) -> Output:
     """The model up to the last layer norm.
 
@@ -201,8 +243,10 @@ class GPT2(nnx.Module):
     """
     c, (B, T) = self.config, tokens_BT.shape
     if T > c.n_positions:
-      raise UserError(f'{T} tokens are more than the model has positions (n_positions = '
-                      f'{c.n_positions}): shorten the text.')
+      raise UserError(
+        f'{T} tokens are more than the model has positions (n_positions = '
+        f'{c.n_positions}): shorten the text.'
+      )
     if positions_BT is None:
       positions_BT = jnp.reshape(slot, (-1, 1)) + jnp.arange(T)
     keys_B, see = dropout_keys_B, mask_BTS
@@ -219,8 +263,7 @@ class GPT2(nnx.Module):
 
     def run(block, x_BTD, number, cache):
       """A block; its output, its cache, and what was asked for."""
-      y_BTD, weights_BNTS, cache = block(
-          x_BTD, number, see, cache, slot, fold_in(keys_B, number))
+      y_BTD, weights_BNTS, cache = block(x_BTD, number, see, cache, slot, fold_in(keys_B, number))
       return y_BTD, cache, (x_BTD if hidden_states else None, weights_BNTS if attentions else None)
 
     if c.form == 'train':
@@ -266,8 +309,11 @@ class GPT2(nnx.Module):
     return self.wte if self.config.tie_word_embeddings else self.lm_head
 
   def classify(
-      self, x_BTD: jax.Array, lengths_B: jax.Array | None = None,
-      dropout_keys_B: jax.Array | None = None) -> jax.Array:
+    self,
+    x_BTD: jax.Array,
+    lengths_B: jax.Array | None = None,
+    dropout_keys_B: jax.Array | None = None,
+  ) -> jax.Array:
     """Float32 logits of a classification head over K labels: [B, T, K] of tokens, [B, K] of texts.
 
     A text is judged by its last token, at `lengths_B` - 1; default T - 1.

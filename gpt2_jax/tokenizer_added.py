@@ -36,8 +36,10 @@ def _pattern(words: list[str], depth: int) -> str:
   if len(rest) == 1:
     return begin
   may_end = not rest[0]
-  ways = [_pattern(list(group), depth + 1)
-          for _, group in itertools.groupby(rest[may_end:], key=lambda word: word[0])]
+  ways = [
+    _pattern(list(group), depth + 1)
+    for _, group in itertools.groupby(rest[may_end:], key=lambda word: word[0])
+  ]
   return f'{begin}(?:{"|".join(ways)}){"?" * may_end}'
 
 
@@ -62,8 +64,11 @@ class Finder:
     if not special and not self._any_ordinary:
       return pieces
     for compiled in self._patterns:
-      pieces = [new for piece in pieces for new in (
-          [piece] if piece[0] else self._split(text, compiled, special, *piece[1:]))]
+      pieces = [
+        new
+        for piece in pieces
+        for new in ([piece] if piece[0] else self._split(text, compiled, special, *piece[1:]))
+      ]
     return pieces
 
   def special(self, text: str) -> Added | None:
@@ -71,15 +76,16 @@ class Finder:
     found = (token for token, *_ in self.pieces(text, special=True))
     return next((token for token in found if token and token.special), None)
 
-  def _split(self, text: str, compiled: re.Pattern, special: bool, low: int, high: int
-             ) -> list[Piece]:
+  def _split(
+    self, text: str, compiled: re.Pattern, special: bool, low: int, high: int
+  ) -> list[Piece]:
     """The pieces of text[low:high], which counts as a text of its own."""
     pieces, done = [], low
     for match in compiled.finditer(text, low, high):
       token, (start, stop) = self._added[match[0]], match.span()
       if token.special and not special:
         continue
-      around = text[max(low, start - 1):start] + text[stop:min(high, stop + 1)]
+      around = text[max(low, start - 1) : start] + text[stop : min(high, stop + 1)]
       if token.single_word and WORD.search(around):
         continue
       if token.lstrip:

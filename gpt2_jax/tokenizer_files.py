@@ -34,6 +34,7 @@ class Added:
   inside of a word. `normalized`: looked for after those that are not. `special`: found only where
   that is asked for; so are all that are used as something, and the end of a text.
   """
+
   id: int
   content: str
   single_word: bool = False
@@ -56,6 +57,7 @@ class Tables:
     prefix_space: whether a text that doesn't begin with a space is given one.
     eot: id of `<|endoftext|>`; without it of the eos_token; without that of `</s>`.
   """
+
   vocab: dict[str, int]
   pairs: list[tuple[str, str]]
   added: list[Added]
@@ -67,8 +69,11 @@ class Tables:
 @functools.cache
 def byte_to_char() -> dict[int, str]:
   """GPT-2's printable stand-in for each byte (openai/gpt-2 `src/encoder.py`), in id order."""
-  visible = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1),
-             *range(ord('®'), ord('ÿ') + 1)]
+  visible = [
+    *range(ord('!'), ord('~') + 1),
+    *range(ord('¡'), ord('¬') + 1),
+    *range(ord('®'), ord('ÿ') + 1),
+  ]
   hidden = [b for b in range(256) if b not in set(visible)]
   return {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(hidden)}
 
@@ -102,7 +107,7 @@ def _text(path: Path) -> str:
   try:
     return path.read_text(encoding='utf-8')
   except (OSError, ValueError) as e:
-    raise UserError(f'{path} can\'t be read ({e}). Fetch it anew.') from e
+    raise UserError(f"{path} can't be read ({e}). Fetch it anew.") from e
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -111,7 +116,7 @@ def _json(path: Path) -> dict[str, Any]:
   try:
     content = json.loads(text)
   except (ValueError, RecursionError) as e:
-    raise UserError(f'{path} can\'t be read ({e}). Fetch it anew.') from e
+    raise UserError(f"{path} can't be read ({e}). Fetch it anew.") from e
   return _dict(content, str(path))
 
 
@@ -137,8 +142,10 @@ def _content(token: Any, where: str) -> str:
 
 def _id(value: Any, content: str, where: str) -> int:
   if type(value) is not int or not 0 <= value < MAX_ID:
-    raise UserError(f'{where}: the id of {content!r:.60} is {value!r:.40}, not a whole number from 0 '
-                    f'to {MAX_ID - 1}. Mend the entry or remove it.')
+    raise UserError(
+      f'{where}: the id of {content!r:.60} is {value!r:.40}, not a whole number from 0 '
+      f'to {MAX_ID - 1}. Mend the entry or remove it.'
+    )
   return value
 
 
@@ -148,11 +155,15 @@ def _pair(value: Any, vocab: Mapping[str, int], where: str) -> tuple[str, str]:
     raise UserError(f'{where}: the merge {value!r:.60} is not of two tokens. Fetch the file anew.')
   for name in (*pair, pair[0] + pair[1]):
     if not to_bytes(name):
-      raise UserError(f'{where}: not a byte-level BPE of GPT-2\'s kind: the merge {value!r:.60} has '
-                      'characters that stand for no byte.')
+      raise UserError(
+        f"{where}: not a byte-level BPE of GPT-2's kind: the merge {value!r:.60} has "
+        'characters that stand for no byte.'
+      )
     if name not in vocab:
-      raise UserError(f'{where}: the merge {value!r:.60} needs a token {name!r:.60}, which has no '
-                      'id: vocabulary and merges are not of one tokenizer.')
+      raise UserError(
+        f'{where}: the merge {value!r:.60} needs a token {name!r:.60}, which has no '
+        'id: vocabulary and merges are not of one tokenizer.'
+      )
   return pair[0], pair[1]
 
 
@@ -163,17 +174,27 @@ def _model(content: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list
   parts = {'normalizer': content.get('normalizer')}
   parts |= {f'model.{key}': value for key, value in model.items()}
   parts |= {f'pre_tokenizer.{key}': value for key, value in before.items()}
-  without = ('normalizer', 'model.dropout', 'model.continuing_subword_prefix',
-             'model.end_of_word_suffix', 'model.byte_fallback', 'model.ignore_merges')
+  without = (
+    'normalizer',
+    'model.dropout',
+    'model.continuing_subword_prefix',
+    'model.end_of_word_suffix',
+    'model.byte_fallback',
+    'model.ignore_merges',
+  )
   odd = [key for key in without if parts.get(key)]
   wanted = {'model.type': 'BPE', 'pre_tokenizer.type': 'ByteLevel', 'pre_tokenizer.use_regex': True}
   odd += [key for key, value in wanted.items() if parts.get(key, value) != value]
   if odd:
-    raise UserError(f'{where}: {odd[0]} is {parts[odd[0]]!r:.80}, which can\'t be honoured: it '
-                    'is not of GPT-2\'s byte-level BPE. Use ids of its own tokenizer, not texts.')
-  return (_dict(model.get('vocab'), f'{where}: model.vocab'),
-          _list(model.get('merges'), f'{where}: model.merges'),
-          before.get('add_prefix_space') is True)
+    raise UserError(
+      f"{where}: {odd[0]} is {parts[odd[0]]!r:.80}, which can't be honoured: it "
+      "is not of GPT-2's byte-level BPE. Use ids of its own tokenizer, not texts."
+    )
+  return (
+    _dict(model.get('vocab'), f'{where}: model.vocab'),
+    _list(model.get('merges'), f'{where}: model.merges'),
+    before.get('add_prefix_space') is True,
+  )
 
 
 def _specials(settings: Mapping[str, Any], where: str) -> tuple[dict[str, str], dict[str, Any]]:
@@ -199,8 +220,10 @@ class _Reader:
 
   def _take(self, id: int, name: str, where: str) -> None:
     if self.names.setdefault(id, name) != name:
-      raise UserError(f'{where}: the tokens {self.names[id]!r:.60} and {name!r:.60} have the same id '
-                      f'{id}. Remove the wrong one.')
+      raise UserError(
+        f'{where}: the tokens {self.names[id]!r:.60} and {name!r:.60} have the same id '
+        f'{id}. Remove the wrong one.'
+      )
 
   def add(self, id: Any, token: Any, where: str, *, special: bool = False) -> None:
     """Adds a token, a text or an object with flags; those of an earlier file stay as they are.
@@ -210,8 +233,10 @@ class _Reader:
     content = _content(token, where)
     id = _id(id, content, where)
     if self.vocab.setdefault(content, id) != id:
-      raise UserError(f'{where}: the token {content!r:.60} has the id {id} here, but '
-                      f'{self.vocab[content]} elsewhere in the tokenizer. Remove the wrong one.')
+      raise UserError(
+        f'{where}: the token {content!r:.60} has the id {id} here, but '
+        f'{self.vocab[content]} elsewhere in the tokenizer. Remove the wrong one.'
+      )
     self._take(id, content, where)
     given = token if isinstance(token, dict) else {}
     given = {'special': special, 'normalized': not given.get('special', special)} | given
@@ -219,8 +244,13 @@ class _Reader:
     self.added.setdefault(content, Added(id, content, **flags))
 
 
-def _complete(vocab: Mapping[str, Any], pairs: Iterable[Any], where: Path, added: Sequence[Any] = (),
-              prefix_space: bool = False) -> Tables:
+def _complete(
+  vocab: Mapping[str, Any],
+  pairs: Iterable[Any],
+  where: Path,
+  added: Sequence[Any] = (),
+  prefix_space: bool = False,
+) -> Tables:
   """Checks what was read of `where`, and takes in the small files beside it."""
   reader = _Reader(vocab, str(where))
   checked = [_pair(pair, reader.vocab, str(where)) for pair in pairs]
@@ -228,8 +258,10 @@ def _complete(vocab: Mapping[str, Any], pairs: Iterable[Any], where: Path, added
     token = _dict(token, f'{where}: an entry of added_tokens')
     reader.add(token.get('id'), token, str(where))
 
-  path, older, oldest = (where.parent / name for name in (
-      'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json'))
+  path, older, oldest = (
+    where.parent / name
+    for name in ('tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json')
+  )
   settings, ids = _json(path), {}
   if 'added_tokens_decoder' in settings:
     decoder = _dict(settings['added_tokens_decoder'], f'{path}: added_tokens_decoder')
@@ -246,15 +278,23 @@ def _complete(vocab: Mapping[str, Any], pairs: Iterable[Any], where: Path, added
 
   eot = next((c for c in (EOT, roles.get('eos_token'), '</s>') if c in reader.vocab), None)
   if eot is None:
-    raise UserError(f'{where}: no token ends a text: there is neither {EOT}, nor an eos_token, nor '
-                    '</s>. Name one of its tokens as eos_token in tokenizer_config.json.')
+    raise UserError(
+      f'{where}: no token ends a text: there is neither {EOT}, nor an eos_token, nor '
+      '</s>. Name one of its tokens as eos_token in tokenizer_config.json.'
+    )
   reader.add(reader.vocab[eot], eot, str(where), special=True)
-  added = [dataclasses.replace(token, special=token.special or token.content in (eot, *specials))
-           for token in reader.added.values()]
+  added = [
+    dataclasses.replace(token, special=token.special or token.content in (eot, *specials))
+    for token in reader.added.values()
+  ]
   return Tables(
-      vocab=dict(sorted(reader.vocab.items(), key=lambda item: item[1])), pairs=checked,
-      added=sorted(added, key=lambda token: token.id), roles=roles,
-      prefix_space=settings.get('add_prefix_space', prefix_space) is True, eot=reader.vocab[eot])
+    vocab=dict(sorted(reader.vocab.items(), key=lambda item: item[1])),
+    pairs=checked,
+    added=sorted(added, key=lambda token: token.id),
+    roles=roles,
+    prefix_space=settings.get('add_prefix_space', prefix_space) is True,
+    eot=reader.vocab[eot],
+  )
 
 
 def read(folder: Path) -> Tables:
@@ -276,34 +316,60 @@ def read(folder: Path) -> Tables:
   raise UserError(f'{folder} holds neither vocab.json and merges.txt nor tokenizer.json.')
 
 
-def tokenizer_json(vocab: Mapping[str, int], pairs: Sequence[tuple[str, str]],
-                   added: Iterable[Added], prefix_space: bool) -> str:
+def tokenizer_json(
+  vocab: Mapping[str, int],
+  pairs: Sequence[tuple[str, str]],
+  added: Iterable[Added],
+  prefix_space: bool,
+) -> str:
   """The content of a tokenizer.json. Added tokens are in `vocab` too, which fixes their ids."""
   level = {'type': 'ByteLevel', 'add_prefix_space': True, 'trim_offsets': True, 'use_regex': True}
-  return json.dumps({
-      'version': '1.0', 'truncation': None, 'padding': None,
-      'added_tokens': [dataclasses.asdict(token) for token in added], 'normalizer': None,
+  return json.dumps(
+    {
+      'version': '1.0',
+      'truncation': None,
+      'padding': None,
+      'added_tokens': [dataclasses.asdict(token) for token in added],
+      'normalizer': None,
       'pre_tokenizer': level | {'add_prefix_space': prefix_space},
-      'post_processor': level | {'trim_offsets': False}, 'decoder': level,
-      'model': {'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': None,
-                'end_of_word_suffix': None, 'fuse_unk': False, 'byte_fallback': False,
-                'ignore_merges': False, 'vocab': vocab, 'merges': pairs},
-  }, ensure_ascii=False, separators=(',', ':'))
+      'post_processor': level | {'trim_offsets': False},
+      'decoder': level,
+      'model': {
+        'type': 'BPE',
+        'dropout': None,
+        'unk_token': None,
+        'continuing_subword_prefix': None,
+        'end_of_word_suffix': None,
+        'fuse_unk': False,
+        'byte_fallback': False,
+        'ignore_merges': False,
+        'vocab': vocab,
+        'merges': pairs,
+      },
+    },
+    ensure_ascii=False,
+    separators=(',', ':'),
+  )
 
 
 def write(tables: Tables, folder: Path, model_max_length: int | None) -> None:
   """Writes `vocab.json`, `merges.txt`, `tokenizer.json` and `tokenizer_config.json`."""
   eot = next(token.content for token in tables.added if token.id == tables.eot)
-  settings = {'tokenizer_class': 'GPT2Tokenizer', 'add_prefix_space': tables.prefix_space,
-            'bos_token': eot, 'eos_token': eot, 'unk_token': eot} | tables.roles
+  settings = {
+    'tokenizer_class': 'GPT2Tokenizer',
+    'add_prefix_space': tables.prefix_space,
+    'bos_token': eot,
+    'eos_token': eot,
+    'unk_token': eot,
+  } | tables.roles
   if model_max_length is not None:
     settings['model_max_length'] = model_max_length
   files = {
-      'vocab.json': json.dumps(tables.vocab, ensure_ascii=False),
-      'merges.txt': merges_txt(tables.pairs),
-      'tokenizer_config.json': json.dumps(settings, indent=2, ensure_ascii=False),
-      'tokenizer.json': tokenizer_json(
-          tables.vocab, tables.pairs, tables.added, tables.prefix_space)}
+    'vocab.json': json.dumps(tables.vocab, ensure_ascii=False),
+    'merges.txt': merges_txt(tables.pairs),
+    'tokenizer_config.json': json.dumps(settings, indent=2, ensure_ascii=False),
+    'tokenizer.json': tokenizer_json(tables.vocab, tables.pairs, tables.added, tables.prefix_space),
+  }
   folder.mkdir(parents=True, exist_ok=True)
   for name, content in files.items():
     (folder / name).write_text(content, encoding='utf-8')

@@ -23,8 +23,12 @@ def cache() -> Path:
   return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'gpt2_jax'
 
 
-def digest(paths: Sequence[Path], advance: Callable[[int], None] = lambda amount: None,
-           begin: bytes = b'', kind: str = 'sha256') -> str:
+def digest(
+  paths: Sequence[Path],
+  advance: Callable[[int], None] = lambda amount: None,
+  begin: bytes = b'',
+  kind: str = 'sha256',
+) -> str:
   """The hash, in hex, of some files in a row.
 
   Args:
@@ -67,8 +71,9 @@ class Verified:
     stats = [path.stat() for path in paths]
     return [sha256, *([stat.st_size, stat.st_mtime_ns] for stat in stats)]
 
-  def check(self, names: Sequence[str], sha256: str, advance=lambda amount: None,
-            again: bool = False) -> bool:
+  def check(
+    self, names: Sequence[str], sha256: str, advance=lambda amount: None, again: bool = False
+  ) -> bool:
     """Whether files have the content that they should have, by what is remembered or by reading them.
 
     Args:

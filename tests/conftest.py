@@ -39,8 +39,10 @@ def pytest_configure(config):
     os.environ['HF_HUB_OFFLINE'] = ONLINE  # read when the library is loaded, which is later
 
 
-WORDS = ('the a of model token layer head width loss data mesh batch step seed cache key value query '
-         'norm scale gate sum mean train test held out big small red green').split()
+WORDS = (
+  'the a of model token layer head width loss data mesh batch step seed cache key value query '
+  'norm scale gate sum mean train test held out big small red green'
+).split()
 
 
 def make_text(rng: np.random.Generator, words: int) -> str:
@@ -61,14 +63,24 @@ def text_folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def tiny() -> GPTConfig:
   """Odd sizes on purpose; weights large enough that every part matters."""
-  return GPTConfig(vocab_size=97, n_positions=32, n_embd=32, n_layer=3, n_head=4, n_inner=80,
-                   vocab_multiple=8, initializer_range=0.3, embd_pdrop=0, attn_pdrop=0,
-                   resid_pdrop=0)
+  return GPTConfig(
+    vocab_size=97,
+    n_positions=32,
+    n_embd=32,
+    n_layer=3,
+    n_head=4,
+    n_inner=80,
+    vocab_multiple=8,
+    initializer_range=0.3,
+    embd_pdrop=0,
+    attn_pdrop=0,
+    resid_pdrop=0,
+  )
 
 
 def mesh_of(*sizes: int):
   """A context with a mesh over the first devices."""
-  return jax.set_mesh(make_mesh(*sizes, devices=jax.devices()[:int(np.prod(sizes))]))
+  return jax.set_mesh(make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))]))
 
 
 def environment(devices: int = 1, **extra: str) -> dict[str, str]:
@@ -79,8 +91,14 @@ def environment(devices: int = 1, **extra: str) -> dict[str, str]:
 
 def run(*command: str, cwd: Path = ROOT, timeout: float = 300, **env) -> subprocess.CompletedProcess:
   """Runs Python with these arguments, in a process of its own."""
-  return subprocess.run([sys.executable, *command], cwd=cwd, env=environment(**env),
-                        capture_output=True, text=True, timeout=timeout)
+  return subprocess.run(
+    [sys.executable, *command],
+    cwd=cwd,
+    env=environment(**env),
+    capture_output=True,
+    text=True,
+    timeout=timeout,
+  )
 
 
 def assert_close(have, want, tolerance: float = 1e-5) -> None:

@@ -14,18 +14,42 @@ import gpt2_jax
 from gpt2_jax import tokenizer
 from gpt2_jax.config import GPTConfig
 
-CHROMIUM = next((path for path in map(Path, ('/usr/bin/chromium', '/usr/bin/chromium-browser',
-                                             '/usr/bin/google-chrome')) if path.exists()), None)
-ARGUMENTS = ['--no-sandbox', '--disable-gpu', '--disable-background-networking',
-             '--disable-component-update', '--disable-sync', '--no-first-run']
-CONFIG = GPTConfig(vocab_size=257, n_positions=160, n_embd=32, n_layer=2, n_head=4,
-                   initializer_range=0.3, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)
+CHROMIUM = next(
+  (
+    path
+    for path in map(
+      Path, ('/usr/bin/chromium', '/usr/bin/chromium-browser', '/usr/bin/google-chrome')
+    )
+    if path.exists()
+  ),
+  None,
+)
+ARGUMENTS = [
+  '--no-sandbox',
+  '--disable-gpu',
+  '--disable-background-networking',
+  '--disable-component-update',
+  '--disable-sync',
+  '--no-first-run',
+]
+CONFIG = GPTConfig(
+  vocab_size=257,
+  n_positions=160,
+  n_embd=32,
+  n_layer=2,
+  n_head=4,
+  initializer_range=0.3,
+  embd_pdrop=0,
+  attn_pdrop=0,
+  resid_pdrop=0,
+)
 
 
 def byte_model(n_positions: int = 256):
   """Random weights, large enough that some bytes are likelier than others."""
-  config = GPTConfig(vocab_size=257, n_positions=n_positions, n_embd=32, n_layer=2, n_head=2,
-                     initializer_range=0.2)
+  config = GPTConfig(
+    vocab_size=257, n_positions=n_positions, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2
+  )
   model = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))
   model.tokenizer = tokenizer.load('byte')
   return model
@@ -48,8 +72,10 @@ class Running:
 
   def value(self, name: str, **labels: str) -> float:
     """A number of `/metrics`; labels default to the one model."""
-    return self.serving.metrics.registry.get_sample_value(
-        f'gpt2_jax_{name}', labels or {'model': 'tiny'}) or 0.0
+    return (
+      self.serving.metrics.registry.get_sample_value(f'gpt2_jax_{name}', labels or {'model': 'tiny'})
+      or 0.0
+    )
 
   def settle(self, seconds: float = 60) -> None:
     """Waits until nothing is written any more."""
@@ -64,6 +90,7 @@ def serve(models=None, **options) -> Iterator[Running]:
   """`options` are `make_app`'s."""
   from gpt2_jax.serving.app import make_app
   from gpt2_jax.serving.server import make_server
+
   app = make_app(models or {'tiny': tiny_model()}, **options)
   server = make_server(app, host='127.0.0.1', port=0, log_level='warning')
   thread = threading.Thread(target=server.run)
@@ -152,9 +179,12 @@ def audit(page) -> list[str]:
   """What axe finds that keeps people out: serious and critical violations, and where."""
   axe = pytest.importorskip('axe_playwright_python.sync_playwright')
   found = axe.Axe().run(page).response['violations']
-  return [f'{violation["id"]}: {node["html"][:120]} {node["failureSummary"][:300]}'
-          for violation in found if violation['impact'] in ('serious', 'critical')
-          for node in violation['nodes']]
+  return [
+    f'{violation["id"]}: {node["html"][:120]} {node["failureSummary"][:300]}'
+    for violation in found
+    if violation['impact'] in ('serious', 'critical')
+    for node in violation['nodes']
+  ]
 
 
 def until(page, holds: str) -> None:

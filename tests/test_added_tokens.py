@@ -17,10 +17,51 @@ from gpt2_jax.tokenizer import EOT
 from gpt2_jax.tokenizer_added import SPACE, WORD, Finder, pattern
 from gpt2_jax.tokenizer_files import Added
 
-CONTENTS = ['COVID', 'COVID-19', 'ID-19 x', '<|a|>', '<|a|>b', ' blank', 'blank ', 'éé', '½.', 'a',
-            'ab', 'the loss', '東京', '\n', '_x_', '  ']
-BETWEEN = [' ', '  ', '\t', '\n\n', '\xa0', '\u3000', '\x1f', '\x85', 'a', 'COV', '-19', 'x', '_',
-           '²', '\u0301', '\u200d', 'Ⓐ', '<|', 'b', 'the', ' loss', '東', '.', '🙂', EOT]
+CONTENTS = [
+  'COVID',
+  'COVID-19',
+  'ID-19 x',
+  '<|a|>',
+  '<|a|>b',
+  ' blank',
+  'blank ',
+  'éé',
+  '½.',
+  'a',
+  'ab',
+  'the loss',
+  '東京',
+  '\n',
+  '_x_',
+  '  ',
+]
+BETWEEN = [
+  ' ',
+  '  ',
+  '\t',
+  '\n\n',
+  '\xa0',
+  '\u3000',
+  '\x1f',
+  '\x85',
+  'a',
+  'COV',
+  '-19',
+  'x',
+  '_',
+  '²',
+  '\u0301',
+  '\u200d',
+  'Ⓐ',
+  '<|',
+  'b',
+  'the',
+  ' loss',
+  '東',
+  '.',
+  '🙂',
+  EOT,
+]
 
 
 @functools.cache
@@ -36,20 +77,26 @@ def saved(folder: Path, tokens: list[dict]) -> tokenizer.Tokenizer:
   content = json.loads(path.read_text())
   vocab, new = content['model']['vocab'], itertools.count(base().eot + 1)
   content['added_tokens'] += [
-      dict.fromkeys(('lstrip', 'rstrip', 'single_word', 'normalized', 'special'), False)
-      | {'id': vocab[name] if (name := token['content']) in vocab else next(new)} | token
-      for token in tokens]
+    dict.fromkeys(('lstrip', 'rstrip', 'single_word', 'normalized', 'special'), False)
+    | {'id': vocab[name] if (name := token['content']) in vocab else next(new)}
+    | token
+    for token in tokens
+  ]
   path.write_text(json.dumps(content))
   return tokenizer.load(folder)
 
 
-FLAGS = st.fixed_dictionaries(dict.fromkeys(
-    ('lstrip', 'rstrip', 'single_word', 'normalized', 'special'), st.booleans()))
+FLAGS = st.fixed_dictionaries(
+  dict.fromkeys(('lstrip', 'rstrip', 'single_word', 'normalized', 'special'), st.booleans())
+)
 TOKENS = st.lists(
-    st.tuples(st.sampled_from(CONTENTS), FLAGS).map(lambda pair: {'content': pair[0]} | pair[1]),
-    unique_by=lambda token: token['content'], max_size=7)
-TEXTS = st.lists(st.lists(st.sampled_from(CONTENTS + BETWEEN), max_size=12).map(''.join), min_size=8,
-                 max_size=8)
+  st.tuples(st.sampled_from(CONTENTS), FLAGS).map(lambda pair: {'content': pair[0]} | pair[1]),
+  unique_by=lambda token: token['content'],
+  max_size=7,
+)
+TEXTS = st.lists(
+  st.lists(st.sampled_from(CONTENTS + BETWEEN), max_size=12).map(''.join), min_size=8, max_size=8
+)
 
 
 def check(ours, theirs, tokens, texts) -> None:
@@ -78,6 +125,7 @@ def check(ours, theirs, tokens, texts) -> None:
 @given(TOKENS, TEXTS)
 def test_ids_are_those_of_the_tokenizers_library(tokens, texts):
   import tokenizers
+
   with tempfile.TemporaryDirectory() as folder:
     ours = saved(Path(folder), tokens)
     library = tokenizers.Tokenizer.from_file(f'{folder}/tokenizer.json')
@@ -103,16 +151,24 @@ def test_ids_are_those_of_transformers(tokens, texts, again):
       assert tokenizer.load(folder).sha256 == ours.sha256
     fast = transformers.AutoTokenizer.from_pretrained(folder)
   assert fast.is_fast
-  check(ours, lambda text, allow: fast(
-      text, split_special_tokens=not allow, add_special_tokens=False)['input_ids'], tokens, texts)
+  check(
+    ours,
+    lambda text, allow: fast(text, split_special_tokens=not allow, add_special_tokens=False)[
+      'input_ids'
+    ],
+    tokens,
+    texts,
+  )
 
 
 def test_words_and_blanks_are_rust_s():
   """What `single_word`, `lstrip` and `rstrip` take for a word and for white space."""
   import tokenizers
+
   made = tokenizers.Tokenizer(tokenizers.models.WordLevel({'': 0}, unk_token=''))
-  made.add_tokens([tokenizers.AddedToken('☃', single_word=True),
-                   tokenizers.AddedToken('☄', lstrip=True)])
+  made.add_tokens(
+    [tokenizers.AddedToken('☃', single_word=True), tokenizers.AddedToken('☄', lstrip=True)]
+  )
   kinds = {}
   for code in range(0x20000):
     kinds.setdefault(unicodedata.category(chr(code)), []).append(chr(code))
@@ -127,6 +183,7 @@ def test_words_and_blanks_are_rust_s():
 @given(st.lists(st.text('ab.|', min_size=1, max_size=5), min_size=1, max_size=9), st.text('ab.|'))
 def test_the_longest_of_the_leftmost_is_found(words, text):
   import re
+
   found = [match[0] for match in re.finditer(pattern(words), text)]
   wanted, at = [], 0
   while at < len(text):
@@ -140,7 +197,10 @@ def test_words_that_begin_alike_without_end():
   words = ['a' * n for n in range(1, 300)]
   finder = Finder([Added(n, word, special=False) for n, word in enumerate(words)])
   assert [token and token.id for token, *_ in finder.pieces('b' + words[-1] + 'b', False)] == [
-      None, 298, None]
+    None,
+    298,
+    None,
+  ]
 
 
 def test_special_is_what_is_used_as_something(tmp_path):
@@ -148,8 +208,12 @@ def test_special_is_what_is_used_as_something(tmp_path):
   saved(tmp_path, [{'content': '<end>', 'special': False}])
   path = tmp_path / 'tokenizer_config.json'
   eot = tokenizer.load(tmp_path).eot
-  path.write_text(json.dumps(json.loads(path.read_text()) | {
-      'pad_token': '<end>', 'added_tokens_decoder': {str(eot + 2): {'content': '<user>'}}}))
+  path.write_text(
+    json.dumps(
+      json.loads(path.read_text())
+      | {'pad_token': '<end>', 'added_tokens_decoder': {str(eot + 2): {'content': '<user>'}}}
+    )
+  )
   t = tokenizer.load(tmp_path)
   assert t.encode('<user>') == [eot + 2] and eot + 1 not in t.encode('<end>')
   assert t.encode('<end>', allow_special=True) == [eot + 1]

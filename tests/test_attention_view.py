@@ -47,11 +47,9 @@ def one_hot(*keys: int) -> np.ndarray:
 # ---- numbers ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize('kind, keys', [
-    ('previous', [0, 0, 1, 2, 3, 4]),
-    ('self', [0, 1, 2, 3, 4, 5]),
-    ('first', [0] * 6),
-])
+@pytest.mark.parametrize(
+  'kind, keys', [('previous', [0, 0, 1, 2, 3, 4]), ('self', [0, 1, 2, 3, 4, 5]), ('first', [0] * 6)]
+)
 def test_a_head_of_one_character_has_that_alone(kind, keys):
   found = {name: x.item() for name, x in characters(one_hot(*keys), [5, 6, 7, 8, 9, 4]).items()}
   assert found == {name: float(name == kind) for name in KINDS}
@@ -90,7 +88,7 @@ def test_weights_survive_packing():
 
 
 def test_data_is_what_the_model_says(model, data):
-  found, = gpt2_jax.features(model, TEXT)
+  (found,) = gpt2_jax.features(model, TEXT)
   assert data['ids'] == found.tokens and ''.join(data['tokens']) == TEXT
   back = unpack(data['attentions'], data['layers'], data['heads'], len(TEXT))
   assert np.abs(back - found.attentions).max() < 1 / 65535
@@ -122,7 +120,7 @@ def test_each_layer_of_the_lens_is_layer_norm_and_logits(tiny):
   rng = np.random.default_rng(2)
   params['ln_f'] = {name: rng.normal(1, 0.3, 32).astype(np.float32) for name in ('weight', 'bias')}
   model = gpt2_jax.bind(config, params)
-  found, = gpt2_jax.features(model, rng.integers(0, 97, 11).tolist())
+  (found,) = gpt2_jax.features(model, rng.integers(0, 97, 11).tolist())
   p_LTK, ids_LTK = logit_lens(model, found.hidden_states, 97)
   table_VD = np.asarray(params['lm_head']['weight'], np.float64)[:97]
   weight, bias = params['ln_f']['weight'], params['ln_f']['bias']
@@ -154,8 +152,9 @@ def test_what_cannot_be_shown_is_said(model):
 
 @pytest.mark.slow
 def test_a_classifier_attends_but_predicts_no_tokens(model):
-  config = GPTConfig(vocab_size=257, n_positions=32, n_embd=32, n_layer=2, n_head=2,
-                     head='sequence_classification')
+  config = GPTConfig(
+    vocab_size=257, n_positions=32, n_embd=32, n_layer=2, n_head=2, head='sequence_classification'
+  )
   classifier = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))
   with pytest.raises(gpt2_jax.UserError, match='needs a tokenizer'):
     attention_data(classifier, 'a')
@@ -189,7 +188,7 @@ def test_a_figure_is_a_picture_and_a_page(model, tmp_path):
 
 def test_a_heavier_weight_is_a_stronger_line(model):
   figure = attention_figure(model, 'abcd', layer=0, head=0)
-  weights_TT = np.array([[1, 0, 0, 0], [.5, .5, 0, 0], [0, 0, .25, .75], [0, 0, 0, 0]])
+  weights_TT = np.array([[1, 0, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 0.25, 0.75], [0, 0, 0, 0]])
   figure.data['attentions'] = pack(np.broadcast_to(np.tril(weights_TT), (2, 2, 4, 4)))
   root = ElementTree.fromstring(figure.svg.encode())
   lines = root.findall('{http://www.w3.org/2000/svg}path')

@@ -55,10 +55,18 @@ def test_a_stop_string_is_found_as_soon_as_it_is_there(text, strings, seed):
     assert (cut(data, strings) is None) != any(s.encode() in data for s in strings)
 
 
-@pytest.mark.parametrize('strings, text, accepted', [
-    (['aab', 'ab'], 'aaab', True), (['abab'], 'abaabab', True), (['xaby', 'ab'], 'xab', True),
-    (['日本'], '日日本', True), (['é'], 'è', False), (['<|endoftext|>'], '<|endoftext|>', True),
-    (['aa', 'b'], 'a\na\na', False)])
+@pytest.mark.parametrize(
+  'strings, text, accepted',
+  [
+    (['aab', 'ab'], 'aaab', True),
+    (['abab'], 'abaabab', True),
+    (['xaby', 'ab'], 'xab', True),
+    (['日本'], '日日本', True),
+    (['é'], 'è', False),
+    (['<|endoftext|>'], '<|endoftext|>', True),
+    (['aa', 'b'], 'a\na\na', False),
+  ],
+)
 def test_stop_strings_by_example(strings, text, accepted):
   for t, V in ((bpe(), 420), (tokenizer.load('gpt2'), 50257)):
     stop = automaton.stop_strings(strings, t, V)
@@ -76,8 +84,10 @@ def test_once_accepted_is_accepted_and_ids_without_a_token_change_nothing():
 
 
 def test_similar_stop_strings_have_tables_of_one_shape():
-  shapes = {automaton.stop_strings(strings, bpe(), 420).next_QV.shape
-            for strings in ('a', ['\n\n'], ['ab', 'aab'], 'é日')}
+  shapes = {
+    automaton.stop_strings(strings, bpe(), 420).next_QV.shape
+    for strings in ('a', ['\n\n'], ['ab', 'aab'], 'é日')
+  }
   assert shapes == {(8, 420)}
 
 
@@ -89,9 +99,10 @@ def steps(machine: Automaton, tokens_BN):
 
 def test_walk_is_step():
   tokens_BN = np.random.default_rng(0).integers(0, 420, (20, 12))
-  machine = Automaton(jnp.asarray(np.random.default_rng(1).integers(DEAD, 8, (8, 420), np.int32)),
-                      jnp.zeros(8, bool))
-  want_BN = [[walk(machine, 0, row[:n + 1]) for n in range(12)] for row in tokens_BN]
+  machine = Automaton(
+    jnp.asarray(np.random.default_rng(1).integers(DEAD, 8, (8, 420), np.int32)), jnp.zeros(8, bool)
+  )
+  want_BN = [[walk(machine, 0, row[: n + 1]) for n in range(12)] for row in tokens_BN]
   np.testing.assert_array_equal(steps(machine, tokens_BN), want_BN)
 
 
@@ -99,18 +110,29 @@ def test_walk_is_step():
 @given(texts, words)
 def test_cut_and_held_back_are_their_definitions(text, strings):
   data, stops = text.encode(), [string.encode() for string in strings]
-  ends = [(end, len(data[:end]) - max(len(s) for s in stops if data[:end].endswith(s)))
-          for end in range(len(data) + 1) if data[:end].endswith(tuple(stops))]
+  ends = [
+    (end, len(data[:end]) - max(len(s) for s in stops if data[:end].endswith(s)))
+    for end in range(len(data) + 1)
+    if data[:end].endswith(tuple(stops))
+  ]
   assert cut(data, strings) == (ends[0][1] if ends else None)
   assert held_back(data, strings) == max(
-      n for s in stops for n in range(len(s)) if data.endswith(s[:n]))
+    n for s in stops for n in range(len(s)) if data.endswith(s[:n])
+  )
   for end in range(ends[0][0] if ends else len(data) + 1):  # nothing is shown that is cut later
     assert not ends or end - held_back(data[:end], strings) <= ends[0][1]
 
 
-@pytest.mark.parametrize('strings, message', [
-    ([], 'one text or several'), ('', 'one text'), (['a', ''], 'none of them empty'),
-    (['\ud800'], 'surrogate'), (['ab' * 700], r'1400 bytes in all.*1334')])
+@pytest.mark.parametrize(
+  'strings, message',
+  [
+    ([], 'one text or several'),
+    ('', 'one text'),
+    (['a', ''], 'none of them empty'),
+    (['\ud800'], 'surrogate'),
+    (['ab' * 700], r'1400 bytes in all.*1334'),
+  ],
+)
 def test_stop_strings_that_can_not_be_used(strings, message):
   with pytest.raises(UserError, match=message):
     automaton.stop_strings(strings, tokenizer.load('byte'), 50257)
@@ -147,9 +169,23 @@ def is_match(pattern: str, data: bytes) -> bool:
     return False
 
 
-@pytest.mark.parametrize('pattern', [
-    '[0-9]{4}-[0-9]{2}', 'a|ab|abb', '(a|b)+?@(a|b)*', 'é', '日本?', '(😀|é)*', '[^ab]{1,3}', '.*ab',
-    '"[^"\n]*"', '^(5|-?0)\\.15$', '\\$', ''])
+@pytest.mark.parametrize(
+  'pattern',
+  [
+    '[0-9]{4}-[0-9]{2}',
+    'a|ab|abb',
+    '(a|b)+?@(a|b)*',
+    'é',
+    '日本?',
+    '(😀|é)*',
+    '[^ab]{1,3}',
+    '.*ab',
+    '"[^"\n]*"',
+    '^(5|-?0)\\.15$',
+    '\\$',
+    '',
+  ],
+)
 @pytest.mark.parametrize('name', ['bpe', 'gpt2'])
 def test_what_may_be_written_can_become_a_match(library, name, pattern):
   t, V = (bpe(), 430) if name == 'bpe' else (tokenizer.load('gpt2'), 50257)
@@ -172,8 +208,10 @@ def expressions():
   """Expressions over a and b that Python and Rust read alike."""
   suffix = st.sampled_from(['', '*', '+', '?', '*?', '+?', '??', '{2}', '{1,2}'])
   grow = lambda inner: st.one_of(
-      st.tuples(inner, inner).map(''.join), st.tuples(inner, inner).map('|'.join),
-      st.tuples(inner, suffix).map(lambda pair: f'({pair[0]}){pair[1]}'))
+    st.tuples(inner, inner).map(''.join),
+    st.tuples(inner, inner).map('|'.join),
+    st.tuples(inner, suffix).map(lambda pair: f'({pair[0]}){pair[1]}'),
+  )
   return st.recursive(st.sampled_from(['a', 'b', '.', '[ab]', '[^a]', '']), grow, max_leaves=6)
 
 
@@ -187,7 +225,8 @@ def test_accepts_what_python_matches(library, pattern):
   for n in range(6):
     for letters in itertools.product('ab', repeat=n):
       state = functools.reduce(
-          lambda q, id: q if q == DEAD else next_QV[q, id], t.encode(''.join(letters)), 0)
+        lambda q, id: q if q == DEAD else next_QV[q, id], t.encode(''.join(letters)), 0
+      )
       accepted = state != DEAD and bool(machine.accept_Q[state])
       assert accepted == bool(re.fullmatch(pattern, ''.join(letters))), letters
 
@@ -219,11 +258,21 @@ def test_what_the_vocabulary_can_not_end_is_not_begun(library):
     automaton.regex('ab', t, 257, ends=[b])
 
 
-@pytest.mark.parametrize('pattern, message', [
-    ('a(', 'building NFA'), ('(?=a)b', 'look-around'), ('(a)\\1', 'back references'),
-    ('\\ba', 'word boundaries'), ('a)|(?:b', 'building NFA'), ('a$|b', 'without \\^ and \\$'),
-    ('[a&&b]', 'matches nothing'), ('a\x00', 'no tokens to write'), ('\ud800', 'surrogates'),
-    ('.{1,300}', r'needs 2401 states.*may be 1335')])
+@pytest.mark.parametrize(
+  'pattern, message',
+  [
+    ('a(', 'building NFA'),
+    ('(?=a)b', 'look-around'),
+    ('(a)\\1', 'back references'),
+    ('\\ba', 'word boundaries'),
+    ('a)|(?:b', 'building NFA'),
+    ('a$|b', 'without \\^ and \\$'),
+    ('[a&&b]', 'matches nothing'),
+    ('a\x00', 'no tokens to write'),
+    ('\ud800', 'surrogates'),
+    ('.{1,300}', r'needs 2401 states.*may be 1335'),
+  ],
+)
 def test_expressions_that_can_not_be_used(library, pattern, message):
   with pytest.raises(UserError, match=message) as e:
     automaton.regex(pattern, tokenizer.load('byte'), 50257)

@@ -25,8 +25,9 @@ from gpt2_jax.interop.tensors import Source, load_params
 from gpt2_jax.model import bind, init_params
 
 CONFIG = GPTConfig(**SIZES, vocab_multiple=8)
-SMALL = GPTConfig(vocab_size=5, n_positions=16, n_embd=8, n_layer=1, n_head=2, vocab_multiple=2,
-                  initializer_range=0.5)
+SMALL = GPTConfig(
+  vocab_size=5, n_positions=16, n_embd=8, n_layer=1, n_head=2, vocab_multiple=2, initializer_range=0.5
+)
 GREEDY = dict(do_sample=False)
 BEAMS, GROUPS, CONTRASTIVE = (COMMON | CASES[name][-1] for name in ('beams', 'groups', 'contrastive'))
 DRAWN = BEAMS | dict(do_sample=True, seed=3)
@@ -64,18 +65,34 @@ def test_what_transformers_find(params, name):
 @given(st.floats(-1, 2), st.integers(1, 3), st.lists(st.integers(0, 4), min_size=1, max_size=5))
 def test_with_enough_beams_nothing_is_missed(small, length_penalty, n, prompt):
   """25 beams are all texts of two tokens of five; so the best of three tokens are found."""
-  decoder = Decoder(SMALL, small, prompt, Options.of(
-      **GREEDY, num_beams=25, num_return_sequences=20 if n > 1 else 5, max_new_tokens=n,
-      eos_token_id=3, early_stopping='never', length_penalty=length_penalty, top_logprobs=5))
+  decoder = Decoder(
+    SMALL,
+    small,
+    prompt,
+    Options.of(
+      **GREEDY,
+      num_beams=25,
+      num_return_sequences=20 if n > 1 else 5,
+      max_new_tokens=n,
+      eos_token_id=3,
+      early_stopping='never',
+      length_penalty=length_penalty,
+      top_logprobs=5,
+    ),
+  )
   for _ in decoder.run():
     pass
-  texts = [text for m in range(1, n + 1) for text in itertools.product(range(5), repeat=m)
-           if 3 not in text[:-1] and (text[-1] == 3 or m == n)]
+  texts = [
+    text
+    for m in range(1, n + 1)
+    for text in itertools.product(range(5), repeat=m)
+    if 3 not in text[:-1] and (text[-1] == 3 or m == n)
+  ]
   sums = dict(zip(texts, sums_of(small, prompt, texts)))
   ranks = {text: sums[text] / len(text) ** length_penalty for text in texts}
   have = [tuple(row.new) for row in decoder.rows]
   close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
-  close([ranks[text] for text in have], sorted(ranks.values(), reverse=True)[:len(have)])
+  close([ranks[text] for text in have], sorted(ranks.values(), reverse=True)[: len(have)])
   assert len(set(have)) == len(have)
   close([row.score for row in decoder.rows], [ranks[text] for text in have])
   close([sum(row.logprobs) for row in decoder.rows], [sums[text] for text in have])
@@ -90,10 +107,12 @@ def sums_of(params, prompt, texts):
   """Log-probabilities of texts after a prompt, by the full forward pass."""
   x_BT = np.zeros((128, 8), int)
   for row, text in zip(x_BT, texts):
-    row[:len(prompt) + len(text)] = (*prompt, *text)
+    row[: len(prompt) + len(text)] = (*prompt, *text)
   logprobs_BTV = np.asarray(forward(params, x_BT))
-  return [sum(logprobs_TV[len(prompt) - 1 + i, token] for i, token in enumerate(text))
-          for logprobs_TV, text in zip(logprobs_BTV, texts)]
+  return [
+    sum(logprobs_TV[len(prompt) - 1 + i, token] for i, token in enumerate(text))
+    for logprobs_TV, text in zip(logprobs_BTV, texts)
+  ]
 
 
 @pytest.mark.parametrize('search', ['one beam', 'no contrast'])
@@ -101,8 +120,11 @@ def test_what_greedy_decoding_finds(params, search):
   # beams are penalised by log-probability, others by logit; so small a penalty does nothing
   common = COMMON | dict(repetition_penalty=1.0001)
   decoder = Decoder(CONFIG, params, PROMPTS, Options.of(**common))
-  options = BEAMS | dict(early_stopping=True) if search == 'one beam' else (
-      CONTRASTIVE | dict(penalty_alpha=0.0))
+  options = (
+    BEAMS | dict(early_stopping=True)
+    if search == 'one beam'
+    else (CONTRASTIVE | dict(penalty_alpha=0.0))
+  )
   search, *_ = make_search(CONFIG, Options.of(**options), ends=2, assistant=None)
   job = dataclasses.replace(decoder.job, search=search)
   if isinstance(search, Beams):
@@ -122,13 +144,14 @@ def test_a_prompt_does_not_depend_on_others(params, options):
   R = len(one) // 4
   other = generate_tokens(CONFIG, params, [PROMPTS[2], [7], PROMPTS[0], [8] * 9], **options)
   tokens = lambda results: [result.tokens for result in results]
-  assert tokens(other)[:R] == tokens(one)[2 * R:3 * R]
-  assert tokens(other)[2 * R:3 * R] == tokens(one)[:R]
+  assert tokens(other)[:R] == tokens(one)[2 * R : 3 * R]
+  assert tokens(other)[2 * R : 3 * R] == tokens(one)[:R]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('options,mesh', [
-    (DRAWN, (8, 1, 1)), (GROUPS, (2, 2, 2)), (CONTRASTIVE, (2, 2, 2))])
+@pytest.mark.parametrize(
+  'options,mesh', [(DRAWN, (8, 1, 1)), (GROUPS, (2, 2, 2)), (CONTRASTIVE, (2, 2, 2))]
+)
 def test_a_mesh_changes_nothing(params, options, mesh):
   want = generate_tokens(CONFIG, params, PROMPTS, **options)
   with mesh_of(*mesh):
@@ -149,8 +172,9 @@ def test_beams_are_drawn_without_replacement(small):
   """Chi-square over 600 draws of two tokens of five."""
   n, counts = 600, np.zeros((5, 5))
   for seed in range(n):
-    one, other = generate_tokens(SMALL, small, [1, 2], num_beams=2, num_return_sequences=2,
-                                 max_new_tokens=1, seed=seed)
+    one, other = generate_tokens(
+      SMALL, small, [1, 2], num_beams=2, num_return_sequences=2, max_new_tokens=1, seed=seed
+    )
     counts[tuple(sorted((*one.tokens, *other.tokens)))] += 1
   probs = np.exp(sums_of(small, [1, 2], [(token,) for token in range(5)]))
   pairs = np.triu(np.outer(probs / (1 - probs), probs) + np.outer(probs, probs / (1 - probs)), k=1)
@@ -172,19 +196,34 @@ def test_a_regular_expression(small):
   config = dataclasses.replace(SMALL, vocab_size=257)
   params = init_params(config, 0)
   results = generate_tokens(
-      config, params, 'x', tokenizer=tokenizer.load('byte'), regex='ab|c[de]', **GREEDY,
-      num_beams=4, num_return_sequences=3)
+    config,
+    params,
+    'x',
+    tokenizer=tokenizer.load('byte'),
+    regex='ab|c[de]',
+    **GREEDY,
+    num_beams=4,
+    num_return_sequences=3,
+  )
   assert {result.text for result in results} == {'ab', 'cd', 'ce'}
   assert scores(results) == sorted(scores(results), reverse=True)
   np.testing.assert_allclose(
-      scores(results), [sum(result.logprobs) / 2 for result in results], rtol=1e-5)
+    scores(results), [sum(result.logprobs) / 2 for result in results], rtol=1e-5
+  )
 
 
 def test_nothing_to_write(small):
   config = dataclasses.replace(SMALL, vocab_size=257)
   results = generate_tokens(
-      config, init_params(config, 0), 'x', tokenizer=tokenizer.load('byte'), regex='', **GREEDY,
-      num_beams=4, num_return_sequences=3)
+    config,
+    init_params(config, 0),
+    'x',
+    tokenizer=tokenizer.load('byte'),
+    regex='',
+    **GREEDY,
+    num_beams=4,
+    num_return_sequences=3,
+  )
   assert [(result.text, result.finish_reason) for result in results] == [('', 'stop')] * 3
   assert scores(results) == [0] * 3
 
@@ -194,11 +233,22 @@ def test_no_result(params, small):
   with pytest.raises(UserError, match='logits are NaN'):
     generate_tokens(CONFIG, broken, PROMPTS, **BEAMS)
   with pytest.raises(UserError, match='prompt 0'):  # five texts of one token
-    generate_tokens(SMALL, small, [1], **GREEDY, num_beams=25, num_return_sequences=25,
-                    max_new_tokens=1, eos_token_id=3, top_logprobs=5)
+    generate_tokens(
+      SMALL,
+      small,
+      [1],
+      **GREEDY,
+      num_beams=25,
+      num_return_sequences=25,
+      max_new_tokens=1,
+      eos_token_id=3,
+      top_logprobs=5,
+    )
 
 
-@pytest.mark.parametrize('options,says', [
+@pytest.mark.parametrize(
+  'options,says',
+  [
     (dict(num_beams=0), 'num_beams = 0'),
     (dict(num_beams=2, num_return_sequences=3), 'num_return_sequences = 3 .* num_beams = 2'),
     (dict(num_return_sequences=2), 'num_return_sequences = 2'),
@@ -217,7 +267,8 @@ def test_no_result(params, small):
     (dict(penalty_alpha=1.5, top_k=4), 'penalty_alpha = 1.5'),
     (dict(penalty_alpha=0.6, top_k=0), 'top_k = 0'),
     (dict(penalty_alpha=0.6, top_k=4, num_beams=2), 'num_beams > 1 and penalty_alpha are different'),
-])
+  ],
+)
 def test_what_does_not_go_together(small, options, says):
   with pytest.raises(UserError, match=says):
     generate_tokens(SMALL, small, [1], **GREEDY | options)

@@ -32,9 +32,37 @@ from gpt2_jax.training import fit, knobs, loop, plan
 
 GOLDEN = ROOT / 'tests' / 'golden'
 LONG = 'x' * 200_000
-VALUES = ['x', '', LONG, '\0', -1, 0, 1, 3, 2**31, 2**63, -2**63, 10**30, 10**4000, 1.5, math.nan,
-          math.inf, -1e300, 1e30, 1e-300, None, True, False, [], [1], [2, 3], ['x'], [[]],
-          {}, {'a': 1}]
+VALUES = [
+  'x',
+  '',
+  LONG,
+  '\0',
+  -1,
+  0,
+  1,
+  3,
+  2**31,
+  2**63,
+  -(2**63),
+  10**30,
+  10**4000,
+  1.5,
+  math.nan,
+  math.inf,
+  -1e300,
+  1e30,
+  1e-300,
+  None,
+  True,
+  False,
+  [],
+  [1],
+  [2, 3],
+  ['x'],
+  [[]],
+  {},
+  {'a': 1},
+]
 
 
 def said(error: Exception) -> str:
@@ -54,7 +82,8 @@ def sections(config):
 def test_every_knob_and_field_has_a_row():
   config = base.get_config()
   assert {name: set(section) for name, section in sections(config).items()} == {
-      name: set(table) for name, table in knobs.SECTIONS.items()}
+    name: set(table) for name, table in knobs.SECTIONS.items()
+  }
   assert set(config) - sections(config).keys() == set(knobs.TOP)
   names = lambda made: {field.name for field in dataclasses.fields(made)}
   assert names(GPTConfig) == {*MODEL, 'lora'} and names(LoRA) == set(LORA)
@@ -72,21 +101,33 @@ def test_every_flag_has_a_row(verb):
       assert field.name in flags.FLAGS[verb], field.name
 
 
-@pytest.mark.parametrize('kind,right,wrong', [
-    (Int(1, 5), [1, 5, np.int64(3), np.uint8(2), jnp.int32(4)],
-     [0, 6, 1.0, '1', True, None, 10**5000]),
-    (Float(0, 1), [0, 1, 0.5, np.float32(0.5), jnp.bfloat16(0.5)],
-     [-1e-9, 1.1, math.nan, math.inf, '0.5', True, 1j, [], 10**400]),
+@pytest.mark.parametrize(
+  'kind,right,wrong',
+  [
+    (
+      Int(1, 5),
+      [1, 5, np.int64(3), np.uint8(2), jnp.int32(4)],
+      [0, 6, 1.0, '1', True, None, 10**5000],
+    ),
+    (
+      Float(0, 1),
+      [0, 1, 0.5, np.float32(0.5), jnp.bfloat16(0.5)],
+      [-1e-9, 1.1, math.nan, math.inf, '0.5', True, 1j, [], 10**400],
+    ),
     (Float(0, 1, open_low=True, open_high=True), [0.5], [0, 1, 1.0]),
     (Bool(), [True, np.False_], [0, 1, 'true', None]),
     (Choice(('a', 'b')), ['a'], ['c', '', None, [], ['a'], 1]),
-    (DType(('float32', 'bfloat16')), ['float32', np.float32, jnp.bfloat16, np.dtype('float32'), 'f4'],
-     [None, 'int8', np.int8, float, jnp.complex64, 'fl', 3, [], {}, 'f4,f4']),
+    (
+      DType(('float32', 'bfloat16')),
+      ['float32', np.float32, jnp.bfloat16, np.dtype('float32'), 'f4'],
+      [None, 'int8', np.int8, float, jnp.complex64, 'fl', 3, [], {}, 'f4,f4'],
+    ),
     (Text(3, empty=False), ['abc'], ['', 'abcd', '\ud800', 3, None, b'a']),
     (Place(), ['a/b', ROOT, 'text:**/*.txt'], ['', ' ', 'a\0', 'a' * 256, 'a/' * 2048, 3, None]),
     (Optional(Int(1, 5)), [None, 1], [0, 'x']),
     (Tuple(Int(0, 9), 2), [(1, 2), [1, 2]], [(1,), (1, 2, 3), 'ab', (1, 10), 3, None]),
-])
+  ],
+)
 def test_kinds(kind, right, wrong):
   for value in right:
     taken = kind.check('knob', value)
@@ -98,8 +139,10 @@ def test_kinds(kind, right, wrong):
 
 
 ANY = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=5)
+  st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
+  lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+  max_leaves=5,
+)
 
 
 @settings(max_examples=300, deadline=None)
@@ -116,11 +159,17 @@ def test_a_field_takes_any_value_or_says_why_not(name, value):
 # --- models ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('fields', [
-    {}, dict(n_inner=50), dict(tie_word_embeddings=False, n_positions=1),
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {},
+    dict(n_inner=50),
+    dict(tie_word_embeddings=False, n_positions=1),
     dict(head='sequence_classification', num_labels=3),
     dict(head='token_classification', num_labels=3, tie_word_embeddings=False),
-    dict(lora=dict(r=5, alpha=1, target_modules=('c_attn', 'mlp.c_proj'), dropout=0))])
+    dict(lora=dict(r=5, alpha=1, target_modules=('c_attn', 'mlp.c_proj'), dropout=0)),
+  ],
+)
 def test_parameters_are_counted_without_making_them(fields):
   config = GPTConfig(**dict(vocab_size=97, n_embd=36, n_head=3, n_layer=2, vocab_multiple=1) | fields)
   assert config._size() == counts.num_params(config)
@@ -155,9 +204,15 @@ def works(open_source, *arguments) -> bool:
   return True
 
 
-@pytest.mark.parametrize('folder,file', [
-    ('plain', 'config.json'), ('plain', 'generation_config.json'), ('sequence', 'config.json'),
-    ('lora', 'adapter_config.json')])
+@pytest.mark.parametrize(
+  'folder,file',
+  [
+    ('plain', 'config.json'),
+    ('plain', 'generation_config.json'),
+    ('sequence', 'config.json'),
+    ('lora', 'adapter_config.json'),
+  ],
+)
 def test_any_value_in_hugging_faces_files(folder, file, tmp_path, monkeypatch):
   monkeypatch.chdir(ROOT)  # adapters name their base by a path from there
   copy = tmp_path / 'model'
@@ -180,8 +235,10 @@ def test_any_value_in_openais_hparams(key, tmp_path):
   hparams = json.loads((copy / 'hparams.json').read_text())
   for value in VALUES:
     (copy / 'hparams.json').write_text(json.dumps(hparams | {key: value}))
-    assert works(openai.open_source, copy) == (value is hparams[key] or (key == 'n_head' and (
-        type(value) is int and value > 0 and hparams['n_embd'] % value == 0))), value
+    assert works(openai.open_source, copy) == (
+      value is hparams[key]
+      or (key == 'n_head' and (type(value) is int and value > 0 and hparams['n_embd'] % value == 0))
+    ), value
 
 
 @pytest.mark.parametrize('key', [*nanogpt.SIZES, 'dropout', 'bias'])
@@ -202,8 +259,8 @@ def test_any_value_in_nanogpts_model_args(key, tmp_path):
 @pytest.mark.parametrize('place', range(1, 8))
 def test_any_number_in_llmcs_header(place, tmp_path):
   data = bytearray((GOLDEN / 'foreign_llmc_v3.bin').read_bytes())
-  for value in (-2**31, -1, 0, 1, 2, 3, 7, 2**16, 2**31 - 1):
-    data[4 * place:4 * place + 4] = value.to_bytes(4, 'little', signed=True)
+  for value in (-(2**31), -1, 0, 1, 2, 3, 7, 2**16, 2**31 - 1):
+    data[4 * place : 4 * place + 4] = value.to_bytes(4, 'little', signed=True)
     (tmp_path / 'model.bin').write_bytes(data)
     works(llmc.open_source, tmp_path / 'model.bin')
 
@@ -220,8 +277,13 @@ def run_of(tmp_path_factory):
   def make(section, knob, value):
     values = base.get_config().to_dict()
     values['model'] |= dict(n_positions=8, n_embd=12, n_layer=1, n_head=3)
-    values['data'] |= dict(corpus=f'text:{folder / "a.txt"}', tokenizer='byte', split='tail',
-                           val_fraction=0.1, directory=str(folder / 'data'))
+    values['data'] |= dict(
+      corpus=f'text:{folder / "a.txt"}',
+      tokenizer='byte',
+      split='tail',
+      val_fraction=0.1,
+      directory=str(folder / 'data'),
+    )
     values['train'] |= dict(steps=3, global_batch_tokens=16)
     (values[section] if section else values)[knob] = value
     return ConfigDict(values)
@@ -247,24 +309,37 @@ def accepted(config) -> bool:
 def test_any_value_of_any_knob(section, run_of, monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)  # where a relative folder would be made
   table = knobs.SECTIONS[section] if section else knobs.TOP
-  results = {(knob, i): accepted(run_of(section, knob, value))
-             for knob in table for i, value in enumerate(VALUES)}
+  results = {
+    (knob, i): accepted(run_of(section, knob, value))
+    for knob in table
+    for i, value in enumerate(VALUES)
+  }
   assert set(results.values()) == {True, False}
   for knob in table:  # what is wrong of every kind
     assert not any(results[knob, VALUES.index(value)] for value in ([[]], {'a': 1}))
 
 
-@pytest.mark.parametrize('knob,value,says', [
-    ('train.seed', -1, 'from 0 to'), ('evaluate.batch_rows', 0, 'from 1 to 1,048,576'),
-    ('evaluate.batch_rows', 10**12, 'from 1 to'), ('train.global_batch_tokens', 10**30, 'from 1 to'),
-    ('train.steps', 10**30, 'from 1 to'), ('model.n_layer', 10**30, 'from 1 to 65,536'),
-    ('model.vocab_size', 2**31, 'from 1 to'), ('log.sample_top_k', -1, 'from 1 to'),
-    ('log.sample_temperature', math.nan, 'nan must lie in'), ('log.sample_tokens', -1, 'from 1 to'),
-    ('optim.ema_decay', 2, r'must lie in \[0, 1\)'), ('optim.weight_decay', -1, 'must lie in'),
-    ('optim.warmup_steps', -5, 'from 0 to'), ('optim.peak_lr', math.nan, 'must lie in'),
+@pytest.mark.parametrize(
+  'knob,value,says',
+  [
+    ('train.seed', -1, 'from 0 to'),
+    ('evaluate.batch_rows', 0, 'from 1 to 1,048,576'),
+    ('evaluate.batch_rows', 10**12, 'from 1 to'),
+    ('train.global_batch_tokens', 10**30, 'from 1 to'),
+    ('train.steps', 10**30, 'from 1 to'),
+    ('model.n_layer', 10**30, 'from 1 to 65,536'),
+    ('model.vocab_size', 2**31, 'from 1 to'),
+    ('log.sample_top_k', -1, 'from 1 to'),
+    ('log.sample_temperature', math.nan, 'nan must lie in'),
+    ('log.sample_tokens', -1, 'from 1 to'),
+    ('optim.ema_decay', 2, r'must lie in \[0, 1\)'),
+    ('optim.weight_decay', -1, 'must lie in'),
+    ('optim.warmup_steps', -5, 'from 0 to'),
+    ('optim.peak_lr', math.nan, 'must lie in'),
     ('train.stepz', 3, 'there is no knob train.stepz; near it: train.steps'),
     ('train.compiler_options', 'x', 'is not xla_NAME=VALUE'),
-])
+  ],
+)
 def test_what_was_seen_is_said_at_the_start(knob, value, says, run_of, tmp_path):
   section, _, name = knob.partition('.')
   with pytest.raises(UserError, match=f'{knob}.*{says}|{says}') as error:
@@ -298,15 +373,25 @@ def test_divisors_of_large_numbers():
 # --- command lines --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('words', [
-    ['sample', '--checkpoint', 'x', '--seed', LONG], ['sample', '--checkpoint', 'x', '--' + LONG],
-    ['sample', '--checkpoint', 'x', '--seed', '1' * 200_000], ['convert', 'a', 'b', '--to', LONG],
-    ['sample', '--checkpoint', LONG], ['sample', '--checkpoint', '/nowhere', '--batch-size', '0'],
-    ['evaluate', '--checkpoint', 'x', '--tasks', LONG], ['reproduce', LONG], [LONG],
-    ['plan', '--config', LONG, '--topology', 'v4'], ['prepare', '--corpus', LONG, '--output', 'o'],
+@pytest.mark.parametrize(
+  'words',
+  [
+    ['sample', '--checkpoint', 'x', '--seed', LONG],
+    ['sample', '--checkpoint', 'x', '--' + LONG],
+    ['sample', '--checkpoint', 'x', '--seed', '1' * 200_000],
+    ['convert', 'a', 'b', '--to', LONG],
+    ['sample', '--checkpoint', LONG],
+    ['sample', '--checkpoint', '/nowhere', '--batch-size', '0'],
+    ['evaluate', '--checkpoint', 'x', '--tasks', LONG],
+    ['reproduce', LONG],
+    [LONG],
+    ['plan', '--config', LONG, '--topology', 'v4'],
+    ['prepare', '--corpus', LONG, '--output', 'o'],
     ['serve', '--checkpoint', 'x', '--slots', '-1'],
     ['serve', '--checkpoint', 'x', '--timeout', 'nan'],
-    ['bias', '--checkpoint', 'x', '--samples', str(10**30)]])
+    ['bias', '--checkpoint', 'x', '--samples', str(10**30)],
+  ],
+)
 def test_a_command_line_is_answered_in_short(words, capsys):
   with pytest.raises(SystemExit) as e:
     cli.main(words)
@@ -316,11 +401,19 @@ def test_a_command_line_is_answered_in_short(words, capsys):
   assert 'Traceback' not in out.err
 
 
-@pytest.mark.parametrize('word', [
-    f'--config.train.steps={"1" * 200_000}', f'--config.{LONG}=1', f'--config.train.steps={LONG}',
-    '--num_processes=0', f'--process_id={"1" * 5000}'])
+@pytest.mark.parametrize(
+  'word',
+  [
+    f'--config.train.steps={"1" * 200_000}',
+    f'--config.{LONG}=1',
+    f'--config.train.steps={LONG}',
+    '--num_processes=0',
+    f'--process_id={"1" * 5000}',
+  ],
+)
 def test_launch_is_answered_in_short(word, monkeypatch):
   import launch
+
   argv = ['launch.py', f'--config={ROOT}/configs/tiny.py', word]
   monkeypatch.setattr('sys.argv', argv)
   absl_flags.FLAGS.unparse_flags()
@@ -332,8 +425,13 @@ def test_launch_is_answered_in_short(word, monkeypatch):
 # --- Python ---------------------------------------------------------------------------------------
 
 
-BFLOAT16 = ['bfloat16', jnp.bfloat16, jnp.dtype('bfloat16'), np.dtype(jnp.bfloat16),
-            jnp.bfloat16(0).dtype]
+BFLOAT16 = [
+  'bfloat16',
+  jnp.bfloat16,
+  jnp.dtype('bfloat16'),
+  np.dtype(jnp.bfloat16),
+  jnp.bfloat16(0).dtype,
+]
 FLOAT32 = ['float32', jnp.float32, np.float32, np.dtype('float32'), 'f4', np.dtype('>f4')]
 OTHERS = ['int8', jnp.int8, np.float64, float, jnp.complex64, 'nonsense', 32, [], object()]
 
@@ -358,9 +456,11 @@ def test_dtypes_are_what_jax_takes(dtypes, name, model, tmp_path):
 
 @pytest.mark.parametrize('dtype', OTHERS, ids=lambda dtype: str(dtype)[:12])
 def test_other_dtypes_are_refused_with_those_that_work(dtype, model, tmp_path):
-  for call in (lambda: gpt2_jax.from_pretrained(tmp_path, dtype=dtype),
-               lambda: GPTConfig(dtype=dtype),
-               lambda: gpt2_jax.save_pretrained(model, tmp_path / 'out', dtype=dtype)):
+  for call in (
+    lambda: gpt2_jax.from_pretrained(tmp_path, dtype=dtype),
+    lambda: GPTConfig(dtype=dtype),
+    lambda: gpt2_jax.save_pretrained(model, tmp_path / 'out', dtype=dtype),
+  ):
     with pytest.raises(UserError, match='dtype = .* must be one of float32, bfloat16') as error:
       call()
     said(error.value)
@@ -371,16 +471,32 @@ def test_prompts_and_options_are_of_any_natural_type(model):
   want = gpt2_jax.generate(model, [[1, 2, 3], [4, 5, 6]], max_new_tokens=3, seed=3, top_k=7)
   ids = [[1, 2, 3], [4, 5, 6]]
   made: Any
-  for made in (tuple(map(tuple, ids)), np.array(ids, np.uint16), jnp.array(ids),
-                  [np.array(ids[0]), jnp.array(ids[1])], (list(jnp.array(row)) for row in ids)):
-    have = gpt2_jax.generate(model, made, max_new_tokens=np.int64(3), seed=np.uint8(3),
-                             top_k=jnp.int32(7), temperature=np.float32(1))
+  for made in (
+    tuple(map(tuple, ids)),
+    np.array(ids, np.uint16),
+    jnp.array(ids),
+    [np.array(ids[0]), jnp.array(ids[1])],
+    (list(jnp.array(row)) for row in ids),
+  ):
+    have = gpt2_jax.generate(
+      model,
+      made,
+      max_new_tokens=np.int64(3),
+      seed=np.uint8(3),
+      top_k=jnp.int32(7),
+      temperature=np.float32(1),
+    )
     assert have == want
   for made in (np.array(ids[0]), jnp.array(ids[0]), tuple(ids[0]), list(jnp.array(ids[0]))):
     assert gpt2_jax.features(model, made)[0].tokens == ids[0]
   assert gpt2_jax.generate(
-      model, ids[0], max_new_tokens=3, stop_token_ids=np.array([3]), bad_words_ids=np.array([[5]]),
-      eos_token_id=jnp.array([1]))
+    model,
+    ids[0],
+    max_new_tokens=3,
+    stop_token_ids=np.array([3]),
+    bad_words_ids=np.array([[5]]),
+    eos_token_id=jnp.array([1]),
+  )
   for made in ([1.5], [[1, 2.0]], [None], np.array([0.5]), [[1, 'a']]):
     with pytest.raises(UserError, match='neither a text nor a list of ids'):
       gpt2_jax.generate(model, made)

@@ -12,9 +12,12 @@ from gpt2_jax.planning import topology
 from gpt2_jax.planning.plan import plan_train
 
 pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec('jax_cuda12_plugin') is None,
-                       reason='the CUDA plugin of JAX is not installed')]
+  pytest.mark.slow,
+  pytest.mark.skipif(
+    importlib.util.find_spec('jax_cuda12_plugin') is None,
+    reason='the CUDA plugin of JAX is not installed',
+  ),
+]
 L, D, T, V = 2, 256, 256, 1024
 WEIGHTS = 12 * D**2  # of a layer
 TABLES = (V + T) * D
@@ -23,11 +26,11 @@ TABLES = (V + T) * D
 def moved(mesh: dict, micro_batches: int = 1, **model) -> dict:
   """Kind of collective -> its traffic, of a step on eight H100s."""
   config = base.get_config()
-  config.model.update(vocab_size=V, n_positions=T, n_embd=D, n_layer=L, n_head=4, attention='xla',
-                      **model)
+  config.model.update(
+    vocab_size=V, n_positions=T, n_embd=D, n_layer=L, n_head=4, attention='xla', **model
+  )
   split = mesh.get('data', 1) * mesh.get('fsdp', 1)
-  config.train.update(steps=10, global_batch_tokens=2 * split * micro_batches * T,
-                      micro_batch_rows=2)
+  config.train.update(steps=10, global_batch_tokens=2 * split * micro_batches * T, micro_batch_rows=2)
   config.mesh.update(data=1, fsdp=1)
   config.mesh.update(mesh)
   return plan_train(config, topology.get('h100:8'), 'test').collectives

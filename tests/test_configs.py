@@ -19,8 +19,12 @@ from gpt2_jax.counts import num_params
 from gpt2_jax.training import plan
 
 SIZES = {'small': 124_439_808, 'medium': 354_823_168, 'large': 774_030_080, 'xl': 1_557_611_200}
-ALL = [(name, recipe) for name in (*SIZES, 'tiny') for recipe in recipes.RECIPES
-       if name != 'tiny' or recipe in ('stdlib', 'shakespeare')]
+ALL = [
+  (name, recipe)
+  for name in (*SIZES, 'tiny')
+  for recipe in recipes.RECIPES
+  if name != 'tiny' or recipe in ('stdlib', 'shakespeare')
+]
 
 
 @pytest.mark.parametrize('name,recipe', ALL)
@@ -46,8 +50,9 @@ def sections(config):
 @pytest.mark.parametrize('recipe', finetune.RECIPES)
 def test_the_finetuning_config_makes_a_plan_on_any_model(recipe, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  (tmp_path / 'a.jsonl').write_text(''.join(
-      json.dumps({'text': f'text {i}', 'label': i % 3}) + '\n' for i in range(20)))
+  (tmp_path / 'a.jsonl').write_text(
+    ''.join(json.dumps({'text': f'text {i}', 'label': i % 3}) + '\n' for i in range(20))
+  )
   config = finetune.get_config(recipe)
   assert set(config) == set(base.get_config())
   for section in sections(config):
@@ -90,8 +95,13 @@ def test_every_knob_can_be_set_by_a_flag(monkeypatch):
 def test_configs_are_data_alone():
   for path in (ROOT / 'configs').glob('*.py'):
     for node in ast.walk(ast.parse(path.read_text())):
-      names = [a.name for a in node.names] if isinstance(node, ast.Import) else [
-          node.module] if isinstance(node, ast.ImportFrom) else []
+      names = (
+        [a.name for a in node.names]
+        if isinstance(node, ast.Import)
+        else [node.module]
+        if isinstance(node, ast.ImportFrom)
+        else []
+      )
       assert all(n.split('.')[0] in ('configs', 'ml_collections') for n in names), (path, names)
 
 

@@ -29,7 +29,8 @@ ALL += [(name, recipe) for recipe in recipes.RECIPES for name in ('small', 'medi
 
 def config_of(name, recipe):
   config = importlib.import_module(f'configs.{name}').get_config(
-      'shakespeare' if recipe == 'masked' else recipe)
+    'shakespeare' if recipe == 'masked' else recipe
+  )
   if recipe == 'masked':
     config.data.document_mask = True
     config.optim.ema_decay = 0.5
@@ -40,7 +41,8 @@ def alike(config):
   """All of a config that decides which rows are evaluated, and how."""
   data = {key: value for key, value in config.data.items() if key not in ('corpus', 'val_fraction')}
   return json.dumps(
-      [data, config.model.n_positions, config.optim.ema_decay, config.evaluate.to_dict()])
+    [data, config.model.n_positions, config.optim.ema_decay, config.evaluate.to_dict()]
+  )
 
 
 # configs that differ in the text and the sizes of their models alone, which are small ones here, are
@@ -59,8 +61,9 @@ def texts(tmp_path_factory):
   """A folder with many short documents, one long one, and the stores that are made of them."""
   folder = tmp_path_factory.mktemp('texts')
   rng = np.random.default_rng(0)
-  (folder / 'many.jsonl').write_text(''.join(
-      json.dumps({'text': make_text(rng, 8)}) + '\n' for i in range(4000)))
+  (folder / 'many.jsonl').write_text(
+    ''.join(json.dumps({'text': make_text(rng, 8)}) + '\n' for i in range(4000))
+  )
   (folder / 'one.txt').write_text(make_text(rng, 800))
   return folder
 
@@ -107,9 +110,17 @@ def check(config, tmp_path):
   return found
 
 
-@pytest.mark.parametrize('name,recipe', [
-    pytest.param(*group[0], id=' '.join(map(':'.join, group)),
-                 marks=[] if group[0] in QUICK else pytest.mark.slow) for group in GROUPS.values()])
+@pytest.mark.parametrize(
+  'name,recipe',
+  [
+    pytest.param(
+      *group[0],
+      id=' '.join(map(':'.join, group)),
+      marks=[] if group[0] in QUICK else pytest.mark.slow,
+    )
+    for group in GROUPS.values()
+  ],
+)
 def test_evaluate_gives_the_held_out_loss_of_every_recipe(name, recipe, texts, tmp_path):
   config = shrunk(config_of(name, recipe), texts)
   found = check(config, tmp_path)
@@ -146,8 +157,7 @@ def test_evaluate_gives_the_held_out_loss_of_a_fine_tuned_model(recipe, begun, t
 
 
 def test_a_classifier_is_not_scored_on_a_store(begun, texts):
-  config = dataclasses.replace(
-      gpt2_jax.from_pretrained(begun).config, head='sequence_classification')
+  config = dataclasses.replace(gpt2_jax.from_pretrained(begun).config, head='sequence_classification')
   model = bind(config, init_params(config, 0))
   with pytest.raises(UserError, match='classification head: a store has no labels'):
     corpora.held_out(model, open_store(texts / 'byte-0.1-tail'))
@@ -175,8 +185,10 @@ def test_a_new_model_has_the_context_of_its_rows():
   assert config.model.n_positions == 256
   made = plan.make_plan(config)
   assert made.model.n_positions == made.T == 64
-  said = ('context  64 positions, the context of its rows (data.sequence_length = 64): nothing would '
-          'train the other 192 of model.n_positions = 256')
+  said = (
+    'context  64 positions, the context of its rows (data.sequence_length = 64): nothing would '
+    'train the other 192 of model.n_positions = 256'
+  )
   assert said in made.describe()
   config.data.sequence_length = None
   config.train.global_batch_tokens = 256
@@ -184,8 +196,9 @@ def test_a_new_model_has_the_context_of_its_rows():
   assert made.model.n_positions == 256 and 'context ' not in made.describe()
 
 
-@pytest.mark.parametrize('asked,rows,have', [
-    (None, 32, 64), (None, 64, 64), (128, 32, 64), (128, 96, 96), (128, None, 128)])
+@pytest.mark.parametrize(
+  'asked,rows,have', [(None, 32, 64), (None, 64, 64), (128, 32, 64), (128, 96, 96), (128, None, 128)]
+)
 def test_a_context_that_is_there_is_kept(begun, asked, rows, have):
   """As fine-tuning with shorter rows has it; a longer one is of rows that train it."""
   config = finetune.get_config()
@@ -200,6 +213,7 @@ def test_a_context_that_is_there_is_kept(begun, asked, rows, have):
 
 def test_a_run_of_an_early_version_goes_on_as_it_is(texts, tmp_path, monkeypatch, capsys):
   """Its model has positions beyond its rows; the losses are those of a run never stopped."""
+
   def config(steps):
     made = shrunk(importlib.import_module('configs.tiny').get_config('shakespeare'), texts)
     made.train.update(steps=steps)
@@ -208,16 +222,22 @@ def test_a_run_of_an_early_version_goes_on_as_it_is(texts, tmp_path, monkeypatch
     return made
 
   save = Checkpoints.save
-  monkeypatch.setattr(Checkpoints, 'save', lambda self, step, items, meta, losses: save(
-      self, step, items, {k: v for k, v in meta.items() if k not in ('tokens', 'rows')}, losses))
+  monkeypatch.setattr(
+    Checkpoints,
+    'save',
+    lambda self, step, items, meta, losses: save(
+      self, step, items, {k: v for k, v in meta.items() if k not in ('tokens', 'rows')}, losses
+    ),
+  )
   assert loop.train(config(4), tmp_path / 'whole', held=256) == 0
   assert loop.train(config(2), tmp_path / 'run', held=256) == 0
   capsys.readouterr()
   assert loop.train(config(4), tmp_path / 'run') == 0
   assert 'context  256 positions, as the run that goes on has' in capsys.readouterr().out
   plain = lambda folder: [
-      {key: line[key] for key in line if key.startswith(('step', 'train/', 'eval/'))}
-      for line in lines(folder)]
+    {key: line[key] for key in line if key.startswith(('step', 'train/', 'eval/'))}
+    for line in lines(folder)
+  ]
   assert plain(tmp_path / 'run') == plain(tmp_path / 'whole')
   assert gpt2_jax.from_pretrained(tmp_path / 'run').config.n_positions == 256
   found = evaluated(tmp_path / 'run', texts / 'byte-0.1-tail', tmp_path)

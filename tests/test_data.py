@@ -36,7 +36,7 @@ def texts_of(opened: store.TokenStore) -> dict[str, list[str]]:
   for name, split in opened.splits.items():
     ids = split.read(0, len(split)).tolist() if len(split) else []
     starts = [i for i, token in enumerate(ids) if token == t.eot] + [len(ids)]
-    out[name] = [t.decode(ids[a + 1:b]) for a, b in zip(starts, starts[1:])]
+    out[name] = [t.decode(ids[a + 1 : b]) for a, b in zip(starts, starts[1:])]
   return out
 
 
@@ -88,8 +88,9 @@ def test_special_tokens_of_documents(tmp_path, capsys):
     stores[name] = prepare.ensure_store(each, tmp_path / name, workers=1)
     said = capsys.readouterr().err
     assert ('6 texts hold the text of a special' in said and '--special' in said) == (name == 'plain')
-  ends = [int((s.splits['train'].read(0, len(s.splits['train'])) == s.eot).sum())
-          for s in stores.values()]
+  ends = [
+    int((s.splits['train'].read(0, len(s.splits['train'])) == s.eot).sum()) for s in stores.values()
+  ]
   assert ends == [3, 3 + 9]  # of each document the last line is held out
   assert 'special' not in stores['plain'].manifest['settings']  # as older releases wrote it
   for one, other in ((plain, 'special'), (special, 'plain')):
@@ -103,8 +104,9 @@ def test_a_store_from_before_added_tokens_were_looked_for(tmp_path):
   folder = tmp_path / 'tokenizer'
   tokenizer.load('byte').save(folder)
   content = json.loads((folder / 'tokenizer.json').read_text())
-  content['added_tokens'].append(content['added_tokens'][0] | {
-      'id': 257, 'content': 'COVID-19', 'special': False})
+  content['added_tokens'].append(
+    content['added_tokens'][0] | {'id': 257, 'content': 'COVID-19', 'special': False}
+  )
   (folder / 'tokenizer.json').write_text(json.dumps(content))
   (tmp_path / 'a.txt').write_text('of COVID-19\n' * 20)
   wanted = settings(tmp_path / 'a.txt', split='tail', tokenizer=str(folder))
@@ -141,8 +143,19 @@ def test_a_killed_prepare_goes_on(tmp_path):
   rng = np.random.default_rng(1)
   for i in range(10):
     (tmp_path / f'{i}.txt').write_text(make_text(rng, 2000) * 400)
-  command = ['-m', 'gpt2_jax', 'prepare', '--corpus', f'text:{tmp_path}/*.txt', '--tokenizer',
-             'byte', '--split', 'tail', '--output', str(tmp_path / 'store')]
+  command = [
+    '-m',
+    'gpt2_jax',
+    'prepare',
+    '--corpus',
+    f'text:{tmp_path}/*.txt',
+    '--tokenizer',
+    'byte',
+    '--split',
+    'tail',
+    '--output',
+    str(tmp_path / 'store'),
+  ]
   process = subprocess.Popen([sys.executable, *command], env=environment())
   deadline = time.monotonic() + 60
   while not list((tmp_path / 'store').glob('part-*.json')) and time.monotonic() < deadline:
@@ -169,10 +182,23 @@ def opened_settings(opened: store.TokenStore) -> prepare.Settings:
 
 
 def test_two_at_once_do_the_work_once(text_folder, tmp_path):
-  command = [sys.executable, '-m', 'gpt2_jax', 'prepare', '--corpus', f'text:{text_folder}',
-             '--tokenizer', 'bpe:300', '--val-fraction', '0.1', '--output', str(tmp_path / 's')]
-  both = [subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
-          for _ in range(2)]
+  command = [
+    sys.executable,
+    '-m',
+    'gpt2_jax',
+    'prepare',
+    '--corpus',
+    f'text:{text_folder}',
+    '--tokenizer',
+    'bpe:300',
+    '--val-fraction',
+    '0.1',
+    '--output',
+    str(tmp_path / 's'),
+  ]
+  both = [
+    subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) for _ in range(2)
+  ]
   outputs = [process.communicate()[0] for process in both]
   assert [process.returncode for process in both] == [0, 0]
   assert outputs[0] == outputs[1]
@@ -230,6 +256,7 @@ def write(folder: Path, suffix: str) -> str:
   else:
     parquet = pytest.importorskip('pyarrow.parquet')
     import pyarrow
+
     parquet.write_table(pyarrow.table({'body': LINES}), path, row_group_size=64)
   return str(path)
 
@@ -263,7 +290,7 @@ def test_stdlib_is_this_pythons_source():
 
 
 def test_tfds_without_tensorflow(tmp_path):
-  code = f'''
+  code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from tiny_tfds import tiny_text
 builder = tiny_text.TinyText(data_dir={str(tmp_path)!r}, file_format='array_record')
@@ -272,7 +299,7 @@ from gpt2_jax.data import prepare
 s = prepare.Settings('tfds:' + str(builder.data_path), 'byte', val_fraction=0.1)
 opened = prepare.ensure_store(s, {str(tmp_path / 's')!r}, workers=1)
 print(sum(split.documents for split in opened.splits.values()), 'tensorflow' in sys.modules)
-'''
+"""
   result = run('-c', code)
   assert result.stdout.strip().endswith('50 False'), result.stderr
 
@@ -283,8 +310,9 @@ def write_tokens(path: Path, tokens: np.ndarray, llmc: bool) -> None:
   path.write_bytes((header.tobytes() if llmc else b'') + tokens.astype('<u2').tobytes())
 
 
-@pytest.mark.parametrize('names', [('train.bin', 'val.bin'),
-                                   ('fineweb_train_000001.bin', 'fineweb_val_000000.bin')])
+@pytest.mark.parametrize(
+  'names', [('train.bin', 'val.bin'), ('fineweb_train_000001.bin', 'fineweb_val_000000.bin')]
+)
 def test_token_files_of_others(tmp_path, names):
   eot = store.GPT2_EOT
   train, val = np.array([eot, 1, 2, 3, eot, 4, 5]), np.array([eot, 7, 8])
@@ -294,28 +322,37 @@ def test_token_files_of_others(tmp_path, names):
   np.testing.assert_array_equal(opened.splits['train'].read(0, 7), train)
   np.testing.assert_array_equal(opened.splits['val'].read(0, 3), val)
   made = prepare.ensure_store(
-      prepare.Settings(f'bin:{tmp_path}', 'gpt2'), tmp_path / 'made', workers=1)
+    prepare.Settings(f'bin:{tmp_path}', 'gpt2'), tmp_path / 'made', workers=1
+  )
   np.testing.assert_array_equal(made.splits['train'].read(0, 7), train)
   np.testing.assert_array_equal(made.splits['val'].read(0, 3), val)
   assert made.splits['train'].documents == 2
 
 
-@pytest.mark.parametrize('content,says', [
+@pytest.mark.parametrize(
+  'content,says',
+  [
     (b'\xff\xfe\x00bad', r'bad.txt is not UTF-8 \(byte 0: 0xff\).*iconv'),
     (b'', 'holds no text: every document is empty'),
     (b'one short document', 'none of them fell into the held-out split.*split=tail'),
-])
+  ],
+)
 def test_text_that_cannot_be_used(tmp_path, content, says):
   (tmp_path / 'bad.txt').write_bytes(content)
   with pytest.raises(UserError, match=says):
     prepare.ensure_store(settings(tmp_path / 'bad.txt'), tmp_path / 's')
 
 
-@pytest.mark.parametrize('spec,says', [
-    ('text:/nowhere/*.txt', 'no such file or folder'), ('nothing', 'is none of: stdlib'),
-    ('text:', 'is none of'), ('bin:/nowhere', 'no train.bin'),
+@pytest.mark.parametrize(
+  'spec,says',
+  [
+    ('text:/nowhere/*.txt', 'no such file or folder'),
+    ('nothing', 'is none of: stdlib'),
+    ('text:', 'is none of'),
+    ('bin:/nowhere', 'no train.bin'),
     ('tfds:no_such_dataset_at_all', "can't be had"),
-])
+  ],
+)
 def test_corpora_that_are_not_there(spec, says):
   with pytest.raises(UserError, match=says):
     corpora.open_corpus(spec)
@@ -349,7 +386,7 @@ def test_an_epoch_sees_each_window_once(byte_store):
   load = loader.TrainLoader(split, T=50, G=7, seed=3, vocab_size=257)
   rows = [load.row(i // 7, i % 7) for i in range(2 * load.windows)]
   windows = [split.read(i * 50, i * 50 + 51).tobytes() for i in range(load.windows)]
-  first, second = ([row.tobytes() for row in rows[i:i + load.windows]] for i in (0, load.windows))
+  first, second = ([row.tobytes() for row in rows[i : i + load.windows]] for i in (0, load.windows))
   assert sorted(first) == sorted(windows) == sorted(second)
   assert first != second and first != windows
 
@@ -359,7 +396,8 @@ def test_a_batch_is_a_function_of_seed_and_step(byte_store):
   sharded = NamedSharding(make_mesh(8, 1, 1), P(None, sharding.BATCH))
   make = lambda seed: loader.TrainLoader(split, T=32, G=16, seed=seed, vocab_size=257)
   batches = lambda seed, start, stop, A: [
-      np.asarray(b).reshape(16, 33) for b in make(seed).batches(start, stop, A, sharded)]
+    np.asarray(b).reshape(16, 33) for b in make(seed).batches(start, stop, A, sharded)
+  ]
   whole = batches(0, 0, 6, 1)
   for resumed, want in zip(batches(0, 4, 6, 1), whole[4:], strict=True):
     np.testing.assert_array_equal(resumed, want)
@@ -376,7 +414,7 @@ def test_processes_share_a_batch(byte_store):
   for n in (1, 2, 4):
     seen = []
     for process in range(n):
-      mine = devices[process * 8 // n:(process + 1) * 8 // n]
+      mine = devices[process * 8 // n : (process + 1) * 8 // n]
       layout = NamedSharding(make_mesh(8, 1, 1), P(None, sharding.BATCH))
       rows = set()
       for device, index in layout.devices_indices_map((2, 8, 1)).items():
@@ -410,7 +448,7 @@ def test_documents_of_a_window_are_found(byte_store):
 
 
 def test_an_id_beyond_the_vocabulary_is_refused(tmp_path, byte_store):
-  with pytest.raises(UserError, match='beyond the model\'s vocabulary of 200'):
+  with pytest.raises(UserError, match="beyond the model's vocabulary of 200"):
     byte_store.check_vocabulary(200)
   write_tokens(tmp_path / 'train.bin', np.array([1, 2, 60000, 4]), llmc=False)
   split = store.open_store(tmp_path).splits['train']

@@ -32,8 +32,16 @@ def params(tiny):
 @pytest.fixture(scope='module')
 def tiny_params():
   """`tiny` and its parameters, for tests that hypothesis repeats."""
-  config = GPTConfig(vocab_size=97, n_positions=32, n_embd=32, n_layer=3, n_head=4, n_inner=80,
-                     vocab_multiple=8, initializer_range=0.3)
+  config = GPTConfig(
+    vocab_size=97,
+    n_positions=32,
+    n_embd=32,
+    n_layer=3,
+    n_head=4,
+    n_inner=80,
+    vocab_multiple=8,
+    initializer_range=0.3,
+  )
   return config, init_params(config, 0)
 
 
@@ -47,15 +55,16 @@ def test_greedy_is_the_argmax_of_the_full_forward_pass(tiny, params):
   for prompt, result in zip(PROMPTS, results):
     sequence = prompt + result.tokens
     logits_SV = np.asarray(forward(jnp.asarray([sequence + [0] * (32 - len(sequence))])))
-    want_SV = logits_SV[len(prompt) - 1:len(sequence) - 1]
+    want_SV = logits_SV[len(prompt) - 1 : len(sequence) - 1]
     assert result.tokens == want_SV.argmax(-1).tolist()
     logprobs = np.asarray(jax.nn.log_softmax(want_SV))[range(len(result.tokens)), result.tokens]
     np.testing.assert_allclose(result.logprobs, logprobs, rtol=1e-4, atol=1e-5)
     assert len(sequence) == 32 and result.finish_reason == 'context'
 
 
-@pytest.mark.parametrize('options', [
-    pytest.param(dict(do_sample=False, max_new_tokens=12), marks=pytest.mark.slow), SAMPLED])
+@pytest.mark.parametrize(
+  'options', [pytest.param(dict(do_sample=False, max_new_tokens=12), marks=pytest.mark.slow), SAMPLED]
+)
 def test_a_row_does_not_depend_on_its_batch(tiny, params, options):
   together = ids(generate_tokens(tiny, params, PROMPTS, **options))
   alone = [ids(generate_tokens(tiny, params, prompt, **options))[0] for prompt in PROMPTS]
@@ -80,8 +89,9 @@ def test_one_row_on_a_mesh_of_one_device(tiny, params):
 
 
 def test_seeds(tiny, params):
-  draw = lambda seed, n=1: ids(generate_tokens(
-      tiny, params, [1, 2, 3], seed=seed, num_return_sequences=n, max_new_tokens=12))
+  draw = lambda seed, n=1: ids(
+    generate_tokens(tiny, params, [1, 2, 3], seed=seed, num_return_sequences=n, max_new_tokens=12)
+  )
   assert draw(1) == draw(1) != draw(2)
   several = draw(1, 3)
   assert several[:1] == draw(1) and len({tuple(row) for row in several}) == 3
@@ -90,8 +100,9 @@ def test_seeds(tiny, params):
 def test_samples_have_the_models_distribution(tiny, params):
   """Chi-square over 4,000 draws of the next token, at temperature 1.5."""
   n = 4000
-  results = generate_tokens(tiny, params, [4, 5, 6], temperature=1.5, num_return_sequences=n,
-                            max_new_tokens=1)
+  results = generate_tokens(
+    tiny, params, [4, 5, 6], temperature=1.5, num_return_sequences=n, max_new_tokens=1
+  )
   counts = np.bincount([result.tokens[0] for result in results], minlength=97)
   probs = np.asarray(jax.nn.softmax(bind(tiny, params)(jnp.array([[4, 5, 6]]))[0, -1] / 1.5))
   usual = probs * n >= 5
@@ -104,8 +115,9 @@ def test_samples_have_the_models_distribution(tiny, params):
 def test_the_end_of_text_ends_a_row(tiny, params):
   free = generate_tokens(tiny, params, PROMPTS[:3], do_sample=False, max_new_tokens=10)
   eos = free[0].tokens[4]
-  stopped = generate_tokens(tiny, params, PROMPTS[:3], do_sample=False, max_new_tokens=10,
-                            eos_token_id=eos)
+  stopped = generate_tokens(
+    tiny, params, PROMPTS[:3], do_sample=False, max_new_tokens=10, eos_token_id=eos
+  )
   first = free[0].tokens.index(eos)
   assert stopped[0].tokens == free[0].tokens[:first] and stopped[0].finish_reason == 'stop'
   for one, other in zip(stopped, free):
@@ -119,8 +131,9 @@ def test_other_prompts_and_numbers_compile_nothing(tiny, params):
   compiled = loop.start._cache_size(), loop.advance._cache_size()
   for prompt in ([1], [4] * 14):
     for temperature, k, p, n in ((0.5, 3, 0.5, 9), (2.0, 90, 0.8, 15)):
-      generate_tokens(tiny, params, prompt, temperature=temperature, top_k=k, top_p=p, seed=9,
-                      max_new_tokens=n)
+      generate_tokens(
+        tiny, params, prompt, temperature=temperature, top_k=k, top_p=p, seed=9, max_new_tokens=n
+      )
   assert (loop.start._cache_size(), loop.advance._cache_size()) == compiled
 
 
@@ -136,20 +149,30 @@ def test_texts_in_and_out(tiny):
   assert generate(model, t.encode('ab'), max_new_tokens=5)[0].tokens == results[0].tokens
 
 
-@pytest.mark.parametrize('prompts,options,says', [
-    ([1] * 32, {}, 'context of 32 .* no room'), ([97], {}, 'token id 97, but .* 97 ids'),
-    ([], {}, 'there is no prompt'), ([[]], {}, 'has no ids'), ('text', {}, 'needs a tokenizer'),
+@pytest.mark.parametrize(
+  'prompts,options,says',
+  [
+    ([1] * 32, {}, 'context of 32 .* no room'),
+    ([97], {}, 'token id 97, but .* 97 ids'),
+    ([], {}, 'there is no prompt'),
+    ([[]], {}, 'has no ids'),
+    ('text', {}, 'needs a tokenizer'),
     ([1], dict(temperature=0), 'temperature = 0 must be positive'),
-    ([1], dict(top_k=0), 'top_k = 0'), ([1], dict(top_p=1.5), 'top_p = 1.5'),
+    ([1], dict(top_k=0), 'top_k = 0'),
+    ([1], dict(top_p=1.5), 'top_p = 1.5'),
     ([1], dict(max_new_tokens=0), 'max_new_tokens = 0'),
     ([1], dict(do_sample=False, num_return_sequences=2), 'needs do_sample'),
     ([1], dict(temperatur=0.5), "no option 'temperatur' .* do you mean temperature"),
     ([1], dict(temperature=-1), 'temperature = -1 must be positive'),
-    ([1], dict(top_p=0), 'top_p = 0'), ([1], dict(stop_strings='x'), 'need a tokenizer'),
-    ([1], dict(context='wrap'), "context = 'wrap'"), ([1], dict(top_logprobs=-1), 'top_logprobs'),
-    ([1], dict(max_time=0), 'max_time = 0'), ([1], dict(eos_token_id=97), 'eos_token_id'),
+    ([1], dict(top_p=0), 'top_p = 0'),
+    ([1], dict(stop_strings='x'), 'need a tokenizer'),
+    ([1], dict(context='wrap'), "context = 'wrap'"),
+    ([1], dict(top_logprobs=-1), 'top_logprobs'),
+    ([1], dict(max_time=0), 'max_time = 0'),
+    ([1], dict(eos_token_id=97), 'eos_token_id'),
     ([1], dict(stop_token_ids=[-1]), 'stop_token_ids'),
-])
+  ],
+)
 def test_what_cannot_be_is_refused(tiny, params, prompts, options, says):
   with pytest.raises(UserError, match=says):
     generate_tokens(tiny, params, prompts, **options)
@@ -167,15 +190,18 @@ def test_every_position_of_the_whole_context(tiny):
   assert {result.finish_reason for result in results} == {'context'}
   logits_BTV = np.asarray(jax.jit(lambda x_BT: bind(config, params)(x_BT))(whole))
   for prompt, result, logits_TV in zip(prompts, results, logits_BTV):
-    want_TV = logits_TV[len(prompt) - 1:-1]
+    want_TV = logits_TV[len(prompt) - 1 : -1]
     assert result.tokens == want_TV.argmax(-1).tolist()
     logprobs = np.asarray(jax.nn.log_softmax(want_TV))[range(len(result.tokens)), result.tokens]
     np.testing.assert_allclose(result.logprobs, logprobs, rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 96), min_size=1, max_size=16), min_size=4, max_size=4),
-       st.integers(0, 2**31), st.sampled_from([{}, dict(repetition_penalty=1.3, top_p=0.8)]))
+@given(
+  st.lists(st.lists(st.integers(0, 96), min_size=1, max_size=16), min_size=4, max_size=4),
+  st.integers(0, 2**31),
+  st.sampled_from([{}, dict(repetition_penalty=1.3, top_p=0.8)]),
+)
 def test_any_batch_is_its_rows(tiny_params, prompts, seed, options):
   """Composition of the batch: each of four random prompts as if it were alone."""
   tiny, params = tiny_params
@@ -187,10 +213,17 @@ def test_any_batch_is_its_rows(tiny_params, prompts, seed, options):
 
 def test_several_results_read_the_prompt_once(tiny, params, monkeypatch):
   read = []
-  monkeypatch.setattr(loop, 'prefill', lambda model, request, N, real=loop.prefill: (
-      read.append(request.prompts_AP.shape[0]), real(model, request, N))[1])
-  several = ids(generate_tokens(tiny, params, [[1, 2], [3]], num_return_sequences=7, seed=5,
-                                max_new_tokens=11))
+  monkeypatch.setattr(
+    loop,
+    'prefill',
+    lambda model, request, N, real=loop.prefill: (
+      read.append(request.prompts_AP.shape[0]),
+      real(model, request, N),
+    )[1],
+  )
+  several = ids(
+    generate_tokens(tiny, params, [[1, 2], [3]], num_return_sequences=7, seed=5, max_new_tokens=11)
+  )
   assert read == [2]
   alone = ids(generate_tokens(tiny, params, [3], num_return_sequences=2, seed=5, max_new_tokens=11))
   assert several[7:9] == alone
@@ -213,15 +246,16 @@ def test_a_sliding_context_reads_its_last_half_again(tiny, params):
       token = int(logits_SV[len(window) - 1].argmax())
       sequence.append(token)
       window.append(token)
-    assert result.tokens == sequence[len(prompt):]
+    assert result.tokens == sequence[len(prompt) :]
   assert ids(generate_tokens(tiny, params, prompts[1], **options)) == [results[1].tokens]
 
 
 def test_top_logprobs_are_the_models(tiny, params):
   [result] = generate_tokens(tiny, params, [4, 5], seed=2, max_new_tokens=6, top_logprobs=3, top_k=9)
   logprobs = jax.nn.log_softmax(bind(tiny, params)(jnp.asarray([[4, 5, *result.tokens]]))[0])
-  for place, (top, token, logprob) in enumerate(zip(
-      result.top_logprobs, result.tokens, result.logprobs)):
+  for place, (top, token, logprob) in enumerate(
+    zip(result.top_logprobs, result.tokens, result.logprobs)
+  ):
     row = np.asarray(logprobs[1 + place])
     assert list(top) == np.argsort(-row)[:3].tolist()
     np.testing.assert_allclose(list(top.values()), np.sort(row)[::-1][:3], rtol=1e-4, atol=1e-5)
@@ -239,8 +273,9 @@ def test_logits_that_are_nan_are_named(tiny, params):
 @pytest.fixture(scope='module')
 def writer():
   """A model that writes bytes."""
-  config = GPTConfig(vocab_size=257, n_positions=64, n_embd=32, n_layer=2, n_head=4,
-                     initializer_range=0.3)
+  config = GPTConfig(
+    vocab_size=257, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3
+  )
   model = bind(config, init_params(config, 0))
   model.tokenizer = tokenizer.load('byte')
   return model
@@ -272,8 +307,8 @@ def test_stop_strings_end_a_text_before_them(writer):
   [free] = generate(writer, 'ab', **options)
   wanted = free.text[5:8]  # three tokens
   [stopped] = generate(writer, 'ab', stop_strings=['never to be seen', wanted], **options)
-  assert stopped.finish_reason == 'stop' and stopped.text == free.text[:free.text.index(wanted)]
-  assert stopped.tokens == free.tokens[:len(stopped.tokens)] and len(stopped.tokens) < 40
+  assert stopped.finish_reason == 'stop' and stopped.text == free.text[: free.text.index(wanted)]
+  assert stopped.tokens == free.tokens[: len(stopped.tokens)] and len(stopped.tokens) < 40
   assert writer.tokenizer.decode(stopped.tokens).endswith(wanted)
 
 
@@ -282,8 +317,9 @@ def test_ids_and_budgets_stop(writer):
   [stopped] = generate(writer, 'ab', max_new_tokens=40, seed=1, stop_token_ids=[free.tokens[7]])
   first = free.tokens.index(free.tokens[7])
   assert stopped.tokens == free.tokens[:first] and stopped.finish_reason == 'stop'
-  [late] = generate(writer, 'ab', max_new_tokens=40, seed=1, stop_token_ids=[free.tokens[7]],
-                    min_new_tokens=first + 1)
+  [late] = generate(
+    writer, 'ab', max_new_tokens=40, seed=1, stop_token_ids=[free.tokens[7]], min_new_tokens=first + 1
+  )
   assert len(late.tokens) > first and late.tokens[:first] == free.tokens[:first]
   [timed] = generate(writer, 'ab', max_new_tokens=40, seed=1, max_time=1e-9)
   assert timed.finish_reason == 'time' and timed.tokens == free.tokens[:1]
@@ -336,6 +372,7 @@ def test_processors_of_ones_own(tiny, params):
 
 def test_the_parameters_are_prepared_once_and_anew_when_they_change(writer):
   from gpt2_jax.decoding.generate import prepare
+
   before = prepare(writer)
   assert prepare(writer) is before
   [one] = generate(writer, 'ab', max_new_tokens=8, do_sample=False)

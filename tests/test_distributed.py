@@ -19,8 +19,13 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.training import distributed
 
 
-def start(n: int, command: list[str], devices: int = 1, mpi: bool = False,
-          more: dict[int, list[str]] | None = None) -> list[subprocess.Popen]:
+def start(
+  n: int,
+  command: list[str],
+  devices: int = 1,
+  mpi: bool = False,
+  more: dict[int, list[str]] | None = None,
+) -> list[subprocess.Popen]:
   """Starts n processes of a run, by launch.py's flags or as Open MPI would.
 
   `more`: process -> arguments that it alone is given.
@@ -32,22 +37,35 @@ def start(n: int, command: list[str], devices: int = 1, mpi: bool = False,
   for i in range(n):
     flags, extra = [], {}
     if mpi:
-      extra = {'OMPI_COMM_WORLD_SIZE': str(n), 'OMPI_COMM_WORLD_RANK': str(i),
-               'OMPI_COMM_WORLD_LOCAL_RANK': str(i),
-               'OMPI_MCA_orte_hnp_uri': f'{job}.0;tcp://127.0.0.1:34911'}
+      extra = {
+        'OMPI_COMM_WORLD_SIZE': str(n),
+        'OMPI_COMM_WORLD_RANK': str(i),
+        'OMPI_COMM_WORLD_LOCAL_RANK': str(i),
+        'OMPI_MCA_orte_hnp_uri': f'{job}.0;tcp://127.0.0.1:34911',
+      }
     else:
       flags = [f'--coordinator=127.0.0.1:{port}', f'--num_processes={n}', f'--process_id={i}']
-    processes.append(subprocess.Popen(
-        [sys.executable, *command, *flags, *(more or {}).get(i, [])], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(devices, **extra)))
+    processes.append(
+      subprocess.Popen(
+        [sys.executable, *command, *flags, *(more or {}).get(i, [])],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(devices, **extra),
+      )
+    )
   return processes
 
 
 def finish(processes: list[subprocess.Popen], timeout: float = 300) -> list[tuple[int, str, str]]:
   """(exit status, stdout, stderr) of each; none is left behind."""
   try:
-    return [(process.returncode, *output) for process in processes
-            for output in [process.communicate(timeout=timeout)]]
+    return [
+      (process.returncode, *output)
+      for process in processes
+      for output in [process.communicate(timeout=timeout)]
+    ]
   finally:
     for process in processes:
       process.kill()
@@ -128,29 +146,41 @@ def test_two_processes_share_batches_and_agree_on_a_checkpoint(tmp_path):
   assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == ['1', '2', '3', 'damaged-3']
 
 
-@pytest.mark.parametrize('mode,given,says', [
+@pytest.mark.parametrize(
+  'mode,given,says',
+  [
     ('auto', ('host:1', 2, None), '--process_id is missing'),
     ('on', (None, 2, None), '--coordinator and --process_id is missing'),
     ('off', ('host:1', 2, 0), '--distributed=off contradicts --coordinator'),
     ('auto', ('host', 2, 0), 'must be HOST:PORT'),
     ('auto', ('host:1', 2, 2), 'one of 0 to 1'),
-])
+  ],
+)
 def test_flags_of_a_start_that_contradict_each_other(mode, given, says):
   with pytest.raises(UserError, match=says):
     distributed.initialize(mode, *given)
 
 
-@pytest.mark.parametrize('env,cause', [
-    ({}, None), ({'SLURM_NTASKS': '1'}, None), ({'SLURM_NTASKS': '4'}, 'SLURM_NTASKS'),
-    ({'OMPI_COMM_WORLD_SIZE': '2'}, 'OMPI_COMM_WORLD_SIZE'), ({'MEGASCALE_NUM_SLICES': '1'}, None),
-    ({'MEGASCALE_NUM_SLICES': '2'}, 'MEGASCALE_NUM_SLICES'), ({'TPU_WORKER_HOSTNAMES': 'a'}, None),
+@pytest.mark.parametrize(
+  'env,cause',
+  [
+    ({}, None),
+    ({'SLURM_NTASKS': '1'}, None),
+    ({'SLURM_NTASKS': '4'}, 'SLURM_NTASKS'),
+    ({'OMPI_COMM_WORLD_SIZE': '2'}, 'OMPI_COMM_WORLD_SIZE'),
+    ({'MEGASCALE_NUM_SLICES': '1'}, None),
+    ({'MEGASCALE_NUM_SLICES': '2'}, 'MEGASCALE_NUM_SLICES'),
+    ({'TPU_WORKER_HOSTNAMES': 'a'}, None),
     ({'TPU_WORKER_HOSTNAMES': 'a,b'}, 'TPU_WORKER_HOSTNAMES'),
     ({'TPU_WORKER_HOSTNAMES': 'WARNING: none, set it'}, None),
     ({'KUBERNETES_SERVICE_HOST': 'k'}, None),
     ({'KUBERNETES_SERVICE_HOST': 'k', 'JOB_COMPLETION_INDEX': '0'}, 'Kubernetes'),
-    ({'JAX_COORDINATOR_ADDRESS': 'a:1'}, 'JAX_COORDINATOR_ADDRESS')])
+    ({'JAX_COORDINATOR_ADDRESS': 'a:1'}, 'JAX_COORDINATOR_ADDRESS'),
+  ],
+)
 def test_a_cluster_is_found_and_never_left_in_silence(monkeypatch, env, cause):
   """What shows a cluster leads to a start; one that fails is an error, not a run on one host."""
+
   def fail(*_, **__):
     raise RuntimeError('no answer')
 
@@ -172,8 +202,12 @@ def test_a_coordinator_that_cannot_listen_is_an_error(text_folder, tmp_path):
   with socket.socket(socket.AF_INET6) as taken:
     taken.bind(('::', 0))
     taken.listen()
-    result = run(*arguments(text_folder, tmp_path), '--num_processes=2', '--process_id=0',
-                 f'--coordinator=127.0.0.1:{taken.getsockname()[1]}')
+    result = run(
+      *arguments(text_folder, tmp_path),
+      '--num_processes=2',
+      '--process_id=0',
+      f'--coordinator=127.0.0.1:{taken.getsockname()[1]}',
+    )
   assert result.returncode == 1, result.stderr
   assert 'could not be joined (--coordinator): [Errno 98]' in result.stderr
   assert 'Traceback' not in result.stderr
@@ -207,12 +241,27 @@ def test_processes_make_the_same_run(finished, saved, n):  # noqa: F811
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('n,m,mesh', [
-    (2, 2, {}), (2, 1, {}), (2, 4, {'mesh.tensor': 2}), (2, 2, {'mesh.data': 4}),
-    (4, 4, {}), (4, 1, {'mesh.data': 2, 'mesh.tensor': 2}), (4, 2, {'mesh.data': 2}),
-])
+@pytest.mark.parametrize(
+  'n,m,mesh',
+  [
+    (2, 2, {}),
+    (2, 1, {}),
+    (2, 4, {'mesh.tensor': 2}),
+    (2, 2, {'mesh.data': 4}),
+    (4, 4, {}),
+    (4, 1, {'mesh.data': 2, 'mesh.tensor': 2}),
+    (4, 2, {'mesh.data': 2}),
+  ],
+)
 def test_a_run_goes_on_with_other_processes_and_meshes(
-    finished, saved, text_folder, tmp_path, n, m, mesh):  # noqa: F811
+  finished,  # noqa: F811
+  saved,
+  text_folder,
+  tmp_path,
+  n,
+  m,
+  mesh,
+):
   """Saved by n, continued by m: bitwise with the same processes and mesh, else to rounding."""
   workdir = tmp_path / 'moved'
   shutil.copytree(saved(n), workdir)
@@ -244,8 +293,10 @@ def test_a_process_killed_within_a_save(finished, text_folder, tmp_path, victim)
   command = arguments(text_folder, workdir, train__micro_batch_rows=2)
   processes = start(2, command)
   folder = workdir / 'checkpoints'
-  until(lambda: folder.exists() and committed(workdir) and
-        list(folder.glob('*.orbax-checkpoint-tmp*')), processes)
+  until(
+    lambda: folder.exists() and committed(workdir) and list(folder.glob('*.orbax-checkpoint-tmp*')),
+    processes,
+  )
   processes[victim].kill()
   began = time.monotonic()
   results = finish(processes, timeout=3 * distributed.SILENCE_S)
@@ -264,25 +315,37 @@ def test_a_process_killed_within_a_save(finished, text_folder, tmp_path, victim)
 def test_an_error_of_one_process_ends_all(text_folder, tmp_path, alone):
   """Its message is the last thing that it says."""
   began = time.monotonic()
-  results = finish(start(2, arguments(text_folder, tmp_path / 'run', train__micro_batch_rows=2),
-                         more={alone: ['--config.data.corpus=text:/nowhere']}),
-                   timeout=3 * distributed.SILENCE_S)
+  results = finish(
+    start(
+      2,
+      arguments(text_folder, tmp_path / 'run', train__micro_batch_rows=2),
+      more={alone: ['--config.data.corpus=text:/nowhere']},
+    ),
+    timeout=3 * distributed.SILENCE_S,
+  )
   assert results[alone][0] == 1 and results[1 - alone][0] != 0
   assert results[alone][2].splitlines()[-1].startswith('error: '), results[alone][2]
   print(f'both ended after {time.monotonic() - began:.0f} s')
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('number,to,evaluating', [
-    (signal.SIGTERM, 1, False), (signal.SIGINT, 0, False), (signal.SIGTERM, 0, True)])
+@pytest.mark.parametrize(
+  'number,to,evaluating',
+  [(signal.SIGTERM, 1, False), (signal.SIGINT, 0, False), (signal.SIGTERM, 0, True)],
+)
 def test_one_process_told_to_stop_stops_all(text_folder, tmp_path, number, to, evaluating):
   """At the same step, which is saved once, within training as within an evaluation."""
   workdir = tmp_path / 'run'
   more = {'train.steps': 2000, 'checkpoint.every': 2000, 'evaluate.every': 2000}
   if evaluating:  # an evaluation takes far longer than a notice
-    more |= {'evaluate.every': 6, 'evaluate.batch_rows': 2, 'data.val_fraction': 0.5,
-             'data.store': tmp_path / 'store', 'data.sequence_length': 2,
-             'train.global_batch_tokens': 16}
+    more |= {
+      'evaluate.every': 6,
+      'evaluate.batch_rows': 2,
+      'data.val_fraction': 0.5,
+      'data.store': tmp_path / 'store',
+      'data.sequence_length': 2,
+      'train.global_batch_tokens': 16,
+    }
   command = arguments(text_folder, workdir, train__micro_batch_rows=2, **more)
   processes, path = start(2, command), workdir / 'metrics.jsonl'
   count = 5 if evaluating else 8
@@ -297,8 +360,9 @@ def test_one_process_told_to_stop_stops_all(text_folder, tmp_path, number, to, e
   if evaluating:
     assert steps[-1] == 6 and 'eval/loss' not in lines(workdir)[-1]
     return
-  command = arguments(text_folder, workdir, train__micro_batch_rows=2,
-                      **more | {'train.steps': steps[-1] + 2})
+  command = arguments(
+    text_folder, workdir, train__micro_batch_rows=2, **more | {'train.steps': steps[-1] + 2}
+  )
   assert f'resumed from step {steps[-1]} ' in train(2, command)
   assert len(lines(workdir)) == steps[-1] + 2
 

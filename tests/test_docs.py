@@ -41,8 +41,9 @@ def test_recipes_are_well_formed(page):
       words = shlex.split(arguments.rstrip('\'"'))
       if program == 'launch.py':
         code = 'import sys, launch; launch.parse_flags(sys.argv)'
-        done = subprocess.run([sys.executable, '-c', code, *words], cwd=ROOT, capture_output=True,
-                              text=True)
+        done = subprocess.run(
+          [sys.executable, '-c', code, *words], cwd=ROOT, capture_output=True, text=True
+        )
         assert done.returncode == 0, (arguments, done.stderr)
       else:
         words = split_overrides(words)[0] if words[0] == 'plan' else words
@@ -65,6 +66,7 @@ def test_links_and_pictures_are_there():
 
 def test_python_examples_use_what_there_is():
   import gpt2_jax
+
   for page in PAGES:
     for name in re.findall(r'gpt2_jax\.(\w+)\(', page.read_text()):
       assert name in gpt2_jax.__all__, (page.name, name)
@@ -77,13 +79,17 @@ def test_every_option_of_generation_has_an_example_that_works():
   from gpt2_jax import tokenizer
   from gpt2_jax.config import GPTConfig
   from gpt2_jax.decoding.options import Options
+
   config = GPTConfig(vocab_size=257, n_positions=64, n_embd=32, n_layer=1, n_head=4)
   model = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))
   model.tokenizer = tokenizer.load('byte')
   page = (ROOT / 'docs' / 'decoding.md').read_text()
   rows = dict(re.findall(r'^\| `(\w+)` \|.*\| `(.*)` \|$', page, re.M))
   assert rows.keys() - Options.__dataclass_fields__.keys() == {
-      'assistant_model', 'logits_processor', 'prefix_allowed_tokens_fn'}
+    'assistant_model',
+    'logits_processor',
+    'prefix_allowed_tokens_fn',
+  }
   assert rows.keys() >= Options.__dataclass_fields__.keys()
   for name, example in rows.items():
     options = eval(f'dict({example})', {'model': model})
@@ -101,12 +107,14 @@ def follow(page: Path, tree: Path) -> None:
       command = command.partition('&& ')[2]
       if not command or command == 'pytest':
         continue
-    result = subprocess.run(['bash', '-c', command], cwd=tree, env=env, capture_output=True,
-                            text=True, timeout=1200)
+    result = subprocess.run(
+      ['bash', '-c', command], cwd=tree, env=env, capture_output=True, text=True, timeout=1200
+    )
     assert result.returncode == 0, f'{page.name}: {command}\n{result.stdout}\n{result.stderr}'
   for block in re.findall(r'^```python\n(.*?)^```', page.read_text(), re.M | re.S):
-    result = subprocess.run([sys.executable, '-c', block], cwd=tree, env=env, capture_output=True,
-                            text=True, timeout=600)
+    result = subprocess.run(
+      [sys.executable, '-c', block], cwd=tree, env=env, capture_output=True, text=True, timeout=600
+    )
     assert result.returncode == 0, f'{page.name}: {block}\n{result.stderr}'
 
 
@@ -114,8 +122,9 @@ def follow(page: Path, tree: Path) -> None:
 def tree(tmp_path_factory) -> Path:
   """A copy of the tree, in which README.md has been followed: other pages go on from its runs."""
   tree = tmp_path_factory.mktemp('docs') / 'gpt2_jax'
-  files = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True,
-                         check=True).stdout.split('\0')
+  files = subprocess.run(
+    ['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True, check=True
+  ).stdout.split('\0')
   for name in filter(None, files):
     (tree / name).parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(ROOT / name, tree / name)

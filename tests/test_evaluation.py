@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from conftest import ROOT, assert_close, environment, mesh_of
+from conftest import ROOT, assert_close, environment, make_text, mesh_of
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,8 +32,9 @@ from gpt2_jax.evaluation.scorer import Scorer
 from gpt2_jax.evaluation.scoring import Request, rolling, score
 from gpt2_jax.training.step import nll
 
-CONFIG = GPTConfig(vocab_size=257, n_positions=48, n_embd=32, n_layer=2, n_head=4,
-                   initializer_range=0.25)
+CONFIG = GPTConfig(
+  vocab_size=257, n_positions=48, n_embd=32, n_layer=2, n_head=4, initializer_range=0.25
+)
 EOT = 256
 BYTES = tokenizer.load('byte')
 
@@ -54,15 +55,17 @@ def model():
 
 
 def trained_params():
-  """Weights that have learned a little of the text of this file."""
-  text = np.frombuffer(Path(__file__).read_bytes(), np.uint8).astype(np.int32)
-  tx, rows = optax.adam(3e-3), text[:len(text) // 784 * 784].reshape(-1, 16, 49)
+  """Returns weights that have learned a little of made-up text."""
+  words = make_text(np.random.default_rng(0), 4000).encode()
+  text = np.frombuffer(words, np.uint8).astype(np.int32)
+  tx, rows = optax.adam(3e-3), text[: len(text) // 784 * 784].reshape(-1, 16, 49)
   params = gpt2_jax.init_params(dataclasses.replace(CONFIG, initializer_range=0.02), 0)
 
   @jax.jit
   def step(params, state, tokens):
     loss, gradients = jax.value_and_grad(
-        lambda params: nll(gpt2_jax.bind(CONFIG, params), tokens).total)(params)
+      lambda params: nll(gpt2_jax.bind(CONFIG, params), tokens).total
+    )(params)
     updates, state = tx.update(gradients, state)
     return optax.apply_updates(params, updates), state, loss
 
@@ -100,18 +103,23 @@ def slow(subject):
     x = p['wte']['weight'][ids] + p['wpe']['weight'][:T]
     for i in range(CONFIG.n_layer):
       w = jax.tree.map(lambda leaf, i=i: leaf[i], h)
-      q, k, v = np.einsum('td,dcnh->ctnh', norm(x, w['ln_1']), w['attn']['c_attn']['weight']) + (
-          w['attn']['c_attn']['bias'][:, None])
+      q, k, v = (
+        np.einsum('td,dcnh->ctnh', norm(x, w['ln_1']), w['attn']['c_attn']['weight'])
+        + (w['attn']['c_attn']['bias'][:, None])
+      )
       a = np.einsum('tnh,snh->nts', q, k) / math.sqrt(CONFIG.H)
       a = np.where(np.tri(T, dtype=bool), a, -np.inf)
       a = np.exp(a - a.max(-1, keepdims=True))
       out = np.einsum('nts,snh->tnh', a / a.sum(-1, keepdims=True), v)
-      x = x + np.einsum('tnh,nhd->td', out, w['attn']['c_proj']['weight']) + (
-          w['attn']['c_proj']['bias'])
+      x = (
+        x
+        + np.einsum('tnh,nhd->td', out, w['attn']['c_proj']['weight'])
+        + (w['attn']['c_proj']['bias'])
+      )
       u = norm(x, w['ln_2']) @ w['mlp']['c_fc']['weight'] + w['mlp']['c_fc']['bias']
       u = 0.5 * u * (1 + np.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
       x = x + u @ w['mlp']['c_proj']['weight'] + w['mlp']['c_proj']['bias']
-    logits = norm(x, p['ln_f']) @ p['wte']['weight'][:CONFIG.vocab_size].T
+    logits = norm(x, p['ln_f']) @ p['wte']['weight'][: CONFIG.vocab_size].T
     top = logits.max(-1, keepdims=True)
     return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
 
@@ -125,14 +133,16 @@ def requests(n: int = 24) -> list[Request]:
 
 
 def same(one, other) -> bool:
-  return all(np.array_equal(a.logprobs, b.logprobs) and np.array_equal(a.greedy, b.greedy)
-             for a, b in zip(one, other, strict=True))
+  return all(
+    np.array_equal(a.logprobs, b.logprobs) and np.array_equal(a.greedy, b.greedy)
+    for a, b in zip(one, other, strict=True)
+  )
 
 
 def test_scores_are_those_of_the_whole_model_in_float64(subject, slow):
   asked = requests()
   for request, scored in zip(asked, score(subject, asked)):
-    ids, n = [*request.context, *request.target][-CONFIG.n_positions - 1:], len(request.target)
+    ids, n = [*request.context, *request.target][-CONFIG.n_positions - 1 :], len(request.target)
     want = slow(ids[:-1])[-n:]
     assert_close(scored.logprobs, want[np.arange(n), request.target], 1e-6)
     assert (scored.greedy == (want.argmax(-1) == request.target)).all()
@@ -159,8 +169,12 @@ def test_a_score_does_not_depend_on_the_mesh(model, sizes):
   assert keep.fingerprint(model) == keep.fingerprint(on_mesh)
 
 
-@given(n=st.integers(0, 60), window=st.integers(1, 12), stride=st.integers(1, 12),
-       prefix=st.sampled_from([None, EOT]))
+@given(
+  n=st.integers(0, 60),
+  window=st.integers(1, 12),
+  stride=st.integers(1, 12),
+  prefix=st.sampled_from([None, EOT]),
+)
 def test_windows_have_every_token_once_behind_all_that_fits(n, window, stride, prefix):
   tokens = list(range(n))
   text = tokens if prefix is None else [prefix, *tokens]
@@ -171,7 +185,7 @@ def test_windows_have_every_token_once_behind_all_that_fits(n, window, stride, p
   at = 1
   for request in rolling(tokens, window=window, stride=stride, prefix=prefix):
     context, target = list(request.context), list(request.target)
-    assert text[at - len(context):at + len(target)] == context + target
+    assert text[at - len(context) : at + len(target)] == context + target
     assert context and len(target) <= (window if at == 1 else stride)
     assert len(context) + len(target) == min(window + 1, at + len(target))
     at += len(target)
@@ -214,29 +228,62 @@ def test_what_was_scored_before_a_kill_is_not_scored_again(model, tmp_path, monk
 
 
 def test_a_request_that_cannot_be_scored_is_named(model):
-  for request, message in ((Request([], [1]), 'request 0 has no context'),
-                           (Request([1], []), 'no target'),
-                           (Request([1], [1] * 49), '49 tokens to score'),
-                           (Request([1], [257]), 'token id 257')):
+  for request, message in (
+    (Request([], [1]), 'request 0 has no context'),
+    (Request([1], []), 'no target'),
+    (Request([1], [1] * 49), '49 tokens to score'),
+    (Request([1], [257]), 'token id 257'),
+  ):
     with pytest.raises(UserError, match=message):
       score(model, [request])
 
 
 # ---- protocols, each against plain loops
 
-CORPUS = ' \n'.join(['', ' = Ann =', '', ' He had " 5 @.@ 5 " @-@ ball , the boys \' .',
-                    ' = = Go = =', " I do n't", ' = Bo =', ' She said : no ( it is ) N .', ''])
-LAMBADA = [{'text': 'It was the “cat” he saw. A cat'}, {'text': 'a z'},
-           {'text': "She did n't ask for the long-lost isle"}]
-HELLASWAG = [{'query': f'Go: {q}', 'endings': ['is up', 'on', 'do it again.', 'é'], 'label': k}
-             for k, q in enumerate(('He', 'She ran and', 'We'))]
-WINOGRANDE = [{'sentence': 'The cup beat the jar as _ was big.', 'option1': 'the cup',
-               'option2': 'the jar', 'answer': '2'},
-              {'sentence': 'Ann fed Bo; _ ate.', 'option1': 'Ann', 'option2': 'Bo', 'answer': '1'}]
-WSC = [{'text': 'The men saw Ann and [she] ran.', 'options': ['The men', 'Ann'], 'answer': 'Ann'},
-       {'text': 'The man. [His] dog', 'options': ['The man', 'The boy'], 'answer': 'The boy'}]
-CBT = [{'context': ['Ann ran .', "`` Go , '' he said ."], 'question': f"So {q} did n't .",
-        'answer': 'man', 'options': ['man', 'dog', 'Ann']} for q in ('the XXXXX', '`` XXXXX')]
+CORPUS = ' \n'.join(
+  [
+    '',
+    ' = Ann =',
+    '',
+    ' He had " 5 @.@ 5 " @-@ ball , the boys \' .',
+    ' = = Go = =',
+    " I do n't",
+    ' = Bo =',
+    ' She said : no ( it is ) N .',
+    '',
+  ]
+)
+LAMBADA = [
+  {'text': 'It was the “cat” he saw. A cat'},
+  {'text': 'a z'},
+  {'text': "She did n't ask for the long-lost isle"},
+]
+HELLASWAG = [
+  {'query': f'Go: {q}', 'endings': ['is up', 'on', 'do it again.', 'é'], 'label': k}
+  for k, q in enumerate(('He', 'She ran and', 'We'))
+]
+WINOGRANDE = [
+  {
+    'sentence': 'The cup beat the jar as _ was big.',
+    'option1': 'the cup',
+    'option2': 'the jar',
+    'answer': '2',
+  },
+  {'sentence': 'Ann fed Bo; _ ate.', 'option1': 'Ann', 'option2': 'Bo', 'answer': '1'},
+]
+WSC = [
+  {'text': 'The men saw Ann and [she] ran.', 'options': ['The men', 'Ann'], 'answer': 'Ann'},
+  {'text': 'The man. [His] dog', 'options': ['The man', 'The boy'], 'answer': 'The boy'},
+]
+CBT = [
+  {
+    'context': ['Ann ran .', "`` Go , '' he said ."],
+    'question': f"So {q} did n't .",
+    'answer': 'man',
+    'options': ['man', 'dog', 'Ann'],
+  }
+  for q in ('the XXXXX', '`` XXXXX')
+]
 
 
 def benchmark(name: str, examples: list[dict]) -> Benchmark:
@@ -251,6 +298,7 @@ def run(subject):
     found = tasks.KINDS[protocol.kind](scorer, protocol, benchmark(protocol.benchmark, examples))
     assert found.keys() == set(protocol.metrics)
     return {metric: value.value for metric, value in found.items()}
+
   return values
 
 
@@ -261,13 +309,14 @@ def ids(text: str) -> list[int]:
 def continued(slow, context: list[int], target: list[int]) -> np.ndarray:
   """Log p of each target token, one forward pass for each."""
   row = [*context, *target]
-  return np.array([slow(row[max(0, t - CONFIG.n_positions):t])[-1][row[t]]
-                   for t in range(len(context), len(row))])
+  return np.array(
+    [slow(row[max(0, t - CONFIG.n_positions) : t])[-1][row[t]] for t in range(len(context), len(row))]
+  )
 
 
 def cut(slow, context: list[int], target: list[int]) -> np.ndarray:
   """The same where the context loses what does not fit beside all of the target."""
-  return continued(slow, context[-(CONFIG.n_positions + 1 - len(target)):], target)
+  return continued(slow, context[-(CONFIG.n_positions + 1 - len(target)) :], target)
 
 
 def near(have: dict[str, float], **want: float) -> None:
@@ -276,9 +325,17 @@ def near(have: dict[str, float], **want: float) -> None:
   assert logs(have) == pytest.approx(logs(want), rel=1e-6)
 
 
-@pytest.mark.parametrize('name', [
-    'wikitext-2/raw-32', 'wikitext-103/detokenized-32', 'ptb/detokenized-512', 'lm1b/raw-32',
-    'enwik8/raw-32', 'text8/raw-1024'])
+@pytest.mark.parametrize(
+  'name',
+  [
+    'wikitext-2/raw-32',
+    'wikitext-103/detokenized-32',
+    'ptb/detokenized-512',
+    'lm1b/raw-32',
+    'enwik8/raw-32',
+    'text8/raw-1024',
+  ],
+)
 def test_corpora(run, slow, name):
   protocol, W = protocols.BY_NAME[name], CONFIG.n_positions
   of_bytes = protocol.benchmark in ('enwik8', 'text8')
@@ -289,12 +346,14 @@ def test_corpora(run, slow, name):
   nll = 0.0
   for t in range(1, len(row)):
     end = W if t <= W else min(len(row) - 1, W + stride * math.ceil((t - W) / stride))
-    nll -= slow(row[max(0, end - W):t])[-1][row[t]]
+    nll -= slow(row[max(0, end - W) : t])[-1][row[t]]
   have = run(name, [{'text': CORPUS.encode() if of_bytes else CORPUS}])
   words = len(CORPUS.split()) + CORPUS.count('\n')
-  first = {'bits_per_byte': nll / math.log(2) / len(CORPUS.encode()),
-           'bits_per_character': nll / math.log(2) / len(CORPUS),
-           'word_ppl': math.exp(nll / words)}[protocol.metrics[0]]
+  first = {
+    'bits_per_byte': nll / math.log(2) / len(CORPUS.encode()),
+    'bits_per_character': nll / math.log(2) / len(CORPUS),
+    'word_ppl': math.exp(nll / words),
+  }[protocol.metrics[0]]
   near(have, **{protocol.metrics[0]: first, 'token_ppl': math.exp(nll / (len(row) - 1))})
 
 
@@ -307,7 +366,7 @@ def test_hugging_faces_page(run, slow, name):
   for begin in range(0, len(row), stride):
     end = min(begin + W, len(row))
     window = row[begin:end]
-    labels = [-100] * (len(window) - (end - before)) + window[len(window) - (end - before):]
+    labels = [-100] * (len(window) - (end - before)) + window[len(window) - (end - before) :]
     logprobs = slow(window)
     for t, label in enumerate(labels[1:]):
       if label != -100:
@@ -322,8 +381,12 @@ def test_windows_of_hugging_faces_page_overlap(slow):
   tokens = np.arange(25)
   asked = tasks.corpora.hf_windows(tokens, 10, 4)
   assert [(r.context[0], len(r.context), r.target.tolist()) for r in asked] == [
-      (0, 1, [1, 2, 3, 4, 5, 6, 7, 8, 9]), (4, 6, [10, 11, 12, 13]), (8, 6, [14, 15, 16, 17]),
-      (12, 6, [18, 19, 20, 21]), (16, 6, [22, 23, 24])]
+    (0, 1, [1, 2, 3, 4, 5, 6, 7, 8, 9]),
+    (4, 6, [10, 11, 12, 13]),
+    (8, 6, [14, 15, 16, 17]),
+    (12, 6, [18, 19, 20, 21]),
+    (16, 6, [22, 23, 24]),
+  ]
 
 
 def test_lm_evals_wikitext(run, slow):
@@ -334,11 +397,15 @@ def test_lm_evals_wikitext(run, slow):
     for first in range(1, len(row), W):
       end = min(first + W, len(row))
       start = max(0, end - 1 - W)
-      logprobs = slow(row[start:end - 1])
+      logprobs = slow(row[start : end - 1])
       nll -= sum(logprobs[t - 1 - start][row[t]] for t in range(first, end))
   words, size = sum(len(re.split(r'\s+', p)) for p in pages), sum(len(p.encode()) for p in pages)
-  near(run('wikitext-2/lm-eval', [{'text': CORPUS}]), word_ppl=math.exp(nll / words),
-       byte_ppl=math.exp(nll / size), bits_per_byte=nll / size / math.log(2))
+  near(
+    run('wikitext-2/lm-eval', [{'text': CORPUS}]),
+    word_ppl=math.exp(nll / words),
+    byte_ppl=math.exp(nll / size),
+    bits_per_byte=nll / size / math.log(2),
+  )
 
 
 def test_held_out_tokens_of_a_store_as_in_training(subject, slow, tmp_path):
@@ -346,12 +413,21 @@ def test_held_out_tokens_of_a_store_as_in_training(subject, slow, tmp_path):
   for split, n in (('train', 40), ('val', 120)):
     rng.integers(0, 257, n).astype('<u2').tofile(tmp_path / f'{split}.bin')
   row, T = np.fromfile(tmp_path / 'val.bin', '<u2').astype(int), CONFIG.n_positions
-  nll = [-slow(row[first:t])[-1][row[t]] for first in range(0, 119, T)
-         for t in range(first + 1, min(first + T + 1, 120))]
-  found = tasks.KINDS['store'](Scorer(subject, keep.Kept(None, 'model')),
-                               protocols.store_protocol(str(tmp_path)), open_store(tmp_path))
-  near({name: value.value for name, value in found.items()}, loss=np.mean(nll),
-       token_ppl=math.exp(np.mean(nll)))
+  nll = [
+    -slow(row[first:t])[-1][row[t]]
+    for first in range(0, 119, T)
+    for t in range(first + 1, min(first + T + 1, 120))
+  ]
+  found = tasks.KINDS['store'](
+    Scorer(subject, keep.Kept(None, 'model')),
+    protocols.store_protocol(str(tmp_path)),
+    open_store(tmp_path),
+  )
+  near(
+    {name: value.value for name, value in found.items()},
+    loss=np.mean(nll),
+    token_ppl=math.exp(np.mean(nll)),
+  )
   assert found['loss'].n == len(nll) == 119
 
 
@@ -362,15 +438,23 @@ def plain(text: str) -> str:
 def test_lambada(run, slow):
   def ends(pairs):
     found = [(cut(slow, context, target), [*context, *target], target) for context, target in pairs]
-    greedy = [all(slow(row[:n][-CONFIG.n_positions:])[-1].argmax() == row[n]
-                  for n in range(len(row) - len(target), len(row))) for _, row, target in found]
-    return {'ppl': math.exp(-np.mean([logprobs.sum() for logprobs, _, _ in found])),
-            'acc': np.mean(greedy)}
+    greedy = [
+      all(
+        slow(row[:n][-CONFIG.n_positions :])[-1].argmax() == row[n]
+        for n in range(len(row) - len(target), len(row))
+      )
+      for _, row, target in found
+    ]
+    return {
+      'ppl': math.exp(-np.mean([logprobs.sum() for logprobs, _, _ in found])),
+      'acc': np.mean(greedy),
+    }
 
   texts = [plain(example['text']) for example in LAMBADA]
   near(run('lambada/last-token', LAMBADA), **ends([(ids(t[:-1]), ids(t[-1])) for t in texts]))
-  words = lambda texts: [(ids(' '.join(t.split(' ')[:-1])), ids(' ' + t.split(' ')[-1]))
-                         for t in texts]
+  words = lambda texts: [
+    (ids(' '.join(t.split(' ')[:-1])), ids(' ' + t.split(' ')[-1])) for t in texts
+  ]
   near(run('lambada/last-word', LAMBADA), **ends(words(texts)))
   near(run('lambada/lm-eval', LAMBADA), **ends(words([e['text'] for e in LAMBADA])))
 
@@ -383,7 +467,7 @@ def test_lambada_as_the_model_would_go_on(run, slow):
   def written(context: str) -> str:
     row, n = ids(context), len(ids(context))
     for _ in range(3):
-      logprobs = slow(row[-CONFIG.n_positions:])[-1].copy()
+      logprobs = slow(row[-CONFIG.n_positions :])[-1].copy()
       logprobs[banned] = -np.inf
       row.append(int(logprobs.argmax()))
       if row[-1] == EOT:
@@ -399,14 +483,15 @@ def test_lambada_as_the_model_would_go_on(run, slow):
     examples.append({'text': f'{context} {word[0] if word and len(examples) % 2 else "sun"}'})
     text = plain(examples[-1]['text'])
     last = words(text)[-1]
-    found = words(written(text[:text.rindex(last)].rstrip(' ')))
+    found = words(written(text[: text.rindex(last)].rstrip(' ')))
     right.append(bool(found) and found[0].lower() == last.lower())
   near(run('lambada/last-word-stopwords', examples), acc=np.mean(right))
 
 
 def best(slow, rows: list[list[tuple[str, str]]], size=None) -> list[int]:
-  scores = [[cut(slow, ids(a), ids(b)).sum() / (size(b) if size else 1) for a, b in row]
-            for row in rows]
+  scores = [
+    [cut(slow, ids(a), ids(b)).sum() / (size(b) if size else 1) for a, b in row] for row in rows
+  ]
   return [int(np.argmax(row)) for row in scores]
 
 
@@ -418,12 +503,21 @@ def test_choices(run, slow):
 
 
 def test_partial_evaluation(run, slow):
-  rows = [[(e['sentence'].split('_')[0] + e[option], ' ' + e['sentence'].split('_')[1].strip())
-           for option in ('option1', 'option2')] for e in WINOGRANDE]
-  near(run('winogrande/partial', WINOGRANDE),
-       acc=np.mean([a == b for a, b in zip(best(slow, rows), (1, 0))]))
-  rows = [[(f'The men saw Ann and {who}', ' ran.') for who in ('the men', 'Ann')],
-          [(f"The man. {who}'s", ' dog') for who in ('The man', 'The boy')]]
+  rows = [
+    [
+      (e['sentence'].split('_')[0] + e[option], ' ' + e['sentence'].split('_')[1].strip())
+      for option in ('option1', 'option2')
+    ]
+    for e in WINOGRANDE
+  ]
+  near(
+    run('winogrande/partial', WINOGRANDE),
+    acc=np.mean([a == b for a, b in zip(best(slow, rows), (1, 0))]),
+  )
+  rows = [
+    [(f'The men saw Ann and {who}', ' ran.') for who in ('the men', 'Ann')],
+    [(f"The man. {who}'s", ' dog') for who in ('The man', 'The boy')],
+  ]
   near(run('wsc273/partial', WSC), acc=np.mean([a == b for a, b in zip(best(slow, rows), (1, 1))]))
 
 
@@ -431,8 +525,9 @@ def test_cloze(run, slow):
   story = 'Ann ran. "Go," he said. So '
   right = []
   for before, quote in ((story + 'the', ' '), (story[:-1], ' "')):
-    scores = [cut(slow, [EOT, *ids(before)], ids(f"{quote}{o} didn't.")).sum()
-              for o in ('man', 'dog', 'Ann')]
+    scores = [
+      cut(slow, [EOT, *ids(before)], ids(f"{quote}{o} didn't.")).sum() for o in ('man', 'dog', 'Ann')
+    ]
     right.append(np.argmax(scores) == 0)
   near(run('cbt-cn/paper', CBT), acc=np.mean(right))
 
@@ -455,12 +550,22 @@ def data(tmp_path):
   return tmp_path
 
 
-def test_the_command_says_all_that_a_figure_follows_from(
-    checkpoint, data, capsys, run, monkeypatch):
+def test_the_command_says_all_that_a_figure_follows_from(checkpoint, data, capsys, run, monkeypatch):
   monkeypatch.setattr(jax, 'device_count', lambda: 1)  # the killed one below runs on two
   file = data / 'out' / 'result.json'
-  cli.main(['evaluate', '--checkpoint', checkpoint, '--tasks', 'hellaswag,lambada/lm-eval', '--data',
-            str(data), '--json', str(file)])
+  cli.main(
+    [
+      'evaluate',
+      '--checkpoint',
+      checkpoint,
+      '--tasks',
+      'hellaswag,lambada/lm-eval',
+      '--data',
+      str(data),
+      '--json',
+      str(file),
+    ]
+  )
   shown, said = capsys.readouterr().out, json.loads(file.read_text())
   assert said['dtype'] == 'float32' and said['backend'] == 'cpu' and said['size'] is None
   assert said['parameters'] == num_params(CONFIG) and said['packages']['jax'] == jax.__version__
@@ -470,14 +575,17 @@ def test_the_command_says_all_that_a_figure_follows_from(
     path = Path(result['data']['source'])
     assert result['data']['sha256'] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert f'{result["protocol"]["name"]} version 1: test of {path}, sha256 ' in shown or (
-        result['data']['split'] == 'validation')
+      result['data']['split'] == 'validation'
+    )
   have = {name: metric['value'] for name, metric in said['results'][-1]['metrics'].items()}
   near(run('lambada/lm-eval', LAMBADA), **have)
   assert 'gpt2 40.06' in shown and 'same protocol' in shown
   assert sorted(path.name for path in file.parent.iterdir()) == ['result.json']  # no scores are left
 
 
-@pytest.mark.parametrize('words, message', [
+@pytest.mark.parametrize(
+  'words, message',
+  [
     (['--tasks', 'lambda'], "'lambda' is none of paper"),
     (['--tasks', ','], 'names no task'),
     (['--tasks', 'lambada,hellaswag', '--data', 'lambada_test.jsonl'], 'is one file'),
@@ -485,7 +593,8 @@ def test_the_command_says_all_that_a_figure_follows_from(
     (['--tasks', 'text8', '--data', 'empty'], 'text8'),
     (['--tasks', 'store:empty'], 'is not a token store'),
     (['--tasks', 'lambada', '--limit', '0', '--data', '.'], '--limit 0'),
-])
+  ],
+)
 def test_what_the_command_cannot_use_is_named(checkpoint, data, monkeypatch, capsys, words, message):
   (data / 'empty').mkdir()
   monkeypatch.chdir(data)
@@ -499,8 +608,20 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(checkpoint, data):
   (data / 'wikitext-2').mkdir()
   (data / 'wikitext-2' / 'wiki.test.tokens').write_text(CORPUS * 100)
   file = data / 'result.json'
-  words = [sys.executable, '-m', 'gpt2_jax', 'evaluate', '--checkpoint', checkpoint, '--tasks',
-           'wikitext-2/raw-32,lambada/last-token', '--data', str(data), '--json', str(file)]
+  words = [
+    sys.executable,
+    '-m',
+    'gpt2_jax',
+    'evaluate',
+    '--checkpoint',
+    checkpoint,
+    '--tasks',
+    'wikitext-2/raw-32,lambada/last-token',
+    '--data',
+    str(data),
+    '--json',
+    str(file),
+  ]
   kept = data / 'result.json.scores'
   process = subprocess.Popen(words, cwd=ROOT, env=environment(2))
   while not (kept.exists() and kept.stat().st_size) and process.poll() is None:
@@ -529,6 +650,7 @@ def test_every_protocol_and_every_published_figure_stands_in_the_docs():
 
 
 def test_released_sizes_are_told_by_their_parameters():
-  for n, (layers, width, heads) in zip(published.SIZES, (
-      (12, 768, 12), (24, 1024, 16), (36, 1280, 20), (48, 1600, 25))):
+  for n, (layers, width, heads) in zip(
+    published.SIZES, ((12, 768, 12), (24, 1024, 16), (36, 1280, 20), (48, 1600, 25))
+  ):
     assert num_params(GPTConfig(n_layer=layers, n_embd=width, n_head=heads)) == n

@@ -31,7 +31,8 @@ def test_statistics_are_scipys(pairs):
   if summary.deviation > 1e-6:
     low, high = scipy.stats.t.interval(0.95, len(a) - 1, np.mean(a), scipy.stats.sem(a))
     assert (summary.mean - summary.half_width, summary.mean + summary.half_width) == pytest.approx(
-        (low, high))
+      (low, high)
+    )
   compared = stats.paired(a.tolist(), b.tolist())
   assert compared.difference.mean == pytest.approx(np.mean(a - b))
   if np.std(a - b) > 1e-6:
@@ -42,8 +43,10 @@ def test_statistics_are_scipys(pairs):
 
 def test_an_interval_covers_the_mean_as_often_as_it_says():
   rng = np.random.default_rng(0)
-  covered = [abs(s.mean - 3) <= s.half_width for s in (
-      stats.Summary.of(rng.normal(3, 0.1, 4).tolist()) for _ in range(2000))]
+  covered = [
+    abs(s.mean - 3) <= s.half_width
+    for s in (stats.Summary.of(rng.normal(3, 0.1, 4).tolist()) for _ in range(2000))
+  ]
   assert 0.93 < np.mean(covered) < 0.97
 
 
@@ -58,8 +61,7 @@ def test_holm_rejects_what_stepping_down_rejects(p_values):
       if p_values[i] * (len(p_values) - len(rejected)) > level:
         break
       rejected.add(i)
-    assert {p_values[i] for i in rejected} == {
-        p for p, a in zip(p_values, adjusted) if a <= level}
+    assert {p_values[i] for i in rejected} == {p for p, a in zip(p_values, adjusted) if a <= level}
 
 
 def test_a_power_law_is_found_with_its_error():
@@ -116,8 +118,9 @@ def test_every_point_of_a_sweep_is_a_run(name, monkeypatch):
       seen.add(shape)
       config = importlib.import_module(module).get_config()
       config.update_from_flattened_dict(
-          {key: value for key, value in task.point.items() if key not in sweeps.HOW})
-      made = plan.make_plan(config, devices=jax.devices()[:task.point.get('run.devices', 1)])
+        {key: value for key, value in task.point.items() if key not in sweeps.HOW}
+      )
+      made = plan.make_plan(config, devices=jax.devices()[: task.point.get('run.devices', 1)])
       assert made.model.n_embd <= 256, 'small enough for two cores'
   readme = (ROOT / 'experiments' / name / 'README.md').read_text()
   assert f'python experiments/run.py {name}' in readme
@@ -128,18 +131,27 @@ def test_every_point_of_a_sweep_is_a_run(name, monkeypatch):
 
 
 def made_up(point: dict, folder, loss: float) -> results.Run:
-  start = {'seconds': {'step': 30.0}, 'time': '2020-01-02T00:00:00Z', 'processor': '2 x CPU',
-           'python': '3.11', 'versions': {'jax': '1.0'}, 'git_commit': 'c0ffee' * 4}
+  start = {
+    'seconds': {'step': 30.0},
+    'time': '2020-01-02T00:00:00Z',
+    'processor': '2 x CPU',
+    'python': '3.11',
+    'versions': {'jax': '1.0'},
+    'git_commit': 'c0ffee' * 4,
+  }
   lines = [{'step': 1, 'eval/loss': loss + 1}, {'step': 2, 'eval/loss': loss}, {'step': 3}]
   return results.Run(point, folder, lines, [start])
 
 
 def test_the_collector_writes_what_the_numbers_say(tmp_path):
   rng = np.random.default_rng(0)
-  loss = {(rate, seed): 3 - 10 * rate + 0.01 * rng.normal()
-          for rate in (0.1, 0.2) for seed in range(4)}
-  runs = [made_up({'optim.peak_lr': rate, 'train.seed': seed}, tmp_path, value)
-          for (rate, seed), value in loss.items()]
+  loss = {
+    (rate, seed): 3 - 10 * rate + 0.01 * rng.normal() for rate in (0.1, 0.2) for seed in range(4)
+  }
+  runs = [
+    made_up({'optim.peak_lr': rate, 'train.seed': seed}, tmp_path, value)
+    for (rate, seed), value in loss.items()
+  ]
   readme = tmp_path / 'README.md'
   readme.write_text(f'before\n{results.BEGIN}\nold\n{results.END}\nafter\n')
 
@@ -180,11 +192,22 @@ def test_wrong_names_and_points_are_said(monkeypatch):
     run.Submitted('local')
 
 
-SMALL = {'model.n_positions': 32, 'model.n_embd': 32, 'model.n_layer': 2, 'model.n_head': 2,
-         'data.tokenizer': 'byte', 'data.val_fraction': 0.05, 'data.split': 'tail',
-         'train.steps': 12, 'train.global_batch_tokens': 32 * 4, 'optim.warmup_steps': 2,
-         'checkpoint.every': 4, 'evaluate.every': 12, 'log.tensorboard': False,
-         'log.sample_tokens': 1}
+SMALL = {
+  'model.n_positions': 32,
+  'model.n_embd': 32,
+  'model.n_layer': 2,
+  'model.n_head': 2,
+  'data.tokenizer': 'byte',
+  'data.val_fraction': 0.05,
+  'data.split': 'tail',
+  'train.steps': 12,
+  'train.global_batch_tokens': 32 * 4,
+  'optim.warmup_steps': 2,
+  'checkpoint.every': 4,
+  'evaluate.every': 12,
+  'log.tensorboard': False,
+  'log.sample_tokens': 1,
+}
 
 
 @pytest.fixture
@@ -192,8 +215,10 @@ def sweep(text_folder, tmp_path, monkeypatch):
   """Three runs of a few steps: one is killed on its way, one can't be trained."""
   monkeypatch.setenv('XLA_FLAGS', QUICK)
   monkeypatch.setenv('PYTHONPATH', str(ROOT))
-  base = SMALL | {'data.corpus': f'text:{text_folder}',
-                  'data.store': str(text_folder.parent / 'sweep')}
+  base = SMALL | {
+    'data.corpus': f'text:{text_folder}',
+    'data.store': str(text_folder.parent / 'sweep'),
+  }
   made = [base, base | {'run.kill_at': [6]}, base | {'optim.peak_lr': 1e25, 'optim.clip_norm': 0.0}]
   return run.tasks(types.SimpleNamespace(CONFIG='configs/tiny.py', sweep=lambda: made), tmp_path)
 

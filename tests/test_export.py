@@ -23,8 +23,14 @@ from gpt2_jax.model import bind
 
 TINY = GPTConfig(vocab_size=13, n_positions=8, n_embd=12, n_layer=2, n_head=3, vocab_multiple=8)
 BYTES = dataclasses.replace(TINY, vocab_size=257)
-NAMES = {'attn_norm': 'ln_1', 'attn_qkv': 'attn.c_attn', 'attn_output': 'attn.c_proj',
-         'ffn_norm': 'ln_2', 'ffn_up': 'mlp.c_fc', 'ffn_down': 'mlp.c_proj'}  # llama.cpp's, ours
+NAMES = {
+  'attn_norm': 'ln_1',
+  'attn_qkv': 'attn.c_attn',
+  'attn_output': 'attn.c_proj',
+  'ffn_norm': 'ln_2',
+  'ffn_up': 'mlp.c_fc',
+  'ffn_down': 'mlp.c_proj',
+}  # llama.cpp's, ours
 
 
 def make(config: GPTConfig, dtype='float32', *, std=0.3, seed=0, words=None, **fields) -> Source:
@@ -35,6 +41,7 @@ def make(config: GPTConfig, dtype='float32', *, std=0.3, seed=0, words=None, **f
     rng = np.random.default_rng([seed, *name.encode()])
     x = rng.normal(0, std, sizes[name])
     return (x + (1 if 'ln_' in name and 'weight' in name else 0)).astype(dtype)
+
   return Source(config, read, dtype, 'tiny', tokenizer=words, **fields)
 
 
@@ -47,30 +54,48 @@ def bits(x: np.ndarray) -> np.ndarray:
 
 def read_gguf(path):
   reader = pytest.importorskip('gguf').GGUFReader(path)
-  return reader, {t.name: t for t in reader.tensors}, {
-      k: f.contents() for k, f in reader.fields.items()}
+  return (
+    reader,
+    {t.name: t for t in reader.tensors},
+    {k: f.contents() for k, f in reader.fields.items()},
+  )
 
 
 @settings(deadline=None, max_examples=15)
-@given(st.builds(
+@given(
+  st.builds(
     lambda H, N, **sizes: GPTConfig(**sizes, n_embd=H * N, n_head=N),
-    H=st.integers(1, 5), N=st.integers(1, 4), n_layer=st.integers(1, 3),
-    vocab_size=st.integers(257, 300), n_positions=st.integers(1, 9),
-    n_inner=st.none() | st.integers(1, 20), tie_word_embeddings=st.booleans(),
-    layer_norm_epsilon=st.sampled_from([1e-5, 1e-6])),
-    st.sampled_from(['float32', 'bfloat16', 'float16']))
+    H=st.integers(1, 5),
+    N=st.integers(1, 4),
+    n_layer=st.integers(1, 3),
+    vocab_size=st.integers(257, 300),
+    n_positions=st.integers(1, 9),
+    n_inner=st.none() | st.integers(1, 20),
+    tie_word_embeddings=st.booleans(),
+    layer_norm_epsilon=st.sampled_from([1e-5, 1e-6]),
+  ),
+  st.sampled_from(['float32', 'bfloat16', 'float16']),
+)
 def test_gguf_holds_every_tensor_bit_by_bit(tmp_path_factory, config, dtype):
   source = make(config, dtype, words=tokenizer.load('byte'))
   path = tmp_path_factory.mktemp('gguf') / 'odd.gguf'
   gguf.write(source, path)
   _, tensors, fields = read_gguf(path)
 
-  want = {'token_embd.weight': 'wte.weight', 'position_embd.weight': 'wpe.weight',
-          'output_norm.weight': 'ln_f.weight', 'output_norm.bias': 'ln_f.bias'}
+  want = {
+    'token_embd.weight': 'wte.weight',
+    'position_embd.weight': 'wpe.weight',
+    'output_norm.weight': 'ln_f.weight',
+    'output_norm.bias': 'ln_f.bias',
+  }
   if not config.tie_word_embeddings:
     want['output.weight'] = 'lm_head.weight'
-  want |= {f'blk.{i}.{theirs}.{part}': f'h.{i}.{ours}.{part}' for i in range(config.n_layer)
-           for theirs, ours in NAMES.items() for part in ('weight', 'bias')}
+  want |= {
+    f'blk.{i}.{theirs}.{part}': f'h.{i}.{ours}.{part}'
+    for i in range(config.n_layer)
+    for theirs, ours in NAMES.items()
+    for part in ('weight', 'bias')
+  }
   assert set(tensors) == set(want)
   for theirs, ours in want.items():
     expected = source.tensor(ours)
@@ -79,17 +104,24 @@ def test_gguf_holds_every_tensor_bit_by_bit(tmp_path_factory, config, dtype):
     elif theirs.startswith('blk'):
       expected = expected.T  # [out, in]
     tensor = tensors[theirs]
-    assert tensor.tensor_type.name == {'float32': 'F32', 'float16': 'F16', 'bfloat16': 'BF16'}[
-        str(expected.dtype)]
+    assert (
+      tensor.tensor_type.name
+      == {'float32': 'F32', 'float16': 'F16', 'bfloat16': 'BF16'}[str(expected.dtype)]
+    )
     assert tensor.data_offset % 32 == 0
     np.testing.assert_array_equal(tensor.shape[::-1], expected.shape)  # ggml's order is reversed
     np.testing.assert_array_equal(bits(tensor.data).ravel(), bits(expected).ravel())
   for key, value in {
-      'general.architecture': 'gpt2', 'general.name': 'odd', 'gpt2.block_count': config.n_layer,
-      'gpt2.context_length': config.n_positions, 'gpt2.embedding_length': config.n_embd,
-      'gpt2.feed_forward_length': config.F, 'gpt2.attention.head_count': config.n_head,
-      'gpt2.attention.layer_norm_epsilon': np.float32(config.layer_norm_epsilon),
-      'general.file_type': {'float32': 0, 'float16': 1, 'bfloat16': 32}[dtype]}.items():
+    'general.architecture': 'gpt2',
+    'general.name': 'odd',
+    'gpt2.block_count': config.n_layer,
+    'gpt2.context_length': config.n_positions,
+    'gpt2.embedding_length': config.n_embd,
+    'gpt2.feed_forward_length': config.F,
+    'gpt2.attention.head_count': config.n_head,
+    'gpt2.attention.layer_norm_epsilon': np.float32(config.layer_norm_epsilon),
+    'general.file_type': {'float32': 0, 'float16': 1, 'bfloat16': 32}[dtype],
+  }.items():
     assert fields[key] == value, key
 
 
@@ -192,17 +224,21 @@ def test_gguf_narrower_than_its_source_keeps_the_rest_wide(tmp_path):
   _, tensors, _ = read_gguf(tmp_path / 'x.gguf')
   np.testing.assert_array_equal(tensors['position_embd.weight'].data, source.tensor('wpe.weight'))
   np.testing.assert_array_equal(
-      tensors['token_embd.weight'].data, source.tensor('wte.weight').astype(np.float16))
+    tensors['token_embd.weight'].data, source.tensor('wte.weight').astype(np.float16)
+  )
 
 
-@pytest.mark.parametrize('change, message', [
+@pytest.mark.parametrize(
+  'change, message',
+  [
     (dict(activation_function='gelu'), "activation_function = 'gelu'"),
     (dict(activation_function='relu'), "activation_function = 'relu'"),
     (dict(scale_attn_weights=False), 'scale_attn_weights'),
     (dict(scale_attn_by_inverse_layer_idx=True), 'scale_attn_by_inverse_layer_idx'),
     (dict(head='token_classification'), 'token_classification'),
     (dict(vocab_size=256), '257 ids'),
-])
+  ],
+)
 def test_gguf_refuses_what_llama_cpp_cannot_compute(tmp_path, change, message):
   source = make(dataclasses.replace(BYTES, **change), words=tokenizer.load('byte'))
   with pytest.raises(UserError, match=re.escape(message)):
@@ -234,7 +270,7 @@ def logits_of(source: Source, tokens: np.ndarray) -> np.ndarray:
   return np.asarray(forward(load_params(source), tokens))
 
 
-SCRIPT = '''
+SCRIPT = """
 import contextlib, json, os, pathlib, sys
 os.chdir(sys.argv[1])
 readme = pathlib.Path('README.md').read_text()
@@ -252,14 +288,18 @@ for prompts in json.loads(sys.argv[3]):
                   'logits': scope['np'].stack(scope['seen'], 1).tolist()})
 assert not [name for name in sys.modules if name.split('.')[0] in ('gpt2_jax', 'flax')]
 print(json.dumps(results))
-'''
+"""
 
 
 def run_readme(folder, steps: int, batches):
   """Runs the README's program in a process of its own: for each batch, tokens [B, N], logits."""
   done = subprocess.run(
-      [sys.executable, '-W', 'error', '-c', SCRIPT, folder, str(steps), json.dumps(batches)],
-      env=environment(), capture_output=True, text=True, timeout=300)
+    [sys.executable, '-W', 'error', '-c', SCRIPT, folder, str(steps), json.dumps(batches)],
+    env=environment(),
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
   assert done.returncode == 0, done.stderr
   return json.loads(done.stdout)
 
@@ -272,8 +312,14 @@ def flatbuffers():
 @pytest.mark.slow
 def test_stablehlo_generates_as_we_do(tmp_path, flatbuffers):
   config = dataclasses.replace(
-      TINY, n_positions=16, tie_word_embeddings=False, n_inner=20, activation_function='quick_gelu',
-      scale_attn_by_inverse_layer_idx=True, reorder_and_upcast_attn=True)
+    TINY,
+    n_positions=16,
+    tie_word_embeddings=False,
+    n_inner=20,
+    activation_function='quick_gelu',
+    scale_attn_by_inverse_layer_idx=True,
+    reorder_and_upcast_attn=True,
+  )
   source = make(config, std=1)
   stablehlo.write(source, tmp_path / 'out')
   batches = [[[5, 1, 12]], [[3, 1, 4, 1, 5, 9], [2], [7, 0, 11]]]
@@ -286,7 +332,7 @@ def test_stablehlo_generates_as_we_do(tmp_path, flatbuffers):
       assert generated.tokens == row[:N]
       text = np.array([prompt + row[:N]])
       full = logits_of(source, text)[0]
-      assert_close(logits, full[len(prompt):])  # after each new token, beside the cacheless pass
+      assert_close(logits, full[len(prompt) :])  # after each new token, beside the cacheless pass
       assert full[len(prompt) - 1].argmax() == row[0]
 
 
@@ -297,11 +343,12 @@ def test_stablehlo_of_bfloat16_weights_on_a_mesh(tmp_path, flatbuffers):
     stablehlo.write(source, tmp_path / 'out')
   [result] = run_readme(tmp_path / 'out', 2, [[[5, 1, 12], [7]]])
   for prompt, row, logits in zip([[5, 1, 12], [7]], result['tokens'], result['logits']):
-    assert_close(logits, logits_of(source, np.array([prompt + row[:2]]))[0, len(prompt):])
+    assert_close(logits, logits_of(source, np.array([prompt + row[:2]]))[0, len(prompt) :])
 
 
 def test_stablehlo_folder_says_what_it_holds(tmp_path, flatbuffers):
   from safetensors.numpy import load_file
+
   source = make(BYTES, 'float16', words=tokenizer.load('byte'))
   stablehlo.write(source, tmp_path / 'out')
   manifest = json.loads((tmp_path / 'out/manifest.json').read_text())
@@ -310,15 +357,20 @@ def test_stablehlo_folder_says_what_it_holds(tmp_path, flatbuffers):
   assert manifest['parameters']['arrays'] == {name: described(x) for name, x in arrays.items()}
   for i in range(2):  # stacked, with the axes that we have
     np.testing.assert_array_equal(
-        bits(arrays['h.attn.c_attn.weight'][i]).ravel(),
-        bits(source.tensor(f'h.{i}.attn.c_attn.weight')).ravel())
+      bits(arrays['h.attn.c_attn.weight'][i]).ravel(),
+      bits(source.tensor(f'h.{i}.attn.c_attn.weight')).ravel(),
+    )
   np.testing.assert_array_equal(arrays['wte.weight'], source.tensor('wte.weight'))  # not padded
   assert manifest['platforms'] == ['cpu', 'cuda', 'tpu']
   assert manifest['programs']['prefill']['inputs'][1] == {
-      'name': 'tokens', 'shape': ['b', 't'], 'dtype': 'int32'}
+    'name': 'tokens',
+    'shape': ['b', 't'],
+    'dtype': 'int32',
+  }
   assert manifest['programs']['decode_step']['outputs'] == [
-      {'name': 'logits', 'shape': ['b', 257], 'dtype': 'float32'},
-      *({'name': n, 'shape': [2, 'b', 3, 8, 4], 'dtype': 'float32'} for n in 'kv')]
+    {'name': 'logits', 'shape': ['b', 257], 'dtype': 'float32'},
+    *({'name': n, 'shape': [2, 'b', 3, 8, 4], 'dtype': 'float32'} for n in 'kv'),
+  ]
   assert GPTConfig(**manifest['config']) == dataclasses.replace(BYTES, vocab_multiple=1)
   assert tokenizer.load(tmp_path / 'out/tokenizer').vocab_size == 257
   for name in manifest['programs']:

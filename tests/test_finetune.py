@@ -32,11 +32,25 @@ ADAPTERS = LoRA(3, 6.0, ('c_attn', 'c_proj', 'c_fc'), dropout=0.1)
 def pretrained(text_folder, tmp_path_factory):
   """The workdir of a small run on made-up text, made by a process of its own."""
   folder = tmp_path_factory.mktemp('pretrained')
-  result = run('launch.py', '--config=configs/tiny.py', f'--workdir={folder}/run', *flags({
-      'model.n_positions': 32, 'model.n_embd': 64, 'data.corpus': f'text:{text_folder}',
-      'data.tokenizer': 'byte', 'data.val_fraction': 0.05, 'data.directory': folder / 'data',
-      'train.steps': 40, 'train.global_batch_tokens': 512, 'optim.warmup_steps': 4,
-      'log.sample_tokens': 4}))
+  result = run(
+    'launch.py',
+    '--config=configs/tiny.py',
+    f'--workdir={folder}/run',
+    *flags(
+      {
+        'model.n_positions': 32,
+        'model.n_embd': 64,
+        'data.corpus': f'text:{text_folder}',
+        'data.tokenizer': 'byte',
+        'data.val_fraction': 0.05,
+        'data.directory': folder / 'data',
+        'train.steps': 40,
+        'train.global_batch_tokens': 512,
+        'optim.warmup_steps': 4,
+        'log.sample_tokens': 4,
+      }
+    ),
+  )
   assert result.returncode == 0, result.stdout + result.stderr
   return folder / 'run'
 
@@ -126,21 +140,31 @@ def train_steps(config, mesh, A=1, steps=3):
       if config.head == 'lm':
         batch = rng.integers(0, 97, (A, 8 // A, 13)).astype(np.int32)
       else:
-        batch = {'tokens': rng.integers(0, 97, (A, 8 // A, 12)).astype(np.int32),
-                 'lengths': rng.integers(1, 13, (A, 8 // A)).astype(np.int32),
-                 'labels': rng.integers(0, 3, (A, 8 // A)).astype(np.int32)}
+        batch = {
+          'tokens': rng.integers(0, 97, (A, 8 // A, 12)).astype(np.int32),
+          'lengths': rng.integers(1, 13, (A, 8 // A)).astype(np.int32),
+          'labels': rng.integers(0, 3, (A, 8 // A)).astype(np.int32),
+        }
       place = lambda x: jax.device_put(x, jax.P(None, ('data', 'fsdp')))
       state, values = step(state, jax.tree.map(place, batch))
       out.append([float(values['train/loss']), float(values['train/grad_norm'])])
     return np.array(out), jax.device_get(state.params)
 
 
-@pytest.mark.parametrize('fields', [
+@pytest.mark.parametrize(
+  'fields',
+  [
     pytest.param(dict(lora=ADAPTERS), marks=pytest.mark.slow, id='lora'),
-    pytest.param(dict(head='sequence_classification', num_labels=3), marks=pytest.mark.slow,
-                 id='head'),
-    pytest.param(dict(head='sequence_classification', num_labels=3, lora=ADAPTERS),
-                 marks=pytest.mark.slow, id='both')])
+    pytest.param(
+      dict(head='sequence_classification', num_labels=3), marks=pytest.mark.slow, id='head'
+    ),
+    pytest.param(
+      dict(head='sequence_classification', num_labels=3, lora=ADAPTERS),
+      marks=pytest.mark.slow,
+      id='both',
+    ),
+  ],
+)
 def test_meshes_and_micro_batches_change_nothing(tiny, fields):
   config = dataclasses.replace(tiny, resid_pdrop=0.1, initializer_range=0.1, **fields)
   want, params = train_steps(config, (1, 1, 1))
@@ -160,9 +184,13 @@ def test_an_adapter_begins_as_nothing_and_learns(tiny):
   def compute(params):
     plain = {k: v for k, v in flatten_dict(params).items() if 'lora' not in k[-1]}
     from flax.traverse_util import unflatten_dict
+
     loss = lambda p: bind(config, p)(tokens)[..., 3].sum()
-    return (bind(config, params)(tokens), bind(tiny, unflatten_dict(plain))(tokens),
-            flatten_dict(jax.grad(loss)(params)))
+    return (
+      bind(config, params)(tokens),
+      bind(tiny, unflatten_dict(plain))(tokens),
+      flatten_dict(jax.grad(loss)(params)),
+    )
 
   have, want, gradients = compute(params)
   np.testing.assert_array_equal(have, want)
@@ -178,12 +206,20 @@ def test_an_adapter_begins_as_nothing_and_learns(tiny):
 def test_a_run_stops_when_the_loss_rises_and_offers_its_best(pretrained, tmp_path, capsys):
   text = tmp_path / 'short.txt'  # so little that it is soon learnt by heart
   text.write_text(make_text(np.random.default_rng(2), 250))
-  settings = dict(train__steps=400, evaluate__every=8, checkpoint__every=4, checkpoint__keep=1,
-                  evaluate__patience=2, optim__schedule='constant', data__val_fraction=0.3)
+  settings = dict(
+    train__steps=400,
+    evaluate__every=8,
+    checkpoint__every=4,
+    checkpoint__keep=1,
+    evaluate__patience=2,
+    optim__schedule='constant',
+    data__val_fraction=0.3,
+  )
   config = tuning(pretrained, text, **settings)
   assert loop.train(config, tmp_path / 'run') == 0
-  held_out = {line['step']: line['eval/loss'] for line in lines(tmp_path / 'run')
-              if 'eval/loss' in line}
+  held_out = {
+    line['step']: line['eval/loss'] for line in lines(tmp_path / 'run') if 'eval/loss' in line
+  }
   best, last = min(held_out, key=held_out.get), max(held_out)
   assert last < 400 and last == best + 16, held_out
   assert f'no lower held-out loss since step {best}' in capsys.readouterr().out
@@ -193,20 +229,30 @@ def test_a_run_stops_when_the_loss_rises_and_offers_its_best(pretrained, tmp_pat
   made = plan.make_plan(config)
   model = gpt2_jax.from_pretrained(tmp_path / 'run', mesh=made.mesh)
   with jax.set_mesh(made.mesh):
-    loss = loop.evaluate(made.eval_step(), nnx.to_pure_dict(nnx.state(model, nnx.Param)),
-                         loop.open_data(made).splits['val'], made, loop.StopSignal())['eval/loss']
+    loss = loop.evaluate(
+      made.eval_step(),
+      nnx.to_pure_dict(nnx.state(model, nnx.Param)),
+      loop.open_data(made).splits['val'],
+      made,
+      loop.StopSignal(),
+    )['eval/loss']
   assert_close(loss, held_out[best], 1e-6)
   assert loop.train(config, tmp_path / 'run') == 0  # the same command again
   assert f'its best is step {best}' in capsys.readouterr().out
   assert max(line['step'] for line in lines(tmp_path / 'run')) == last
 
 
-@pytest.mark.parametrize('recipe', [
+@pytest.mark.parametrize(
+  'recipe',
+  [
     pytest.param('lora', marks=pytest.mark.slow),
-    pytest.param('classification', marks=pytest.mark.slow)])
+    pytest.param('classification', marks=pytest.mark.slow),
+  ],
+)
 def test_a_resumed_run_is_the_same_run(pretrained, tmp_path, recipe):
-  text = (reviews(tmp_path / 'r.jsonl') if recipe == 'classification'
-          else other_text(tmp_path / 'o.txt'))
+  text = (
+    reviews(tmp_path / 'r.jsonl') if recipe == 'classification' else other_text(tmp_path / 'o.txt')
+  )
   config = tuning(pretrained, text, recipe)
   if recipe == 'classification':
     config.data.sequence_length = 16
@@ -217,8 +263,10 @@ def test_a_resumed_run_is_the_same_run(pretrained, tmp_path, recipe):
   loop.train(config, tmp_path / 'parts')
   config.train.steps = 12
   loop.train(config, tmp_path / 'parts')
-  want, have = ([(m['train/loss'], m['train/grad_norm']) for m in lines(tmp_path / name)]
-                for name in ('whole', 'parts'))
+  want, have = (
+    [(m['train/loss'], m['train/grad_norm']) for m in lines(tmp_path / name)]
+    for name in ('whole', 'parts')
+  )
   assert have == want
   config.train.steps = 20
   config.init_from = str(tmp_path / 'whole')
@@ -243,9 +291,17 @@ def reviews(path, count=120):
 @pytest.mark.slow
 @pytest.mark.parametrize('r', [0, 4])
 def test_a_classifier_learns_and_says_its_labels(pretrained, tmp_path, r):
-  config = tuning(pretrained, reviews(tmp_path / 'r.jsonl'), 'classification', lora__r=r,
-                  train__steps=40, train__global_batch_tokens=32 * 32, data__sequence_length=32,
-                  evaluate__every=20, optim__peak_lr=1e-2 if r else 2e-3)
+  config = tuning(
+    pretrained,
+    reviews(tmp_path / 'r.jsonl'),
+    'classification',
+    lora__r=r,
+    train__steps=40,
+    train__global_batch_tokens=32 * 32,
+    data__sequence_length=32,
+    evaluate__every=20,
+    optim__peak_lr=1e-2 if r else 2e-3,
+  )
   assert loop.train(config, tmp_path / 'run') == 0
   last = [line for line in lines(tmp_path / 'run') if 'eval/accuracy' in line][-1]
   assert last['eval/accuracy'] > 0.9, last
@@ -254,7 +310,7 @@ def test_a_classifier_learns_and_says_its_labels(pretrained, tmp_path, r):
   judged = gpt2_jax.classify(model, texts)
   assert [j.label for j in judged] == ['good', 'bad', 'good']
   assert all(abs(sum(j.probabilities.values()) - 1) < 1e-5 for j in judged)
-  alone, = gpt2_jax.classify(model, texts[1])
+  (alone,) = gpt2_jax.classify(model, texts[1])
   assert_close(alone.probabilities['bad'], judged[1].probabilities['bad'])
 
   gpt2_jax.save_pretrained(model, tmp_path / 'hf')
@@ -265,7 +321,7 @@ def test_a_classifier_learns_and_says_its_labels(pretrained, tmp_path, r):
   assert [j.label for j in again] == ['good', 'bad', 'good']
   if r:
     gpt2_jax.save_pretrained(model, tmp_path / 'adapters', to='peft')
-    again, = gpt2_jax.classify(gpt2_jax.from_pretrained(tmp_path / 'adapters'), texts[1])
+    (again,) = gpt2_jax.classify(gpt2_jax.from_pretrained(tmp_path / 'adapters'), texts[1])
     assert_close(list(again.probabilities.values()), list(alone.probabilities.values()))
 
 
@@ -298,6 +354,7 @@ def data_section(path, **changes):
 
 def test_labelled_texts_are_split_by_their_text(tmp_path):
   from gpt2_jax import tokenizer
+
   path = tmp_path / 'a.jsonl'
   rows = [{'text': f'text {i // 2}', 'label': i % 3} for i in range(60)]  # each text twice
   path.write_text('\n'.join(map(json.dumps, rows)) + '\n\n')
@@ -316,32 +373,40 @@ def test_labelled_texts_are_split_by_their_text(tmp_path):
 def test_labelled_lines_end_as_they_end(tmp_path):
   """CRLF is no part of a text; what else Unicode ends a line with is, and ends no line of JSON."""
   from gpt2_jax import tokenizer
+
   bytes_of = tokenizer.load('byte')
   texts = [f'a\u2028b\x85c\r\n{i}' for i in range(40)]
-  lines = [json.dumps({'text': text, 'label': i % 2}, ensure_ascii=False)
-           for i, text in enumerate(texts)]
+  lines = [
+    json.dumps({'text': text, 'label': i % 2}, ensure_ascii=False) for i, text in enumerate(texts)
+  ]
   found = []
   for end in ('\n', '\r\n'):
     (tmp_path / 'a.jsonl').write_bytes(end.join(lines).encode())
     data = labelled.open_labelled(data_section(tmp_path / 'a.jsonl'), bytes_of, 64)
-    found.append(sorted(bytes_of.decode(ids) for split in data.splits.values()
-                        for _, ids, _ in split.examples))
+    found.append(
+      sorted(bytes_of.decode(ids) for split in data.splits.values() for _, ids, _ in split.examples)
+    )
   assert found == [sorted(texts)] * 2
 
 
 def test_special_tokens_of_labelled_texts(tmp_path):
   from gpt2_jax import tokenizer
+
   rows = [{'text': f'a<|endoftext|>{i}', 'label': i % 2} for i in range(40)]
   (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows)))
-  plain, special = (labelled.open_labelled(
-      data_section(tmp_path / 'a.jsonl', special=on), tokenizer.load('byte'), 64)
-      for on in (False, True))
-  count = lambda data: sum(256 in ids for split in data.splits.values()
-                           for _, ids, _ in split.examples)
+  plain, special = (
+    labelled.open_labelled(data_section(tmp_path / 'a.jsonl', special=on), tokenizer.load('byte'), 64)
+    for on in (False, True)
+  )
+  count = lambda data: sum(
+    256 in ids for split in data.splits.values() for _, ids, _ in split.examples
+  )
   assert (count(plain), count(special)) == (0, 40) and plain.sha256 != special.sha256
 
 
-@pytest.mark.parametrize('content,match', [
+@pytest.mark.parametrize(
+  'content,match',
+  [
     ('{"text": "a", "label": "x"}\n{"text": "b"}\n', "line 2 has no field 'label'"),
     ('{"text": "a", "label": "x"}\nnonsense\n', 'line 2: not a line of JSON'),
     ('{"text": 3, "label": "x"}\n', "line 1: 'text' is a number, not a text: 3"),
@@ -349,9 +414,11 @@ def test_special_tokens_of_labelled_texts(tmp_path):
     ('{"text": "a", "label": "x"}\n', "needs two labels, there is 'x'"),
     ('', 'needs two labels, there is no example'),
     ('{"text": "a", "label": "x"}\n{"text": "a", "label": "y"}\n', 'leave none for the split'),
-])
+  ],
+)
 def test_labelled_files_that_cannot_be_used(tmp_path, content, match):
   from gpt2_jax import tokenizer
+
   (tmp_path / 'a.jsonl').write_text(content)
   with pytest.raises(UserError, match=match):
     labelled.open_labelled(data_section(tmp_path / 'a.jsonl'), tokenizer.load('byte'), 8)
@@ -369,29 +436,39 @@ def test_configs_that_contradict_their_source(pretrained, tmp_path):
       plan.make_plan(config)
 
   refused('trains adapters of a model that is there', lambda c: c.lora.update(r=4), base.get_config())
-  refused("'n_layer': 12, .* is of another shape: use configs/finetune.py",
-          lambda c: c.update(init_from=str(pretrained)), base.get_config())
-  refused('evaluate.every = 4 a multiple of checkpoint.every = 3',
-          lambda c: c.checkpoint.update(every=3))
+  refused(
+    "'n_layer': 12, .* is of another shape: use configs/finetune.py",
+    lambda c: c.update(init_from=str(pretrained)),
+    base.get_config(),
+  )
+  refused(
+    'evaluate.every = 4 a multiple of checkpoint.every = 3', lambda c: c.checkpoint.update(every=3)
+  )
   refused('/nowhere is neither a file', lambda c: c.update(init_from='/nowhere'))
   refused("'wte' is none of", lambda c: c.lora.update(r=4, target_modules=('wte',)))
-  refused('token_classification can be loaded and converted, not trained',
-          lambda c: c.model.update(head='token_classification'))
-  refused('a classifier learns from text:FILE',
-          lambda c: c.model.update(head='sequence_classification'))
-  refused('has no tokenizer that can be used',
-          lambda c: c.update(init_from=str(ROOT / 'tests/golden/huggingface/plain')))
+  refused(
+    'token_classification can be loaded and converted, not trained',
+    lambda c: c.model.update(head='token_classification'),
+  )
+  refused(
+    'a classifier learns from text:FILE', lambda c: c.model.update(head='sequence_classification')
+  )
+  refused(
+    'has no tokenizer that can be used',
+    lambda c: c.update(init_from=str(ROOT / 'tests/golden/huggingface/plain')),
+  )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('mesh', [(1, 1, 1), (2, 4, 1)])
 def test_a_longer_context(pretrained, tmp_path, mesh):
   """Spread positions pass through the old ones; added ones are those of a new model."""
-  config = tuning(pretrained, tmp_path / 'x', model__n_positions=63,
-                  train__global_batch_tokens=8 * 63)
+  config = tuning(
+    pretrained, tmp_path / 'x', model__n_positions=63, train__global_batch_tokens=8 * 63
+  )
   config.mesh.update(data=mesh[0], fsdp=mesh[1], tensor=1)
   old = gpt2_jax.from_pretrained(pretrained)
-  devices = jax.devices()[:mesh[0] * mesh[1]]
+  devices = jax.devices()[: mesh[0] * mesh[1]]
   made = plan.make_plan(config, devices)
   assert made.model.n_positions == 63
   with jax.set_mesh(made.mesh):

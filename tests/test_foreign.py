@@ -30,8 +30,11 @@ from gpt2_jax.model import bind
 GOLDEN = Path(__file__).parent / 'golden'
 SIZES = dict(vocab_size=13, n_positions=8, n_embd=12, n_layer=2, n_head=3)
 CONFIG = json.dumps(SIZES | {'model_type': 'gpt2', 'bos_token_id': 0, 'eos_token_id': 0})
-FORMATS = {'nanogpt': (nanogpt, 'gelu', DTYPES), 'llmc': (llmc, 'gelu_new', DTYPES[:2]),
-           'flax': (flax_msgpack, 'gelu_new', DTYPES)}
+FORMATS = {
+  'nanogpt': (nanogpt, 'gelu', DTYPES),
+  'llmc': (llmc, 'gelu_new', DTYPES[:2]),
+  'flax': (flax_msgpack, 'gelu_new', DTYPES),
+}
 few = settings(deadline=None, max_examples=15)
 
 
@@ -64,9 +67,16 @@ def sources(draw, activation: str, dtypes) -> tuple[Source, dict[str, np.ndarray
   """A model of any sizes whose tensors have any bits that are finite numbers."""
   heads = draw(st.integers(1, 3))
   config = GPTConfig(
-      vocab_size=draw(st.integers(1, 140)), n_positions=draw(st.integers(1, 5)), n_head=heads,
-      n_embd=heads * draw(st.integers(1, 4)), n_layer=draw(st.integers(1, 3)),
-      activation_function=activation, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
+    vocab_size=draw(st.integers(1, 140)),
+    n_positions=draw(st.integers(1, 5)),
+    n_head=heads,
+    n_embd=heads * draw(st.integers(1, 4)),
+    n_layer=draw(st.integers(1, 3)),
+    activation_function=activation,
+    embd_pdrop=0.0,
+    attn_pdrop=0.0,
+    resid_pdrop=0.0,
+  )
   dtype = np.dtype(draw(st.sampled_from(dtypes)))
   rng, has_bias = np.random.default_rng(draw(st.integers(0, 99))), draw(st.booleans())
   values = {}
@@ -92,7 +102,7 @@ def test_state_dicts(tmp_path, name, expected):
 @pytest.mark.parametrize('name', ['foreign_views', 'foreign_views_legacy'])
 def test_views(name):
   value = torch_files.read(GOLDEN / f'{name}.pt')
-  assert value['list'] == [1, -2**40, 1e-300, None, True, 'é']
+  assert value['list'] == [1, -(2**40), 1e-300, None, True, 'é']
   assert value['tuple'] == (0.9, 0.95)
   views = value['views']
   with np.load(GOLDEN / 'foreign_views.npz') as want:
@@ -114,8 +124,10 @@ def test_nanogpt(expected):
   assert {key: getattr(c, key) for key in SIZES} == SIZES
   assert (c.activation_function, c.resid_pdrop, source.dtype) == ('gelu', 0.2, 'float32')
   assert source.record == {
-      'iter_num': 2000, 'best_val_loss': pytest.approx(1.4697),
-      'config': {'dataset': 'shakespeare_char', 'learning_rate': 1e-3, 'compile': True}}
+    'iter_num': 2000,
+    'best_val_loss': pytest.approx(1.4697),
+    'config': {'dataset': 'shakespeare_char', 'learning_rate': 1e-3, 'compile': True},
+  }
   assert_holds(source, expected)
   state = torch_files.read(path)['optimizer']['state'][0]
   np.testing.assert_allclose(state['exp_avg'].read(), 0.1, rtol=1e-6)  # of a gradient of ones
@@ -126,9 +138,13 @@ def test_nanogpt_compiled_without_biases_in_bfloat16(tmp_path, expected):
   assert nanogpt.recognises(tmp_path)
   source = nanogpt.open_source(tmp_path)
   assert source.dtype == 'bfloat16'
-  assert_holds(source, {
+  assert_holds(
+    source,
+    {
       key: (np.zeros_like(value) if key.endswith('bias') else value).astype('bfloat16')
-      for key, value in expected.items()})
+      for key, value in expected.items()
+    },
+  )
   nanogpt.write(source, tmp_path / 'out.pt')
   written = torch_files.read(tmp_path / 'out.pt')
   assert written['model_args']['bias'] is False
@@ -168,7 +184,8 @@ def test_flax(tmp_path, expected):
   flax_msgpack.write(source, tmp_path / 'again')
   assert (tmp_path / 'again' / flax_msgpack.FILE).read_bytes() == content
   bare = flax.serialization.msgpack_serialize(
-      flax.serialization.msgpack_restore(content)['transformer'])  # FlaxGPT2Model's
+    flax.serialization.msgpack_restore(content)['transformer']
+  )  # FlaxGPT2Model's
   assert_holds(flax_msgpack.open_source(folder(tmp_path / 'bare', flax_msgpack.FILE, bare)), expected)
 
 
@@ -185,7 +202,8 @@ def test_flax_untied_and_in_pieces(tmp_path, monkeypatch):
   tree = flax.serialization.msgpack_restore(content)
   np.testing.assert_array_equal(tree['lm_head']['kernel'], values['lm_head.weight'].T)
   np.testing.assert_array_equal(
-      tree['transformer']['h']['1']['mlp']['c_fc']['kernel'], values['h.1.mlp.c_fc.weight'].T)
+    tree['transformer']['h']['1']['mlp']['c_fc']['kernel'], values['h.1.mlp.c_fc.weight'].T
+  )
   np.testing.assert_array_equal(tree['transformer']['ln_f']['scale'], values['ln_f.weight'])
   assert flax.serialization.to_bytes(tree) == content
   again = flax_msgpack.open_source(tmp_path / 'out')
@@ -217,8 +235,13 @@ def test_round_trips_are_exact(kind, data):
     assert [f.read_bytes() for f in files] == [f.read_bytes() for f in again]
 
 
-plain = st.one_of(st.none(), st.booleans(), st.integers(-2**70, 2**70), st.text(max_size=5),
-                  st.floats(allow_nan=False))
+plain = st.one_of(
+  st.none(),
+  st.booleans(),
+  st.integers(-(2**70), 2**70),
+  st.text(max_size=5),
+  st.floats(allow_nan=False),
+)
 
 
 @st.composite
@@ -229,8 +252,12 @@ def tensors(draw) -> Tensor:
   return Tensor(shape, dtype.name, lambda: value)
 
 
-nested = st.recursive(plain | tensors(), lambda inner: st.one_of(
-    st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=3)))
+nested = st.recursive(
+  plain | tensors(),
+  lambda inner: st.one_of(
+    st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=3)
+  ),
+)
 
 
 def as_bits(value, read):
@@ -269,9 +296,14 @@ def test_torch_files_round_trip(value):
 def test_torch_loads_what_we_write(value):
   torch = pytest.importorskip('torch')
   assert_read_again(
-      value, lambda path: torch.load(path, weights_only=True),
-      lambda tensor: (tensor.view(torch.int16).numpy().view('bfloat16')
-                      if tensor.dtype == torch.bfloat16 else tensor.numpy()))
+    value,
+    lambda path: torch.load(path, weights_only=True),
+    lambda tensor: (
+      tensor.view(torch.int16).numpy().view('bfloat16')
+      if tensor.dtype == torch.bfloat16
+      else tensor.numpy()
+    ),
+  )
 
 
 def test_torch_loads_a_nanogpt_that_we_write(tmp_path, expected):
@@ -296,17 +328,22 @@ def test_torch_loads_a_nanogpt_that_we_write(tmp_path, expected):
 def nanogpt_logits(torch, model: dict, ids: np.ndarray, n_head: int, gelu: str) -> np.ndarray:
   """nanoGPT's forward pass after its architecture, in float64. `model` is its state dict."""
   F = torch.nn.functional
-  w = {key.removeprefix('_orig_mod.').removeprefix('transformer.'): value.double()
-       for key, value in model.items()}
+  w = {
+    key.removeprefix('_orig_mod.').removeprefix('transformer.'): value.double()
+    for key, value in model.items()
+  }
   linear = lambda x, name: F.linear(x, w[f'{name}.weight'], w.get(f'{name}.bias'))
   norm = lambda x, name: F.layer_norm(
-      x, x.shape[-1:], w[f'{name}.weight'], w.get(f'{name}.bias'), 1e-5)
+    x, x.shape[-1:], w[f'{name}.weight'], w.get(f'{name}.bias'), 1e-5
+  )
   ids = torch.from_numpy(ids)
-  x = w['wte.weight'][ids] + w['wpe.weight'][:ids.shape[1]]
+  x = w['wte.weight'][ids] + w['wpe.weight'][: ids.shape[1]]
   layers = 1 + max(int(key.split('.')[1]) for key in w if key.startswith('h.'))
   for i in range(layers):
-    heads = [part.unflatten(-1, (n_head, -1)).transpose(1, 2)
-             for part in linear(norm(x, f'h.{i}.ln_1'), f'h.{i}.attn.c_attn').chunk(3, -1)]
+    heads = [
+      part.unflatten(-1, (n_head, -1)).transpose(1, 2)
+      for part in linear(norm(x, f'h.{i}.ln_1'), f'h.{i}.attn.c_attn').chunk(3, -1)
+    ]
     y = F.scaled_dot_product_attention(*heads, is_causal=True)
     x = x + linear(y.transpose(1, 2).flatten(2), f'h.{i}.attn.c_proj')
     y = F.gelu(linear(norm(x, f'h.{i}.ln_2'), f'h.{i}.mlp.c_fc'), approximate=gelu)
@@ -314,10 +351,14 @@ def nanogpt_logits(torch, model: dict, ids: np.ndarray, n_head: int, gelu: str) 
   return F.linear(norm(x, 'ln_f'), w['lm_head.weight']).numpy()
 
 
-@pytest.mark.parametrize('name,model,gelu', [
+@pytest.mark.parametrize(
+  'name,model,gelu',
+  [
     ('foreign_nanogpt.pt', 'foreign_nanogpt.pt', 'none'),
     ('foreign_nanogpt_nobias.pt', 'foreign_nanogpt_nobias.pt', 'none'),
-    ('foreign_llmc_v3.bin', 'foreign_nanogpt.pt', 'tanh')])
+    ('foreign_llmc_v3.bin', 'foreign_nanogpt.pt', 'tanh'),
+  ],
+)
 def test_logits_are_nanogpts(name, model, gelu):
   """llm.c's reference model is nanoGPT's with the tanh form of GELU."""
   torch = pytest.importorskip('torch')
@@ -341,14 +382,14 @@ def source_with(**fields) -> Source:
 
 
 LIMITS = {
-    'scale_attn_weights': dict(scale_attn_weights=False),
-    'scale_attn_by_inverse_layer_idx': dict(scale_attn_by_inverse_layer_idx=True),
-    'reorder_and_upcast_attn': dict(reorder_and_upcast_attn=True),
-    'tie_word_embeddings': dict(tie_word_embeddings=False),
-    'layer_norm_epsilon': dict(layer_norm_epsilon=1e-6),
-    'n_inner': dict(n_inner=40),
-    'head': dict(head='token_classification'),
-    'activation_function': dict(activation_function='gelu_10'),
+  'scale_attn_weights': dict(scale_attn_weights=False),
+  'scale_attn_by_inverse_layer_idx': dict(scale_attn_by_inverse_layer_idx=True),
+  'reorder_and_upcast_attn': dict(reorder_and_upcast_attn=True),
+  'tie_word_embeddings': dict(tie_word_embeddings=False),
+  'layer_norm_epsilon': dict(layer_norm_epsilon=1e-6),
+  'n_inner': dict(n_inner=40),
+  'head': dict(head='token_classification'),
+  'activation_function': dict(activation_function='gelu_10'),
 }
 
 
@@ -417,24 +458,34 @@ def calls(module: str, name: str, argument: str) -> dict[str, bytes]:
   packed = b'X' + struct.pack('<I', len(text)) + text
   short = lambda s: b'\x8c' + bytes([len(s)]) + s.encode()
   return {
-      'reduce': b'\x80\x02c' + where + packed + b'\x85R.',
-      'text': b'c' + where + b'(V' + text + b'\ntR.',
-      'inst': b'(V' + text + b'\ni' + where + b'.',
-      'obj': b'(c' + where + packed + b'o.',
-      'stack global': b'\x80\x04' + short(module) + short(name) + b'\x93' + packed + b'\x85R.',
-      'newobj': b'\x80\x02c' + where + packed + b'\x85\x81.',
-      'build': b'\x80\x02ccollections\nOrderedDict\n)R(c' + where + packed + b'\x85Rdb.',
-      'persistent': b'\x80\x02c' + where + packed + b'\x85RQ.'}
+    'reduce': b'\x80\x02c' + where + packed + b'\x85R.',
+    'text': b'c' + where + b'(V' + text + b'\ntR.',
+    'inst': b'(V' + text + b'\ni' + where + b'.',
+    'obj': b'(c' + where + packed + b'o.',
+    'stack global': b'\x80\x04' + short(module) + short(name) + b'\x93' + packed + b'\x85R.',
+    'newobj': b'\x80\x02c' + where + packed + b'\x85\x81.',
+    'build': b'\x80\x02ccollections\nOrderedDict\n)R(c' + where + packed + b'\x85Rdb.',
+    'persistent': b'\x80\x02c' + where + packed + b'\x85RQ.',
+  }
 
 
-@pytest.mark.parametrize('target', ['os.system', 'posix.system', 'builtins.eval', 'builtins.exec',
-                                    'torch.load', 'collections.OrderedDict.fromkeys'])
+@pytest.mark.parametrize(
+  'target',
+  [
+    'os.system',
+    'posix.system',
+    'builtins.eval',
+    'builtins.exec',
+    'torch.load',
+    'collections.OrderedDict.fromkeys',
+  ],
+)
 def test_nothing_is_called(tmp_path, target):
   canary = tmp_path / 'canary'
   module, _, name = target.partition('.')
   if target.startswith('collections'):  # hidden behind a module that is allowed
     module, name = 'collections', 'OrderedDict.fromkeys'
-  argument = (f'touch {canary}' if name == 'system' else f'open({str(canary)!r}, "w")')
+  argument = f'touch {canary}' if name == 'system' else f'open({str(canary)!r}, "w")'
   path = tmp_path / 'ckpt.pt'
   for program in calls(module, name, argument).values():
     for content in (archive(program), *(legacy(program, at) for at in range(5))):
@@ -452,21 +503,34 @@ def test_what_is_allowed_cannot_be_changed(tmp_path):
   path = tmp_path / 'x.pt'
   before = torch_files._rebuild.__defaults__, dict(vars(torch_files._rebuild))
   state = b'}(X\x0c\0\0\0__defaults__NX\x01\0\0\0aNu'
-  for program in (b'\x80\x02ctorch._utils\n_rebuild_tensor_v2\n' + state + b'b.',
-                  b'\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(}' + state + b'tb.'):
+  for program in (
+    b'\x80\x02ctorch._utils\n_rebuild_tensor_v2\n' + state + b'b.',
+    b'\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(}' + state + b'tb.',
+  ):
     path.write_bytes(archive(program))
     torch_files.read(path)
   assert (torch_files._rebuild.__defaults__, dict(vars(torch_files._rebuild))) == before
 
 
-def tensor_program(offset=0, shape=(2, 2), strides=(2, 1), numel=4, kind='FloatStorage',
-                   key='0') -> bytes:
+def tensor_program(
+  offset=0, shape=(2, 2), strides=(2, 1), numel=4, kind='FloatStorage', key='0'
+) -> bytes:
   """A pickle of one tensor."""
   text = lambda s: b'X' + struct.pack('<I', len(s)) + s.encode()
   plain = lambda value: pickle.dumps(value, 2)[2:-1]
-  return (b'\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((' + text('storage')
-          + f'ctorch\n{kind}\n'.encode() + text(key) + text('cpu') + plain(numel) + b'tQ'
-          + plain(offset) + plain(shape) + plain(strides) + b'\x89NtR.')
+  return (
+    b'\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(('
+    + text('storage')
+    + f'ctorch\n{kind}\n'.encode()
+    + text(key)
+    + text('cpu')
+    + plain(numel)
+    + b'tQ'
+    + plain(offset)
+    + plain(shape)
+    + plain(strides)
+    + b'\x89NtR.'
+  )
 
 
 def test_tensors_stay_within_their_storages(tmp_path):
@@ -474,12 +538,26 @@ def test_tensors_stay_within_their_storages(tmp_path):
   path.write_bytes(archive(tensor_program()))
   assert torch_files.read(path).read().shape == (2, 2)
   for fields in (
-      dict(offset=1), dict(offset=-1), dict(strides=(3, 1)), dict(strides=(-2, 1)),
-      dict(shape=(3, 2)), dict(shape=(2**40, 2)), dict(shape=(-1, 2)), dict(strides=(1,)),
-      dict(shape=(10**6, 2), strides=(0, 1)),  # one element, read a million times
-      dict(numel=2**40, shape=(2**40,), strides=(1,)), dict(numel=5), dict(numel=-4),
-      dict(numel=2**700), dict(offset=2**700), dict(shape=(True, 2)), dict(shape='ab'),
-      dict(kind='DoubleStorage'), dict(key='7'), dict(key='../data.pkl')):
+    dict(offset=1),
+    dict(offset=-1),
+    dict(strides=(3, 1)),
+    dict(strides=(-2, 1)),
+    dict(shape=(3, 2)),
+    dict(shape=(2**40, 2)),
+    dict(shape=(-1, 2)),
+    dict(strides=(1,)),
+    dict(shape=(10**6, 2), strides=(0, 1)),  # one element, read a million times
+    dict(numel=2**40, shape=(2**40,), strides=(1,)),
+    dict(numel=5),
+    dict(numel=-4),
+    dict(numel=2**700),
+    dict(offset=2**700),
+    dict(shape=(True, 2)),
+    dict(shape='ab'),
+    dict(kind='DoubleStorage'),
+    dict(key='7'),
+    dict(key='../data.pkl'),
+  ):
     path.write_bytes(archive(tensor_program(**fields)))
     with pytest.raises(UserError, match=r'x\.pt can\'t be read'):
       torch_files.read(path)
@@ -492,13 +570,22 @@ def test_other_tricks(tmp_path):
   path = tmp_path / 'x.pt'
   deep = b'\x80\x02' + b']' * 100_000 + b'a' * 99_999 + b'.'
   for content in (
-      archive(b'\x80\x02K\x01.', method=zipfile.ZIP_DEFLATED),
-      archive(b'\x80\x02}.', byteorder=b'big'),
-      archive(b'\x80\x02X\xff\xff\xff\x7fa.'),  # a text of 2 GB
-      archive(b'\x80\x05\x96' + struct.pack('<Q', 2**40) + b'.'),  # a bytearray of 1 TB
-      archive(b'\x80\x02\x8b\xff\xff\xff\x7f.'), archive(b'I' + b'9' * 9999 + b'\n.'),
-      archive(b'\x80\x02\x82\x01.'), archive(b'\x80\xff.'), archive(b''), archive(b'.'),
-      b'PK\3\4' + bytes(99), b'\x80', b'', pickle.dumps({}), legacy(pickle.dumps(7, 2), at=4)):
+    archive(b'\x80\x02K\x01.', method=zipfile.ZIP_DEFLATED),
+    archive(b'\x80\x02}.', byteorder=b'big'),
+    archive(b'\x80\x02X\xff\xff\xff\x7fa.'),  # a text of 2 GB
+    archive(b'\x80\x05\x96' + struct.pack('<Q', 2**40) + b'.'),  # a bytearray of 1 TB
+    archive(b'\x80\x02\x8b\xff\xff\xff\x7f.'),
+    archive(b'I' + b'9' * 9999 + b'\n.'),
+    archive(b'\x80\x02\x82\x01.'),
+    archive(b'\x80\xff.'),
+    archive(b''),
+    archive(b'.'),
+    b'PK\3\4' + bytes(99),
+    b'\x80',
+    b'',
+    pickle.dumps({}),
+    legacy(pickle.dumps(7, 2), at=4),
+  ):
     path.write_bytes(content)
     with pytest.raises(UserError, match=r'x\.pt can\'t be read'):
       torch_files.read(path)
@@ -516,13 +603,17 @@ def test_a_limit_on_pickles(tmp_path, monkeypatch):
   program = b'\x80\x02' + b'}0' * 100 + b'}.'
   for content in (archive(program), legacy(program)):
     path.write_bytes(content)
-    with pytest.raises(UserError, match='can\'t be read'):
+    with pytest.raises(UserError, match="can't be read"):
       torch_files.read(path)
 
 
 FILES = {
-    'foreign_nanogpt.pt': nanogpt, 'foreign_nanogpt_nobias.pt': nanogpt, 'foreign_llmc_v5.bin': llmc,
-    'foreign_flax_model.msgpack': flax_msgpack, 'foreign_state_legacy.pt': huggingface}
+  'foreign_nanogpt.pt': nanogpt,
+  'foreign_nanogpt_nobias.pt': nanogpt,
+  'foreign_llmc_v5.bin': llmc,
+  'foreign_flax_model.msgpack': flax_msgpack,
+  'foreign_state_legacy.pt': huggingface,
+}
 WEIGHTS = {flax_msgpack: flax_msgpack.FILE, huggingface: 'pytorch_model.bin'}
 
 
@@ -573,10 +664,13 @@ def test_a_changed_bit_of_a_zip_file_is_refused(data):
   """In whatever entry: no other number gets in."""
   content = bytearray((GOLDEN / 'foreign_nanogpt.pt').read_bytes())
   with zipfile.ZipFile(io.BytesIO(content)) as archive:
-    entries = [info for info in archive.infolist() if info.filename.endswith('data.pkl')
-               or info.filename.split('/')[-2] == 'data']
+    entries = [
+      info
+      for info in archive.infolist()
+      if info.filename.endswith('data.pkl') or info.filename.split('/')[-2] == 'data'
+    ]
   entry = data.draw(st.sampled_from(entries))
-  name, extra = struct.unpack('<HH', content[entry.header_offset + 26:entry.header_offset + 30])
+  name, extra = struct.unpack('<HH', content[entry.header_offset + 26 : entry.header_offset + 30])
   at = entry.header_offset + 30 + name + extra + data.draw(st.integers(0, entry.file_size - 1))
   content[at] ^= 1 << data.draw(st.integers(0, 7))
   with tempfile.TemporaryDirectory() as scratch:
@@ -598,7 +692,7 @@ def test_a_zip_file_without_checksums_is_read(tmp_path):
     start = archive.start_dir
   for crc in sums:
     at = content.index(crc, start)
-    content[at:at + 4] = bytes(4)
+    content[at : at + 4] = bytes(4)
   (tmp_path / 'ckpt.pt').write_bytes(content)
   want = torch_files.read(GOLDEN / 'foreign_nanogpt.pt')['model']
   have = torch_files.read(tmp_path / 'ckpt.pt')['model']
@@ -610,15 +704,19 @@ def changed(**parts) -> dict:
   """The golden nanoGPT checkpoint, to be written with other parts."""
   value = torch_files.read(GOLDEN / 'foreign_nanogpt.pt')
   model = {key: tensor for key, tensor in value['model'].items() if not key.endswith('.attn.bias')}
-  return {'model': model | parts.pop('model', {}),
-          'model_args': value['model_args'] | parts.pop('model_args', {})} | parts
+  return {
+    'model': model | parts.pop('model', {}),
+    'model_args': value['model_args'] | parts.pop('model_args', {}),
+  } | parts
 
 
 def tensor(*shape, dtype='float32', value=1.0) -> Tensor:
   return Tensor(shape, dtype, lambda: np.full(shape, value, dtype))
 
 
-@pytest.mark.parametrize('parts,message', [
+@pytest.mark.parametrize(
+  'parts,message',
+  [
     (dict(model={'transformer.extra': tensor(2)}), 'extra'),
     (dict(model={'transformer.h.2.ln_1.weight': tensor(12)}), r'h\.2\.ln_1\.weight'),
     (dict(model={'transformer.ln_f.weight': tensor(11)}), r'ln_f\.weight \[11\] instead of \[12\]'),
@@ -639,7 +737,8 @@ def tensor(*shape, dtype='float32', value=1.0) -> Tensor:
     (dict(model_args={'bias': False}), 'bias = False'),
     (dict(model_args={'use_rmsnorm': True}), 'use_rmsnorm'),
     (dict(model_args=[], model=[]), 'no model and model_args'),
-])
+  ],
+)
 def test_nanogpts_that_contradict_themselves(tmp_path, parts, message):
   value = changed(**parts) if isinstance(parts.get('model', {}), dict) else parts
   torch_files.write(tmp_path / 'ckpt.pt', value)
@@ -654,8 +753,10 @@ def test_nanogpt_lacks_a_tensor_or_has_an_equal_head(tmp_path):
   value['model']['lm_head.weight'] = Tensor(head.shape, 'float32', lambda: head)  # a copy
   torch_files.write(tmp_path / 'ckpt.pt', value)
   nanogpt.open_source(tmp_path)
-  for name, message in (('h.1.mlp.c_fc.bias', r'lacks the tensors: h\.1\.mlp\.c_fc\.bias'),
-                        ('wte.weight', 'wte.weight is missing')):
+  for name, message in (
+    ('h.1.mlp.c_fc.bias', r'lacks the tensors: h\.1\.mlp\.c_fc\.bias'),
+    ('wte.weight', 'wte.weight is missing'),
+  ):
     value = changed()
     del value['model'][f'transformer.{name}']
     torch_files.write(tmp_path / f'{name}.pt', value)
@@ -663,13 +764,22 @@ def test_nanogpt_lacks_a_tensor_or_has_an_equal_head(tmp_path):
       nanogpt.open_source(tmp_path / f'{name}.pt')
 
 
-@pytest.mark.parametrize('at,value,message', [
-    (0, 20240520, 'no header'), (1, 1, 'version 1'), (2, 0, 'make no sense'), (3, 129, 'no sense'),
-    (4, 2**31 - 1, 'bytes instead of'), (5, 5, 'multiple of n_head'), (6, -12, 'make no sense'),
-    (7, 256, 'bytes instead of')])
+@pytest.mark.parametrize(
+  'at,value,message',
+  [
+    (0, 20240520, 'no header'),
+    (1, 1, 'version 1'),
+    (2, 0, 'make no sense'),
+    (3, 129, 'no sense'),
+    (4, 2**31 - 1, 'bytes instead of'),
+    (5, 5, 'multiple of n_head'),
+    (6, -12, 'make no sense'),
+    (7, 256, 'bytes instead of'),
+  ],
+)
 def test_llmc_headers(tmp_path, at, value, message):
   content = bytearray((GOLDEN / 'foreign_llmc_v3.bin').read_bytes())
-  content[4 * at:4 * at + 4] = struct.pack('<i', value)
+  content[4 * at : 4 * at + 4] = struct.pack('<i', value)
   (tmp_path / 'model.bin').write_bytes(content)
   assert llmc.recognises(tmp_path / 'model.bin') == (at != 0)
   with pytest.raises(UserError, match=message) as error:
@@ -678,14 +788,23 @@ def test_llmc_headers(tmp_path, at, value, message):
   assert not llmc.recognises(tmp_path)
 
 
-@pytest.mark.parametrize('content,message', [
-    (b'', 'too early'), (b'\x81\xa1a\xc0', 'no array'), (b'\xdf\xff\xff\xff\xff', 'too early'),
-    (b'\x81\xa1a' * 5000 + b'\x01', 'recursion'), (b'\x01', 'no array'), (b'\x80\x80', 'behind'),
-    (b'\x81\xdb\xff\xff\xff\xff', 'names'), (b'\x81\xa1a\xd4\x02\x00', 'extension'),
+@pytest.mark.parametrize(
+  'content,message',
+  [
+    (b'', 'too early'),
+    (b'\x81\xa1a\xc0', 'no array'),
+    (b'\xdf\xff\xff\xff\xff', 'too early'),
+    (b'\x81\xa1a' * 5000 + b'\x01', 'recursion'),
+    (b'\x01', 'no array'),
+    (b'\x80\x80', 'behind'),
+    (b'\x81\xdb\xff\xff\xff\xff', 'names'),
+    (b'\x81\xa1a\xd4\x02\x00', 'extension'),
     (b'\x81\xa1a\xc9\xff\xff\xff\xff\x01\x93\x91\x04\xa7float32\xc6\xff\xff\xff\xf0', 'contradicts'),
     (b'\x81\xa1a\xc7\x20\x01\x93\x91\xcf' + b'\xff' * 8 + b'\xa7float32\xc4\x08', 'contradicts'),
     (b'\x81\xa1a\xd8\x01\x93\x91\x01\xa6object\xc4\x04aaaa', 'object'),
-    (b'\x81\xa1a\x81\xb9__msgpack_chunked_array__\xc3', 'pieces')])
+    (b'\x81\xa1a\x81\xb9__msgpack_chunked_array__\xc3', 'pieces'),
+  ],
+)
 def test_flax_files_that_are_not(tmp_path, content, message):
   path = folder(tmp_path / 'flax', flax_msgpack.FILE, content)
   with pytest.raises(UserError, match=message) as error:
@@ -695,10 +814,15 @@ def test_flax_files_that_are_not(tmp_path, content, message):
 
 def test_flax_files_that_another_config_describes(tmp_path):
   content = (GOLDEN / 'foreign_flax_model.msgpack').read_bytes()
-  for keys, message in (({'n_embd': 24}, 'wte.weight'), ({'n_layer': 3}, r'h\.2'),
-                        ({'n_layer': 1}, r'h\.1'), ({'tie_word_embeddings': False}, 'lm_head')):
-    path = folder(tmp_path / 'flax', flax_msgpack.FILE, content,
-                  json.dumps(json.loads(CONFIG) | keys))
+  for keys, message in (
+    ({'n_embd': 24}, 'wte.weight'),
+    ({'n_layer': 3}, r'h\.2'),
+    ({'n_layer': 1}, r'h\.1'),
+    ({'tie_word_embeddings': False}, 'lm_head'),
+  ):
+    path = folder(
+      tmp_path / 'flax', flax_msgpack.FILE, content, json.dumps(json.loads(CONFIG) | keys)
+    )
     with pytest.raises(UserError, match=message):
       flax_msgpack.open_source(path)
   (path / 'config.json').unlink()

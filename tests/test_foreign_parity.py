@@ -17,16 +17,31 @@ transformers = pytest.importorskip('transformers')
 peft = pytest.importorskip('peft')
 
 pytestmark = pytest.mark.filterwarnings(
-    'ignore:`is_gradient_checkpointing`:FutureWarning', 'ignore:.*tie_word_embeddings=True.*',
-    'ignore:`rope_scaling` is deprecated', 'ignore:Setting `save_embedding_layers` to `True`',
-    'ignore:fan_in_fan_out is set to False', 'ignore:.*ensure_weight_tying.*')
+  'ignore:`is_gradient_checkpointing`:FutureWarning',
+  'ignore:.*tie_word_embeddings=True.*',
+  'ignore:`rope_scaling` is deprecated',
+  'ignore:Setting `save_embedding_layers` to `True`',
+  'ignore:fan_in_fan_out is set to False',
+  'ignore:.*ensure_weight_tying.*',
+)
 IDS = np.random.default_rng(0).integers(0, 61, (2, 9))
 
 
 def base_model(folder, kind='GPT2LMHeadModel', **fields):
   """A random model of transformers, saved in a folder unless it is there."""
-  sizes = dict(vocab_size=61, n_positions=16, n_embd=24, n_layer=3, n_head=2, resid_pdrop=0.,
-               embd_pdrop=0., attn_pdrop=0., initializer_range=0.3, bos_token_id=0, eos_token_id=0)
+  sizes = dict(
+    vocab_size=61,
+    n_positions=16,
+    n_embd=24,
+    n_layer=3,
+    n_head=2,
+    resid_pdrop=0.0,
+    embd_pdrop=0.0,
+    attn_pdrop=0.0,
+    initializer_range=0.3,
+    bos_token_id=0,
+    eos_token_id=0,
+  )
   torch.manual_seed(0)
   model = getattr(transformers, kind)(transformers.GPT2Config(**sizes | fields)).eval()
   if not folder.exists():
@@ -48,25 +63,24 @@ def theirs(model) -> np.ndarray:
 
 
 FORMS = {
-    'suffixes': dict(target_modules=['c_attn', 'mlp.c_proj']),
-    'full names': dict(target_modules=['transformer.h.0.attn.c_attn', 'transformer.h.2.mlp.c_fc']),
-    'ends of names': dict(target_modules=['h.1.attn.c_proj', 'c_fc', 'nothing_of_gpt2']),
-    'regex': dict(target_modules=r'transformer\.h\.[02]\.(attn|mlp)\.c_proj'),
-    'all-linear': dict(target_modules='all-linear'),
-    'layers': dict(target_modules=['c_attn'], layers_to_transform=[0, 2]),
-    'one layer': dict(target_modules=['c_attn'], layers_to_transform=1, layers_pattern='h'),
-    'excluded': dict(target_modules=['c_attn', 'c_proj'], exclude_modules=r'.*\.h\.1\.attn\.c_proj'),
-    'ranks': dict(target_modules=['c_attn', 'c_fc'], rank_pattern={'h.1.attn.c_attn': 5, 'c_fc': 1}),
-    'alphas': dict(target_modules=['c_attn'], alpha_pattern={r'h\.[12].*': 3.7}),
-    'rslora': dict(target_modules=['c_attn', 'c_fc'], use_rslora=True, rank_pattern={'c_fc': 4}),
-    'head': dict(target_modules=['c_attn'], modules_to_save=['lm_head']),
-    'embedding': dict(target_modules=['c_attn'], modules_to_save=['wte']),
-    'both': dict(target_modules=['c_attn'], modules_to_save=['wte', 'lm_head']),
-    'tied': dict(target_modules=['c_attn'], modules_to_save=['wte'], ensure_weight_tying=True),
-    'tied head': dict(target_modules=['c_attn'], modules_to_save=['lm_head'],
-                      ensure_weight_tying=True),
-    'norms': dict(target_modules=['c_fc'], modules_to_save=['ln_f', 'ln_1', 'wpe']),
-    'a block': dict(target_modules=['c_fc', 'c_attn'], modules_to_save=['h.1']),
+  'suffixes': dict(target_modules=['c_attn', 'mlp.c_proj']),
+  'full names': dict(target_modules=['transformer.h.0.attn.c_attn', 'transformer.h.2.mlp.c_fc']),
+  'ends of names': dict(target_modules=['h.1.attn.c_proj', 'c_fc', 'nothing_of_gpt2']),
+  'regex': dict(target_modules=r'transformer\.h\.[02]\.(attn|mlp)\.c_proj'),
+  'all-linear': dict(target_modules='all-linear'),
+  'layers': dict(target_modules=['c_attn'], layers_to_transform=[0, 2]),
+  'one layer': dict(target_modules=['c_attn'], layers_to_transform=1, layers_pattern='h'),
+  'excluded': dict(target_modules=['c_attn', 'c_proj'], exclude_modules=r'.*\.h\.1\.attn\.c_proj'),
+  'ranks': dict(target_modules=['c_attn', 'c_fc'], rank_pattern={'h.1.attn.c_attn': 5, 'c_fc': 1}),
+  'alphas': dict(target_modules=['c_attn'], alpha_pattern={r'h\.[12].*': 3.7}),
+  'rslora': dict(target_modules=['c_attn', 'c_fc'], use_rslora=True, rank_pattern={'c_fc': 4}),
+  'head': dict(target_modules=['c_attn'], modules_to_save=['lm_head']),
+  'embedding': dict(target_modules=['c_attn'], modules_to_save=['wte']),
+  'both': dict(target_modules=['c_attn'], modules_to_save=['wte', 'lm_head']),
+  'tied': dict(target_modules=['c_attn'], modules_to_save=['wte'], ensure_weight_tying=True),
+  'tied head': dict(target_modules=['c_attn'], modules_to_save=['lm_head'], ensure_weight_tying=True),
+  'norms': dict(target_modules=['c_fc'], modules_to_save=['ln_f', 'ln_1', 'wpe']),
+  'a block': dict(target_modules=['c_fc', 'c_attn'], modules_to_save=['h.1']),
 }
 
 
@@ -106,8 +120,9 @@ def test_adapters_of_every_form(tmp_path, form):
 def test_adapters_of_a_classifier_and_of_a_bare_model(tmp_path):
   labelled = dict(kind='GPT2ForSequenceClassification', num_labels=3, pad_token_id=0)
   base = base_model(tmp_path / 'base', **labelled)
-  made = adapters(tmp_path / 'a', base, task_type='SEQ_CLS', target_modules='all-linear',
-                  layers_to_transform=None)
+  made = adapters(
+    tmp_path / 'a', base, task_type='SEQ_CLS', target_modules='all-linear', layers_to_transform=None
+  )
   with torch.no_grad():
     want = made(torch.tensor(IDS)[:1]).logits.numpy()
   model = gpt2_jax.from_pretrained(tmp_path / 'a')
@@ -116,8 +131,9 @@ def test_adapters_of_a_classifier_and_of_a_bare_model(tmp_path):
 
   (tmp_path / 'bare').mkdir()
   bare = base_model(tmp_path / 'bare' / 'base', kind='GPT2Model')
-  made = adapters(tmp_path / 'bare' / 'a', bare, task_type='FEATURE_EXTRACTION',
-                  target_modules=r'h\.1\..*c_fc')
+  made = adapters(
+    tmp_path / 'bare' / 'a', bare, task_type='FEATURE_EXTRACTION', target_modules=r'h\.1\..*c_fc'
+  )
   with torch.no_grad():
     want = made(torch.tensor(IDS)).last_hidden_state.numpy()
   model = gpt2_jax.from_pretrained(tmp_path / 'bare' / 'a')
@@ -144,11 +160,16 @@ def test_adapters_in_a_bin(tmp_path):
   assert_close(logits(gpt2_jax.from_pretrained(tmp_path / 'a')), theirs(made))
 
 
-@pytest.mark.parametrize('config,name', [
-    (dict(use_dora=True), 'use_dora'), (dict(target_modules=['wte']), "'wte' is none of"),
+@pytest.mark.parametrize(
+  'config,name',
+  [
+    (dict(use_dora=True), 'use_dora'),
+    (dict(target_modules=['wte']), "'wte' is none of"),
     (dict(init_lora_weights='pissa'), "'init_lora_weights': 'pissa'"),
     (dict(trainable_token_indices=[1, 2]), 'trainable_token_indices'),
-    (dict(bias='lora_only'), "'bias': 'lora_only'")])
+    (dict(bias='lora_only'), "'bias': 'lora_only'"),
+  ],
+)
 def test_adapters_whose_numbers_would_be_others(tmp_path, config, name):
   """What PEFT makes of these keys we don't: each is named."""
   adapters(tmp_path / 'a', base_model(tmp_path / 'base'), **dict(target_modules=['c_attn']) | config)
@@ -171,8 +192,11 @@ def test_the_language_model_of_a_file_with_other_heads(tmp_path, capfd, kind):
   if kind == 'trl':
     (tmp_path / 'x' / 'model.safetensors').unlink()
     torch.save(value_head(whole.state_dict()), tmp_path / 'x' / 'pytorch_model.bin')
-  head = {'trl': 'v_head.summary', 'GPT2DoubleHeadsModel': 'multiple_choice_head.summary',
-          'GPT2ForQuestionAnswering': 'qa_outputs'}[kind]
+  head = {
+    'trl': 'v_head.summary',
+    'GPT2DoubleHeadsModel': 'multiple_choice_head.summary',
+    'GPT2ForQuestionAnswering': 'qa_outputs',
+  }[kind]
   with pytest.raises(UserError, match=rf'{head}\.(weight|bias).* --ignore-extra'):
     gpt2_jax.from_pretrained(tmp_path / 'x')
   capfd.readouterr()
@@ -185,11 +209,18 @@ def test_the_language_model_of_a_file_with_other_heads(tmp_path, capfd, kind):
   assert_close(logits(model), theirs(plain))
 
 
-@pytest.mark.parametrize('wrap', [
-    lambda m: torch.nn.DataParallel(m), lambda m: torch.compile(m, backend='eager'),
+@pytest.mark.parametrize(
+  'wrap',
+  [
+    lambda m: torch.nn.DataParallel(m),
+    lambda m: torch.compile(m, backend='eager'),
     lambda m: torch.compile(torch.nn.DataParallel(m), backend='eager'),
     lambda m: torch.nn.ModuleDict({'model': m}),
-    lambda m: torch.nn.ModuleDict({'net': torch.nn.ModuleDict({'gpt2': m})}), 'block', 'bare'])
+    lambda m: torch.nn.ModuleDict({'net': torch.nn.ModuleDict({'gpt2': m})}),
+    'block',
+    'bare',
+  ],
+)
 def test_prefixes_of_wrapped_models(tmp_path, wrap):
   model = base_model(tmp_path / 'x')
   want = theirs(model)
@@ -205,8 +236,9 @@ def test_adapters_within_a_whole_model(tmp_path):
   """A state dict of a model that PEFT has wrapped: without the adapters it is the model before."""
   base = base_model(tmp_path / 'x')
   want = theirs(base)
-  made = peft.get_peft_model(base, peft.LoraConfig(
-      r=2, target_modules=['c_attn'], fan_in_fan_out=True))
+  made = peft.get_peft_model(
+    base, peft.LoraConfig(r=2, target_modules=['c_attn'], fan_in_fan_out=True)
+  )
   (tmp_path / 'x' / 'model.safetensors').unlink()
   torch.save(made.state_dict(), tmp_path / 'x' / 'pytorch_model.bin')
   with pytest.raises(UserError, match='lora_A'):
@@ -222,9 +254,17 @@ def test_a_config_of_this_transformers(tmp_path):
   theirs_ = base_model(tmp_path / 'x')
   want = logits(gpt2_jax.from_pretrained(tmp_path / 'x'))
   keys = json.loads((tmp_path / 'x' / 'config.json').read_text())
-  off = {'xla_device': None, 'tie_encoder_decoder': False, 'quantization_config': None,
-         'rope_scaling': None, 'rope_parameters': None, 'auto_map': {}, 'layer_types': None,
-         'sliding_window': None, 'attn_implementation': 'sdpa'}
+  off = {
+    'xla_device': None,
+    'tie_encoder_decoder': False,
+    'quantization_config': None,
+    'rope_scaling': None,
+    'rope_parameters': None,
+    'auto_map': {},
+    'layer_types': None,
+    'sliding_window': None,
+    'attn_implementation': 'sdpa',
+  }
   (tmp_path / 'x' / 'config.json').write_text(json.dumps(keys | off))
   again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / 'x').eval()
   assert_close(theirs(again), theirs(theirs_))

@@ -20,14 +20,24 @@ X = np.random.default_rng(0).integers(0, 97, (4, 9)).astype(np.int32)
 
 
 def features(config, params):
-  out = jax.jit(lambda params, x: (bind(config, params)(x), bind(config, params).transformer(
-      x, hidden_states=True, attentions=True)))(params, X)
+  out = jax.jit(
+    lambda params, x: (
+      bind(config, params)(x),
+      bind(config, params).transformer(x, hidden_states=True, attentions=True),
+    )
+  )(params, X)
   return out[0], out[1].hidden_states, out[1].attentions
 
 
-@pytest.mark.parametrize('knobs', [
-    {}, dict(tie_word_embeddings=False, n_head=1, scale_attn_by_inverse_layer_idx=True),
-    dict(lora=LoRA(2, 4.0, ('c_attn', 'attn.c_proj', 'mlp.c_proj')))], ids=['plain', 'odd', 'lora'])
+@pytest.mark.parametrize(
+  'knobs',
+  [
+    {},
+    dict(tie_word_embeddings=False, n_head=1, scale_attn_by_inverse_layer_idx=True),
+    dict(lora=LoRA(2, 4.0, ('c_attn', 'attn.c_proj', 'mlp.c_proj'))),
+  ],
+  ids=['plain', 'odd', 'lora'],
+)
 def test_decode_is_train_but_for_rounding(tiny, knobs):
   config = dataclasses.replace(tiny, **knobs)
   params = init_params(config, 0)
@@ -81,6 +91,6 @@ def test_int8_is_the_end_of_the_line(tiny, tmp_path):
   small = gpt2_jax.quantize(bind(tiny, init_params(tiny, 0)))
   with pytest.raises(UserError, match='int8'):
     gpt2_jax.quantize(small)
-  with pytest.raises(UserError, match='can\'t be saved'):
+  with pytest.raises(UserError, match="can't be saved"):
     gpt2_jax.save_pretrained(small, tmp_path / 'out')
   assert not (tmp_path / 'out').exists()

@@ -75,17 +75,20 @@ def tasks(tmp_path_factory) -> Path:
   folder = tmp_path_factory.mktemp('tasks')
   pages = (Path(DATA or '') / 'wikitext-2' / 'test.txt').read_text().split('\n \n')
   texts = lines('lambada_test.jsonl', 30)
-  short = [{'text': row['text'][:150 + 40 * i]} for i, row in enumerate(texts[:12])]
+  short = [{'text': row['text'][: 150 + 40 * i]} for i, row in enumerate(texts[:12])]
   for name, yaml, rows in (
-      ('lambada', LAMBADA, texts), ('hellaswag', HELLASWAG, lines('hellaswag_val_1000.jsonl', 15)),
-      ('wikitext', WIKITEXT, [{'page': page} for page in pages[:12] if page.strip()]),
-      ('free', FREE, [{'text': text} for text in ('A man', '<|endoftext|>a', texts[0]['text'])]),
-      ('write', WRITE, short + short[:1])):
+    ('lambada', LAMBADA, texts),
+    ('hellaswag', HELLASWAG, lines('hellaswag_val_1000.jsonl', 15)),
+    ('wikitext', WIKITEXT, [{'page': page} for page in pages[:12] if page.strip()]),
+    ('free', FREE, [{'text': text} for text in ('A man', '<|endoftext|>a', texts[0]['text'])]),
+    ('write', WRITE, short + short[:1]),
+  ):
     data = folder / f'{name}.jsonl'
     data.write_text(''.join(json.dumps(row) + '\n' for row in rows))
     (folder / f'{name}.yaml').write_text(
-        f'{yaml}dataset_path: json\ntest_split: test\nmetadata: {{version: 1}}\n'
-        f'dataset_kwargs: {{data_files: {{test: "{data}"}}, cache_dir: "{folder / "cache"}"}}\n')
+      f'{yaml}dataset_path: json\ntest_split: test\nmetadata: {{version: 1}}\n'
+      f'dataset_kwargs: {{data_files: {{test: "{data}"}}, cache_dir: "{folder / "cache"}"}}\n'
+    )
   return folder
 
 
@@ -99,12 +102,12 @@ def models(tmp_path_factory) -> dict[str, Path]:
   gpt2_jax.save_pretrained(model, folder / 'random')
   theirs = transformers.GPT2LMHeadModel.from_pretrained(folder / 'random')
   text = (Path(DATA or '') / 'wikitext-2' / 'valid.txt').read_text()[:60000]
-  ids = torch.tensor(model.tokenizer.encode(text)[:96 * 100]).reshape(100, 96)
+  ids = torch.tensor(model.tokenizer.encode(text)[: 96 * 100]).reshape(100, 96)
   optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-2)
   theirs.train()
   torch.manual_seed(0)
   for step in range(25):
-    batch = ids[step % 25 * 4:step % 25 * 4 + 4]
+    batch = ids[step % 25 * 4 : step % 25 * 4 + 4]
     theirs(batch, labels=batch).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -119,10 +122,16 @@ def evaluate(model, args, tasks: Path, names: str, **options):
   from lm_eval.tasks import TaskManager
 
   from gpt2_jax.evaluation import harness  # noqa: F401  registers gpt2_jax
+
   manager = TaskManager(include_path=str(tasks), include_defaults=False)
   return lm_eval.simple_evaluate(
-      model, model_args=args, tasks=[f'local_{name}' for name in names.split()],
-      task_manager=manager, bootstrap_iters=0, **options)
+    model,
+    model_args=args,
+    tasks=[f'local_{name}' for name in names.split()],
+    task_manager=manager,
+    bootstrap_iters=0,
+    **options,
+  )
 
 
 @needs_data
@@ -173,9 +182,12 @@ def test_nothing_depends_on_the_batch_the_mesh_or_the_cache(models, tasks, tmp_p
   names = 'lambada write'
   args = dict(pretrained=str(models['trained']))
   want = evaluate('gpt2_jax', args, tasks, names)['samples']
-  for more, options in (({}, {'batch_size': 3}), ({'data': 4, 'fsdp': 2}, {}),
-                        ({}, {'use_cache': str(tmp_path / 'answers')}),
-                        ({}, {'use_cache': str(tmp_path / 'answers')})):
+  for more, options in (
+    ({}, {'batch_size': 3}),
+    ({'data': 4, 'fsdp': 2}, {}),
+    ({}, {'use_cache': str(tmp_path / 'answers')}),
+    ({}, {'use_cache': str(tmp_path / 'answers')}),
+  ):
     have = evaluate('gpt2_jax', args | more, tasks, names, **options)['samples']
     for task in want:
       for one, other in zip(have[task], want[task], strict=True):
@@ -189,8 +201,10 @@ def requests_of(*args):
 @pytest.fixture(scope='module')
 def small():
   from gpt2_jax.evaluation.harness import GPT2LM
-  config = GPTConfig(vocab_size=257, n_positions=48, n_embd=32, n_layer=2, n_head=4,
-                     initializer_range=0.3)
+
+  config = GPTConfig(
+    vocab_size=257, n_positions=48, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3
+  )
   model = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))
   model.tokenizer = tokenizer.load('byte')
   return GPT2LM(model, max_gen_toks=12)
@@ -198,17 +212,19 @@ def small():
 
 def test_each_answer_enters_the_cache_with_what_was_asked(small):
   kept = {}
-  small.set_cache_hook(type('Hook', (), {
-      'add_partial': lambda self, *entry: kept.update({repr(entry[:2]): entry[2]})})())
+  small.set_cache_hook(
+    type('Hook', (), {'add_partial': lambda self, *entry: kept.update({repr(entry[:2]): entry[2]})})()
+  )
   pairs = [('ab', ' cd'), ('', 'x'), ('ab', ' ce')]
   answers = small.loglikelihood(requests_of(*pairs), disable_tqdm=True)
   total = small.loglikelihood_rolling(requests_of(('abc' * 40,), ('',)))
   text = small.generate_until(requests_of(('ab', {'until': ['z']})))
   assert total[1] == 0 and total[0] < 0
   assert kept == {repr(('loglikelihood', pair)): a for pair, a in zip(pairs, answers)} | {
-      repr(('loglikelihood_rolling', ('abc' * 40,))): total[0],
-      repr(('loglikelihood_rolling', ('',))): 0.0,
-      repr(('generate_until', ('ab', {'until': ['z']}))): text[0]}
+    repr(('loglikelihood_rolling', ('abc' * 40,))): total[0],
+    repr(('loglikelihood_rolling', ('',))): 0.0,
+    repr(('generate_until', ('ab', {'until': ['z']}))): text[0],
+  }
 
 
 def test_sampled_repeats_differ_and_repeat(small):
@@ -228,11 +244,14 @@ def test_a_long_context_loses_its_beginning(small):
   assert have[0] == have[1]
 
 
-@pytest.mark.parametrize('options,parts', [
+@pytest.mark.parametrize(
+  'options,parts',
+  [
     ({'until': [], 'max_gen_toks': 48}, ['48 new tokens', 'no room', 'max_gen_toks']),
     ({'until': [], 'topp': 0.5}, ["'topp'", 'top_p']),
     ({'until': [], 'do_sample': True, 'temperature': 0.0}, ['temperature']),
-])
+  ],
+)
 def test_options_that_cannot_be_honoured_are_named(small, options, parts):
   with pytest.raises(gpt2_jax.UserError) as e:
     small.generate_until(requests_of(('ab', options)))
@@ -247,20 +266,34 @@ def test_the_command_of_the_page(models, tasks, tmp_path):
   [command] = re.findall(r'^python (-m gpt2_jax.evaluation.lm_eval .*)$', page, re.M)
   command = command.replace('pretrained=X', f'pretrained={models["random"]}')
   command = re.sub(r'--tasks \S+', '--tasks local_lambada', command)
-  done = run(*command.split(), '--include_path', str(tasks), '--limit', '4', '--output_path',
-             str(tmp_path), HF_HOME=str(tmp_path / 'hf'))
+  done = run(
+    *command.split(),
+    '--include_path',
+    str(tasks),
+    '--limit',
+    '4',
+    '--output_path',
+    str(tmp_path),
+    HF_HOME=str(tmp_path / 'hf'),
+  )
   assert done.returncode == 0, done.stderr
   assert 'local_lambada' in done.stdout and 'perplexity' in done.stdout
   [file] = tmp_path.rglob('results_*.json')
   assert json.loads(file.read_text())['config']['model_num_parameters'] > 1_600_000
 
 
-@pytest.mark.parametrize('options,parts', [
-    ({'max_length': 97}, ['max_length=97', '48']), ({'pretrained': 'no/where'}, ['no/where']),
+@pytest.mark.parametrize(
+  'options,parts',
+  [
+    ({'max_length': 97}, ['max_length=97', '48']),
+    ({'pretrained': 'no/where'}, ['no/where']),
     ({'device': 'cuda:1'}, ['cuda:1', 'JAX_PLATFORMS']),
-    ({'apply_chat_template': True}, ['chat template'])])
+    ({'apply_chat_template': True}, ['chat template']),
+  ],
+)
 def test_arguments_that_cannot_be_honoured_are_named(small, options, parts):
   from gpt2_jax.evaluation.harness import GPT2LM
+
   with pytest.raises(gpt2_jax.UserError) as e:
     if options.pop('apply_chat_template', False):
       small.chat_template(True)

@@ -40,9 +40,15 @@ class Hub(http.server.BaseHTTPRequestHandler):
     revision, file = rest.split('/', 1)
     self.asked.append(f'{self.command} {file} @{revision}')
     model = self.folder / name
-    problem = ('RepoNotFound' if not model.is_dir() else
-               'RevisionNotFound' if revision not in ('main', COMMIT) else
-               'EntryNotFound' if not (model / file).is_file() else None)
+    problem = (
+      'RepoNotFound'
+      if not model.is_dir()
+      else 'RevisionNotFound'
+      if revision not in ('main', COMMIT)
+      else 'EntryNotFound'
+      if not (model / file).is_file()
+      else None
+    )
     content = b'' if problem else (model / file).read_bytes()
     self.send_response(404 if problem else 200)
     if problem:
@@ -67,16 +73,28 @@ def hub(tmp_path):
   handler = type('Handler', (Hub,), {'folder': folder, 'asked': asked})
   server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
   threading.Thread(target=server.serve_forever, daemon=True).start()
-  env = {'HF_ENDPOINT': f'http://127.0.0.1:{server.server_port}',
-         'HF_HOME': str(tmp_path / 'cache'), 'HF_HUB_OFFLINE': '0',
-         'HF_HUB_DISABLE_TELEMETRY': '1'}
+  env = {
+    'HF_ENDPOINT': f'http://127.0.0.1:{server.server_port}',
+    'HF_HOME': str(tmp_path / 'cache'),
+    'HF_HUB_OFFLINE': '0',
+    'HF_HUB_DISABLE_TELEMETRY': '1',
+  }
   yield folder, env, asked
   server.shutdown()
   server.server_close()
 
 
-SAMPLE = ('-m', 'gpt2_jax', 'sample', '--max-new-tokens', '4', '--seed', '3', '--json',
-          '--checkpoint')
+SAMPLE = (
+  '-m',
+  'gpt2_jax',
+  'sample',
+  '--max-new-tokens',
+  '4',
+  '--seed',
+  '3',
+  '--json',
+  '--checkpoint',
+)
 
 
 @pytest.mark.slow
@@ -104,7 +122,8 @@ def test_a_model_is_fetched_by_name_and_then_works_offline(hub):
 
   pinned = run(*SAMPLE, f'some/name@{COMMIT}', **env)
   assert json.loads(pinned.stdout) == json.loads(first.stdout) | {
-      'checkpoint': f'some/name@{COMMIT}'}, pinned.stderr
+    'checkpoint': f'some/name@{COMMIT}'
+  }, pinned.stderr
 
 
 @pytest.mark.slow
@@ -128,26 +147,41 @@ def make_wider(path, keys, vocab_size):
   """Rewrites a model for a vocabulary of another size; returns its config."""
   import numpy as np
   import safetensors.numpy
+
   state = safetensors.numpy.load_file(path)
   rng = np.random.default_rng(0)
-  state['transformer.wte.weight'] = rng.standard_normal(
-      (vocab_size, keys['n_embd'])).astype(np.float32)
+  state['transformer.wte.weight'] = rng.standard_normal((vocab_size, keys['n_embd'])).astype(
+    np.float32
+  )
   safetensors.numpy.save_file(state, path, {'format': 'pt'})
-  return keys | {'vocab_size': vocab_size, 'eos_token_id': vocab_size - 1,
-                 'bos_token_id': vocab_size - 1}
+  return keys | {
+    'vocab_size': vocab_size,
+    'eos_token_id': vocab_size - 1,
+    'bos_token_id': vocab_size - 1,
+  }
 
 
-@pytest.mark.parametrize('name,extra,parts', [
-    ('some/name', {'HF_HUB_OFFLINE': '1'},
-     ['config.json of', 'not in the cache', 'unset HF_HUB_OFFLINE', 'HF_ENDPOINT', 'HF_HOME']),
-    pytest.param('some/name', {'HF_ENDPOINT': 'http://127.0.0.1:9'},
-                 ['config.json of', 'HF_ENDPOINT'], marks=pytest.mark.slow),  # tries six times
+@pytest.mark.parametrize(
+  'name,extra,parts',
+  [
+    (
+      'some/name',
+      {'HF_HUB_OFFLINE': '1'},
+      ['config.json of', 'not in the cache', 'unset HF_HUB_OFFLINE', 'HF_ENDPOINT', 'HF_HOME'],
+    ),
+    pytest.param(
+      'some/name',
+      {'HF_ENDPOINT': 'http://127.0.0.1:9'},
+      ['config.json of', 'HF_ENDPOINT'],
+      marks=pytest.mark.slow,
+    ),  # tries six times
     ('no/such', {}, ['neither a path nor a model', 'HF_TOKEN']),
     ('some/name@v9', {}, ['neither a path nor a model', 'revision']),
     ('some/empty', {}, ['has no config.json']),
     ('some/weightless', {}, ['has none of model.safetensors', 'pytorch_model.bin']),
     ('some/hostile', {}, ['names a file outside of its folder', '../../evil']),
-])
+  ],
+)
 def test_what_is_not_there_says_what_to_do(hub, name, extra, parts):
   folder, env, _ = hub
   (folder / 'some' / 'empty').mkdir()
@@ -155,7 +189,8 @@ def test_what_is_not_there_says_what_to_do(hub, name, extra, parts):
     (folder / 'some' / other).mkdir()
     shutil.copy(GOLDEN / 'plain' / 'config.json', folder / 'some' / other)
   (folder / 'some' / 'hostile' / 'model.safetensors.index.json').write_text(
-      json.dumps({'weight_map': {'transformer.wte.weight': '../../evil'}}))
+    json.dumps({'weight_map': {'transformer.wte.weight': '../../evil'}})
+  )
   result = run(*SAMPLE, name, **env | extra)
   assert result.returncode == 1
   message = result.stderr.splitlines()[-1]
@@ -164,10 +199,14 @@ def test_what_is_not_there_says_what_to_do(hub, name, extra, parts):
     assert part in message
 
 
-@pytest.mark.parametrize('files', [
+@pytest.mark.parametrize(
+  'files',
+  [
     ['adapter_config.json', 'adapter_model.safetensors'],
     ['adapter_config.json', 'adapter_model.bin'],
-    ['config.json', 'adapter_config.json', 'adapter_model.safetensors']])
+    ['config.json', 'adapter_config.json', 'adapter_model.safetensors'],
+  ],
+)
 def test_adapters_of_the_hub(tmp_path, monkeypatch, files):
   """Also in the older kind of file, and beside a config.json of the base."""
   for file in files:

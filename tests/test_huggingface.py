@@ -56,16 +56,23 @@ def tensors_of(config, params):
 def test_logits_gradients_and_a_step(name):
   source, params, want = golden(name)
   x = jnp.asarray(want['tokens'], jnp.int32)
-  tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(
-      1e-2, b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.1, mask=decay_mask))
+  tx = optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optax.adamw(1e-2, b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.1, mask=decay_mask),
+  )
 
   @jax.jit
   def compute(params):
     out = bind(source.config, params).transformer(x, hidden_states=True, attentions=True)
     gradients = jax.grad(lambda p: nll(bind(source.config, p), x).total)(params)
     updates, _ = tx.update(gradients, tx.init(params), params)
-    return (bind(source.config, params)(x), out.hidden_states, out.attentions, gradients,
-            optax.apply_updates(params, updates))
+    return (
+      bind(source.config, params)(x),
+      out.hidden_states,
+      out.attentions,
+      gradients,
+      optax.apply_updates(params, updates),
+    )
 
   logits, states, attentions, gradients, stepped = compute(params)
   assert_close(logits, want['logits'])
@@ -98,8 +105,10 @@ def test_classification_heads(name):
   model, want = gpt2_jax.from_pretrained(GOLDEN / name), np.load(GOLDEN / name / 'expected.npz')
   lengths = want['lengths'] if 'lengths' in want else [11, 11]
   logits = jax.jit(lambda p, x, n: bind(model.config, p)(x, lengths_B=n))(
-      nnx.to_pure_dict(nnx.state(model, nnx.Param)), jnp.asarray(want['tokens'], jnp.int32),
-      jnp.asarray(lengths))
+    nnx.to_pure_dict(nnx.state(model, nnx.Param)),
+    jnp.asarray(want['tokens'], jnp.int32),
+    jnp.asarray(lengths),
+  )
   assert_close(logits, want['logits'])
   rows = [row[:n].tolist() for row, n in zip(want['tokens'], lengths)]
   for have, logits in zip(gpt2_jax.classify(model, rows), want['logits']):
@@ -116,23 +125,37 @@ def test_adapters_are_pefts_merged_and_unmerged(name):
   merged = gpt2_jax.merge_adapters(model)
   assert merged.config.lora is None
   for m in (model, merged):
-    assert_close(jax.jit(lambda p, x, m=m: bind(m.config, p)(x))(
-        nnx.to_pure_dict(nnx.state(m, nnx.Param)), jnp.asarray(want['tokens'], jnp.int32)),
-        want['logits'])
+    assert_close(
+      jax.jit(lambda p, x, m=m: bind(m.config, p)(x))(
+        nnx.to_pure_dict(nnx.state(m, nnx.Param)), jnp.asarray(want['tokens'], jnp.int32)
+      ),
+      want['logits'],
+    )
 
 
 @pytest.mark.parametrize('name', ['lora', 'lora_sequence'])
 def test_adapters_come_back_as_they_were(name, tmp_path):
   gpt2_jax.save_pretrained(gpt2_jax.from_pretrained(GOLDEN / name), tmp_path / 'out', to='peft')
-  have, want = (safetensors.numpy.load_file(folder / 'adapter_model.safetensors')
-                for folder in (tmp_path / 'out', GOLDEN / name))
+  have, want = (
+    safetensors.numpy.load_file(folder / 'adapter_model.safetensors')
+    for folder in (tmp_path / 'out', GOLDEN / name)
+  )
   assert have.keys() == want.keys()
   for n, tensor in want.items():
     np.testing.assert_array_equal(have[n], tensor)
-  keys = [json.loads((folder / 'adapter_config.json').read_text())
-          for folder in (tmp_path / 'out', GOLDEN / name)]
-  for key in ('peft_type', 'task_type', 'r', 'lora_alpha', 'fan_in_fan_out', 'bias',
-              'base_model_name_or_path'):
+  keys = [
+    json.loads((folder / 'adapter_config.json').read_text())
+    for folder in (tmp_path / 'out', GOLDEN / name)
+  ]
+  for key in (
+    'peft_type',
+    'task_type',
+    'r',
+    'lora_alpha',
+    'fan_in_fan_out',
+    'bias',
+    'base_model_name_or_path',
+  ):
     assert keys[0][key] == keys[1][key]
   assert set(keys[0]['target_modules']) == set(keys[1]['target_modules'])
 
@@ -146,7 +169,7 @@ def test_features_of_texts_do_not_depend_on_their_company():
     assert_close(have.attentions, want['attentions'][:, i])
     np.testing.assert_array_equal(have.last_hidden_state, have.hidden_states[-1])
   assert short.attentions.shape == (2, 3, 3, 3) and short.hidden_states.shape == (3, 3, 15)
-  alone, = gpt2_jax.features(model, [5, 6, 7], hidden_states=False)
+  (alone,) = gpt2_jax.features(model, [5, 6, 7], hidden_states=False)
   assert alone.hidden_states is None
   assert_close(alone.attentions, short.attentions)
   with pytest.raises(UserError, match='17 tokens'):
@@ -158,25 +181,37 @@ def test_features_of_texts_do_not_depend_on_their_company():
 
 def random_source(config, dtype, seed=0) -> tensors.Source:
   rng = np.random.default_rng(seed)
-  values = {name: rng.standard_normal(shape).astype(dtype)
-            for name, shape in tensors.shapes(config).items()}
+  values = {
+    name: rng.standard_normal(shape).astype(dtype) for name, shape in tensors.shapes(config).items()
+  }
   return tensors.Source(config, values.__getitem__, dtype, 'random')
 
 
 configs = st.builds(
-    lambda heads, width, **fields: GPTConfig(n_embd=heads * width, n_head=heads, **fields),
-    heads=st.sampled_from([1, 2, 3, 5]), width=st.integers(1, 4), n_layer=st.integers(1, 3),
-    vocab_size=st.sampled_from([7, 97, 128]), n_positions=st.integers(1, 9),
-    n_inner=st.sampled_from([None, 1, 13]), vocab_multiple=st.sampled_from([1, 8, 128]),
-    tie_word_embeddings=st.booleans(), reorder_and_upcast_attn=st.booleans(),
-    activation_function=st.sampled_from(['gelu_new', 'relu', 'gelu']),
-    head=st.sampled_from(['lm', 'lm', 'sequence_classification', 'token_classification']),
-    num_labels=st.integers(1, 4))
+  lambda heads, width, **fields: GPTConfig(n_embd=heads * width, n_head=heads, **fields),
+  heads=st.sampled_from([1, 2, 3, 5]),
+  width=st.integers(1, 4),
+  n_layer=st.integers(1, 3),
+  vocab_size=st.sampled_from([7, 97, 128]),
+  n_positions=st.integers(1, 9),
+  n_inner=st.sampled_from([None, 1, 13]),
+  vocab_multiple=st.sampled_from([1, 8, 128]),
+  tie_word_embeddings=st.booleans(),
+  reorder_and_upcast_attn=st.booleans(),
+  activation_function=st.sampled_from(['gelu_new', 'relu', 'gelu']),
+  head=st.sampled_from(['lm', 'lm', 'sequence_classification', 'token_classification']),
+  num_labels=st.integers(1, 4),
+)
 
 
 @settings(deadline=None, max_examples=25)
-@given(config=configs, dtype=st.sampled_from(tensors.DTYPES), prefix=st.booleans(),
-       max_shard_size=st.sampled_from([1, 300, 2000, 10**9]), seed=st.integers(0, 2**16))
+@given(
+  config=configs,
+  dtype=st.sampled_from(tensors.DTYPES),
+  prefix=st.booleans(),
+  max_shard_size=st.sampled_from([1, 300, 2000, 10**9]),
+  seed=st.integers(0, 2**16),
+)
 def test_round_trip_is_bit_exact(tmp_path_factory, config, dtype, prefix, max_shard_size, seed):
   folder = tmp_path_factory.mktemp('round')
   source = random_source(config, dtype, seed)
@@ -188,7 +223,8 @@ def test_round_trip_is_bit_exact(tmp_path_factory, config, dtype, prefix, max_sh
       else:
         state = safetensors.numpy.load_file(path)
         safetensors.numpy.save_file(
-            {n.removeprefix('transformer.'): t for n, t in state.items()}, path, {'format': 'pt'})
+          {n.removeprefix('transformer.'): t for n, t in state.items()}, path, {'format': 'pt'}
+        )
   opened = pretrained.open_source(folder / 'a')
   ours = ('init_scheme', 'vocab_multiple', 'num_labels', 'classifier_dropout')
   for field in dataclasses.fields(GPTConfig):
@@ -215,12 +251,14 @@ def test_an_export_keeps_every_key_and_is_whole(tmp_path):
   gpt2_jax.save_pretrained(gpt2_jax.from_pretrained(tmp_path / 'in'), tmp_path / 'out')
   have = json.loads((tmp_path / 'out' / 'config.json').read_text())
   assert {k: v for k, v in keys.items() if k != 'transformers_version'}.items() <= (
-      have | {'task_specific_params': keys['task_specific_params']}).items()
+    have | {'task_specific_params': keys['task_specific_params']}
+  ).items()
   assert have['task_specific_params'] == keys['task_specific_params']
   with safetensors.safe_open(tmp_path / 'out' / 'model.safetensors', 'np') as file:
     assert file.metadata() == {'format': 'pt'}
-  assert (json.loads((tmp_path / 'out' / 'generation_config.json').read_text())
-          == json.loads((GOLDEN / 'plain' / 'generation_config.json').read_text()))
+  assert json.loads((tmp_path / 'out' / 'generation_config.json').read_text()) == json.loads(
+    (GOLDEN / 'plain' / 'generation_config.json').read_text()
+  )
   card = (tmp_path / 'out' / 'README.md').read_text()
   assert card.startswith('---\nlibrary_name: transformers\n') and 'Converted by gpt2_jax' in card
   assert not [p for p in tmp_path.iterdir() if p.name.startswith('.')]
@@ -231,7 +269,7 @@ def test_bfloat16_parameters_halve_the_memory_and_stay_bfloat16(tmp_path):
   leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
   assert {leaf.dtype for leaf in leaves} == {np.dtype(ml_dtypes.bfloat16)}
   want = np.load(GOLDEN / 'plain' / 'expected.npz')
-  have, = gpt2_jax.features(model, want['tokens'][0].tolist(), attentions=False)
+  (have,) = gpt2_jax.features(model, want['tokens'][0].tolist(), attentions=False)
   assert_close(have.last_hidden_state, want['hidden_states'][-1, 0], 0.1)
   gpt2_jax.save_pretrained(model, tmp_path / 'out', dtype='bfloat16')
   assert pretrained.open_source(tmp_path / 'out').dtype == 'bfloat16'
@@ -248,12 +286,13 @@ def test_straight_onto_a_mesh(tmp_path):
   weight = model.h.mlp.c_fc.weight[...]
   assert weight.addressable_shards[0].data.shape == (2, 8, 16)
   assert len(weight.sharding.device_set) == 8
-  have, = gpt2_jax.features(model, [1, 2, 3])
-  want, = gpt2_jax.features(gpt2_jax.from_pretrained(tmp_path / 'in'), [1, 2, 3])
+  (have,) = gpt2_jax.features(model, [1, 2, 3])
+  (want,) = gpt2_jax.features(gpt2_jax.from_pretrained(tmp_path / 'in'), [1, 2, 3])
   assert_close(have.hidden_states, want.hidden_states)
   gpt2_jax.save_pretrained(model, tmp_path / 'out')
-  assert ((tmp_path / 'out' / 'model.safetensors').read_bytes()
-          == (tmp_path / 'in' / 'model.safetensors').read_bytes())
+  assert (tmp_path / 'out' / 'model.safetensors').read_bytes() == (
+    tmp_path / 'in' / 'model.safetensors'
+  ).read_bytes()
   with mesh_of(1, 1, 8):
     mesh = jax.sharding.get_mesh()
   with pytest.raises(UserError, match='model.n_head = 4 is not divisible by mesh.tensor = 8'):
@@ -287,7 +326,9 @@ def refused(folder, tmp_path, match):
   assert sorted(p.name for p in tmp_path.iterdir()) == ['broken']
 
 
-@pytest.mark.parametrize('keys,match', [
+@pytest.mark.parametrize(
+  'keys,match',
+  [
     ({'rope_theta': 1e4}, "can't honour: {'rope_theta': 10000.0}"),
     ({'add_cross_attention': True}, 'add_cross_attention'),
     ({'quantization_config': {'bits': 4}}, 'quantization_config'),
@@ -299,24 +340,34 @@ def refused(folder, tmp_path, match):
     ({'n_layer': 1}, 'has tensors that this GPT-2 does not: h.1.'),
     ({'n_layer': 'two'}, "n_layer = 'two' must be a whole number from 1"),
     ({'tie_word_embeddings': False}, 'lacks the tensors: lm_head.weight'),
-])
+  ],
+)
 def test_a_config_that_does_not_fit(tmp_path, keys, match):
   folder = broken(tmp_path)
   edit(folder / 'config.json', **keys)
   refused(folder, tmp_path, match)
 
 
-@pytest.mark.parametrize('change,match', [
+@pytest.mark.parametrize(
+  'change,match',
+  [
     (lambda s: s.pop('transformer.h.1.mlp.c_fc.bias'), r'lacks the tensors: h\.1\.mlp\.c_fc\.bias'),
     (lambda s: s.update(extra=np.zeros(3, np.float32)), 'tensors that this GPT-2 does not: extra'),
-    (lambda s: s.update({'transformer.wpe.weight': np.zeros((4, 15), np.float32)}),
-     r'wpe.weight \[4, 15\] instead of \[16, 15\]'),
-    (lambda s: s['transformer.wte.weight'].__setitem__((3, 4), np.nan),
-     'the tensor wte.weight has 1 values that are NaN or infinite'),
+    (
+      lambda s: s.update({'transformer.wpe.weight': np.zeros((4, 15), np.float32)}),
+      r'wpe.weight \[4, 15\] instead of \[16, 15\]',
+    ),
+    (
+      lambda s: s['transformer.wte.weight'].__setitem__((3, 4), np.nan),
+      'the tensor wte.weight has 1 values that are NaN or infinite',
+    ),
     (lambda s: s.update({'transformer.ln_f.bias': np.zeros(15, np.int64)}), 'dtype I64'),
-    (lambda s: s.update({'lm_head.weight': np.zeros((97, 15), np.float32)}),
-     'lm_head.weight differs from wte.weight'),
-])
+    (
+      lambda s: s.update({'lm_head.weight': np.zeros((97, 15), np.float32)}),
+      'lm_head.weight differs from wte.weight',
+    ),
+  ],
+)
 def test_tensors_that_do_not_fit(tmp_path, change, match):
   folder = broken(tmp_path)
   retensor(folder / 'model.safetensors', change)
@@ -328,7 +379,7 @@ def test_tensors_that_do_not_fit(tmp_path, change, match):
 def test_a_file_that_was_cut_short(tmp_path_factory, share):
   folder = broken(tmp_path_factory.mktemp('cut'))
   content = (folder / 'model.safetensors').read_bytes()
-  (folder / 'model.safetensors').write_bytes(content[:int(share * len(content))])
+  (folder / 'model.safetensors').write_bytes(content[: int(share * len(content))])
   refused(folder, folder.parent, "model.safetensors can't be read")
   shutil.rmtree(folder.parent)
 
@@ -337,8 +388,9 @@ def test_a_file_that_was_cut_short(tmp_path_factory, share):
 def test_an_index_that_points_elsewhere(tmp_path, name):
   folder = broken(tmp_path)
   (folder / 'model.safetensors').rename(folder / 'shard.safetensors')
-  (folder / 'model.safetensors.index.json').write_text(json.dumps(
-      {'weight_map': {'transformer.wte.weight': name}}))
+  (folder / 'model.safetensors.index.json').write_text(
+    json.dumps({'weight_map': {'transformer.wte.weight': name}})
+  )
   refused(folder, tmp_path, 'names a file outside of its folder')
 
 
@@ -382,7 +434,9 @@ def test_a_place_that_is_taken_stays_as_it_is(tmp_path):
     pretrained.write(source, tmp_path / 'new', 'onnx')
 
 
-@pytest.mark.parametrize('keys,match', [
+@pytest.mark.parametrize(
+  'keys,match',
+  [
     ({'use_dora': True}, "can't be honoured: {'use_dora': True}"),
     ({'bias': 'all'}, "'bias': 'all'"),
     ({'target_modules': ['c_attn', 'wte']}, "'wte' is none of"),
@@ -391,7 +445,8 @@ def test_a_place_that_is_taken_stays_as_it_is(tmp_path):
     ({'peft_type': 'IA3'}, 'LORA can be read'),
     ({'base_model_name_or_path': None}, 'does not name the model'),
     ({'base_model_name_or_path': '../nowhere!'}, 'neither a file or folder here nor a name'),
-])
+  ],
+)
 def test_adapters_that_cannot_be_honoured(tmp_path, keys, match):
   folder = broken(tmp_path, 'lora')
   edit(folder / 'adapter_config.json', **keys)

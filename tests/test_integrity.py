@@ -37,10 +37,16 @@ few = settings(deadline=None, max_examples=20, suppress_health_check=list(Health
 
 def tiny_config(folder: Path, **train_section):
   from configs import base
+
   config = base.get_config()
   config.model.update(n_layer=1, n_embd=16, n_head=2, n_positions=16, dtype='float32')
-  config.data.update(corpus=f'text:{folder}/*.txt', directory=str(folder / 'data'), tokenizer='byte',
-                     split='tail', val_fraction=0.05)
+  config.data.update(
+    corpus=f'text:{folder}/*.txt',
+    directory=str(folder / 'data'),
+    tokenizer='byte',
+    split='tail',
+    val_fraction=0.05,
+  )
   config.train.update(dict(steps=6, global_batch_tokens=128) | train_section)
   config.optim.warmup_steps = 1
   config.checkpoint.every = 2
@@ -72,11 +78,30 @@ def the_store(folder: Path) -> Path:
   return next(path.parent for path in (folder / 'data').rglob(store.MANIFEST))
 
 
-
 # --- small files that hold anything ---------------------------------------------------------------
 
-VALUES = st.sampled_from([None, True, -1, 0, 2**63, 10**30, 1.5, float('nan'), float('inf'), '', 'x',
-                          '../x', '\0', 'ä' * 300, [], [1], {}, {'a': 1}])
+VALUES = st.sampled_from(
+  [
+    None,
+    True,
+    -1,
+    0,
+    2**63,
+    10**30,
+    1.5,
+    float('nan'),
+    float('inf'),
+    '',
+    'x',
+    '../x',
+    '\0',
+    'ä' * 300,
+    [],
+    [1],
+    {},
+    {'a': 1},
+  ]
+)
 
 
 def mutate_leaf(value, data):
@@ -103,16 +128,32 @@ def mutate(path: Path, data) -> None:
       changed[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(changed)
   elif kind == 'cut':
-    path.write_bytes(content[:data.draw(st.integers(0, len(content) - 1))])
+    path.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
   elif kind == 'leaf':
     lines = content.decode().splitlines() if path.suffix == '.jsonl' else [content.decode()]
     at = data.draw(st.integers(0, len(lines) - 1))
     lines[at] = json.dumps(mutate_leaf(json.loads(lines[at]), data))
     path.write_text('\n'.join(lines) + '\n')
   elif kind == 'other':
-    path.write_bytes(data.draw(st.sampled_from(
-        [b'', b'{', b'[' * 100_000, b'{"a":' * 1000, b'\xff\xfe', b'null', b'1' * 5000, b'{}', b'[]',
-         bytes(len(content)), b'"\\ud800"'])))
+    path.write_bytes(
+      data.draw(
+        st.sampled_from(
+          [
+            b'',
+            b'{',
+            b'[' * 100_000,
+            b'{"a":' * 1000,
+            b'\xff\xfe',
+            b'null',
+            b'1' * 5000,
+            b'{}',
+            b'[]',
+            bytes(len(content)),
+            b'"\\ud800"',
+          ]
+        )
+      )
+    )
   else:
     path.unlink()
     if kind == 'folder':
@@ -128,9 +169,15 @@ def or_refused():
     assert len(str(e)) < 2000
 
 
-RUN = ['config.json', 'env.json', 'metrics.jsonl', 'tokenizer/vocab.json',
-       'checkpoints/6/manifest.json', 'checkpoints/6/meta/metadata',
-       'checkpoints/6/_CHECKPOINT_METADATA']
+RUN = [
+  'config.json',
+  'env.json',
+  'metrics.jsonl',
+  'tokenizer/vocab.json',
+  'checkpoints/6/manifest.json',
+  'checkpoints/6/meta/metadata',
+  'checkpoints/6/_CHECKPOINT_METADATA',
+]
 
 
 @pytest.mark.parametrize('name', RUN)
@@ -140,6 +187,7 @@ def test_readers_of_a_run_with_a_damaged_file(made, name, data):
   """read_meta, from_pretrained (sample, evaluate, convert, serve), reproduce: never a traceback."""
   from gpt2_jax.interop import card, workdir
   from gpt2_jax.training import reproduce
+
   with tempfile.TemporaryDirectory() as scratch:
     run = Path(scratch) / 'run'
     shutil.copytree(made / 'run', run)
@@ -189,9 +237,11 @@ def test_a_run_goes_on_from_what_is_whole(made, copy, capfd):
   assert 'resumed from step 4 of 6' in out
   assert re.search(r'config.json can\'t be read: .*is now config.json.damaged-1, and the run', out)
   assert re.search(r'env.json can\'t be read: starts\[0\] is 3.*is now env.json.damaged-1', out)
-  assert ('metrics.jsonl: there is no line of step 3 to 4; 1 lines can\'t be read; 1 steps stand '
-          'there twice, of which the last counts (the file as it was: metrics.jsonl.damaged-1). The '
-          'run goes on.') in out
+  assert (
+    "metrics.jsonl: there is no line of step 3 to 4; 1 lines can't be read; 1 steps stand "
+    'there twice, of which the last counts (the file as it was: metrics.jsonl.damaged-1). The '
+    'run goes on.'
+  ) in out
   assert [line['step'] for line in metrics.read(copy)] == [1, 2, 5, 6]
   assert (copy / 'metrics.jsonl.damaged-1').read_bytes().count(b'\xff') == 1
   lines = {line['step']: line for line in metrics.read(made / 'run')}
@@ -252,12 +302,13 @@ def test_a_half_prepared_store_with_a_damaged_file(made, name, data):
     (folder / 'part-00000.json').write_text(json.dumps(shards))
     (folder / 'tokenizer' / 'done').touch()
     identity = prepare.corpora.open_corpus(settings_.corpus).identity
-    (folder / 'job.json').write_text(json.dumps(
-        {'settings': whole.manifest['settings'], 'corpus': identity}))
+    (folder / 'job.json').write_text(
+      json.dumps({'settings': whole.manifest['settings'], 'corpus': identity})
+    )
     if name.endswith('json'):
       mutate(folder / name, data)
     else:
-      (folder / name).write_bytes((folder / name).read_bytes()[:data.draw(st.integers(0, 100))])
+      (folder / name).write_bytes((folder / name).read_bytes()[: data.draw(st.integers(0, 100))])
     with or_refused():
       again = prepare.ensure_store(settings_, folder, 1)
       assert again.sha256 == whole.sha256
@@ -275,8 +326,11 @@ def flip(path: Path, at: int = 100) -> None:
 def test_a_shard_is_checked_once(stored, monkeypatch):
   (stored / verified.FILE).unlink()
   read = []
-  monkeypatch.setattr(verified, 'digest', lambda paths, *a, _digest=verified.digest: (
-      read.append(paths[0].name), _digest(paths, *a))[1])
+  monkeypatch.setattr(
+    verified,
+    'digest',
+    lambda paths, *a, _digest=verified.digest: (read.append(paths[0].name), _digest(paths, *a))[1],
+  )
   opened = store.open_store(stored)
   assert verify.verify(opened, ['val']) == 1 and read == ['val-00000.bin']
   assert verify.verify(opened) == 2 and read[1:] == ['train-00000.bin']
@@ -320,8 +374,9 @@ def test_a_run_on_a_damaged_store_ends_and_saves_nothing(made, stored, tmp_path,
     return _digest(paths, *rest)
 
   monkeypatch.setattr(verified, 'digest', slow)
-  monkeypatch.setattr(verify.Background, 'wait', lambda self, _wait=verify.Background.wait: (
-      late.set(), _wait(self)))
+  monkeypatch.setattr(
+    verify.Background, 'wait', lambda self, _wait=verify.Background.wait: (late.set(), _wait(self))
+  )
   config = tiny_config(made)
   config.data.store = str(stored)
   with pytest.raises(UserError, match=f'{name[:-4]}.*has other content .* nothing was saved'):
@@ -337,8 +392,19 @@ def test_evaluate_refuses_a_damaged_store(made, stored, capsys):
 
 
 def test_prepare_verifies(made, stored, capsys):
-  options = ['--corpus', f'text:{made}/*.txt', '--tokenizer', 'byte', '--split', 'tail',
-             '--val-fraction', '0.05', '--output', str(stored), '--verify']
+  options = [
+    '--corpus',
+    f'text:{made}/*.txt',
+    '--tokenizer',
+    'byte',
+    '--split',
+    'tail',
+    '--val-fraction',
+    '0.05',
+    '--output',
+    str(stored),
+    '--verify',
+  ]
   main(['prepare', *options])
   assert '2 shards are as they were written' in capsys.readouterr().out
   flip(stored / 'train-00000.bin')
@@ -352,6 +418,7 @@ def test_a_store_has_the_tokenizer_that_made_it(stored):
   assert opened.tokenizer.sha256 == opened.manifest['tokenizer']['sha256']
   shutil.rmtree(stored / 'tokenizer')
   from gpt2_jax import tokenizer
+
   tokenizer.train_bpe(['some text, some text'], 260).save(stored / 'tokenizer')
   assert path.exists()
   with pytest.raises(UserError, match='is not the tokenizer that made the tokens'):
@@ -375,7 +442,7 @@ def test_a_second_run_says_who_holds_the_workdir(made, copy):
   assert train(tiny_config(made), copy) == 0  # it is done already, and held by none
 
 
-HOLDER = '''
+HOLDER = """
 import os, sys, time
 from gpt2_jax.training import holding
 with holding.held(sys.argv[1]):
@@ -384,13 +451,18 @@ with holding.held(sys.argv[1]):
     time.sleep(60)
     os._exit(0)
   time.sleep(60)
-'''
+"""
 
 
 def test_a_lock_ends_with_its_process(tmp_path):
   """SIGKILL, with a forked child that lives on."""
-  process = subprocess.Popen([sys.executable, '-c', HOLDER, str(tmp_path)], stdout=subprocess.PIPE,
-                             text=True, cwd=ROOT, env=environment())
+  process = subprocess.Popen(
+    [sys.executable, '-c', HOLDER, str(tmp_path)],
+    stdout=subprocess.PIPE,
+    text=True,
+    cwd=ROOT,
+    env=environment(),
+  )
   assert process.stdout is not None
   child = int(process.stdout.readline())
   try:
@@ -425,10 +497,13 @@ def test_a_lock_with_a_record_that_is_none(tmp_path):
 # --- what can't be written, and what is no place --------------------------------------------------
 
 
-@pytest.mark.parametrize('make,says', [
+@pytest.mark.parametrize(
+  'make,says',
+  [
     (lambda path: path.write_text(''), 'A file is where a folder should be'),
     (lambda path: (path.mkdir(), (path / holding.FILE).mkdir()), 'A file is where a folder should'),
-])
+  ],
+)
 def test_a_workdir_that_is_none(made, tmp_path, make, says):
   make(tmp_path / 'run')
   with pytest.raises(UserError, match=says):
@@ -438,21 +513,38 @@ def test_a_workdir_that_is_none(made, tmp_path, make, says):
     train(tiny_config(made), tmp_path / 'file' / 'run')
 
 
-@pytest.mark.parametrize('number,way_out', [
-    ('ENOSPC', 'Make room'), ('EDQUOT', 'Make room'), ('EFBIG', 'ulimit -f'),
-    ('EACCES', 'may write to'), ('EROFS', 'may write to'), ('ENOENT', 'missing: make it'),
-    ('ENOTDIR', 'move it away'), ('EEXIST', 'move it away'), ('EIO', 'fails')])
+@pytest.mark.parametrize(
+  'number,way_out',
+  [
+    ('ENOSPC', 'Make room'),
+    ('EDQUOT', 'Make room'),
+    ('EFBIG', 'ulimit -f'),
+    ('EACCES', 'may write to'),
+    ('EROFS', 'may write to'),
+    ('ENOENT', 'missing: make it'),
+    ('ENOTDIR', 'move it away'),
+    ('EEXIST', 'move it away'),
+    ('EIO', 'fails'),
+  ],
+)
 def test_each_refusal_has_its_own_way_out(number, way_out):
   import errno
+
   with pytest.raises(UserError, match=way_out) as refused, saving('x', '/there'):
     raise OSError(getattr(errno, number), os.strerror(getattr(errno, number)))
   assert ('Make room' in str(refused.value)) == (number in ('ENOSPC', 'EDQUOT'))
 
 
-@pytest.mark.parametrize('section,key,value', [
-    ('data', 'corpus', 'text:gs://bucket/*.txt'), ('data', 'store', 's3://bucket/store'),
-    ('data', 'directory', 'gs://bucket/data'), ('data', 'tokenizer', 'hf://gpt2'),
-    (None, 'init_from', 'https://host/model')])
+@pytest.mark.parametrize(
+  'section,key,value',
+  [
+    ('data', 'corpus', 'text:gs://bucket/*.txt'),
+    ('data', 'store', 's3://bucket/store'),
+    ('data', 'directory', 'gs://bucket/data'),
+    ('data', 'tokenizer', 'hf://gpt2'),
+    (None, 'init_from', 'https://host/model'),
+  ],
+)
 def test_an_address_in_a_config_is_refused(made, tmp_path, monkeypatch, section, key, value):
   monkeypatch.chdir(tmp_path)
   config = tiny_config(made)
@@ -462,11 +554,16 @@ def test_an_address_in_a_config_is_refused(made, tmp_path, monkeypatch, section,
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('argv', [
-    ['sample', '--checkpoint', 'gs://b/x'], ['sample', '--checkpoint', 'x', '--tokenizer', 'gs://b/x'],
+@pytest.mark.parametrize(
+  'argv',
+  [
+    ['sample', '--checkpoint', 'gs://b/x'],
+    ['sample', '--checkpoint', 'x', '--tokenizer', 'gs://b/x'],
     ['sample', '--checkpoint', 'x', '--prompt-file', 's3://b/x'],
-    ['convert', 'x', 'gs://b/x', '--to', 'hf'], ['convert', 'gs://b/x', 'x', '--to', 'hf'],
-    ['serve', '--checkpoint', 'a', 'gs://b/x'], ['reproduce', 'gs://b/x'],
+    ['convert', 'x', 'gs://b/x', '--to', 'hf'],
+    ['convert', 'gs://b/x', 'x', '--to', 'hf'],
+    ['serve', '--checkpoint', 'a', 'gs://b/x'],
+    ['reproduce', 'gs://b/x'],
     ['reproduce', '.', '--output', 'gs://b/x'],
     ['evaluate', '--checkpoint', 'x', '--tasks', 'store:gs://b/x'],
     ['evaluate', '--checkpoint', 'x', '--tasks', 'lambada', '--data', 'gs://b/x'],
@@ -474,7 +571,9 @@ def test_an_address_in_a_config_is_refused(made, tmp_path, monkeypatch, section,
     ['bias', '--checkpoint', 'x', '--json', 'gs://b/x'],
     ['plan', '--config', 'c', '--topology', 'v5e:2x2', '--dump', 'gs://b/x'],
     ['prepare', '--corpus', 'text:gs://b/*', '--output', 'x'],
-    ['prepare', '--corpus', 'stdlib', '--output', 'gs://b/x']])
+    ['prepare', '--corpus', 'stdlib', '--output', 'gs://b/x'],
+  ],
+)
 def test_an_address_is_refused_by_each_verb(argv, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(SystemExit, match='://b/.*not supported yet: name a local path'):
@@ -482,11 +581,19 @@ def test_an_address_is_refused_by_each_verb(argv, tmp_path, monkeypatch):
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('door', [
-    gpt2_jax.from_pretrained, store.open_store, checkpoint.read_meta, checkpoint.Checkpoints,
-    lambda path: files.write_whole(path, ''), lambda path: files.whole(path).__enter__(),
+@pytest.mark.parametrize(
+  'door',
+  [
+    gpt2_jax.from_pretrained,
+    store.open_store,
+    checkpoint.read_meta,
+    checkpoint.Checkpoints,
+    lambda path: files.write_whole(path, ''),
+    lambda path: files.whole(path).__enter__(),
     lambda path: holding.held(path).__enter__(),
-    lambda path: prepare.ensure_store(prepare.Settings('stdlib', 'byte'), path)])
+    lambda path: prepare.ensure_store(prepare.Settings('stdlib', 'byte'), path),
+  ],
+)
 def test_an_address_is_refused_by_each_function(door, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   for address in ('gs://bucket/run', Path('gs://bucket/run'), 'file:///tmp/x'):
@@ -500,8 +607,15 @@ def test_an_address_is_refused_by_each_function(door, tmp_path, monkeypatch):
 
 
 def launch(*arguments: str, **options) -> subprocess.CompletedProcess:
-  return subprocess.run([sys.executable, 'launch.py', *arguments], cwd=ROOT, env=environment(),
-                        capture_output=True, text=True, timeout=120, **options)
+  return subprocess.run(
+    [sys.executable, 'launch.py', *arguments],
+    cwd=ROOT,
+    env=environment(),
+    capture_output=True,
+    text=True,
+    timeout=120,
+    **options,
+  )
 
 
 def test_launch_tells_what_it_takes():
@@ -517,11 +631,15 @@ def test_versions(capsys):
   assert capsys.readouterr().out.startswith(f'gpt2_jax 0.1.0, jax {jax.__version__}, Python ')
 
 
-@pytest.mark.parametrize('flag,says', [
+@pytest.mark.parametrize(
+  'flag,says',
+  [
     ('--config.train.stepz=3', r'there is no knob \'train.stepz\'; near it: train.steps'),
     ('--config.trian.steps=3', r'there is no knob \'trian.steps\'; near it: train.steps'),
     ('--wrokdir=x', 'there is no flag --wrokdir; near it: workdir'),
-    ('--workdir=gs://bucket/run', 'gs://bucket/run.* not supported yet')])
+    ('--workdir=gs://bucket/run', 'gs://bucket/run.* not supported yet'),
+  ],
+)
 def test_a_flag_that_is_none(flag, says):
   told = launch('--config=configs/tiny.py', flag)
   assert told.returncode == 1 and not told.stdout
@@ -532,21 +650,34 @@ def test_commands_that_are_offered_can_be_pasted(made, tmp_path):
   shutil.copytree(made / 'run', tmp_path / 'my run')
   text = report.summary(tmp_path / 'my run', 'It\'s "new"', 'x', dict.fromkeys(goodput.KINDS, 1.0))
   offered = [line for line in text.splitlines() if line.startswith('  gpt2-jax')]
-  assert shlex.split(offered[0]) == ['gpt2-jax', 'sample', '--checkpoint', str(tmp_path / 'my run'),
-                                     '--prompt', 'It\'s "new"']
+  assert shlex.split(offered[0]) == [
+    'gpt2-jax',
+    'sample',
+    '--checkpoint',
+    str(tmp_path / 'my run'),
+    '--prompt',
+    'It\'s "new"',
+  ]
 
 
 @pytest.mark.slow
 def test_a_limit_on_the_size_of_files_is_one_line(made, tmp_path):
   """No trace of asyncio's before it. (JAX's cache of programs couldn't be written either.)"""
-  code = ('import sys; sys.path.insert(0, "tests")\n'
-          'from pathlib import Path\nfrom test_integrity import tiny_config\n'
-          'from gpt2_jax.errors import UserError\nfrom gpt2_jax.training.loop import train\n'
-          f'try:\n  train(tiny_config(Path({str(made)!r})), {str(tmp_path / "run")!r})\n'
-          'except UserError as e:\n  sys.exit(f"error: {e}")')
-  told = subprocess.run(['bash', '-c', 'ulimit -f 10; exec "$0" -c "$1"', sys.executable, code],
-                        cwd=ROOT, capture_output=True, text=True, timeout=120,
-                        env=environment(JAX_ENABLE_COMPILATION_CACHE='false'))
+  code = (
+    'import sys; sys.path.insert(0, "tests")\n'
+    'from pathlib import Path\nfrom test_integrity import tiny_config\n'
+    'from gpt2_jax.errors import UserError\nfrom gpt2_jax.training.loop import train\n'
+    f'try:\n  train(tiny_config(Path({str(made)!r})), {str(tmp_path / "run")!r})\n'
+    'except UserError as e:\n  sys.exit(f"error: {e}")'
+  )
+  told = subprocess.run(
+    ['bash', '-c', 'ulimit -f 10; exec "$0" -c "$1"', sys.executable, code],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+    env=environment(JAX_ENABLE_COMPILATION_CACHE='false'),
+  )
   assert told.returncode == 1, told.stderr
   *rest, last = told.stderr.splitlines()
   assert re.match('error: cannot write .* File too large.*ulimit -f', last), told.stderr

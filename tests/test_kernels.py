@@ -19,8 +19,18 @@ from gpt2_jax.kernels import Kernel, choose
 from gpt2_jax.model import bind, init_params
 from gpt2_jax.training.step import nll
 
-WIDE = GPTConfig(vocab_size=97, n_positions=256, n_embd=128, n_layer=2, n_head=2, vocab_multiple=8,
-                 initializer_range=0.3, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)
+WIDE = GPTConfig(
+  vocab_size=97,
+  n_positions=256,
+  n_embd=128,
+  n_layer=2,
+  n_head=2,
+  vocab_multiple=8,
+  initializer_range=0.3,
+  embd_pdrop=0,
+  attn_pdrop=0,
+  resid_pdrop=0,
+)
 
 
 @pytest.fixture
@@ -35,15 +45,21 @@ def loss_and_grads(config: GPTConfig, tokens, document_start=None, mesh=None):
     return jax.device_get(jax.jit(f)(params))
 
 
-@pytest.mark.parametrize('mesh,by_layer,document_start', [
-    (None, True, 5), pytest.param((1, 2, 2, 2), False, 5, marks=pytest.mark.slow),
-    pytest.param(None, False, None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  'mesh,by_layer,document_start',
+  [
+    (None, True, 5),
+    pytest.param((1, 2, 2, 2), False, 5, marks=pytest.mark.slow),
+    pytest.param(None, False, None, marks=pytest.mark.slow),
+  ],
+)
 def test_splash_is_xla(interpreted, mesh, by_layer, document_start):
   tokens = jnp.asarray(np.random.default_rng(0).integers(0, 97, (2, 257)))
   config = dataclasses.replace(WIDE, scale_attn_by_inverse_layer_idx=by_layer)
   plain = dataclasses.replace(config, attention='xla')
   (want, want_grads), (have, grads) = (
-      loss_and_grads(c, tokens, document_start, mesh) for c in (plain, config))
+    loss_and_grads(c, tokens, document_start, mesh) for c in (plain, config)
+  )
   assert_close(have, want)
   for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
     assert_close(a, b, 2e-5)
@@ -60,21 +76,28 @@ def in_float64(q_BTNH, k_BTNH, v_BTNH, documents=None):
   return jnp.einsum('BNTS,BSNH->BTNH', jax.nn.softmax(scores, -1), v).astype(dtype)
 
 
-@pytest.mark.parametrize('T,mesh,by_layer,document_start', [
-    (200, None, True, None), (200, (2, 1, 2, 1), False, 5),
-    pytest.param(1500, None, False, 5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  'T,mesh,by_layer,document_start',
+  [
+    (200, None, True, None),
+    (200, (2, 1, 2, 1), False, 5),
+    pytest.param(1500, None, False, 5, marks=pytest.mark.slow),
+  ],
+)
 @jax.enable_x64(True)
 def test_blocks_are_attention(T, mesh, by_layer, document_start, monkeypatch):
   """Also where the last block is shorter, and where there are more queries than eight times 128."""
   tokens = jnp.asarray(np.random.default_rng(0).integers(0, 97, (2, T + 1)))
   # with larger weights one rounding in float32 becomes 2e-5 of a gradient, in XLA's attention too
-  config = dataclasses.replace(WIDE, n_positions=2000, scale_attn_by_inverse_layer_idx=by_layer,
-                               initializer_range=0.1)
+  config = dataclasses.replace(
+    WIDE, n_positions=2000, scale_attn_by_inverse_layer_idx=by_layer, initializer_range=0.1
+  )
   with mesh_of(*mesh) if mesh else nullcontext():
     assert choose(config, T, drops=True) == ('blocks', '')
   have, grads = loss_and_grads(config, tokens, document_start, mesh)
   plain, plain_grads = loss_and_grads(
-      dataclasses.replace(config, attention='xla'), tokens, document_start, mesh)
+    dataclasses.replace(config, attention='xla'), tokens, document_start, mesh
+  )
   monkeypatch.setattr(kernels, '_blocks', in_float64)
   want, want_grads = loss_and_grads(config, tokens, document_start, mesh)
   assert_close(have, want)
@@ -95,6 +118,7 @@ def test_blocks_in_bfloat16(T):
     def of():
       out, back = jax.vjp(f, q, k, v)
       return out, *back(dout)
+
     return jax.device_get(of())
 
   def plain(q, k, v):
@@ -117,8 +141,11 @@ def test_blocks_of_a_cache(dtype):
   at = jnp.asarray([3, 30, 17])
   heads_last = lambda x: x.swapaxes(1, 2)
   for upcast in (False, True):
-    run = jax.jit(lambda k, v, upcast=upcast: attention(
-        q, k, v, causal_mask(1, S, at), scale=0.3, upcast=upcast)[0])
+    run = jax.jit(
+      lambda k, v, upcast=upcast: attention(q, k, v, causal_mask(1, S, at), scale=0.3, upcast=upcast)[
+        0
+      ]
+    )
     blocks = lambda used, x: Blocks(tuple(jnp.split(x, X, axis=2)), used)
     want = run(heads_last(k), heads_last(v))
     two, four = run(blocks(2, k), blocks(2, v)), run(blocks(4, k), blocks(4, v))
@@ -126,9 +153,11 @@ def test_blocks_of_a_cache(dtype):
     np.testing.assert_array_equal(two, four)
     np.testing.assert_array_equal(two, run(*(blocks(2, x) for x in spoilt)))
     assert two.dtype == dtype
-    np.testing.assert_allclose(two.astype(np.float32), want.astype(np.float32),
-                               **(dict(rtol=1e-6, atol=1e-6) if dtype == jnp.float32 else
-                                  dict(rtol=2**-7, atol=2**-9)))
+    np.testing.assert_allclose(
+      two.astype(np.float32),
+      want.astype(np.float32),
+      **(dict(rtol=1e-6, atol=1e-6) if dtype == jnp.float32 else dict(rtol=2**-7, atol=2**-9)),
+    )
 
 
 def test_a_document_does_not_see_the_ones_before(tiny):
@@ -147,13 +176,16 @@ def test_a_document_does_not_see_the_ones_before(tiny):
   assert (np.asarray(seen(jnp.asarray(other)) != seen(jnp.asarray(tokens)))[:, 8:]).all()
 
 
-@pytest.mark.parametrize('fields,T,drops,says', [
+@pytest.mark.parametrize(
+  'fields,T,drops,says',
+  [
     (dict(attention='cudnn'), 256, False, 'cudnn does not run on a cpu'),
     (dict(attention='splash', attn_pdrop=0.1), 256, True, 'no attention dropout'),
     (dict(attention='splash', reorder_and_upcast_attn=True), 256, False, 'reorder_and_upcast'),
     (dict(attention='splash'), 200, False, 'a multiple of 128 positions'),
     (dict(attention='xla'), 256, False, ''),
-])
+  ],
+)
 def test_what_a_kernel_cannot_do_falls_back_with_a_reason(interpreted, fields, T, drops, says):
   name, reason = choose(dataclasses.replace(WIDE, **fields), T, drops=drops)
   assert name == 'xla' and says in reason
@@ -192,6 +224,7 @@ def test_splash_lowers_for_tpu():
 
 def test_cudnn_lowers_for_gpu(monkeypatch):
   from jax._src.cudnn import fused_attention_stablehlo
+
   monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000)
   text = lowered('cudnn', 'cuda')
   assert '__cudnn$fmha' in text and 'Backward' in text

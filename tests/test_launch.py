@@ -22,15 +22,31 @@ PLAIN = ('train/loss', 'train/grad_norm', 'train/param_norm', 'eval/loss')  # no
 
 def arguments(text: Path, workdir: Path, **overrides) -> list[str]:
   values = {
-      'model.n_positions': 64, 'model.n_embd': 32, 'model.n_layer': 2, 'model.n_head': 2,
-      'model.resid_pdrop': 0.1, 'model.attn_pdrop': 0.1, 'data.corpus': f'text:{text}',
-      'data.tokenizer': 'byte', 'data.val_fraction': 0.05, 'data.store': text.parent / 'store',
-      'train.steps': STEPS, 'train.global_batch_tokens': 64 * 8, 'train.micro_batch_rows': 4,
-      'optim.warmup_steps': 4, 'checkpoint.every': 5, 'evaluate.every': 8, 'log.sample_tokens': 20,
-      'log.tensorboard': False,
+    'model.n_positions': 64,
+    'model.n_embd': 32,
+    'model.n_layer': 2,
+    'model.n_head': 2,
+    'model.resid_pdrop': 0.1,
+    'model.attn_pdrop': 0.1,
+    'data.corpus': f'text:{text}',
+    'data.tokenizer': 'byte',
+    'data.val_fraction': 0.05,
+    'data.store': text.parent / 'store',
+    'train.steps': STEPS,
+    'train.global_batch_tokens': 64 * 8,
+    'train.micro_batch_rows': 4,
+    'optim.warmup_steps': 4,
+    'checkpoint.every': 5,
+    'evaluate.every': 8,
+    'log.sample_tokens': 20,
+    'log.tensorboard': False,
   } | {key.replace('__', '.'): value for key, value in overrides.items()}
-  return ['launch.py', '--config=configs/tiny.py', f'--workdir={workdir}',
-          *(f'--config.{key}={value}' for key, value in values.items())]
+  return [
+    'launch.py',
+    '--config=configs/tiny.py',
+    f'--workdir={workdir}',
+    *(f'--config.{key}={value}' for key, value in values.items()),
+  ]
 
 
 def lines(workdir: Path) -> list[dict]:
@@ -55,8 +71,14 @@ def test_a_run_leaves_its_record(finished, text_folder):
   record = lines(workdir)
   assert [line['step'] for line in record] == list(range(1, STEPS + 1))
   assert [line['step'] for line in record if 'eval/loss' in line] == [8, 16, 24]
-  for key in ('train/learning_rate', 'train/tokens', 'perf/step_seconds', 'perf/memory_gib',
-              'perf/tokens_per_second', 'perf/flops_per_second'):
+  for key in (
+    'train/learning_rate',
+    'train/tokens',
+    'perf/step_seconds',
+    'perf/memory_gib',
+    'perf/tokens_per_second',
+    'perf/flops_per_second',
+  ):
     assert all(line[key] > 0 for line in record), key
   assert record[-1]['train/tokens'] == STEPS * 512
   assert abs(record[0]['train/loss'] - np.log(257)) < 0.2
@@ -64,7 +86,7 @@ def test_a_run_leaves_its_record(finished, text_folder):
 
   config = json.loads((workdir / 'config.json').read_text())
   assert config['train']['steps'] == STEPS and config['model']['n_embd'] == 32
-  start, = json.loads((workdir / 'env.json').read_text())['starts']
+  (start,) = json.loads((workdir / 'env.json').read_text())['starts']
   assert start['mesh'] == {'data': 1, 'fsdp': 1, 'seq': 1, 'tensor': 1}
   assert start['command'][0] == 'launch.py' and start['versions']['jax']
   assert (workdir / 'loss.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
@@ -75,8 +97,13 @@ def test_a_run_leaves_its_record(finished, text_folder):
 
 def start_and_send(number: int, at_step: int, command: list[str], workdir: Path) -> int:
   """Starts a run and sends it a signal once its record has `at_step` lines; its exit status."""
-  process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment(),
-                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+  process = subprocess.Popen(
+    [sys.executable, *command],
+    cwd=ROOT,
+    env=environment(),
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+  )
   path, deadline = workdir / 'metrics.jsonl', time.monotonic() + 120
   while process.poll() is None and time.monotonic() < deadline:
     if path.exists() and path.read_bytes().count(b'\n') >= at_step:
@@ -142,8 +169,9 @@ def test_a_run_with_another_model_or_data_is_refused(finished, text_folder):
   result = run(*arguments(text_folder, workdir, model__n_layer=3))
   assert result.returncode == 1 and 'Traceback' not in result.stderr
   assert 'model.n_layer: 2 there, 3 here' in result.stderr
-  result = run(*arguments(text_folder, workdir, data__store=workdir.parent / 'other',
-                          data__val_fraction=0.2))
+  result = run(
+    *arguments(text_folder, workdir, data__store=workdir.parent / 'other', data__val_fraction=0.2)
+  )
   assert result.returncode == 1 and 'data.sha256' in result.stderr
   assert plain(workdir) == before
 
@@ -163,7 +191,8 @@ def test_a_finished_run_says_so_and_more_steps_go_on(finished, text_folder, tmp_
 
 @pytest.mark.slow
 def test_an_evaluation_that_was_stopped_is_made_up_for_at_the_end_too(
-    finished, text_folder, tmp_path):
+  finished, text_folder, tmp_path
+):
   """As a signal within the last one leaves it: its step is saved, its held-out loss is missing."""
   workdir = tmp_path / 'cut'
   shutil.copytree(finished[0], workdir)
@@ -179,8 +208,16 @@ def test_an_evaluation_that_was_stopped_is_made_up_for_at_the_end_too(
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(text_folder, tmp_path):
   workdir = tmp_path / 'run'
-  result = run(*arguments(text_folder, workdir, optim__peak_lr=1e25, optim__warmup_steps=0,
-                          optim__clip_norm=0.0, checkpoint__every=1))
+  result = run(
+    *arguments(
+      text_folder,
+      workdir,
+      optim__peak_lr=1e25,
+      optim__warmup_steps=0,
+      optim__clip_norm=0.0,
+      checkpoint__every=1,
+    )
+  )
   assert result.returncode == 1 and 'Traceback' not in result.stderr
   assert 'Nothing of it was saved' in result.stderr and 'row 0: train-00000:' in result.stderr
   assert 'last good checkpoint' in result.stderr and 'that of step' in result.stderr
@@ -188,16 +225,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(text_folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('limit,every,says', [
-    (6_000, 100, 'error: cannot write metrics'), (200_000, 2, 'error: cannot write a checkpoint')])
+@pytest.mark.parametrize(
+  'limit,every,says',
+  [(6_000, 100, 'error: cannot write metrics'), (200_000, 2, 'error: cannot write a checkpoint')],
+)
 def test_a_full_disk_is_said(finished, text_folder, tmp_path, limit, every, says):
   """The system refuses files beyond a limit, as it would without room."""
   command = arguments(text_folder, tmp_path / 'run', checkpoint__every=every)
-  limited = (f'import resource, runpy, sys; sys.argv = {command!r}\n'
-             f'resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n'
-             'runpy.run_path("launch.py", run_name="__main__")')
+  limited = (
+    f'import resource, runpy, sys; sys.argv = {command!r}\n'
+    f'resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n'
+    'runpy.run_path("launch.py", run_name="__main__")'
+  )
   result = run('-c', limited)
-  message = result.stderr[result.stderr.index('error: '):].splitlines()[0]
+  message = result.stderr[result.stderr.index('error: ') :].splitlines()[0]
   assert result.returncode == 1 and message.startswith(says)
   assert 'run the same command again' in message
   assert run(*command).returncode == 0
@@ -210,8 +251,12 @@ def test_a_terminal_shows_bars(finished, text_folder, tmp_path):
   outer, inner = pty.openpty()
   command = arguments(text_folder, tmp_path / 'run', train__steps=10)
   process = subprocess.Popen(
-      [sys.executable, *command], cwd=ROOT, env=environment(TERM='xterm', COLUMNS='150'),
-      stdout=inner, stderr=inner)
+    [sys.executable, *command],
+    cwd=ROOT,
+    env=environment(TERM='xterm', COLUMNS='150'),
+    stdout=inner,
+    stderr=inner,
+  )
   os.close(inner)
   shown = b''
   with contextlib.suppress(OSError):  # how Linux ends a pseudo-terminal
@@ -225,22 +270,39 @@ def test_a_terminal_shows_bars(finished, text_folder, tmp_path):
 
 @pytest.mark.slow
 def test_sampling_from_a_run(finished, tmp_path):
-  command = ['-m', 'gpt2_jax', 'sample', '--checkpoint', str(finished[0]), '--prompt', 'the model',
-             'a b', '--max-new-tokens', '12', '--seed', '3', '--top-k', '20', '--json']
+  command = [
+    '-m',
+    'gpt2_jax',
+    'sample',
+    '--checkpoint',
+    str(finished[0]),
+    '--prompt',
+    'the model',
+    'a b',
+    '--max-new-tokens',
+    '12',
+    '--seed',
+    '3',
+    '--top-k',
+    '20',
+    '--json',
+  ]
   results = [run(*command, cwd=tmp_path) for _ in range(2)]
   assert results[0].returncode == 0, results[0].stderr
   assert results[0].stdout == results[1].stdout
   first, second = map(json.loads, results[0].stdout.splitlines())
   assert (first['prompt'], second['prompt']) == ('the model', 'a b')
   assert len(first['tokens']) == len(first['logprobs']) <= 12
-  code = f'''
+  code = f"""
 import gpt2_jax
 model = gpt2_jax.from_pretrained({str(finished[0])!r})
-print(gpt2_jax.generate(model, 'the model', max_new_tokens=12, seed=3, top_k=20)[0].text)'''
+print(gpt2_jax.generate(model, 'the model', max_new_tokens=12, seed=3, top_k=20)[0].text)"""
   assert run('-c', code).stdout == first['text'] + '\n'
 
 
-@pytest.mark.parametrize('arguments,says', [
+@pytest.mark.parametrize(
+  'arguments,says',
+  [
     ([], 'say which config'),
     (['--config=configs/nano.py'], 'configs/nano.py'),
     (['--config=configs/small.py:wikipedia'], "recipe 'wikipedia' is none of: stdlib"),
@@ -252,7 +314,8 @@ print(gpt2_jax.generate(model, 'the model', max_new_tokens=12, seed=3, top_k=20)
     (['--config=configs/tiny.py', '--config.data.sequence_length=9999'], 'longer than the model'),
     (['--config=configs/tiny.py', '--config.data.corpus=text:/nowhere'], 'no such file or folder'),
     (['--config=configs/tiny.py', '--distributed=on'], 'could not be joined (--distributed=on)'),
-])
+  ],
+)
 def test_wrong_input_gets_one_message(tmp_path, arguments, says):
   result = run('launch.py', *arguments, *([f'--workdir={tmp_path / "run"}']))
   assert result.returncode == 1, result.stdout
@@ -261,13 +324,16 @@ def test_wrong_input_gets_one_message(tmp_path, arguments, says):
   assert not (tmp_path / 'run').exists()
 
 
-@pytest.mark.parametrize('arguments,says', [
+@pytest.mark.parametrize(
+  'arguments,says',
+  [
     (['sample', '--checkpoint', '/nowhere'], '/nowhere is neither a file or folder here nor a name'),
     (['prepare', '--corpus', 'text:/nowhere', '--output', 'OUT'], 'no such file or folder'),
     (['prepare', '--corpus', 'stdlib', '--output', 'OUT', '--tokenizer', 'bpe:9'], 'at least 257'),
     (['prepare', '--corpus', 'stdlib', '--output', '/proc/a'], 'cannot write the token store to'),
     (['prepare', '--corpus', 'stdlib', '--output', '/proc/a/b'], 'cannot write the token store to'),
-])
+  ],
+)
 def test_wrong_arguments_get_one_message(tmp_path, arguments, says):
   arguments = [str(tmp_path / 'out') if a == 'OUT' else a for a in arguments]
   result = run('-m', 'gpt2_jax', *arguments)

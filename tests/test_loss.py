@@ -24,9 +24,17 @@ from gpt2_jax.training.step import init_state, make_train_step, nll
 
 def plain(config, x_BTD, table_VD, targets_BT, weights_BT):
   """Total and each loss, from all logits at once."""
-  logits_BTV = jnp.einsum('BTD,VD->BTV', x_BTD, table_VD.astype(x_BTD.dtype), precision='highest',
-                          preferred_element_type=jnp.float32) / config.width_ratio
-  logits_BTV = logits_BTV[..., :config.vocab_size]
+  logits_BTV = (
+    jnp.einsum(
+      'BTD,VD->BTV',
+      x_BTD,
+      table_VD.astype(x_BTD.dtype),
+      precision='highest',
+      preferred_element_type=jnp.float32,
+    )
+    / config.width_ratio
+  )
+  logits_BTV = logits_BTV[..., : config.vocab_size]
   target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], 2)[..., 0]
   each_BT = jax.nn.logsumexp(logits_BTV, -1) - target_BT
   return (weights_BT * each_BT).sum(), each_BT
@@ -39,8 +47,11 @@ def case(B: int, T: int, D: int, V: int, seed: int = 0, **fields):
   table_VD = rng.normal(size=(config.padded_vocab_size, D)).astype(np.float32)
   weights_BT = rng.uniform(size=(B, T)) * (rng.uniform(size=(B, T)) < 0.8)
   return config, (
-      jnp.asarray(rng.normal(size=(B, T, D)), config.dtype), jnp.asarray(table_VD),
-      jnp.asarray(rng.integers(0, V, (B, T))), jnp.asarray(weights_BT + 0.01, jnp.float32))
+    jnp.asarray(rng.normal(size=(B, T, D)), config.dtype),
+    jnp.asarray(table_VD),
+    jnp.asarray(rng.integers(0, V, (B, T))),
+    jnp.asarray(weights_BT + 0.01, jnp.float32),
+  )
 
 
 def chunks_of(monkeypatch, tokens: int, V: int):
@@ -50,21 +61,29 @@ def chunks_of(monkeypatch, tokens: int, V: int):
 
 def with_gradients(f, config, arguments):
   """Total, each and the gradients of 3 · total by hidden states, table and weights."""
+
   def scaled(x_BTD, table_VD, weights_BT):
     total, each_BT = f(config, x_BTD, table_VD, arguments[2], weights_BT)
     return 3 * total, (total, each_BT)
+
   gradients, values = jax.jit(jax.grad(scaled, (0, 1, 2), has_aux=True))(
-      arguments[0], arguments[1], arguments[3])
+    arguments[0], arguments[1], arguments[3]
+  )
   return *values, *gradients
 
 
 @settings(max_examples=6, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 6), st.integers(2, 40),
-       st.integers(1, 12), st.booleans())
+@given(
+  st.integers(1, 3),
+  st.integers(1, 9),
+  st.integers(1, 6),
+  st.integers(2, 40),
+  st.integers(1, 12),
+  st.booleans(),
+)
 @example(3, 7, 5, 33, 6, True)
 def test_it_is_the_plain_loss(B, T, D, V, tokens, mup):
-  config, arguments = case(
-      B, T, D, V, **dict(parametrization='mup', mup_base_width=2) if mup else {})
+  config, arguments = case(B, T, D, V, **dict(parametrization='mup', mup_base_width=2) if mup else {})
   with pytest.MonkeyPatch.context() as patched:
     chunks_of(patched, tokens, config.padded_vocab_size)
     have = with_gradients(cross_entropy, config, arguments)
@@ -97,8 +116,9 @@ def test_bfloat16_is_near_float32(monkeypatch):
 # --- On meshes -------------------------------------------------------------------------------------
 
 QUICK = [(8, 1, 1, 1), (1, 2, 2, 2)]  # data, fsdp, seq, tensor
-MESHES = [pytest.param(sizes, marks=[] if sizes in QUICK else pytest.mark.slow)
-          for sizes in factorizations(8)]
+MESHES = [
+  pytest.param(sizes, marks=[] if sizes in QUICK else pytest.mark.slow) for sizes in factorizations(8)
+]
 
 
 @pytest.mark.parametrize('sizes', MESHES, ids=str)
@@ -115,8 +135,10 @@ def test_meshes_change_nothing(sizes, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('sizes,tie', [
-    ((2, 2, 1, 2), True), ((2, 1, 2, 2), False), ((1, 8, 1, 1), True), ((8, 1, 1, 1), False)])
+@pytest.mark.parametrize(
+  'sizes,tie',
+  [((2, 2, 1, 2), True), ((2, 1, 2, 2), False), ((1, 8, 1, 1), True), ((8, 1, 1, 1), False)],
+)
 def test_a_step_of_micro_batches_takes_the_plain_gradient(tiny, sizes, tie, monkeypatch):
   """There each device's gradients stay apart until the last micro-batch, where `data` splits rows."""
   config = dataclasses.replace(tiny, tie_word_embeddings=tie)
@@ -135,7 +157,8 @@ def test_a_step_of_micro_batches_takes_the_plain_gradient(tiny, sizes, tie, monk
     tx, rate = optax.sgd(1e3), optax.constant_schedule(0.0)
     state = init_state(config, tx, 0, ema=False)
     state, metrics = jax.jit(make_train_step(config, tx, rate, seed=0, ema_decay=0))(
-        state, tokens.reshape(2, 8, 17))
+      state, tokens.reshape(2, 8, 17)
+    )
   assert_close(metrics['train/loss'], total, 1e-6)
   for path, gradient in jax.tree.leaves_with_path(want):
     at = lambda tree: np.asarray(functools.reduce(lambda x, key: x[key.key], path, tree))
@@ -161,8 +184,12 @@ def test_no_array_of_a_step_is_as_large_as_the_logits(monkeypatch):
 
   def largest(f, *arguments):
     text = jax.jit(jax.grad(f)).lower(*arguments).compile().as_text()
-    return max(math.prod(array.dims) for computation in hlo.parse(text).computations.values()
-               for instruction in computation.values() for array in instruction.arrays)
+    return max(
+      math.prod(array.dims)
+      for computation in hlo.parse(text).computations.values()
+      for instruction in computation.values()
+      for array in instruction.arrays
+    )
 
   params = jax.eval_shape(lambda: init_params(config, 0))
   tokens = jax.ShapeDtypeStruct((B, T + 1), jnp.int32)

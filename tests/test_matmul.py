@@ -11,18 +11,28 @@ from gpt2_jax import matmul
 SIZES = dict(B=2, T=5, D=16, F=24, C=3, N=4, H=8, V=40, S=7)
 
 EQUATIONS = [
-    'BTD,DCNH->CBTNH', 'CBTNH,DCNH->BTD', 'BTD,CBTNH->DCNH',  # c_attn, and its gradients
-    'BTNH,NHD->BTD', 'BTD,NHD->BTNH', 'BTNH,BTD->NHD',
-    'BTD,VD->BTV', 'TV,VD->TD', 'TV,TD->VD',
-    'BNTH,BNSH->BNTS', 'BNTS,BNSH->BNTH', 'BNTS,BNTH->BNSH',  # attention
-    'BTD,FD->BTF',  # a weight that lies as it is decoded with
+  'BTD,DCNH->CBTNH',
+  'CBTNH,DCNH->BTD',
+  'BTD,CBTNH->DCNH',  # c_attn, and its gradients
+  'BTNH,NHD->BTD',
+  'BTD,NHD->BTNH',
+  'BTNH,BTD->NHD',
+  'BTD,VD->BTV',
+  'TV,VD->TD',
+  'TV,TD->VD',
+  'BNTH,BNSH->BNTS',
+  'BNTS,BNSH->BNTH',
+  'BNTS,BNTH->BNSH',  # attention
+  'BTD,FD->BTF',  # a weight that lies as it is decoded with
 ]
 
 
 def operands(equation: str, dtype):
   rng = np.random.default_rng(0)
-  return [jnp.asarray(rng.normal(size=[SIZES[a] for a in axes]), dtype)
-          for axes in matmul.letters(equation)[:2]]
+  return [
+    jnp.asarray(rng.normal(size=[SIZES[a] for a in axes]), dtype)
+    for axes in matmul.letters(equation)[:2]
+  ]
 
 
 @pytest.mark.parametrize('equation', EQUATIONS)

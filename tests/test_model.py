@@ -19,10 +19,10 @@ from gpt2_jax.model import bind, init_params
 from gpt2_jax.training.step import nll, row_keys
 
 SIZES = {
-    'small': (dict(), 124_439_808),
-    'medium': (dict(n_layer=24, n_embd=1024, n_head=16), 354_823_168),
-    'large': (dict(n_layer=36, n_embd=1280, n_head=20), 774_030_080),
-    'xl': (dict(n_layer=48, n_embd=1600, n_head=25), 1_557_611_200),
+  'small': (dict(), 124_439_808),
+  'medium': (dict(n_layer=24, n_embd=1024, n_head=16), 354_823_168),
+  'large': (dict(n_layer=36, n_embd=1280, n_head=20), 774_030_080),
+  'xl': (dict(n_layer=48, n_embd=1600, n_head=25), 1_557_611_200),
 }
 
 
@@ -96,25 +96,29 @@ def test_remat_changes_no_gradient(tiny, policy):
 
 @pytest.mark.parametrize('vocab_size,dtype', [(1000, 'float32'), (257, 'bfloat16')])
 def test_a_fresh_model_knows_nothing(vocab_size, dtype):
-  config = GPTConfig(vocab_size=vocab_size, n_positions=64, n_embd=64, n_layer=2, n_head=4,
-                     dtype=dtype)
-  loss = jax.jit(lambda p: nll(bind(config, p), tokens(config, 8, 64)).total)(
-      init_params(config, 0))
+  config = GPTConfig(
+    vocab_size=vocab_size, n_positions=64, n_embd=64, n_layer=2, n_head=4, dtype=dtype
+  )
+  loss = jax.jit(lambda p: nll(bind(config, p), tokens(config, 8, 64)).total)(init_params(config, 0))
   assert abs(loss - math.log(vocab_size)) < 0.05
 
 
-@pytest.mark.parametrize('scheme,wpe,proj', [
-    ('hf', 0.02, 0.02 / math.sqrt(2 * 6)), ('openai_release', 0.01, 0.02)])
+@pytest.mark.parametrize(
+  'scheme,wpe,proj', [('hf', 0.02, 0.02 / math.sqrt(2 * 6)), ('openai_release', 0.01, 0.02)]
+)
 def test_initial_deviations(scheme, wpe, proj):
-  config = GPTConfig(vocab_size=500, n_positions=256, n_embd=64, n_layer=6, n_head=2,
-                     init_scheme=scheme)
+  config = GPTConfig(
+    vocab_size=500, n_positions=256, n_embd=64, n_layer=6, n_head=2, init_scheme=scheme
+  )
   p = init_params(config, 0)
   deviations = {
-      'wte': (p['wte']['weight'][:500], 0.02), 'wpe': (p['wpe']['weight'], wpe),
-      'c_attn': (p['h']['attn']['c_attn']['weight'], 0.02),
-      'attn.c_proj': (p['h']['attn']['c_proj']['weight'], proj),
-      'c_fc': (p['h']['mlp']['c_fc']['weight'], 0.02),
-      'mlp.c_proj': (p['h']['mlp']['c_proj']['weight'], proj)}
+    'wte': (p['wte']['weight'][:500], 0.02),
+    'wpe': (p['wpe']['weight'], wpe),
+    'c_attn': (p['h']['attn']['c_attn']['weight'], 0.02),
+    'attn.c_proj': (p['h']['attn']['c_proj']['weight'], proj),
+    'c_fc': (p['h']['mlp']['c_fc']['weight'], 0.02),
+    'mlp.c_proj': (p['h']['mlp']['c_proj']['weight'], proj),
+  }
   for name, (weight, std) in deviations.items():
     assert float(weight.std()) == pytest.approx(std, rel=0.03), name
     assert abs(float(weight.mean())) < std / 20, name
@@ -153,8 +157,11 @@ def test_cached_equals_uncached(tiny):
 
 
 def test_attentions_are_causal_distributions(tiny):
-  weights_LBNTS = np.asarray(jax.jit(lambda p: bind(tiny, p).transformer(
-      tokens(tiny, 2, 7), attentions=True).attentions)(init_params(tiny, 0)))
+  weights_LBNTS = np.asarray(
+    jax.jit(lambda p: bind(tiny, p).transformer(tokens(tiny, 2, 7), attentions=True).attentions)(
+      init_params(tiny, 0)
+    )
+  )
   assert weights_LBNTS.shape == (3, 2, 4, 7, 7)
   np.testing.assert_allclose(weights_LBNTS.sum(-1), 1, rtol=1e-5)
   assert (np.triu(weights_LBNTS, 1) == 0).all()
@@ -162,11 +169,13 @@ def test_attentions_are_causal_distributions(tiny):
 
 def test_what_is_not_asked_for_is_not_computed(tiny):
   params, x = init_params(tiny, 0), tokens(tiny, 2, 9)
-  hlo = lambda **k: jax.jit(
-      lambda p: bind(tiny, p).transformer(x, **k).x_BTD).lower(params).as_text()
+  hlo = lambda **k: jax.jit(lambda p: bind(tiny, p).transformer(x, **k).x_BTD).lower(params).as_text()
   stacked = 'tensor<3x2x4x9x9xf32>'  # the weights of all layers
-  assert stacked not in hlo() and stacked in jax.jit(
-      lambda p: bind(tiny, p).transformer(x, attentions=True)).lower(params).as_text()
+  assert (
+    stacked not in hlo()
+    and stacked
+    in jax.jit(lambda p: bind(tiny, p).transformer(x, attentions=True)).lower(params).as_text()
+  )
 
 
 def test_dropout_keeps_the_mean_and_the_share():
@@ -186,9 +195,13 @@ def test_dropout_masks_are_the_rows_own(tiny):
   seen = []
   for rates in ((0.3, 0, 0), (0, 0.3, 0), (0, 0, 0.3)):
     config = dataclasses.replace(
-        tiny, **dict(zip(('embd_pdrop', 'attn_pdrop', 'resid_pdrop'), rates)))
-    f = jax.jit(lambda x, step, first: bind(config, params).transformer(
-        x, dropout_keys_B=row_keys(0, step, first, len(x))).x_BTD)
+      tiny, **dict(zip(('embd_pdrop', 'attn_pdrop', 'resid_pdrop'), rates))
+    )
+    f = jax.jit(
+      lambda x, step, first: (
+        bind(config, params).transformer(x, dropout_keys_B=row_keys(0, step, first, len(x))).x_BTD
+      )
+    )
     whole = f(x, step, 0)
     assert_close(f(x[4:], step, 4), whole[4:])
     assert np.abs(whole - f(x, step + 1, 0)).max() > 0.1, 'another step, other masks'
@@ -220,13 +233,16 @@ def test_a_model_works_on_a_mesh_and_without(tiny):
   assert_close(have, want)
 
 
-@pytest.mark.parametrize('fields,says', [
+@pytest.mark.parametrize(
+  'fields,says',
+  [
     (dict(n_head=5), 'n_embd = 768 must be a multiple of n_head = 5'),
     (dict(activation_function='gelo'), "'gelo' must be one of"),
     (dict(attn_pdrop=1.0), r'attn_pdrop = 1.0 must lie in \[0, 1\)'),
     (dict(remat='some'), "'some' must be one of"),
     (dict(n_layer=0), 'n_layer = 0 must be a whole number from 1 to 65,536'),
-])
+  ],
+)
 def test_impossible_configs_are_refused(fields, says):
   with pytest.raises(UserError, match=says):
     GPTConfig(**fields)

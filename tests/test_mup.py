@@ -26,9 +26,19 @@ def config_of(width: int, parametrization: str, heads: int | None = None, **fiel
   """Heads of width 16, or so many heads."""
   mup = dict(mup_base_width=BASE) | (dict(mup_base_head_width=16) if heads else {})
   return GPTConfig(
-      vocab_size=97, n_positions=16, n_embd=width, n_layer=2, n_head=heads or width // 16,
-      embd_pdrop=0, attn_pdrop=0, resid_pdrop=0, parametrization=parametrization,
-      initializer_range=0.1, **(mup if parametrization == 'mup' else {}), **fields)
+    vocab_size=97,
+    n_positions=16,
+    n_embd=width,
+    n_layer=2,
+    n_head=heads or width // 16,
+    embd_pdrop=0,
+    attn_pdrop=0,
+    resid_pdrop=0,
+    parametrization=parametrization,
+    initializer_range=0.1,
+    **(mup if parametrization == 'mup' else {}),
+    **fields,
+  )
 
 
 def changes(width: int, parametrization: str, heads: int | None = None) -> np.ndarray:
@@ -47,14 +57,17 @@ def changes(width: int, parametrization: str, heads: int | None = None) -> np.nd
     out = model.transformer(tokens[0, :, :-1], hidden_states=True, attentions=True)
     weights_BNTS = out.attentions[1]
     scores = jnp.log(weights_BNTS[..., :2])  # of two keys; their difference has no normaliser
-    return (out.hidden_states[1], (scores[..., 0] - scores[..., 1])[:, :, 1:],
-            model(tokens[0, :, :-1]))
+    return (
+      out.hidden_states[1],
+      (scores[..., 0] - scores[..., 1])[:, :, 1:],
+      model(tokens[0, :, :-1]),
+    )
 
   state = init_state(config, tx, 0, ema=False)
   before = look(state.params)
   for _ in range(4):
     state, _ = step(state, tokens)
-  return np.array([np.sqrt(np.mean((a - b)**2)) for a, b in zip(look(state.params), before)])
+  return np.array([np.sqrt(np.mean((a - b) ** 2)) for a, b in zip(look(state.params), before)])
 
 
 @pytest.mark.slow
@@ -64,6 +77,7 @@ def test_coordinates_move_alike_at_every_width():
   What is left of the random start in logits, and in scores of wider heads, falls as 1/sqrt(width) and
   is part of what a few steps change: they may fall a little, and not grow.
   """
+
   def exponents(*which):
     narrow, wide = (changes(width, *which) for width in WIDTHS)
     return np.log(wide / narrow) / np.log(WIDTHS[1] / WIDTHS[0])
@@ -142,23 +156,26 @@ def test_a_cache_and_the_form_for_decoding_change_nothing(tmp_path):
   config = config_of(64, 'mup', heads=2)
   model = bind(config, init_params(config, 0))
   gpt2_jax.save_pretrained(model, tmp_path / 'hf')
-  greedy = lambda model: gpt2_jax.generate(
-      model, [[1, 2, 3], [5]], max_new_tokens=8, do_sample=False)
+  greedy = lambda model: gpt2_jax.generate(model, [[1, 2, 3], [5]], max_new_tokens=8, do_sample=False)
   assert [r.tokens for r in greedy(model)] == [
-      r.tokens for r in greedy(gpt2_jax.from_pretrained(tmp_path / 'hf'))]
+    r.tokens for r in greedy(gpt2_jax.from_pretrained(tmp_path / 'hf'))
+  ]
   with pytest.raises(UserError, match='no adapters'):
     gpt2_jax.save_pretrained(model, tmp_path / 'peft', to='peft')
   assert tensors.source_of(config, init_params(config, 0), 'x').config.parametrization == 'mup'
 
 
-@pytest.mark.parametrize('fields,says', [
+@pytest.mark.parametrize(
+  'fields,says',
+  [
     (dict(parametrization='mup'), 'needs model.mup_base_width'),
     (dict(mup_base_width=64), 'is of model.parametrization = mup'),
     (dict(parametrization='mup', mup_base_width=0), 'must be a whole number from 1'),
     (dict(parametrization='mup', mup_base_width=64, n_embd=256, n_head=2), 'mup_base_head_width'),
     (dict(parametrization='mup', mup_base_width=64, lora=LoRA(2, 4.0)), 'convert the model to hf'),
     (dict(parametrization='umup'), "'umup' must be one of"),
-])
+  ],
+)
 def test_what_makes_no_sense_is_said(fields, says):
   with pytest.raises(UserError, match=says):
     GPTConfig(**fields)

@@ -28,8 +28,16 @@ from gpt2_jax.model import bind
 
 GOLDEN = Path(__file__).parent / 'golden' / 'openai'
 EXPECTED = dict(np.load(GOLDEN / 'expected.npz'))
-CONFIG = GPTConfig(vocab_size=13, n_positions=8, n_embd=12, n_layer=2, n_head=3, embd_pdrop=0.0,
-                   attn_pdrop=0.0, resid_pdrop=0.0)
+CONFIG = GPTConfig(
+  vocab_size=13,
+  n_positions=8,
+  n_embd=12,
+  n_layer=2,
+  n_head=3,
+  embd_pdrop=0.0,
+  attn_pdrop=0.0,
+  resid_pdrop=0.0,
+)
 INDEX, DATA = 'model.ckpt.index', 'model.ckpt.data-00000-of-00001'
 
 
@@ -55,8 +63,13 @@ def same_model(have: Source, want: Source) -> None:
 
 def bundle(path: Path, tensors: dict[str, np.ndarray]) -> dict[str, Tensor]:
   """Writes a checkpoint; returns it opened."""
-  tensor_bundle.write(path, {name: Tensor(value.shape, str(value.dtype), lambda value=value: value)
-                             for name, value in tensors.items()})
+  tensor_bundle.write(
+    path,
+    {
+      name: Tensor(value.shape, str(value.dtype), lambda value=value: value)
+      for name, value in tensors.items()
+    },
+  )
   return tensor_bundle.read(path)
 
 
@@ -121,8 +134,10 @@ def test_same_logits_as_openais_code():
     return x @ w[f'{scope}/w'][0] + w[f'{scope}/b']
 
   def attn(x, scope):
-    q, k, v = (part.reshape(T, N, -1).swapaxes(0, 1)
-               for part in np.split(conv1d(x, f'{scope}/c_attn'), 3, axis=-1))
+    q, k, v = (
+      part.reshape(T, N, -1).swapaxes(0, 1)
+      for part in np.split(conv1d(x, f'{scope}/c_attn'), 3, axis=-1)
+    )
     scores = q @ k.swapaxes(1, 2) / np.sqrt(q.shape[-1])
     scores = np.where(np.tri(T, dtype=bool), scores, -1e10)
     scores = np.exp(scores - scores.max(-1, keepdims=True))
@@ -143,15 +158,21 @@ def test_same_logits_as_openais_code():
   source = openai.open_source(GOLDEN / 'plain')
   params = load_params(source)
   logits = jax.jit(lambda params, x: bind(source.config, params)(x))(params, jnp.array(tokens))
-  assert_close(logits[0, :, :CONFIG.vocab_size], want)
+  assert_close(logits[0, :, : CONFIG.vocab_size], want)
 
 
 # What we write.
 
 
 @settings(deadline=None, max_examples=10)
-@given(st.integers(0, 2**31), st.integers(1, 40), st.integers(1, 9), st.integers(1, 4),
-       st.integers(1, 3), st.integers(1, 5))
+@given(
+  st.integers(0, 2**31),
+  st.integers(1, 40),
+  st.integers(1, 9),
+  st.integers(1, 4),
+  st.integers(1, 3),
+  st.integers(1, 5),
+)
 def test_model_round_trip(tmp_path_factory, seed, V, Q, L, N, H):
   path = tmp_path_factory.mktemp('model')
   source = made(seed, vocab_size=V, n_positions=Q, n_embd=N * H, n_layer=L, n_head=N)
@@ -164,21 +185,26 @@ def test_model_round_trip(tmp_path_factory, seed, V, Q, L, N, H):
 
 
 ARRAYS = st.tuples(
-    st.sampled_from(['float32', 'float64', 'int32', 'int64', 'bfloat16', 'float16']),
-    st.lists(st.integers(0, 5), max_size=4), st.integers(0, 2**31))
+  st.sampled_from(['float32', 'float64', 'int32', 'int64', 'bfloat16', 'float16']),
+  st.lists(st.integers(0, 5), max_size=4),
+  st.integers(0, 2**31),
+)
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.dictionaries(st.text(st.characters(codec='utf-8', exclude_characters='\0'), min_size=1),
-                       ARRAYS, max_size=60), st.integers(1, 3000))
+@given(
+  st.dictionaries(
+    st.text(st.characters(codec='utf-8', exclude_characters='\0'), min_size=1), ARRAYS, max_size=60
+  ),
+  st.integers(1, 3000),
+)
 def test_bundle_round_trip(tmp_path_factory, arrays, block):
   """Bit for bit, NaNs included, from tables of one block to tables of a block for each entry."""
   path = tmp_path_factory.mktemp('bundle') / 'x'
   tensors = {}
   for name, (dtype, shape, seed) in arrays.items():
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    tensors[name] = np.frombuffer(
-        np.random.default_rng(seed).bytes(size), dtype).reshape(shape)
+    tensors[name] = np.frombuffer(np.random.default_rng(seed).bytes(size), dtype).reshape(shape)
   with mock.patch.object(tensor_bundle, 'BLOCK', block):
     found = bundle(path, tensors)
   assert list(found) == sorted(tensors, key=str.encode)
@@ -204,7 +230,9 @@ def test_tensorflow_reads_what_we_write(tmp_path):
   want = {openai.variable(name): source.tensor(name) for name in shapes(source.config)}
   np.savez(tmp_path / 'want.npz', **want)  # pyright: ignore[reportArgumentType]
   for folder in ('blocks', 'plain'):
-    done = run('-c', f'''
+    done = run(
+      '-c',
+      f"""
 import numpy as np, tensorflow as tf
 reader = tf.train.load_checkpoint({str(tmp_path / folder)!r})
 want = np.load({str(tmp_path / 'want.npz')!r})
@@ -214,7 +242,8 @@ for name, value in want.items():
   assert have.shape == ((1,) if name.endswith('/w') else ()) + value.shape, name
   assert have.dtype == value.dtype and have.tobytes() == value.tobytes(), name
 print('all read')
-''')
+""",
+    )
     assert 'all read' in done.stdout, done.stderr
 
 
@@ -222,8 +251,9 @@ def test_writes_the_released_vocabulary(tmp_path):
   source = dataclasses.replace(made(), tokenizer=tokenizer.load('gpt2'))
   openai.write(source, tmp_path / 'new')
   for name, sha256 in (
-      ('encoder.json', '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783'),
-      ('vocab.bpe', '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5')):
+    ('encoder.json', '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783'),
+    ('vocab.bpe', '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'),
+  ):
     assert hashlib.sha256((tmp_path / 'new' / name).read_bytes()).hexdigest() == sha256
 
 
@@ -241,13 +271,21 @@ def test_gpt2s_tokenizer_goes_with_gpt2s_vocabulary(tmp_path):
   assert found is not None and found.sha256 == tokenizer.load('gpt2').sha256
 
 
-@pytest.mark.parametrize('fields', [
-    {'tie_word_embeddings': False}, {'n_inner': 20}, {'layer_norm_epsilon': 1e-6},
-    {'scale_attn_weights': False}, {'scale_attn_by_inverse_layer_idx': True},
-    {'reorder_and_upcast_attn': True}, {'activation_function': 'gelu'},
-    {'head': 'sequence_classification'}])
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {'tie_word_embeddings': False},
+    {'n_inner': 20},
+    {'layer_norm_epsilon': 1e-6},
+    {'scale_attn_weights': False},
+    {'scale_attn_by_inverse_layer_idx': True},
+    {'reorder_and_upcast_attn': True},
+    {'activation_function': 'gelu'},
+    {'head': 'sequence_classification'},
+  ],
+)
 def test_refuses_to_write_what_the_format_lacks(fields, tmp_path):
-  with pytest.raises(UserError, match=f'can\'t express {next(iter(fields))} = '):
+  with pytest.raises(UserError, match=f"can't express {next(iter(fields))} = "):
     openai.write(made(**fields), tmp_path / 'new')
   assert not (tmp_path / 'new').exists()
 
@@ -266,6 +304,7 @@ def test_refuses_other_dtypes(tmp_path):
 def test_refuses_nan(tmp_path):
   def spoil(tensors):
     tensors['h.1.mlp.c_fc.bias'][3] = np.nan
+
   with pytest.raises(UserError, match='h.1.mlp.c_fc.bias has 1 values that are NaN'):
     openai.write(made(spoil=spoil), tmp_path / 'new')
 
@@ -274,17 +313,25 @@ def test_refuses_nan(tmp_path):
 
 
 def bitwise(data: bytes) -> int:
-  crc = 0xffffffff
+  crc = 0xFFFFFFFF
   for byte in data:
     crc ^= byte
     for _ in range(8):
-      crc = crc >> 1 ^ (0x82f63b78 if crc & 1 else 0)
-  return crc ^ 0xffffffff
+      crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+  return crc ^ 0xFFFFFFFF
 
 
-@pytest.mark.parametrize('data, want', [
-    (b'123456789', 0xe3069283), (b'', 0), (bytes(32), 0x8a9136aa), (b'\xff' * 32, 0x62a8ab43),
-    (bytes(range(32)), 0x46dd794e), (bytes(range(31, -1, -1)), 0x113fdb5c)])
+@pytest.mark.parametrize(
+  'data, want',
+  [
+    (b'123456789', 0xE3069283),
+    (b'', 0),
+    (bytes(32), 0x8A9136AA),
+    (b'\xff' * 32, 0x62A8AB43),
+    (bytes(range(32)), 0x46DD794E),
+    (bytes(range(31, -1, -1)), 0x113FDB5C),
+  ],
+)
 def test_crc32c_of_the_rfc(data, want):
   """RFC 3720, appendix B.4; the first is the check value of the catalogues of CRCs."""
   assert crc32c(np.frombuffer(data, np.uint8)) == want == bitwise(data)
@@ -317,7 +364,7 @@ def spoilt(folder: Path, match: str) -> None:
 def test_a_file_cut_short(tmp_path_factory, name, part):
   folder = Path(shutil.copytree(GOLDEN / 'plain', tmp_path_factory.mktemp('cut') / 'x'))
   whole = (folder / name).read_bytes()
-  (folder / name).write_bytes(whole[:int(part * len(whole))])
+  (folder / name).write_bytes(whole[: int(part * len(whole))])
   spoilt(folder, rf'{name} can\'t be read: .* cut short or broken')
 
 
@@ -342,12 +389,11 @@ def test_flipped_bits_of_the_index(plain):
   want = entries()
   harmless = []
   for at in range(len(whole)):
-    (plain / INDEX).write_bytes(
-        whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1:])
+    (plain / INDEX).write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
     try:
       found = entries()
     except UserError as e:
-      assert 'model.ckpt.index' in str(e) and 'can\'t be read' in str(e)
+      assert 'model.ckpt.index' in str(e) and "can't be read" in str(e)
       continue
     assert found == want
     harmless.append(at)
@@ -362,7 +408,7 @@ def test_flipped_bits_of_the_data(tmp_path_factory, bit):
   data = bytearray((folder / DATA).read_bytes())
   data[bit // 8] ^= 1 << bit % 8
   (folder / DATA).write_bytes(data)
-  with pytest.raises(UserError, match=f'{DATA} can\'t be read: the checksum of model/.* is wrong'):
+  with pytest.raises(UserError, match=f"{DATA} can't be read: the checksum of model/.* is wrong"):
     for tensor in tensor_bundle.read(folder / 'model.ckpt').values():
       tensor.read()
 
@@ -373,17 +419,19 @@ def table(path: Path, entries, kind: int = 0) -> None:
   if kind:
     at = data.index(b'\0\0\0\0\x01\0\0\0\0\xc0\xf2\xa1\xb0') - 5  # the end of the first block
     data[at] = kind
-    data[at + 1:at + 5] = struct.pack('<I', masked_crc32c(np.frombuffer(data[:at + 1], np.uint8)))
+    data[at + 1 : at + 5] = struct.pack('<I', masked_crc32c(np.frombuffer(data[: at + 1], np.uint8)))
   path.write_bytes(data)
 
 
 def entry(size: int = 4, offset: int = 0, shard: int = 0, dims=(1,), dtype: int = 1) -> bytes:
   field = tensor_bundle._field
   shape = b''.join(field(2, field(1, n)) for n in dims)
-  return (field(1, dtype) + field(2, shape) + field(3, shard) + field(4, offset) + field(5, size))
+  return field(1, dtype) + field(2, shape) + field(3, shard) + field(4, offset) + field(5, size)
 
 
-@pytest.mark.parametrize('entries, match', [
+@pytest.mark.parametrize(
+  'entries, match',
+  [
     ([(b'x', entry(size=8))], 'x has 8 bytes, but is float32'),
     ([(b'x', entry(size=2**62, dims=(2**60,)))], 'x ends at byte'),
     ([(b'x', entry(offset=2**63))], 'x ends at byte'),
@@ -398,7 +446,8 @@ def entry(size: int = 4, offset: int = 0, shard: int = 0, dims=(1,), dtype: int 
     ([(b'x', entry()), (b'x', entry())], 'not in order'),
     ([(b'y', entry()), (b'x', entry())], 'not in order'),
     ([(b'x' * 5000, entry())], 'an entry of a block is broken'),
-])
+  ],
+)
 def test_hostile_entries(entries, match, tmp_path):
   """Checksums are right here: who means harm can compute them."""
   table(tmp_path / 'x.index', entries)
@@ -408,8 +457,14 @@ def test_hostile_entries(entries, match, tmp_path):
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.lists(st.tuples(st.binary(min_size=1, max_size=9).filter(lambda key: key[0] < 255),
-                          st.binary(max_size=40)), max_size=4))
+@given(
+  st.lists(
+    st.tuples(
+      st.binary(min_size=1, max_size=9).filter(lambda key: key[0] < 255), st.binary(max_size=40)
+    ),
+    max_size=4,
+  )
+)
 def test_entries_of_any_bytes(tmp_path_factory, entries):
   path = tmp_path_factory.mktemp('any')
   table(path / 'x.index', entries)
@@ -442,18 +497,23 @@ def test_missing_files(plain):
   spoilt(plain, f'lacks {INDEX}')
 
 
-@pytest.mark.parametrize('changes, match', [
+@pytest.mark.parametrize(
+  'changes, match',
+  [
     ({'model__h1__mlp__c_fc__b': None}, 'lacks the tensors:? h.1.mlp.c_fc.bias'),
     ({'model__h1__mlp__c_fc__g': np.zeros(3, np.float32)}, 'does not: model/h1/mlp/c_fc/g'),
     ({'model__ln_f__g': np.zeros(3, np.float32)}, r'ln_f.weight \[3\] instead of \[12\]'),
-    ({'model__h0__mlp__c_fc__w': np.zeros((1, 48, 12), np.float32)},
-     r'h.0.mlp.c_fc.weight \[48, 12\] instead of \[12, 48\]'),
+    (
+      {'model__h0__mlp__c_fc__w': np.zeros((1, 48, 12), np.float32)},
+      r'h.0.mlp.c_fc.weight \[48, 12\] instead of \[12, 48\]',
+    ),
     ({'model__h0__mlp__c_fc__w': np.zeros((12, 48), np.float32)}, r'OpenAI\'s are \[1, in, out\]'),
     ({'model__wte': None}, r'embeddings of \[\] and'),
     ({'model__h2__ln_1__b': np.zeros(12, np.float32)}, 'but 3 layers'),
     ({'model__wte': np.zeros((13, 12), np.int64)}, 'tensors of dtype int64'),
     ({'model__wte': np.full((13, 12), np.inf, np.float32)}, 'wte.weight has 156 values that are NaN'),
-])
+  ],
+)
 def test_wrong_variables(changes, match, tmp_path):
   spoilt(edited(tmp_path / 'x', **changes), match)
 
@@ -465,18 +525,26 @@ def test_half_precision_is_read(tmp_path):
   same_bits(source.tensor('wpe.weight'), EXPECTED['model/wpe'].astype(np.float16))
 
 
-@pytest.mark.parametrize('text, match', [
-    ('{', 'can\'t be read'), ('[]', 'it must hold n_vocab'), ('[' * 10**5, 'can\'t be read'),
-    ('{"n_vocab": 13}', 'it must hold n_vocab, n_ctx'), ('\xff', 'can\'t be read'),
-    ({'n_ctx': '8'}, 'n_ctx = \'8\' must be a whole number'),
+@pytest.mark.parametrize(
+  'text, match',
+  [
+    ('{', "can't be read"),
+    ('[]', 'it must hold n_vocab'),
+    ('[' * 10**5, "can't be read"),
+    ('{"n_vocab": 13}', 'it must hold n_vocab, n_ctx'),
+    ('\xff', "can't be read"),
+    ({'n_ctx': '8'}, "n_ctx = '8' must be a whole number"),
     ({'n_ctx': True}, 'n_ctx = True must be a whole number'),
     ({'n_head': 0}, 'n_head = 0 must be a whole number from 1'),
     ({'n_head': 5}, 'multiple of n_head = 5'),
     ({'n_layer': 10**9}, 'n_layer = 1000000000 must be'),
-    ({'n_layer': 10**4}, '10000 layers'), ({'n_ctx': 9}, r'\[9, 12\]'),
-    ({'n_vocab': 10**30}, 'n_vocab = 1'), ({'n_vocab': 10**8}, 'contradicts'),
-    ({'sparse': 1}, 'can\'t honour: sparse'),
-])
+    ({'n_layer': 10**4}, '10000 layers'),
+    ({'n_ctx': 9}, r'\[9, 12\]'),
+    ({'n_vocab': 10**30}, 'n_vocab = 1'),
+    ({'n_vocab': 10**8}, 'contradicts'),
+    ({'sparse': 1}, "can't honour: sparse"),
+  ],
+)
 def test_hparams(text, match, plain):
   hparams = json.loads((plain / 'hparams.json').read_text())
   text = text if isinstance(text, str) else json.dumps(hparams | text)
@@ -484,8 +552,10 @@ def test_hparams(text, match, plain):
   spoilt(plain, match)
 
 
-@pytest.mark.parametrize('name', [
-    '../other/model.ckpt', '/etc/passwd', '..', '', '.', 'a/..', '..\\..\\x', '-x', 'x\0y', 'x*'])
+@pytest.mark.parametrize(
+  'name',
+  ['../other/model.ckpt', '/etc/passwd', '..', '', '.', 'a/..', '..\\..\\x', '-x', 'x\0y', 'x*'],
+)
 def test_checkpoint_names_nothing_outside_of_the_folder(name, plain):
   shutil.copytree(plain, plain.parent / 'other')
   bundle(plain.parent / 'other' / 'model.ckpt', {'evil': np.zeros(1, np.float32)})
@@ -500,7 +570,7 @@ def test_checkpoint_of_a_folder_that_was_moved(tmp_path):
   (folder / 'checkpoint').write_text('model_checkpoint_path: "/home/me/run1/model-7"\n')
   same_model(openai.open_source(folder), openai.open_source(GOLDEN / 'plain'))
   (folder / 'checkpoint').write_bytes(b'\xff')
-  spoilt(folder, 'checkpoint can\'t be read')
+  spoilt(folder, "checkpoint can't be read")
   (folder / 'checkpoint').unlink()
   spoilt(folder, 'lacks model.ckpt.index')
 

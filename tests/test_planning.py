@@ -25,16 +25,21 @@ from gpt2_jax.planning.report import Report
 from gpt2_jax.training.plan import make_plan
 
 tpu = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed')
-gpu = pytest.mark.skipif(importlib.util.find_spec('jax_cuda12_plugin') is None,
-                         reason='jax-cuda12-plugin is not installed')
+gpu = pytest.mark.skipif(
+  importlib.util.find_spec('jax_cuda12_plugin') is None, reason='jax-cuda12-plugin is not installed'
+)
 CHIP = Chip(flops=1e12, hbm=GIB, hbm_bandwidth=1e11, ici=1e10, dcn=1e9)
 
 
 def fake(hbm: int = GIB, slices: int = 1) -> topology.Topology:
   """The simulated CPU devices, as some chips."""
   devices = jax.devices()
-  return topology.Topology('cpu:8', dataclasses.replace(CHIP, hbm=hbm), devices,
-                           [i * slices // len(devices) for i in range(len(devices))])
+  return topology.Topology(
+    'cpu:8',
+    dataclasses.replace(CHIP, hbm=hbm),
+    devices,
+    [i * slices // len(devices) for i in range(len(devices))],
+  )
 
 
 def small_config(**mesh):
@@ -51,15 +56,19 @@ def small_config(**mesh):
 def compiled(mesh, f, *arguments):
   """The text of a program; arguments are pairs of a shape and a spec."""
   with jax.set_mesh(mesh):
-    abstract = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*spec)))
-                for shape, spec in arguments]
+    abstract = [
+      jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*spec)))
+      for shape, spec in arguments
+    ]
     return jax.jit(f).lower(*abstract).compile().as_text()
 
 
 def gathered_layers(x_BD, w_LDD):
   """A product a layer, each with a weight that is gathered first."""
+
   def layer(x_BD, w_DD):
     return jnp.einsum('BD,DE->BE', x_BD, reshard(w_DD, P(None, None)), out_sharding=P('fsdp')), None
+
   return jax.lax.scan(layer, x_BD, w_LDD)[0]
 
 
@@ -80,19 +89,25 @@ def test_a_loop_counts_as_often_as_it_runs():
 
 def test_a_sum_over_slices_goes_over_dcn():
   mesh = sharding.make_mesh(2, 4, 1)
-  add = lambda x: jax.shard_map(lambda x: jax.lax.psum(x, 'data'), in_specs=P('data', 'fsdp'),
-                                out_specs=P(None, 'fsdp'))(x)
+  add = lambda x: jax.shard_map(
+    lambda x: jax.lax.psum(x, 'data'), in_specs=P('data', 'fsdp'), out_specs=P(None, 'fsdp')
+  )(x)
   text = compiled(mesh, add, ((2, 4096), ('data', 'fsdp')))
-  apart, together = (cost.count(text, slices).collectives['all-reduce']
-                     for slices in ([0] * 4 + [1] * 4, [0, 1, 2, 3] * 2))
+  apart, together = (
+    cost.count(text, slices).collectives['all-reduce']
+    for slices in ([0] * 4 + [1] * 4, [0, 1, 2, 3] * 2)
+  )
   assert (apart.ici, apart.dcn) == (0, 1024 * 4)
   assert (together.ici, together.dcn) == (1024 * 4, 0)
 
 
-@pytest.mark.parametrize('kind,total', [
-    ('all-gather', 7), ('reduce-scatter', 7 / 8), ('all-reduce', 14 / 8), ('all-to-all', 7 / 8)])
-@pytest.mark.parametrize('slices', [
-    [0] * 8, [0] * 4 + [1] * 4, [0, 0, 1, 1, 2, 2, 3, 3], [*range(8)]])
+@pytest.mark.parametrize(
+  'kind,total',
+  [('all-gather', 7), ('reduce-scatter', 7 / 8), ('all-reduce', 14 / 8), ('all-to-all', 7 / 8)],
+)
+@pytest.mark.parametrize(
+  'slices', [[0] * 8, [0] * 4 + [1] * 4, [0, 0, 1, 1, 2, 2, 3, 3], [*range(8)]]
+)
 def test_what_a_ring_sends_is_the_same_however_it_is_cut(kind, total, slices):
   ici, dcn = cost.sent(kind, 1.0, (tuple(range(8)),), slices)
   assert math.isclose(ici + dcn, total)
@@ -100,7 +115,9 @@ def test_what_a_ring_sends_is_the_same_however_it_is_cut(kind, total, slices):
   assert (ici == 0) == (len(set(slices)) == 8)
 
 
-@pytest.mark.parametrize('text,groups', [
+@pytest.mark.parametrize(
+  'text,groups',
+  [
     ('replica_groups={{0,1},{2,3}}', [[0, 1], [2, 3]]),
     ('replica_groups={}', [[0, 1, 2, 3]]),
     ('replica_groups=[2,2]<=[4]', [[0, 1], [2, 3]]),
@@ -112,7 +129,8 @@ def test_what_a_ring_sends_is_the_same_however_it_is_cut(kind, total, slices):
     ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}", [[0, 2], [1, 3]]),
     ("replica_groups=mesh['a'=2,'b'=2], device_ids=(3,2,1,0) {'b'}", [[3, 2], [1, 0]]),
     ('source_target_pairs={{0,1},{1,2}}', [[0, 1], [1, 2]]),
-])
+  ],
+)
 def test_groups(text, groups):
   i = hlo.Instruction('x', 'all-reduce', (), (), f', channel_id=1, {text}, dimensions={{1}}', False)
   assert [list(group) for group in hlo.groups_of(i, 4)] == groups
@@ -124,29 +142,35 @@ PROGRAM = (ROOT / 'tests' / 'golden' / 'made_up.hlo').read_text()
 def test_what_a_tpu_hides_in_fusions():
   found = cost.count(PROGRAM, [0] * 4)
   assert found.collectives == {
-      'reduce-scatter': Traffic(7, 7 * 512, 7 * 384, 0),  # an all-reduce by name
-      'all-gather': Traffic(7, 7 * 512, 7 * 384, 0)}  # in two steps
+    'reduce-scatter': Traffic(7, 7 * 512, 7 * 384, 0),  # an all-reduce by name
+    'all-gather': Traffic(7, 7 * 512, 7 * 384, 0),
+  }  # in two steps
   assert found.cycles == 700
   # main memory: each turn reads a row of the stack, its number, and x; the rest is on the chip
   assert found.hbm_bytes == 7 * (64 * 4 + 4 + 8 * 16 * 4)
 
 
 def test_between_slices_a_tpu_sends_to_its_host():
-  send = ('  %after = token[] after-all()\n'
-          '  %sent = (f32[8,16]{1,0}, u32[], token[]) send(%x.1, %after), channel_id=4, '
-          'is_host_transfer=true, frontend_attributes={'
-          '_xla_host_transfer_handler_name="xla_megascale_runtime",'
-          '_xla_megascale_transfer_type="ALL_REDUCE"}\n')
+  send = (
+    '  %after = token[] after-all()\n'
+    '  %sent = (f32[8,16]{1,0}, u32[], token[]) send(%x.1, %after), channel_id=4, '
+    'is_host_transfer=true, frontend_attributes={'
+    '_xla_host_transfer_handler_name="xla_megascale_runtime",'
+    '_xla_megascale_transfer_type="ALL_REDUCE"}\n'
+  )
   text = PROGRAM.replace('  %start = s32[] constant(0)\n', send + '  %start = s32[] constant(0)\n')
   assert cost.count(text, [0] * 4 + [1] * 4).collectives['all-reduce'] == Traffic(1, 512, 0, 512)
   assert cost.count(text, [0, 0, 1, 1, 2, 2, 3, 3]).collectives['all-reduce'].dcn == 2 * 512 * 3 / 4
 
 
-@pytest.mark.parametrize('condition,loop,count', [
+@pytest.mark.parametrize(
+  'condition,loop,count',
+  [
     ('compare(%count, %most), direction=LT', '', 7),
     ('compare(%count, %most), direction=LT', ', backend_config={"known_trip_count":{"n":"3"}}', 3),
     ('and(%count, %most)', '', None),
-])
+  ],
+)
 def test_trip_counts(condition, loop, count):
   text = PROGRAM.replace('compare(%count, %most), direction=LT', condition)
   text = text.replace('body=%body', f'body=%body{loop}')
@@ -157,28 +181,48 @@ def test_trip_counts(condition, loop, count):
   assert whole.cycles == 100 * (count or 1) and (turn.cycles == 100 or count)
 
 
-@pytest.mark.parametrize('out,left,right,rest,flops', [
+@pytest.mark.parametrize(
+  'out,left,right,rest,flops',
+  [
     # what the TPU compiler writes for products with batch dimensions: each batch entry meets its own
-    ('f32[8,4,256,128]', 'bf16[8,4,256,64]', 'bf16[8,4,128,64]',
-     'window={size=8x4 stride=7x3 lhs_dilate=8x4}, dim_labels=01bf_01oi->01bf',
-     2 * 8 * 4 * 256 * 128 * 64),
-    ('f32[8,256,1024]', 'bf16[8,256,64]', 'bf16[1024,64,1]',
-     'window={size=1}, dim_labels=0bf_oi0->0bf', 2 * 8 * 256 * 1024 * 64),
-    ('f32[1,8,8,2]', 'f32[1,10,10,3]', 'f32[3,3,3,2]',
-     'window={size=3x3}, dim_labels=b01f_01io->b01f', 2 * 8 * 8 * 2 * 3 * 9),
-])
+    (
+      'f32[8,4,256,128]',
+      'bf16[8,4,256,64]',
+      'bf16[8,4,128,64]',
+      'window={size=8x4 stride=7x3 lhs_dilate=8x4}, dim_labels=01bf_01oi->01bf',
+      2 * 8 * 4 * 256 * 128 * 64,
+    ),
+    (
+      'f32[8,256,1024]',
+      'bf16[8,256,64]',
+      'bf16[1024,64,1]',
+      'window={size=1}, dim_labels=0bf_oi0->0bf',
+      2 * 8 * 256 * 1024 * 64,
+    ),
+    (
+      'f32[1,8,8,2]',
+      'f32[1,10,10,3]',
+      'f32[3,3,3,2]',
+      'window={size=3x3}, dim_labels=b01f_01io->b01f',
+      2 * 8 * 8 * 2 * 3 * 9,
+    ),
+  ],
+)
 def test_products_written_as_convolutions(out, left, right, rest, flops):
   i = hlo.Instruction('c', 'convolution', hlo.arrays_of(out), ('l', 'r'), f', {rest}', True)
   assert cost._product_flops(i, [hlo.arrays_of(left), hlo.arrays_of(right)]) == flops
 
 
-@pytest.mark.parametrize('name,target,dims,products', [
+@pytest.mark.parametrize(
+  'name,target,dims,products',
+  [
     ('splash_mha_fwd_residuals.3', 'tpu_custom_call', (4, 12, 128, 64), 2),
     ('splash_mha_dkv.1', 'tpu_custom_call', (4, 12, 128, 64), 4),
     ('custom-call.1', '__cudnn$fmhaSoftmax', (4, 128, 12, 64), 2),
     ('custom-call.2', '__cudnn$fmhaSoftmaxBackward', (4, 128, 12, 64), 5),
     ('custom-call.3', 'Sharding', (4, 128, 12, 64), 0),
-])
+  ],
+)
 def test_products_of_attention_kernels(name, target, dims, products):
   array = hlo.Array('bf16', dims, 0)
   i = hlo.Instruction(name, 'custom-call', (array,), ('q', 'k'), '', True)
@@ -213,8 +257,11 @@ def test_every_name_that_is_offered_is_taken():
       assert hardware.chip_of(found.devices[0].device_kind) == found.chip, name
   several = topology.get('v5e:4x4', slices=2)
   assert several.name == '2*v5e:4x4' and several.slices == [0] * 16 + [1] * 16
-  for name, says in (('v5e:3x5', 'libtpu refuses it .*v5e:4x4 is near it; others: v5e:2x2, '),
-                     ('v5p:4x4', 'has 3 axes'), ('v5e:64x64', 'at most 256 chips')):
+  for name, says in (
+    ('v5e:3x5', 'libtpu refuses it .*v5e:4x4 is near it; others: v5e:2x2, '),
+    ('v5p:4x4', 'has 3 axes'),
+    ('v5e:64x64', 'at most 256 chips'),
+  ):
     with pytest.raises(UserError, match=says):
       topology.get(name)
   with pytest.raises(UserError, match='contradict'):
@@ -273,8 +320,9 @@ def test_a_refusal_of_the_compiler_is_a_plan_too(monkeypatch):
   def refuse(self):
     with out_of_memory_advice(self):
       raise jax.errors.JaxRuntimeError(
-          'RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO '
-          'temporaries (21.41G) exceeds available HBM (15.75G).\nmore')
+        'RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO '
+        'temporaries (21.41G) exceeds available HBM (15.75G).\nmore'
+      )
 
   monkeypatch.setattr(Plan, 'compile_train_step', refuse)
   made = plan_train(small_config(), fake(), 'small')
@@ -285,12 +333,21 @@ def test_a_refusal_of_the_compiler_is_a_plan_too(monkeypatch):
 
 
 def test_lengths_follow_the_context():
-  for S, given, want in ((1024, (None, None), (128, 128)), (64, (None, None), (32, 32)),
-                         (2, (None, None), (2, 2)), (8, (None, 6), (8, 8)),
-                         (1024, (16, 32), (16, 32))):
+  for S, given, want in (
+    (1024, (None, None), (128, 128)),
+    (64, (None, None), (32, 32)),
+    (2, (None, None), (2, 2)),
+    (8, (None, 6), (8, 8)),
+    (1024, (16, 32), (16, 32)),
+  ):
     assert lengths(S, *given) == want, S
-  for S, given in ((1, (None, None)), (64, (128, None)), (64, (None, 64)), (8, (0, 4)),
-                   (8, (1, 10**400))):
+  for S, given in (
+    (1, (None, None)),
+    (64, (128, None)),
+    (64, (None, 64)),
+    (8, (0, 4)),
+    (8, (1, 10**400)),
+  ):
     with pytest.raises(UserError, match='n_positions') as error:
       lengths(S, *given)
     assert len(str(error.value)) < 300
@@ -313,7 +370,8 @@ def test_generation_is_planned(mode):
 def test_the_largest_batch_is_one_that_fits():
   config = small_config(data=8, fsdp=1)
   plan = lambda rows, largest: plan_decode(
-      config, fake(hbm=6 * 2**20), 'small', 'decode', batch=rows, prompt=16, new=32, largest=largest)
+    config, fake(hbm=6 * 2**20), 'small', 'decode', batch=rows, prompt=16, new=32, largest=largest
+  )
   rows = int(plan(8, True).results['largest_batch'])
   assert rows > 8 and rows % 8 == 0
   assert plan(rows, False).fits and not plan(2 * rows, False).fits
@@ -356,14 +414,17 @@ def test_the_ranking_puts_what_does_not_fit_last():
 # --- The command line -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('words,says', [
+@pytest.mark.parametrize(
+  'words,says',
+  [
     (['--topology=v9:2x2'], 'is none that is known'),
     (['--topology=v5e:4x4', '--config.mesh.foo=3'], "no knob 'foo'"),
     (['--topology=v5e:4x4', '--search', '--mode=decode'], '--search is for --mode train'),
     (['--config=configs/none.py', '--topology=v5e:4x4'], 'there is no file'),
     (['--config=configs/tiny.py:none', '--topology=v5e:4x4'], "recipe 'none' is none of"),
     (['--topology=v5e:4x4', '--config.mesh.tensor', '3', '--config.mesh.fsdp=1'], 'does not cover'),
-])
+  ],
+)
 def test_errors_are_one_message(words, says, monkeypatch, capsys):
   monkeypatch.chdir(ROOT)
   if importlib.util.find_spec('libtpu') is None and '--topology=v5e:4x4' in words:
@@ -378,14 +439,26 @@ def test_errors_are_one_message(words, says, monkeypatch, capsys):
 
 # --- Compilers of hardware that is not here -------------------------------------------------------
 
-TINY = ('--config.model.n_layer=2', '--config.model.n_embd=64', '--config.model.vocab_size=256',
-        '--config.model.n_positions=64', '--config.train.global_batch_tokens=1024')
+TINY = (
+  '--config.model.n_layer=2',
+  '--config.model.n_embd=64',
+  '--config.model.vocab_size=256',
+  '--config.model.n_positions=64',
+  '--config.train.global_batch_tokens=1024',
+)
 
 
 @tpu
 def test_a_tpu_plan(tmp_path):
-  done = run('-m', 'gpt2_jax', 'plan', '--config=configs/tiny.py', '--topology=v5e:2x2',
-             f'--json={tmp_path / "plan.json"}', *TINY)
+  done = run(
+    '-m',
+    'gpt2_jax',
+    'plan',
+    '--config=configs/tiny.py',
+    '--topology=v5e:2x2',
+    f'--json={tmp_path / "plan.json"}',
+    *TINY,
+  )
   assert done.returncode == 0, done.stderr
   made = Report.from_json((tmp_path / 'plan.json').read_text())
   assert made.device_kind == 'TPU v5 lite' and made.devices == 4 and made.fits
@@ -396,9 +469,17 @@ def test_a_tpu_plan(tmp_path):
 
 @tpu
 def test_a_plan_of_two_slices(tmp_path):
-  done = run('-m', 'gpt2_jax', 'plan', '--config=configs/tiny.py', '--topology=2*v5e:2x2',
-             f'--json={tmp_path / "plan.json"}', *TINY, '--config.mesh.data=2',
-             '--config.model.n_embd=256')  # heads of 128: narrower ones are padded before they go
+  done = run(
+    '-m',
+    'gpt2_jax',
+    'plan',
+    '--config=configs/tiny.py',
+    '--topology=2*v5e:2x2',
+    f'--json={tmp_path / "plan.json"}',
+    *TINY,
+    '--config.mesh.data=2',
+    '--config.model.n_embd=256',
+  )  # heads of 128: narrower ones are padded before they go
   assert done.returncode == 0, done.stderr
   made = Report.from_json((tmp_path / 'plan.json').read_text())
   moved = made.collectives
@@ -411,8 +492,16 @@ def test_a_plan_of_two_slices(tmp_path):
 
 @gpu
 def test_a_gpu_plan(tmp_path):
-  done = run('-m', 'gpt2_jax', 'plan', '--config=configs/tiny.py', '--topology=h100:2x4',
-             f'--json={tmp_path / "plan.json"}', *TINY, '--config.mesh.data=2')
+  done = run(
+    '-m',
+    'gpt2_jax',
+    'plan',
+    '--config=configs/tiny.py',
+    '--topology=h100:2x4',
+    f'--json={tmp_path / "plan.json"}',
+    *TINY,
+    '--config.mesh.data=2',
+  )
   assert done.returncode == 0, done.stderr
   made = Report.from_json((tmp_path / 'plan.json').read_text())
   assert made.device_kind.startswith('NVIDIA H100') and made.devices == 8 and made.fits
@@ -423,9 +512,19 @@ def test_a_gpu_plan(tmp_path):
 @tpu
 @pytest.mark.slow
 def test_a_search(tmp_path):
-  done = run('-m', 'gpt2_jax', 'plan', '--config=configs/tiny.py', '--topology=v5e:2x2', '--search',
-             '--search-limit=2', f'--json={tmp_path / "plans.json"}', *TINY, timeout=900,
-             XDG_CACHE_HOME=str(tmp_path))
+  done = run(
+    '-m',
+    'gpt2_jax',
+    'plan',
+    '--config=configs/tiny.py',
+    '--topology=v5e:2x2',
+    '--search',
+    '--search-limit=2',
+    f'--json={tmp_path / "plans.json"}',
+    *TINY,
+    timeout=900,
+    XDG_CACHE_HOME=str(tmp_path),
+  )
   assert done.returncode == 0, done.stderr
   plans = json.loads((tmp_path / 'plans.json').read_text())
   speeds = [plan['results']['tokens_per_second'] for plan in plans]
@@ -435,8 +534,11 @@ def test_a_search(tmp_path):
 
 # The layers are one scan's body, so two of them compile the same program. `fsdp` is what the configs
 # get by themselves, and once all chips: there an einsum used to be cut in pieces.
-SHIPPED = [(size, name, fsdp) for name in ('v5e:4x4', 'v5e:16x16') for size, fsdp in (
-    ('small', 1), ('medium', 2), ('large', 4), ('xl', 8))]
+SHIPPED = [
+  (size, name, fsdp)
+  for name in ('v5e:4x4', 'v5e:16x16')
+  for size, fsdp in (('small', 1), ('medium', 2), ('large', 4), ('xl', 8))
+]
 
 
 @tpu
@@ -446,9 +548,18 @@ def test_weights_are_gathered_and_nothing_is_copied_whole(size, name, fsdp, tmp_
   if (size, name, fsdp) in SHIPPED:
     config, _ = command.load_config(f'configs/{size}.py')
     assert make_plan(config, topology.get(name).devices).mesh.shape['fsdp'] == fsdp
-  done = run('-m', 'gpt2_jax', 'plan', f'--config=configs/{size}.py', f'--topology={name}',
-             f'--json={tmp_path / "plan.json"}', f'--dump={tmp_path}', '--config.model.n_layer=2',
-             f'--config.mesh.fsdp={fsdp}', timeout=900)
+  done = run(
+    '-m',
+    'gpt2_jax',
+    'plan',
+    f'--config=configs/{size}.py',
+    f'--topology={name}',
+    f'--json={tmp_path / "plan.json"}',
+    f'--dump={tmp_path}',
+    '--config.model.n_layer=2',
+    f'--config.mesh.fsdp={fsdp}',
+    timeout=900,
+  )
   assert done.returncode == 0, done.stderr
   assert 'Involuntary full rematerialization' not in done.stderr
   text = (tmp_path / 'train.hlo.txt').read_text()

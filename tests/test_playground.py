@@ -59,8 +59,15 @@ def test_a_text_is_continued_chosen_taken_undone_and_kept(open_page, byte_server
   fix_seed(page, 7)
   page.keyboard.press('Tab')
   offered = choices(page)
-  wanted = gpt2_jax.generate(byte_server[1], 'ab', num_return_sequences=3, max_new_tokens=24,
-                             temperature=0.8, top_p=0.95, seed=7)
+  wanted = gpt2_jax.generate(
+    byte_server[1],
+    'ab',
+    num_return_sequences=3,
+    max_new_tokens=24,
+    temperature=0.8,
+    top_p=0.95,
+    seed=7,
+  )
   assert offered == [result.text for result in wanted] and len(set(offered)) == 3
   assert text(page) == 'ab'
   page.keyboard.press('ArrowDown')
@@ -90,8 +97,15 @@ def test_tab_again_draws_others_and_stands_where_the_caret_is(open_page, byte_se
   until(page, 'document.querySelector("#choices-foot").textContent.includes("seed 4")')
   second = choices(page)
   for seed, offered in ((3, first), (4, second)):
-    wanted = gpt2_jax.generate(byte_server[1], 'one', num_return_sequences=3, max_new_tokens=24,
-                               temperature=0.8, top_p=0.95, seed=seed)
+    wanted = gpt2_jax.generate(
+      byte_server[1],
+      'one',
+      num_return_sequences=3,
+      max_new_tokens=24,
+      temperature=0.8,
+      top_p=0.95,
+      seed=seed,
+    )
     assert offered == [result.text for result in wanted]
   shown = page.text_content('#mirror').removesuffix('\u200b')
   assert shown == 'one' + second[0] + ' two'
@@ -251,8 +265,12 @@ def test_what_is_copied_gives_the_same_texts(open_page, byte_server):
   answer = subprocess.run(['bash', '-c', copied('curl')], capture_output=True, check=True, timeout=60)
   assert [choice['text'] for choice in json.loads(answer.stdout)['choices']] == offered
 
-  verb = tyro.cli(cli.Verb, args=bash_words(copied('cli')), registry=inputs.registry,
-                  config=(tyro.conf.OmitArgPrefixes,))
+  verb = tyro.cli(
+    cli.Verb,
+    args=bash_words(copied('cli')),
+    registry=inputs.registry,
+    config=(tyro.conf.OmitArgPrefixes,),
+  )
   assert verb.prompt == (ODD,) and verb.checkpoint == 'bytes'
   results = gpt2_jax.generate(model, ODD, **inputs.given(verb.options))
   assert [result.text for result in results] == offered
@@ -266,8 +284,12 @@ def test_what_is_copied_gives_the_same_texts(open_page, byte_server):
 
 def bash_words(command: str) -> list[str]:
   """The arguments of `gpt2-jax`, as bash makes them."""
-  done = subprocess.run(['bash', '-c', f'gpt2-jax() {{ printf "%s\\0" "$@"; }}; {command}'],
-                        capture_output=True, text=True, check=True)
+  done = subprocess.run(
+    ['bash', '-c', f'gpt2-jax() {{ printf "%s\\0" "$@"; }}; {command}'],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
   return done.stdout.split('\0')[:-1]
 
 
@@ -297,15 +319,20 @@ def test_text_is_text(open_page):
   page = open_page()
   bad = '<img src=x onerror=alert(1)>\x1b[31m&amp;\u202e'
   event = {'choices': [{'index': i, 'text': bad, 'finish_reason': 'stop'} for i in range(3)]}
-  tokens = {'tokens': [bad], 'token_logprobs': [-1.0], 'text_offset': [0],
-            'top_logprobs': [{bad + '!': -0.5, bad: -1.0}]}
+  tokens = {
+    'tokens': [bad],
+    'token_logprobs': [-1.0],
+    'text_offset': [0],
+    'top_logprobs': [{bad + '!': -0.5, bad: -1.0}],
+  }
 
   def answer(route):
     asked = route.request.post_data_json
     if asked.get('echo'):
       return route.fulfill(json={'choices': [{'logprobs': tokens}]})
-    route.fulfill(content_type='text/event-stream',
-                  body=f'data: {json.dumps(event)}\n\ndata: [DONE]\n\n')
+    route.fulfill(
+      content_type='text/event-stream', body=f'data: {json.dumps(event)}\n\ndata: [DONE]\n\n'
+    )
 
   page.route('**/v1/completions', answer)
   write(page, bad)
@@ -386,8 +413,15 @@ def test_of_a_long_text_the_end_is_read(open_page, byte_server):
   offered = choices(page)
   read = int(page.text_content('#note').split()[5])
   assert 150 < read <= 256 - 24
-  wanted = gpt2_jax.generate(byte_server[1], words[-read:], num_return_sequences=3,
-                             max_new_tokens=24, temperature=0.8, top_p=0.95, seed=1)
+  wanted = gpt2_jax.generate(
+    byte_server[1],
+    words[-read:],
+    num_return_sequences=3,
+    max_new_tokens=24,
+    temperature=0.8,
+    top_p=0.95,
+    seed=1,
+  )
   assert offered == [result.text for result in wanted]
   assert text(page) == words
 
@@ -399,13 +433,13 @@ def test_the_mirror_breaks_lines_where_the_field_does(open_page, face):
   rng = np.random.default_rng(0)
   letters = np.array(list('abcdefgiilmnorstTAVWy ,.    \n\t'))
   write(page, ''.join(rng.choice(letters, 2500)) + 'x' * 200 + '\n')
-  height = '''() => {
+  height = """() => {
     const [area, mirror] = [document.querySelector('#text'), document.querySelector('#mirror')];
     area.style.height = '0';
     const found = [area.scrollHeight, mirror.scrollHeight];
     area.style.height = '';
     return found;
-  }'''
+  }"""
   field, mirror = page.evaluate(height)
   assert field == mirror > 300
   colour(page)

@@ -20,12 +20,12 @@ from gpt2_jax.decoding.history import History
 from gpt2_jax.decoding.options import Options
 from gpt2_jax.decoding.prefix import PrefixConstrained
 from gpt2_jax.decoding.processors import (
-    Guided,
-    InfNanRemove,
-    LogitNormalization,
-    MinLength,
-    NoRepeatNGram,
-    SequenceBias,
+  Guided,
+  InfNanRemove,
+  LogitNormalization,
+  MinLength,
+  NoRepeatNGram,
+  SequenceBias,
 )
 from gpt2_jax.decoding.warpers import TopK, TopP, Typical, make_warpers, threshold
 from gpt2_jax.errors import UserError
@@ -44,8 +44,12 @@ def apply(processors, scores_BV, history):
 def make_history(tokens_BS, lengths_B, prompt_B, limits_B=100, **more) -> History:
   B = len(tokens_BS)
   fields = {field.name: 0 for field in dataclasses.fields(History)}
-  fields |= dict(lengths_B=lengths_B, prompt_B=prompt_B, limits_B=limits_B, context_B=1000,
-                 which_B=np.arange(B)) | more
+  fields |= (
+    dict(
+      lengths_B=lengths_B, prompt_B=prompt_B, limits_B=limits_B, context_B=1000, which_B=np.arange(B)
+    )
+    | more
+  )
   fields = {name: np.zeros(B, np.int32) + np.asarray(x, np.int32) for name, x in fields.items()}
   return History(**fields | dict(tokens_BS=np.asarray(tokens_BS, np.int32)))
 
@@ -83,7 +87,7 @@ def nats(p_V):
 
 def sequence_bias(x, ids, o, **_):
   for word, bias in o.sequence_bias.items():
-    if ids[len(ids) - len(word) + 1:] == list(word[:-1]) and len(ids) >= len(word) - 1:
+    if ids[len(ids) - len(word) + 1 :] == list(word[:-1]) and len(ids) >= len(word) - 1:
       x[word[-1]] += bias
 
 
@@ -101,7 +105,7 @@ def count_penalty(x, ids, o, prompt, **_):
 
 def no_repeat_ngram(x, ids, o, **_):
   n = o.no_repeat_ngram_size
-  said = {tuple(ids[i:i + n]) for i in range(len(ids) - n + 1)}
+  said = {tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)}
   for v in range(len(x)):
     if len(ids) >= n - 1 and tuple((ids + [v])[-n:]) in said:
       x[v] = -INF
@@ -109,7 +113,7 @@ def no_repeat_ngram(x, ids, o, **_):
 
 def bad_words(x, ids, o, **_):
   for word in o.bad_words_ids:
-    if word != [EOS] and (ids + [word[-1]])[-len(word):] == word:
+    if word != [EOS] and (ids + [word[-1]])[-len(word) :] == word:
       x[word[-1]] = -INF
 
 
@@ -193,26 +197,28 @@ ids_ = st.lists(id_, min_size=1, max_size=4)
 words_ = st.lists(st.integers(0, 4), min_size=1, max_size=4)
 near0 = st.floats(-2, 2)
 CASES = {
-    sequence_bias: dict(sequence_bias=st.dictionaries(
-        words_.map(tuple), near0 | st.just(-INF), min_size=1, max_size=4)),
-    repetition_penalty: dict(repetition_penalty=st.floats(0.5, 2)),
-    count_penalty: dict(presence_penalty=near0, frequency_penalty=near0),
-    no_repeat_ngram: dict(no_repeat_ngram_size=st.integers(1, 6) | st.just(10 ** 12)),
-    bad_words: dict(bad_words_ids=st.lists(words_, min_size=1, max_size=4)),
-    min_length: dict(min_length=st.integers(0, 20), min_new_tokens=st.integers(0, 9)),
-    forced_bos: dict(forced_bos_token_id=id_),
-    forced_eos: dict(forced_eos_token_id=ids_),
-    exponential_decay: dict(exponential_decay_length_penalty=st.tuples(
-        st.integers(0, 6), st.floats(0.5, 2))),
-    suppress: dict(suppress_tokens=ids_, begin_suppress_tokens=ids_),
-    temperature: dict(temperature=st.floats(0.1, 3)),
-    top_k: dict(top_k=st.integers(1, 50) | st.just(10 ** 12)),
-    top_p: dict(top_p=share),
-    min_p: dict(min_p=share),
-    typical_p: dict(typical_p=share),
-    epsilon_cutoff: dict(epsilon_cutoff=share),
-    eta_cutoff: dict(eta_cutoff=share),
-    renormalize: dict(renormalize_logits=st.just(True)),
+  sequence_bias: dict(
+    sequence_bias=st.dictionaries(words_.map(tuple), near0 | st.just(-INF), min_size=1, max_size=4)
+  ),
+  repetition_penalty: dict(repetition_penalty=st.floats(0.5, 2)),
+  count_penalty: dict(presence_penalty=near0, frequency_penalty=near0),
+  no_repeat_ngram: dict(no_repeat_ngram_size=st.integers(1, 6) | st.just(10**12)),
+  bad_words: dict(bad_words_ids=st.lists(words_, min_size=1, max_size=4)),
+  min_length: dict(min_length=st.integers(0, 20), min_new_tokens=st.integers(0, 9)),
+  forced_bos: dict(forced_bos_token_id=id_),
+  forced_eos: dict(forced_eos_token_id=ids_),
+  exponential_decay: dict(
+    exponential_decay_length_penalty=st.tuples(st.integers(0, 6), st.floats(0.5, 2))
+  ),
+  suppress: dict(suppress_tokens=ids_, begin_suppress_tokens=ids_),
+  temperature: dict(temperature=st.floats(0.1, 3)),
+  top_k: dict(top_k=st.integers(1, 50) | st.just(10**12)),
+  top_p: dict(top_p=share),
+  min_p: dict(min_p=share),
+  typical_p: dict(typical_p=share),
+  epsilon_cutoff: dict(epsilon_cutoff=share),
+  eta_cutoff: dict(eta_cutoff=share),
+  renormalize: dict(renormalize_logits=st.just(True)),
 }
 
 
@@ -230,8 +236,14 @@ def test_a_processor_does_what_it_says(truth, data):
     n = int(history.lengths_B[b])
     prompt, limit = int(history.prompt_B[b]), int(history.limits_B[b])
     want_V = np.float64(scores_BV[b])
-    truth(want_V, ids=history.tokens_BS[b, :n].tolist(), o=options, prompt=prompt, n=n - prompt,
-          limit=limit)
+    truth(
+      want_V,
+      ids=history.tokens_BS[b, :n].tolist(),
+      o=options,
+      prompt=prompt,
+      n=n - prompt,
+      limit=limit,
+    )
     np.testing.assert_allclose(have_BV[b], want_V, rtol=2e-5, atol=2e-5)
 
 
@@ -274,8 +286,14 @@ def test_processors_keep_what_they_say(k, p, seed):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.floats(width=32, allow_nan=False, allow_subnormal=False),
-                          st.integers(0, 5)), min_size=9, max_size=9), st.integers(1, 50))
+@given(
+  st.lists(
+    st.tuples(st.floats(width=32, allow_nan=False, allow_subnormal=False), st.integers(0, 5)),
+    min_size=9,
+    max_size=9,
+  ),
+  st.integers(1, 50),
+)
 def test_the_threshold_is_the_least_that_reaches_the_target(items, target):
   x, weight = (np.array(column) for column in zip(*items))
   have = np.asarray(jax.jit(threshold)(np.float32(x)[None], np.int32(weight)[None], target))
@@ -305,10 +323,16 @@ def test_ties_forbidden_tokens_and_rounding_leave_something_to_draw():
 
 def test_beams_have_at_least_one_token_that_goes_on():
   x_BV = np.float32([[9, 8, 0, -1, -2, -3]])
-  for narrow in (dict(top_k=1), dict(top_p=0.01), dict(min_p=1), dict(epsilon_cutoff=0.9),
-                 dict(eta_cutoff=0.9)):
-    kept = lambda beams, ends: np.isfinite(free(*make_warpers(
-        Options(num_beams=beams, **narrow), ends=ends))(x_BV)).sum()
+  for narrow in (
+    dict(top_k=1),
+    dict(top_p=0.01),
+    dict(min_p=1),
+    dict(epsilon_cutoff=0.9),
+    dict(eta_cutoff=0.9),
+  ):
+    kept = lambda beams, ends: np.isfinite(
+      free(*make_warpers(Options(num_beams=beams, **narrow), ends=ends))(x_BV)
+    ).sum()
     assert [kept(1, 2), kept(4, 0), kept(4, 1), kept(4, 2), kept(4, 9)] == [1, 2, 2, 3, 6]
   typical = make_warpers(Options(num_beams=4, typical_p=0.01), ends=2)
   assert np.isfinite(free(*typical)(x_BV)).sum() == 3
@@ -316,8 +340,9 @@ def test_beams_have_at_least_one_token_that_goes_on():
 
 def test_infinite_and_invalid_scores():
   history = make_history([[1, 2, 3, 4]], [2], [1])
-  biased = lambda bias, x: np.asarray(apply(
-      (SequenceBias.of(bias),), np.float32([x]), history))[0].tolist()
+  biased = lambda bias, x: np.asarray(apply((SequenceBias.of(bias),), np.float32([x]), history))[
+    0
+  ].tolist()
   assert biased({(0,): INF, (2, 1): -INF}, [1, 2, 3]) == [INF, -INF, 3]
   assert biased({(0,): INF, (2, 0): -INF, (1,): INF}, [1, -INF, 3]) == [-INF, -INF, 3]
   assert biased({(0, 0): INF, (2, 0): 1.0, (1, 2, 0): 1.0, (9, 1, 2, 0): 9.0}, [1, 2]) == [3, 2]
@@ -332,11 +357,13 @@ def test_infinite_and_invalid_scores():
 
 def test_guided_allows_what_goes_on_and_the_end_where_it_may_stop():
   """An automaton of a(ba)*, over ids a = 0 and b = 1; 3 ends the text."""
-  automaton = Automaton(jnp.array([[1, DEAD, DEAD, DEAD], [DEAD, 0, DEAD, 1]]),
-                        jnp.array([False, True]))
+  automaton = Automaton(
+    jnp.array([[1, DEAD, DEAD, DEAD], [DEAD, 0, DEAD, 1]]), jnp.array([False, True])
+  )
   history = make_history([[0] * 4] * 2, 1, 1, guide_B=[0, 1])
-  kept = lambda ends: np.isfinite(apply(
-      (Guided(automaton, np.int32(ends)),), np.zeros((2, 4), np.float32), history)).tolist()
+  kept = lambda ends: np.isfinite(
+    apply((Guided(automaton, np.int32(ends)),), np.zeros((2, 4), np.float32), history)
+  ).tolist()
   assert kept([3]) == [[True, False, False, False], [False, True, False, True]]
   assert kept([3, 2]) == [[True, False, False, False], [False, True, True, True]]
   assert kept([]) == [[True, False, False, False], [False, True, False, True]]  # 3 as any other
@@ -349,8 +376,9 @@ def test_a_function_says_what_may_follow():
     asked.append((prompt, ids.tolist()))
     return [prompt, len(ids)]
 
-  history = make_history([[5, 6, 7, 8]] * 3, [1, 3, 2], 1, which_B=[4, 9, 0],
-                         reason_B=[h.RUNNING, h.RUNNING, h.LIMIT])
+  history = make_history(
+    [[5, 6, 7, 8]] * 3, [1, 3, 2], 1, which_B=[4, 9, 0], reason_B=[h.RUNNING, h.RUNNING, h.LIMIT]
+  )
   [processor] = make_processors(Options(), V=13, prefix_allowed_tokens_fn=allowed)
   assert isinstance(processor, PrefixConstrained)
   have_BV = np.asarray(apply((processor,), np.full((3, 13), 2, np.float32), history))
@@ -371,12 +399,15 @@ def test_a_function_says_what_may_follow():
   assert np.asarray(apply((beams,), scores_BV, both))[:2, 3].tolist() == [2, -INF]  # of all beams
 
 
-@pytest.mark.parametrize('allowed,error,says', [
+@pytest.mark.parametrize(
+  'allowed,error,says',
+  [
     (lambda prompt, ids: [], UserError, r'prefix_allowed_tokens_fn\(0, \[5\]\) allows no token'),
     (lambda prompt, ids: [13], UserError, 'prefix_allowed_tokens_fn has token id 13, but .* 13 ids'),
-    (lambda prompt, ids: ['a'], UserError, "prefix_allowed_tokens_fn = .* must be token ids"),
+    (lambda prompt, ids: ['a'], UserError, 'prefix_allowed_tokens_fn = .* must be token ids'),
     (lambda prompt, ids: ids[9], IndexError, 'out of bounds'),
-])
+  ],
+)
 def test_an_error_of_the_function_forbids_all_tokens_and_is_kept(allowed, error, says):
   processor = PrefixConstrained.of(allowed)
   history = make_history([[5, 6, 7, 8]], 1, 1)
@@ -388,35 +419,93 @@ def test_an_error_of_the_function_forbids_all_tokens_and_is_kept(allowed, error,
 
 
 EVERY = dict(
-    sequence_bias={(1, 2): 1.0, (3,): -1.0}, repetition_penalty=1.3, presence_penalty=0.1,
-    frequency_penalty=0.2, no_repeat_ngram_size=3, bad_words_ids=[[1, 3], [9]], min_length=4,
-    forced_bos_token_id=3, forced_eos_token_id=4, remove_invalid_values=True,
-    exponential_decay_length_penalty=(2, 1.1), suppress_tokens=[5], begin_suppress_tokens=[6],
-    temperature=0.8, top_k=9, top_p=0.9, min_p=0.01, typical_p=0.9, epsilon_cutoff=0.001,
-    eta_cutoff=0.002, renormalize_logits=True)
+  sequence_bias={(1, 2): 1.0, (3,): -1.0},
+  repetition_penalty=1.3,
+  presence_penalty=0.1,
+  frequency_penalty=0.2,
+  no_repeat_ngram_size=3,
+  bad_words_ids=[[1, 3], [9]],
+  min_length=4,
+  forced_bos_token_id=3,
+  forced_eos_token_id=4,
+  remove_invalid_values=True,
+  exponential_decay_length_penalty=(2, 1.1),
+  suppress_tokens=[5],
+  begin_suppress_tokens=[6],
+  temperature=0.8,
+  top_k=9,
+  top_p=0.9,
+  min_p=0.01,
+  typical_p=0.9,
+  epsilon_cutoff=0.001,
+  eta_cutoff=0.002,
+  renormalize_logits=True,
+)
 OTHER = dict(
-    sequence_bias=[[[2, 2], 3.0], [[4], 1], [[1], 0.5], [[0], -INF]], repetition_penalty=2,
-    presence_penalty=1, frequency_penalty=-1, no_repeat_ngram_size=1, bad_words_ids=[[4, 0]] * 3,
-    min_new_tokens=3, forced_bos_token_id=0, forced_eos_token_id=[1, 2, 3],
-    remove_invalid_values=True, exponential_decay_length_penalty=(0, 2), suppress_tokens=[1, 2, 8],
-    begin_suppress_tokens=[0], temperature=np.float64(2), top_k=np.int64(10 ** 9), top_p=0.5,
-    min_p=1, typical_p=0.1, epsilon_cutoff=0.1, eta_cutoff=0.2, renormalize_logits=True)
+  sequence_bias=[[[2, 2], 3.0], [[4], 1], [[1], 0.5], [[0], -INF]],
+  repetition_penalty=2,
+  presence_penalty=1,
+  frequency_penalty=-1,
+  no_repeat_ngram_size=1,
+  bad_words_ids=[[4, 0]] * 3,
+  min_new_tokens=3,
+  forced_bos_token_id=0,
+  forced_eos_token_id=[1, 2, 3],
+  remove_invalid_values=True,
+  exponential_decay_length_penalty=(0, 2),
+  suppress_tokens=[1, 2, 8],
+  begin_suppress_tokens=[0],
+  temperature=np.float64(2),
+  top_k=np.int64(10**9),
+  top_p=0.5,
+  min_p=1,
+  typical_p=0.1,
+  epsilon_cutoff=0.1,
+  eta_cutoff=0.2,
+  renormalize_logits=True,
+)
 
 
 def every(options, V=37):
   """All processors there are, and one of the user's own."""
   automaton = Automaton(jnp.zeros((1, V), jnp.int32), jnp.array([True]))
   return make_processors(
-      Options(**options), V=V, eos=[EOS], ends=[EOS, STOP], guide=automaton,
-      prefix_allowed_tokens_fn=lambda prompt, ids: range(V), extra=[MinLength(np.int32([1]), 5)])
+    Options(**options),
+    V=V,
+    eos=[EOS],
+    ends=[EOS, STOP],
+    guide=automaton,
+    prefix_allowed_tokens_fn=lambda prompt, ids: range(V),
+    extra=[MinLength(np.int32([1]), 5)],
+  )
 
 
 def test_all_in_the_order_of_hugging_face():
   assert [type(p).__name__ for p in every(EVERY)] == [
-      'SequenceBias', 'RepetitionPenalty', 'CountPenalty', 'NoRepeatNGram', 'SequenceBias',
-      'MinLength', 'PrefixConstrained', 'Guided', 'ForcedBOS', 'ForcedEOS', 'InfNanRemove',
-      'ExponentialDecay', 'SuppressTokens', 'SuppressAtBegin', 'Custom', 'Temperature', 'TopK',
-      'TopP', 'MinP', 'Typical', 'Epsilon', 'Eta', 'LogitNormalization']
+    'SequenceBias',
+    'RepetitionPenalty',
+    'CountPenalty',
+    'NoRepeatNGram',
+    'SequenceBias',
+    'MinLength',
+    'PrefixConstrained',
+    'Guided',
+    'ForcedBOS',
+    'ForcedEOS',
+    'InfNanRemove',
+    'ExponentialDecay',
+    'SuppressTokens',
+    'SuppressAtBegin',
+    'Custom',
+    'Temperature',
+    'TopK',
+    'TopP',
+    'MinP',
+    'Typical',
+    'Epsilon',
+    'Eta',
+    'LogitNormalization',
+  ]
 
 
 @jax.tree_util.register_dataclass
@@ -433,7 +522,6 @@ class Plus:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Minus(Plus):
-
   def __call__(self, scores_BV, history):
     return scores_BV - self.x
 
@@ -459,19 +547,29 @@ def test_other_numbers_compile_nothing_and_a_mesh_changes_nothing():
   assert (want[0] != want[1]).any()
   with mesh_of(8, 1, 1):
     rows = jax.tree.map(batching.place, (scores_BV, history))
-    split = jax.jit(jax.shard_map(
-        chain, in_specs=(P(), P(BATCH), P(BATCH)), out_specs=P(BATCH)))
+    split = jax.jit(jax.shard_map(chain, in_specs=(P(), P(BATCH), P(BATCH)), out_specs=P(BATCH)))
     for want_BV, options in zip(want, (EVERY, OTHER)):
       np.testing.assert_array_equal(split(every(options), *rows), want_BV)
 
 
 def test_processors_are_only_those_asked_for():
-  made = lambda **options: [type(p).__name__ for p in make_processors(
-      Options(**options), V=97, eos=[EOS], ends=[EOS])]
+  made = lambda **options: [
+    type(p).__name__ for p in make_processors(Options(**options), V=97, eos=[EOS], ends=[EOS])
+  ]
   assert made() == made(do_sample=False) == []
   assert made(temperature=0.5, top_k=3, top_p=0.9) == ['Temperature', 'TopK', 'TopP']
-  assert made(temperature=1, top_p=1, min_p=0, typical_p=1.0, sequence_bias={}, bad_words_ids=[[EOS]],
-              suppress_tokens=None) == []
+  assert (
+    made(
+      temperature=1,
+      top_p=1,
+      min_p=0,
+      typical_p=1.0,
+      sequence_bias={},
+      bad_words_ids=[[EOS]],
+      suppress_tokens=None,
+    )
+    == []
+  )
   assert made(do_sample=False, penalty_alpha=0.6, top_k=4) == []
   assert made(do_sample=False, no_repeat_ngram_size=2) == ['NoRepeatNGram']
 
@@ -484,7 +582,9 @@ def test_a_bias_has_three_forms():
       np.testing.assert_array_equal(have, want)
 
 
-@pytest.mark.parametrize('options,says', [
+@pytest.mark.parametrize(
+  'options,says',
+  [
     (dict(temperature=0), r'temperature = 0 must be positive \(greedy: do_sample=False\)'),
     (dict(temperature=-1.0), 'temperature = -1.0 must be positive'),
     (dict(temperature=math.nan), 'temperature = nan must be positive'),
@@ -493,13 +593,18 @@ def test_a_bias_has_three_forms():
     (dict(top_k=0), 'top_k = 0 must be a whole number of at least 1'),
     (dict(top_k=2.5), 'top_k = 2.5 must be a whole number'),
     (dict(top_k=True), 'top_k = True must be a whole number'),
-    (dict(top_p=1.5), r'top_p = 1.5 must lie in \(0, 1\]'), (dict(top_p=0.0), 'top_p = 0.0'),
-    (dict(min_p=-0.1), r'min_p = -0.1 must lie in \[0, 1\]'), (dict(min_p=1.1), 'min_p = 1.1'),
-    (dict(typical_p=0), r'typical_p = 0 must lie in \(0, 1\]'), (dict(typical_p=2), 'typical_p = 2'),
+    (dict(top_p=1.5), r'top_p = 1.5 must lie in \(0, 1\]'),
+    (dict(top_p=0.0), 'top_p = 0.0'),
+    (dict(min_p=-0.1), r'min_p = -0.1 must lie in \[0, 1\]'),
+    (dict(min_p=1.1), 'min_p = 1.1'),
+    (dict(typical_p=0), r'typical_p = 0 must lie in \(0, 1\]'),
+    (dict(typical_p=2), 'typical_p = 2'),
     (dict(epsilon_cutoff=0.0), 'epsilon_cutoff = 0.0 must lie between 0 and 1'),
     (dict(eta_cutoff=1.0), 'eta_cutoff = 1.0 must lie between 0 and 1'),
-    (dict(do_sample=False, top_k=4, temperature=0.5),
-     'temperature = 0.5, top_k = 4 would do nothing: do_sample=False'),
+    (
+      dict(do_sample=False, top_k=4, temperature=0.5),
+      'temperature = 0.5, top_k = 4 would do nothing: do_sample=False',
+    ),
     (dict(do_sample=False, penalty_alpha=0.6, top_k=4, top_p=0.5), '^top_p = 0.5 would do nothing'),
     (dict(do_sample=False, penalty_alpha=0.6, top_k=0), 'top_k = 0 must be'),
     (dict(repetition_penalty=0), 'repetition_penalty = 0 must be positive'),
@@ -529,7 +634,8 @@ def test_a_bias_has_three_forms():
     (dict(exponential_decay_length_penalty=3), 'exponential_decay_length_penalty = 3 must be'),
     (dict(exponential_decay_length_penalty=(-1, 1.1)), r'penalty\[0\] = -1 must be a whole number'),
     (dict(exponential_decay_length_penalty=(1, 0)), r'penalty\[1\] = 0 must be positive'),
-])
+  ],
+)
 def test_what_cannot_be_is_refused(options, says):
   with pytest.raises(UserError, match=says):
     make_processors(Options(**options), V=97, eos=[EOS], ends=[EOS])
@@ -542,9 +648,11 @@ def test_the_end_cannot_become_likelier_where_there_is_none():
 
 def test_the_ngram_may_be_as_long_as_the_row():
   history = make_history([[1, 2, 1, 9], [1, 1, 1, 1]], [3, 4], 1)
-  banned = lambda n: [np.flatnonzero(np.isneginf(row)).tolist() for row in apply(
-      (NoRepeatNGram(n),), np.zeros((2, 13), np.float32), history)]
+  banned = lambda n: [
+    np.flatnonzero(np.isneginf(row)).tolist()
+    for row in apply((NoRepeatNGram(n),), np.zeros((2, 13), np.float32), history)
+  ]
   assert banned(1) == [[1, 2], [1]]
   assert banned(2) == [[2], [1]]
   assert banned(4) == [[], [1]]
-  assert banned(5) == banned(10 ** 9) == [[], []]
+  assert banned(5) == banned(10**9) == [[], []]

@@ -24,8 +24,12 @@ pytestmark = pytest.mark.slow
 
 STANDIN = 'stand-in'
 PROMPTS = ['The dog', 'Hello, my dog is a little']
-LAMBADA = ['He took his hat and his hat was on his head', 'She said yes and then she said no',
-           'One two three four five', 'In the end there was the end']
+LAMBADA = [
+  'He took his hat and his hat was on his head',
+  'She said yes and then she said no',
+  'One two three four five',
+  'In the end there was the end',
+]
 WIKITEXT = ' = Title = \n\n' + ' '.join(f'The year {1900 + i} was like the last .' for i in range(60))
 SAME = 1e-5
 
@@ -39,8 +43,9 @@ def logprobs(theirs, ids) -> np.ndarray:
 
 def write(theirs, prompt: str, new: int, encode, decode, **options) -> str:
   ids = torch.tensor([encode(prompt)])
-  out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new,
-                        pad_token_id=50256, **options)
+  out = theirs.generate(
+    ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, pad_token_id=50256, **options
+  )
   return decode(out[0].tolist())
 
 
@@ -50,7 +55,7 @@ def lambada(theirs, encode) -> tuple[float, float]:
   for text in LAMBADA:
     context, _, word = text.rpartition(' ')
     context, target = encode(context), encode(' ' + word)
-    table = logprobs(theirs, context + target)[len(context) - 1:]
+    table = logprobs(theirs, context + target)[len(context) - 1 :]
     sums.append(table[range(len(target)), target].sum())
     right.append(table.argmax(-1).tolist() == target)
   return float(np.exp(-np.mean(sums))), float(np.mean(right))
@@ -86,22 +91,57 @@ def test_every_check_runs_and_holds_on_the_stand_in(hub, tmp_path):  # noqa: F81
   ppl, acc = lambada(theirs, encode)
   torch.manual_seed(0)
   greedy, beams = dict(do_sample=False), dict(do_sample=False, num_beams=2)
-  expected = [{
-      'model': STANDIN, 'parameters': sum(p.numel() for p in theirs.parameters()),
+  expected = [
+    {
+      'model': STANDIN,
+      'parameters': sum(p.numel() for p in theirs.parameters()),
       'logits': PROMPTS,
       'written': [
-          {'prompts': PROMPTS, 'options': {}, 'texts': [
-              write(theirs, prompt, 9, encode, decode, **greedy) for prompt in PROMPTS]},
-          {'prompts': PROMPTS[:1], 'options': {'num_beams': 2}, 'texts': [
-              write(theirs, PROMPTS[0], 7, encode, decode, **beams)]},
-          {'prompts': PROMPTS[:1], 'options': {'repetition_penalty': 1.3, 'bad_words': [' is']},
-           'texts': [write(theirs, PROMPTS[0], 7, encode, decode, repetition_penalty=1.3,
-                           bad_words_ids=[encode(' is')], **greedy)]}],
-      'drawn': {'top_k': 50, 'prompts': PROMPTS, 'texts': [
-          write(theirs, prompt, 3, encode, decode, do_sample=True, top_k=50) for prompt in PROMPTS]},
-      'table': {'data': str(data), 'tolerance': SAME, 'rows': [
-          ['lambada/lm-eval', 'ppl', ppl, 'a loop'], ['lambada/lm-eval', 'acc', acc, 'a loop'],
-          ['wikitext-2/hf-512', 'token_ppl', sliding(theirs, tokens, 64, 64), 'a loop']]}}]
+        {
+          'prompts': PROMPTS,
+          'options': {},
+          'texts': [write(theirs, prompt, 9, encode, decode, **greedy) for prompt in PROMPTS],
+        },
+        {
+          'prompts': PROMPTS[:1],
+          'options': {'num_beams': 2},
+          'texts': [write(theirs, PROMPTS[0], 7, encode, decode, **beams)],
+        },
+        {
+          'prompts': PROMPTS[:1],
+          'options': {'repetition_penalty': 1.3, 'bad_words': [' is']},
+          'texts': [
+            write(
+              theirs,
+              PROMPTS[0],
+              7,
+              encode,
+              decode,
+              repetition_penalty=1.3,
+              bad_words_ids=[encode(' is')],
+              **greedy,
+            )
+          ],
+        },
+      ],
+      'drawn': {
+        'top_k': 50,
+        'prompts': PROMPTS,
+        'texts': [
+          write(theirs, prompt, 3, encode, decode, do_sample=True, top_k=50) for prompt in PROMPTS
+        ],
+      },
+      'table': {
+        'data': str(data),
+        'tolerance': SAME,
+        'rows': [
+          ['lambada/lm-eval', 'ppl', ppl, 'a loop'],
+          ['lambada/lm-eval', 'acc', acc, 'a loop'],
+          ['wikitext-2/hf-512', 'token_ppl', sliding(theirs, tokens, 64, 64), 'a loop'],
+        ],
+      },
+    }
+  ]
 
   # none of the checks holds of whatever it is given: the same model, expected to be another
   shutil.copytree(folder / STANDIN, folder / 'other')
@@ -119,11 +159,31 @@ def test_every_check_runs_and_holds_on_the_stand_in(hub, tmp_path):  # noqa: F81
   file = tmp_path / 'expected.json'
   file.write_text(json.dumps([*expected, wrong]))
   done = subprocess.run(
-      [sys.executable, '-m', 'pytest', '-n', '0', '-q', '-p', 'no:cacheprovider', '-rA', '--released',
-       '--expected', str(file), 'tests/released'], cwd=ROOT, env=environment(**env),
-      capture_output=True, text=True, timeout=900)
-  said = {name: verdict for verdict, name in re.findall(
-      r'^(PASSED|FAILED) \S+::test_(\S+\])', done.stdout, re.M)}
+    [
+      sys.executable,
+      '-m',
+      'pytest',
+      '-n',
+      '0',
+      '-q',
+      '-p',
+      'no:cacheprovider',
+      '-rA',
+      '--released',
+      '--expected',
+      str(file),
+      'tests/released',
+    ],
+    cwd=ROOT,
+    env=environment(**env),
+    capture_output=True,
+    text=True,
+    timeout=900,
+  )
+  said = {
+    name: verdict
+    for verdict, name in re.findall(r'^(PASSED|FAILED) \S+::test_(\S+\])', done.stdout, re.M)
+  }
   assert len(said) == 14, done.stdout + done.stderr
   for name, verdict in said.items():
     holds = STANDIN in name or name.startswith('logits')

@@ -35,8 +35,12 @@ def test_the_flags_of_determinism_are_set_once_and_contradictions_refused(monkey
 
 
 values = st.floats(allow_nan=True, width=32) | st.just(1.0)
-records = st.lists(st.fixed_dictionaries(
-    {'train/loss': values, 'perf/step_seconds': values}, optional={'eval/loss': values}), max_size=5)
+records = st.lists(
+  st.fixed_dictionaries(
+    {'train/loss': values, 'perf/step_seconds': values}, optional={'eval/loss': values}
+  ),
+  max_size=5,
+)
 
 
 @settings(max_examples=50, deadline=None)
@@ -45,11 +49,19 @@ def test_differences_are_all_that_json_would_show(left, right):
   """Against the plain way: the two records as text, measured keys aside."""
   number = lambda lines: [{'step': i + 1} | line for i, line in enumerate(lines)]
   left, right = number(left), number(right)
-  text = lambda lines, step: {key: json.dumps(value) for line in lines if line['step'] == step
-                              for key, value in line.items() if not key.startswith('perf/')}
-  want = {(step, key) for step in range(1, 6)
-          for key in (text(left, step).keys() | text(right, step).keys()) - {'step'}
-          if text(left, step).get(key) != text(right, step).get(key)}
+  text = lambda lines, step: {
+    key: json.dumps(value)
+    for line in lines
+    if line['step'] == step
+    for key, value in line.items()
+    if not key.startswith('perf/')
+  }
+  want = {
+    (step, key)
+    for step in range(1, 6)
+    for key in (text(left, step).keys() | text(right, step).keys()) - {'step'}
+    if text(left, step).get(key) != text(right, step).get(key)
+  }
   found = list(differences(left, right))
   assert {(d.step, d.key) for d in found} == want
   assert [d.step for d in found] == sorted(d.step for d in found)
@@ -74,7 +86,7 @@ def test_measured_keys_stand_apart_and_come_back(tmp_path):
   lines = [LINE | {'step': step, 'time/step': 1.5 * step} for step in (1, 2, 3)]
   for apart in (False, True, True, False):
     writer = metrics.MetricsWriter(tmp_path, 3, False, apart)
-    for line in lines[len(metrics.read(tmp_path)):]:
+    for line in lines[len(metrics.read(tmp_path)) :]:
       writer.write(line)
     writer.close()
     assert metrics.read(tmp_path) == lines
@@ -94,7 +106,7 @@ def test_a_run_repeats_itself_and_reproduce_says_so(text_folder, tmp_path):
   assert result.returncode == 0, result.stderr
   a = (tmp_path / 'a' / metrics.FILE).read_bytes()
   assert b'perf/' not in a and a.count(b'\n') == 10
-  start, = record.starts(tmp_path / 'a')
+  (start,) = record.starts(tmp_path / 'a')
   assert start['finished'] and start['determinism']['--xla_gpu_deterministic_ops'] == 'true'
   assert '--xla_gpu_autotune_level=0' in start['env']['XLA_FLAGS']
   assert metrics.read(tmp_path / 'a')[-1]['perf/step_seconds'] > 0

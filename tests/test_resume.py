@@ -60,8 +60,11 @@ def older_and_half_deleted(step):
   shutil.rmtree(step / 'params' / 'd')
 
 
-@pytest.mark.parametrize('harm,says', [
-    (cut, 'params/.* bytes, not '), (flip, 'params/.* has other content'),
+@pytest.mark.parametrize(
+  'harm,says',
+  [
+    (cut, 'params/.* bytes, not '),
+    (flip, 'params/.* has other content'),
     (lambda step: (step / 'meta' / 'metadata').unlink(), 'meta/metadata is missing'),
     (lambda step: shutil.rmtree(step / 'params'), 'params/.* is missing'),
     (lambda step: (step / manifest.FILE).write_text('{"files": {'), 'manifest.json is damaged'),
@@ -70,8 +73,9 @@ def older_and_half_deleted(step):
     (lambda step: (step / manifest.FILE).write_text('{"files": {}}'), 'it names no file'),
     (lambda step: (step / manifest.FILE).unlink(), 'has no manifest.json, though'),
     (half_deleted, 'has no manifest.json, though'),
-    (older_and_half_deleted, 'has no manifest.json and can\'t be read'),
-])
+    (older_and_half_deleted, "has no manifest.json and can't be read"),
+  ],
+)
 def test_a_damaged_checkpoint_is_named_and_passed_over(three, capfd, harm, says):
   workdir, folder = three
   harm(folder / '3')
@@ -112,18 +116,27 @@ def test_all_damaged_is_an_error_and_stays_one(three):
   assert sorted(p.name for p in three[1].iterdir()) == ['1', '2', '3']
 
 
-@pytest.mark.parametrize('policy,kept', [
-    (dict(keep=2), [9, 10]), (dict(keep=1, keep_every=4), [4, 8, 10]),
-    (dict(keep=1, keep_best=2), [3, 7, 10]), (dict(keep=2, keep_every=5, keep_best=1), [3, 5, 9, 10]),
-])
+@pytest.mark.parametrize(
+  'policy,kept',
+  [
+    (dict(keep=2), [9, 10]),
+    (dict(keep=1, keep_every=4), [4, 8, 10]),
+    (dict(keep=1, keep_best=2), [3, 7, 10]),
+    (dict(keep=2, keep_every=5, keep_best=1), [3, 5, 9, 10]),
+  ],
+)
 def test_what_is_kept(tmp_path, policy, kept):
   """Losses are known of the odd steps alone, as where every second checkpoint is evaluated."""
   losses = {1: 5.0, 3: 1.0, 5: 4.0, 7: 2.0, 9: 3.0}
   with mesh_of(1, 1, 1):
     checkpoints = Checkpoints(tmp_path, **policy)
     for step in range(1, 11):
-      checkpoints.save(step, {'params': {'w': jax.numpy.ones(2)}}, {},
-                       {s: loss for s, loss in losses.items() if s <= step})
+      checkpoints.save(
+        step,
+        {'params': {'w': jax.numpy.ones(2)}},
+        {},
+        {s: loss for s, loss in losses.items() if s <= step},
+      )
     checkpoints.close()
   assert sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir()) == kept
 
@@ -147,8 +160,19 @@ def test_a_preparation_killed_at_its_first_file_goes_on(tmp_path, text_folder):
   """What it leaves is a folder with one unfinished file."""
   (tmp_path / 'store').mkdir()
   (tmp_path / 'store' / 'job.json.tmp').write_text('{"sett')
-  command = ['-m', 'gpt2_jax', 'prepare', '--corpus', f'text:{text_folder}', '--tokenizer', 'byte',
-             '--val-fraction', '0.1', '--output', str(tmp_path / 'store')]
+  command = [
+    '-m',
+    'gpt2_jax',
+    'prepare',
+    '--corpus',
+    f'text:{text_folder}',
+    '--tokenizer',
+    'byte',
+    '--val-fraction',
+    '0.1',
+    '--output',
+    str(tmp_path / 'store'),
+  ]
   result = run(*command)
   assert result.returncode == 0, result.stderr
   assert (tmp_path / 'store' / 'manifest.json').exists()
@@ -188,7 +212,12 @@ def test_the_loader_holds_no_more_after_10000_steps(tmp_path):
 def test_kills_at_random_moments_lose_nothing(tmp_path):
   """benchmarks/kills.py with fewer kills."""
   result = subprocess.run(
-      [sys.executable, '-m', 'benchmarks.kills', '--kills=8', f'--folder={tmp_path / "kills"}'],
-      cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900)
+    [sys.executable, '-m', 'benchmarks.kills', '--kills=8', f'--folder={tmp_path / "kills"}'],
+    cwd=ROOT,
+    env=environment(),
+    capture_output=True,
+    text=True,
+    timeout=900,
+  )
   assert result.returncode == 0, result.stdout + result.stderr
   assert '8 kills' in result.stdout and 'nothing was lost' in result.stdout

@@ -26,24 +26,49 @@ from gpt2_jax.model import bind, init_params
 
 # each option in words, as after its flag or /set, and the value
 SPELLED = {
-    'max_new_tokens': ('9', 9), 'min_new_tokens': ('2', 2), 'min_length': ('3', 3),
-    'eos_token_id': ('3 4', [3, 4]), 'stop_token_ids': ('7', [7]),
-    'stop_strings': ('a b', ('a', 'b')), 'max_time': ('1.5', 1.5), 'context': ('slide', 'slide'),
-    'do_sample': ('False', False), 'num_return_sequences': ('2', 2), 'seed': ('5', 5),
-    'temperature': ('0.7', 0.7), 'top_k': ('4', 4), 'top_p': ('0.9', 0.9), 'min_p': ('0.1', 0.1),
-    'typical_p': ('0.8', 0.8), 'epsilon_cutoff': ('1e-4', 1e-4), 'eta_cutoff': ('1e-3', 1e-3),
-    'repetition_penalty': ('1.2', 1.2), 'presence_penalty': ('-0.5', -0.5),
-    'frequency_penalty': ('0.25', 0.25), 'no_repeat_ngram_size': ('3', 3),
-    'bad_words_ids': ('[[1,2],[3]]', [[1, 2], [3]]),
-    'sequence_bias': ('[[[1,2],-0.5]]', [[[1, 2], -0.5]]), 'suppress_tokens': ('1 2', [1, 2]),
-    'begin_suppress_tokens': ('8', [8]), 'forced_bos_token_id': ('6', 6),
-    'forced_eos_token_id': ('6', 6), 'exponential_decay_length_penalty': ('5 1.1', (5, 1.1)),
-    'regex': (r'\d+', r'\d+'), 'remove_invalid_values': ('True', True),
-    'renormalize_logits': ('True', True), 'num_beams': ('4', 4), 'length_penalty': ('0.5', 0.5),
-    'early_stopping': ('never', 'never'), 'num_beam_groups': ('2', 2),
-    'diversity_penalty': ('0.3', 0.3), 'penalty_alpha': ('0.6', 0.6),
-    'prompt_lookup_num_tokens': ('3', 3), 'max_matching_ngram_size': ('4', 4),
-    'num_assistant_tokens': ('6', 6), 'top_logprobs': ('2', 2), 'allow_special': ('True', True),
+  'max_new_tokens': ('9', 9),
+  'min_new_tokens': ('2', 2),
+  'min_length': ('3', 3),
+  'eos_token_id': ('3 4', [3, 4]),
+  'stop_token_ids': ('7', [7]),
+  'stop_strings': ('a b', ('a', 'b')),
+  'max_time': ('1.5', 1.5),
+  'context': ('slide', 'slide'),
+  'do_sample': ('False', False),
+  'num_return_sequences': ('2', 2),
+  'seed': ('5', 5),
+  'temperature': ('0.7', 0.7),
+  'top_k': ('4', 4),
+  'top_p': ('0.9', 0.9),
+  'min_p': ('0.1', 0.1),
+  'typical_p': ('0.8', 0.8),
+  'epsilon_cutoff': ('1e-4', 1e-4),
+  'eta_cutoff': ('1e-3', 1e-3),
+  'repetition_penalty': ('1.2', 1.2),
+  'presence_penalty': ('-0.5', -0.5),
+  'frequency_penalty': ('0.25', 0.25),
+  'no_repeat_ngram_size': ('3', 3),
+  'bad_words_ids': ('[[1,2],[3]]', [[1, 2], [3]]),
+  'sequence_bias': ('[[[1,2],-0.5]]', [[[1, 2], -0.5]]),
+  'suppress_tokens': ('1 2', [1, 2]),
+  'begin_suppress_tokens': ('8', [8]),
+  'forced_bos_token_id': ('6', 6),
+  'forced_eos_token_id': ('6', 6),
+  'exponential_decay_length_penalty': ('5 1.1', (5, 1.1)),
+  'regex': (r'\d+', r'\d+'),
+  'remove_invalid_values': ('True', True),
+  'renormalize_logits': ('True', True),
+  'num_beams': ('4', 4),
+  'length_penalty': ('0.5', 0.5),
+  'early_stopping': ('never', 'never'),
+  'num_beam_groups': ('2', 2),
+  'diversity_penalty': ('0.3', 0.3),
+  'penalty_alpha': ('0.6', 0.6),
+  'prompt_lookup_num_tokens': ('3', 3),
+  'max_matching_ngram_size': ('4', 4),
+  'num_assistant_tokens': ('6', 6),
+  'top_logprobs': ('2', 2),
+  'allow_special': ('True', True),
 }
 PROMPTS = ['the model', ' a b', 'é ü']
 
@@ -51,8 +76,9 @@ PROMPTS = ['the model', ' a b', 'é ü']
 @pytest.fixture(scope='module')
 def model(tmp_path_factory):
   """(a tiny random model of bytes, its folder)"""
-  config = GPTConfig(vocab_size=257, n_positions=64, n_embd=32, n_layer=2, n_head=2,
-                     initializer_range=0.2)
+  config = GPTConfig(
+    vocab_size=257, n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2
+  )
   made = bind(config, init_params(config, 0))
   made.tokenizer = tokenizer.load('byte')
   folder = tmp_path_factory.mktemp('model') / 'tiny'
@@ -63,10 +89,12 @@ def model(tmp_path_factory):
 @pytest.fixture
 def sample(model, monkeypatch, capsys):
   """Runs the command in this process, with so much on standard input; what it prints."""
+
   def run(*arguments: str, stdin: bytes = b'') -> str:
     monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(stdin), encoding='utf-8'))
     cli.main(['sample', '--checkpoint', model[1], *arguments])
     return capsys.readouterr().out
+
   return run
 
 
@@ -84,8 +112,12 @@ def test_every_option_is_a_flag_with_its_docstring(capsys):
     options = inputs.changed(options, name, inputs.words(words))
     assert inputs.given(inputs.changed(options, name, [])) | {name: value} == inputs.given(options)
   assert options == want
-  made = tyro.cli(cli.Sample, args=['--checkpoint', 'x', *flags], registry=inputs.registry,
-                  config=(tyro.conf.OmitArgPrefixes,))
+  made = tyro.cli(
+    cli.Sample,
+    args=['--checkpoint', 'x', *flags],
+    registry=inputs.registry,
+    config=(tyro.conf.OmitArgPrefixes,),
+  )
   assert made.options == want
 
   with pytest.raises(SystemExit) as end:
@@ -99,11 +131,19 @@ def test_every_option_is_a_flag_with_its_docstring(capsys):
     assert '--' + name.replace('_', '-') in printed and text in printed, name
 
 
-@pytest.mark.parametrize('name,words,says', [
-    ('temprature', '1', 'do you mean temperature?'), ('temperature', 'hot', 'takes float, not hot'),
-    ('top_k', '3 4', 'takes int | None, not 3 4'), ('context', 'slid', "Literal['stop', 'slide']"),
-    ('do_sample', 'maybe', 'takes bool'), ('bad_words_ids', '[[1', '[[ID,…],…]'),
-    ('stop_strings', '"a" "b', 'a word is not closed'), ('stop_strings', r'"\x"', 'no JSON string')])
+@pytest.mark.parametrize(
+  'name,words,says',
+  [
+    ('temprature', '1', 'do you mean temperature?'),
+    ('temperature', 'hot', 'takes float, not hot'),
+    ('top_k', '3 4', 'takes int | None, not 3 4'),
+    ('context', 'slid', "Literal['stop', 'slide']"),
+    ('do_sample', 'maybe', 'takes bool'),
+    ('bad_words_ids', '[[1', '[[ID,…],…]'),
+    ('stop_strings', '"a" "b', 'a word is not closed'),
+    ('stop_strings', r'"\x"', 'no JSON string'),
+  ],
+)
 def test_a_wrong_setting_is_one_line(name, words, says, capsys):
   with pytest.raises(UserError) as error:
     inputs.changed(Options(), name, inputs.words(words))
@@ -122,12 +162,26 @@ def test_words_are_what_was_quoted(texts):
 
 def test_a_json_line_repeats_itself(model, sample, tmp_path):
   """From every place, in batches of any size: the same lines. One alone is enough for its text."""
-  flags = ['--max-new-tokens', '6', '--num-return-sequences', '2', '--seed', '3', '--top-k', '50',
-           '--min-new-tokens', '6', '--top-logprobs', '2', '--json']
+  flags = [
+    '--max-new-tokens',
+    '6',
+    '--num-return-sequences',
+    '2',
+    '--seed',
+    '3',
+    '--top-k',
+    '50',
+    '--min-new-tokens',
+    '6',
+    '--top-logprobs',
+    '2',
+    '--json',
+  ]
   printed = sample('--prompt', *PROMPTS, *flags)
   lines = [json.loads(line) for line in printed.split('\n')[:-1]]
   assert [(line['prompt'], line['prompt_index']) for line in lines] == [
-      (prompt, i) for i, prompt in enumerate(PROMPTS) for _ in range(2)]
+    (prompt, i) for i, prompt in enumerate(PROMPTS) for _ in range(2)
+  ]
   assert 'é ü' in printed and '\\u00e9' not in printed
   for one, other in zip(lines[::2], lines[1::2]):
     assert one['prompt_tokens'] == tokenizer.load('byte').encode(one['prompt'])
@@ -141,8 +195,11 @@ def test_a_json_line_repeats_itself(model, sample, tmp_path):
   text.write_bytes(b'\xef\xbb\xbf' + '\r\n \n'.join(PROMPTS).encode())
   jsonl.write_text('\n'.join(printed.split('\n')[::2]), encoding='utf-8')
   batch = ['--batch-size', '1']
-  for arguments in (['--prompt-file', str(text), *batch], ['--prompt-file', str(jsonl)],
-                    ['--prompt', PROMPTS[0], '--prompt-file', '-']):
+  for arguments in (
+    ['--prompt-file', str(text), *batch],
+    ['--prompt-file', str(jsonl)],
+    ['--prompt', PROMPTS[0], '--prompt-file', '-'],
+  ):
     again = sample(*arguments, *flags, stdin='\n'.join(PROMPTS[1:]).encode())
     for line, want in zip(again.split('\n')[:-1], lines, strict=True):
       have = json.loads(line)
@@ -174,8 +231,16 @@ def test_lines_may_end_as_windows_ends_them(sample, tmp_path):
   for path in (str(tmp_path / 'prompts.txt'), '-'):
     printed = sample(*flags, '--prompt-file', path, stdin=content).splitlines()
     assert [json.loads(line)['prompt'] for line in printed] == wanted
-  session = [sample('--interactive', '--greedy', '--max-new-tokens', '4',
-                    stdin=end.join(['ab\\', 'c', '/again', '']).encode()) for end in ('\n', '\r\n')]
+  session = [
+    sample(
+      '--interactive',
+      '--greedy',
+      '--max-new-tokens',
+      '4',
+      stdin=end.join(['ab\\', 'c', '/again', '']).encode(),
+    )
+    for end in ('\n', '\r\n')
+  ]
   assert session[0] == session[1] and session[0].startswith('ab\nc')
 
 
@@ -188,12 +253,17 @@ def test_a_special_token_in_a_prompt(sample, capsys):
     printed = sample(*flags, '--json', '--prompt', text, 'a', text)
   assert json.loads(printed.splitlines()[0])['prompt_tokens'] == tokenizer.load('byte').encode(text)
   assert [line for line in said.getvalue().splitlines() if 'note:' in line] == [
-      "note: '<|endoftext|>' in a prompt is read as text. To have the special token, say so: "
-      '--special, allow_special=True, or give ids.']
+    "note: '<|endoftext|>' in a prompt is read as text. To have the special token, say so: "
+    '--special, allow_special=True, or give ids.'
+  ]
   batching.say_once.cache_clear()
   with contextlib.redirect_stderr(io.StringIO()) as said:
-    for more in (['--prompt', text, '--special'], ['--prompt', text, '--allow-special'],
-                 ['--prompt-ids', '64', '256', '65'], ['--prompt-ids', '[64, 256,65]']):
+    for more in (
+      ['--prompt', text, '--special'],
+      ['--prompt', text, '--allow-special'],
+      ['--prompt-ids', '64', '256', '65'],
+      ['--prompt-ids', '[64, 256,65]'],
+    ):
       line = json.loads(sample(*flags, '--json', *more))
       assert line['prompt_tokens'] == end and line['prompt'] in (text, end)
     whole = sample(*flags, '--prompt', text, '--special')
@@ -217,13 +287,16 @@ def test_ids_in_a_file_of_prompts(sample, tmp_path):
 @pytest.mark.slow
 def test_eight_bits_and_an_assistant(model, sample):
   flags = ['--prompt', 'a', '--greedy', '--max-new-tokens', '8', '--min-new-tokens', '8', '--json']
-  plain, guessed, small = (json.loads(sample(*flags, *more)) for more in (
-      (), ('--assistant', model[1]), ('--int8',)))
+  plain, guessed, small = (
+    json.loads(sample(*flags, *more)) for more in ((), ('--assistant', model[1]), ('--int8',))
+  )
   assert guessed['tokens'] == plain['tokens'] and guessed['assistant'] == model[1]
   assert small['int8'] and 0 < abs(small['logprobs'][0] - plain['logprobs'][0]) < 0.1
 
 
-@pytest.mark.parametrize('arguments,stdin,says', [
+@pytest.mark.parametrize(
+  'arguments,stdin,says',
+  [
     (['--stream', '--json'], b'', 'exclude each other'),
     (['--interactive', '--prompt', 'a'], b'', '--interactive asks for prompts'),
     (['--batch-size', '0'], b'', '--batch-size 0'),
@@ -245,7 +318,8 @@ def test_eight_bits_and_an_assistant(model, sample):
     (['--prompt', 'x' * 64], b'', 'prompt 0 has 64 tokens'),
     (['--stream', '--num-return-sequences', '2'], b'', 'num_return_sequences = 1'),
     (['--interactive', '--num-return-sequences', '2'], b'', 'num_return_sequences = 1'),
-])
+  ],
+)
 def test_what_can_not_be_done_is_said(sample, tmp_path, monkeypatch, arguments, stdin, says):
   monkeypatch.chdir(tmp_path)
   for argument in arguments:
@@ -260,48 +334,108 @@ def test_what_can_not_be_done_is_said(sample, tmp_path, monkeypatch, arguments, 
 def test_a_session_writes_what_generate_does(model, sample):
   options = dict(top_k=5, temperature=0.9, suppress_tokens=[256])
   generate = lambda prompt, n, seed: gpt2_jax.generate(
-      model[0], prompt, max_new_tokens=n, seed=seed, **options)[0]
-  script = ['/set max_new_tokens 7', '/set top-k 5', '/seed 2', 'the\\', '/model ', '/more', '/again',
-            '//x', '/free', '/seed', '/set stop_strings "a\\n" \'b\\n\'', '/settings', '/quit', 'no']
-  printed = sample('--interactive', '--temperature', '0.9', '--suppress-tokens', '256',
-                   stdin='\n'.join(script).encode())
+    model[0], prompt, max_new_tokens=n, seed=seed, **options
+  )[0]
+  script = [
+    '/set max_new_tokens 7',
+    '/set top-k 5',
+    '/seed 2',
+    'the\\',
+    '/model ',
+    '/more',
+    '/again',
+    '//x',
+    '/free',
+    '/seed',
+    '/set stop_strings "a\\n" \'b\\n\'',
+    '/settings',
+    '/quit',
+    'no',
+  ]
+  printed = sample(
+    '--interactive',
+    '--temperature',
+    '0.9',
+    '--suppress-tokens',
+    '256',
+    stdin='\n'.join(script).encode(),
+  )
   prompt = 'the\n/model '
   tokens, decode = generate(prompt, 14, 2).tokens, model[0].tokenizer.decode
   want = [prompt + decode(tokens[:7]), decode(tokens[7:])]  # /more goes on as one long text would
   want += [text + generate(text, 7, 3).text for text in (prompt, '/x', '')]
   assert printed.startswith('\n'.join(want) + '\n')
-  shown = printed[len('\n'.join(want)) + 1:].splitlines()
+  shown = printed[len('\n'.join(want)) + 1 :].splitlines()
   assert len(shown) == len(SPELLED) and shown[:6] == [
-      '* max_new_tokens = 7', "* stop_strings = ('a\\n', 'b\\\\n')", '* temperature = 0.9',
-      '* top_k = 5', '* suppress_tokens = [256]', '  min_new_tokens = 0']
+    '* max_new_tokens = 7',
+    "* stop_strings = ('a\\n', 'b\\\\n')",
+    '* temperature = 0.9',
+    '* top_k = 5',
+    '* suppress_tokens = [256]',
+    '  min_new_tokens = 0',
+  ]
 
 
 def test_what_a_session_refuses_does_not_end_it(sample):
-  refused = {b'/set temperature -1': 'temperature = -1', b'/set heat 1': "no option 'heat'",
-             b'/set temperature hot': 'temperature takes float, not hot', b'/set': "no option ''",
-             b'/go': 'no /go', b'/again': 'no prompt yet', b'/set num_beams 2': 'num_beams =',
-             b'\xff': 'byte 0xff at offset 0', b'x' * 70: 'has 70 tokens'}
+  refused = {
+    b'/set temperature -1': 'temperature = -1',
+    b'/set heat 1': "no option 'heat'",
+    b'/set temperature hot': 'temperature takes float, not hot',
+    b'/set': "no option ''",
+    b'/go': 'no /go',
+    b'/again': 'no prompt yet',
+    b'/set num_beams 2': 'num_beams =',
+    b'\xff': 'byte 0xff at offset 0',
+    b'x' * 70: 'has 70 tokens',
+  }
   with contextlib.redirect_stderr(io.StringIO()) as errors:
     printed = sample('--interactive', stdin=b'\n'.join([*refused, b'', b'/help']))
   said = [line for line in errors.getvalue().splitlines() if line.startswith('error: ')]
   for line, says in zip(said, refused.values(), strict=True):
     assert says in line
   assert [line.split()[0] for line in printed.splitlines()[:8]] == [
-      '/again', '/free', '/help', '/more', '/quit', '/seed', '/set', '/settings']
+    '/again',
+    '/free',
+    '/help',
+    '/more',
+    '/quit',
+    '/seed',
+    '/set',
+    '/settings',
+  ]
 
 
 @pytest.mark.slow
 def test_ctrl_c_stops_the_text_and_not_the_session(model, tmp_path):
   """Typed into a pseudo-terminal, which sends the signal to a process of its own."""
   outer, inner = pty.openpty()
-  code = ('import os, signal, sys; os.login_tty(os.dup(0)); '
-          'signal.signal(signal.SIGINT, signal.default_int_handler); '  # a background job ignores it
-          'from gpt2_jax import cli; cli.main(sys.argv[1:])')
+  code = (
+    'import os, signal, sys; os.login_tty(os.dup(0)); '
+    'signal.signal(signal.SIGINT, signal.default_int_handler); '  # a background job ignores it
+    'from gpt2_jax import cli; cli.main(sys.argv[1:])'
+  )
   process = subprocess.Popen(
-      [sys.executable, '-c', code, 'sample', '--interactive', '--checkpoint', model[1], '--context',
-       'slide', '--max-new-tokens', '1000000', '--suppress-tokens', '256', '10'],
-      stdin=inner, stdout=inner, stderr=inner,
-      env=environment(TERM='dumb', XDG_STATE_HOME=str(tmp_path / 'state')))
+    [
+      sys.executable,
+      '-c',
+      code,
+      'sample',
+      '--interactive',
+      '--checkpoint',
+      model[1],
+      '--context',
+      'slide',
+      '--max-new-tokens',
+      '1000000',
+      '--suppress-tokens',
+      '256',
+      '10',
+    ],
+    stdin=inner,
+    stdout=inner,
+    stderr=inner,
+    env=environment(TERM='dumb', XDG_STATE_HOME=str(tmp_path / 'state')),
+  )
   os.close(inner)
   shown = ''
 
@@ -317,7 +451,7 @@ def test_ctrl_c_stops_the_text_and_not_the_session(model, tmp_path):
         shown += os.read(outer, 4096).decode('utf-8', 'replace')
       else:
         os.write(outer, again.encode())
-    shown = shown[match.end():]
+    shown = shown[match.end() :]
     os.write(outer, text.encode())
 
   try:
@@ -342,8 +476,13 @@ def test_as_a_filter_in_a_pipe(model):
   """Real processes: bytes as the system gives them, an output that can't show them, or is closed."""
   command = [sys.executable, '-m', 'gpt2_jax', 'sample', '--checkpoint', model[1]]
   start = lambda *more, **env: subprocess.Popen(
-      [*command, *more], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-      cwd=ROOT, env=environment(**env))
+    [*command, *more],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    cwd=ROOT,
+    env=environment(**env),
+  )
   ascii = start('--max-new-tokens', '20', '--json', PYTHONIOENCODING='ascii')
   closed = start('--max-new-tokens', '20', '--stream')
   wrong = start('--prompt', os.fsdecode(b'ab\xff'))

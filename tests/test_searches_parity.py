@@ -20,17 +20,33 @@ PROMPTS = [[1, 2, 3], [5, 6, 7, 8, 9, 10, 11], [3] * 20, [95]]
 COMMON = dict(do_sample=False, max_new_tokens=8, suppress_tokens=[PAD])
 
 numbers = functools.partial(st.floats, allow_nan=False, width=32)
-searching = st.fixed_dictionaries(dict(
-    length_penalty=numbers(-1, 2), early_stopping=st.sampled_from([False, True, 'never'])))
-processing = st.fixed_dictionaries(dict(
-    repetition_penalty=numbers(1.0625, 2), no_repeat_ngram_size=st.integers(2, 4),
-    min_new_tokens=st.integers(1, 5)))
+searching = st.fixed_dictionaries(
+  dict(length_penalty=numbers(-1, 2), early_stopping=st.sampled_from([False, True, 'never']))
+)
+processing = st.fixed_dictionaries(
+  dict(
+    repetition_penalty=numbers(1.0625, 2),
+    no_repeat_ngram_size=st.integers(2, 4),
+    min_new_tokens=st.integers(1, 5),
+  )
+)
 # few combinations, as each is compiled; 1 beam is greedy decoding
-options = st.one_of(processing, *(
-    st.builds(lambda R, *parts, K: {'num_beams': K, 'num_return_sequences': R}
-              | {name: value for part in parts for name, value in part.items()},
-              st.integers(1, K), searching, *more, K=st.just(K))
-    for K, more in ((2, ()), (3, (processing,)), (5, ()))))
+options = st.one_of(
+  processing,
+  *(
+    st.builds(
+      lambda R, *parts, K: (
+        {'num_beams': K, 'num_return_sequences': R}
+        | {name: value for part in parts for name, value in part.items()}
+      ),
+      st.integers(1, K),
+      searching,
+      *more,
+      K=st.just(K),
+    )
+    for K, more in ((2, ()), (3, (processing,)), (5, ()))
+  ),
+)
 
 
 @functools.cache
@@ -51,10 +67,20 @@ def their_results(model, eos, options, **inputs):
   longest = max(map(len, PROMPTS))
   rows = torch.tensor([[PAD] * (longest - len(prompt)) + prompt for prompt in PROMPTS])
   real = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
-  out = model.generate(rows, attention_mask=real, pad_token_id=PAD, eos_token_id=eos,
-                       return_dict_in_generate=True, output_scores=True, **options, **inputs)
-  tokens = [row[:next((i for i, token in enumerate(row) if token in (*eos, PAD)), None)]
-            for row in out.sequences[:, longest:].tolist()]
+  out = model.generate(
+    rows,
+    attention_mask=real,
+    pad_token_id=PAD,
+    eos_token_id=eos,
+    return_dict_in_generate=True,
+    output_scores=True,
+    **options,
+    **inputs,
+  )
+  tokens = [
+    row[: next((i for i, token in enumerate(row) if token in (*eos, PAD)), None)]
+    for row in out.sequences[:, longest:].tolist()
+  ]
   scores = getattr(out, 'sequences_scores', None)
   return tokens, None if scores is None else scores.numpy()
 
@@ -77,8 +103,9 @@ def test_beams_under_a_function(seed):
   theirs, params, likely = pair(seed)
   allowed = lambda which, ids: [i for i in range(97) if (i + int(ids[-1]) + which) % 7 == 0]
   options = COMMON | dict(num_beams=3, num_return_sequences=3, length_penalty=0.5)
-  results = generate_tokens(CONFIG, params, PROMPTS, eos_token_id=likely[:2],
-                            prefix_allowed_tokens_fn=allowed, **options)
+  results = generate_tokens(
+    CONFIG, params, PROMPTS, eos_token_id=likely[:2], prefix_allowed_tokens_fn=allowed, **options
+  )
   tokens, scores = their_results(theirs, likely[:2], options, prefix_allowed_tokens_fn=allowed)
   assert [result.tokens for result in results] == tokens
   np.testing.assert_allclose([result.score for result in results], scores, rtol=1e-4)

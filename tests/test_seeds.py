@@ -65,8 +65,9 @@ def test_weights_dropout_and_order_differ(tmp_path):
   check_differ(lambda seed: weights(seed).tobytes())
   params = model_lib.init_params(config, 0)
   longer = gpt2_jax.GPTConfig(vocab_size=257, n_positions=300, n_embd=32, n_layer=2, n_head=2)
-  check_differ(lambda seed: np.asarray(
-      stretched(longer, params, 'extend', seed)['wpe']['weight']).tobytes())
+  check_differ(
+    lambda seed: np.asarray(stretched(longer, params, 'extend', seed)['wpe']['weight']).tobytes()
+  )
   check_differ(lambda seed: bits(row_keys(seed, np.int32(3), 0, 2)))
   np.arange(1000, dtype='<u2').tofile(tmp_path / 'train.bin')
   split = store.open_store(tmp_path).splits['train']
@@ -80,8 +81,13 @@ def test_weights_dropout_and_order_differ(tmp_path):
 
 def test_bias_probes_differ(monkeypatch):
   drawn = []
-  monkeypatch.setattr(bias, 'generate', lambda model, prompt, *, num_return_sequences, seed, **_: (
-      drawn.append(seed), [])[1] or [type('', (), {'text': 'a'})] * num_return_sequences)
+  monkeypatch.setattr(
+    bias,
+    'generate',
+    lambda model, prompt, *, num_return_sequences, seed, **_: (
+      (drawn.append(seed), [])[1] or [type('', (), {'text': 'a'})] * num_return_sequences
+    ),
+  )
   for seed in ALIKE:
     bias.occupations(None, samples=1, seed=seed, groups=('White man', 'White woman'))
   assert len(set(drawn)) == 2 * len(ALIKE)

@@ -36,16 +36,18 @@ def server():
 
 @pytest.fixture
 def client(server):
-  openai = pytest.importorskip('openai', reason='OpenAI\'s client, of the extra serve-test')
+  openai = pytest.importorskip('openai', reason="OpenAI's client, of the extra serve-test")
   with openai.OpenAI(base_url=server.url + '/v1', api_key='none', max_retries=0, timeout=120) as made:
     yield made
 
 
 def test_openai_client(client):
   import openai
+
   assert [model.id for model in client.models.list()] == ['tiny']
   ask = lambda **more: client.completions.create(
-      **dict(model='tiny', prompt='ab', max_tokens=20, seed=1) | more)
+    **dict(model='tiny', prompt='ab', max_tokens=20, seed=1) | more
+  )
   whole = ask(n=2, logprobs=3, echo=True)
   assert [choice.index for choice in whole.choices] == [0, 1]
   assert whole.usage.total_tokens == whole.usage.completion_tokens + 2
@@ -62,7 +64,7 @@ def test_openai_client(client):
   text = ask().choices[0].text
   letter = next(c for c in text if c.isascii())  # most bytes of a random model are no characters
   [stopped] = ask(stop=['no such text', letter]).choices
-  assert stopped.finish_reason == 'stop' and stopped.text == text[:text.index(letter)]
+  assert stopped.finish_reason == 'stop' and stopped.text == text[: text.index(letter)]
   assert ask(extra_body={'top_k': 1}).choices[0].text == ask(temperature=0).choices[0].text
   assert len(ask(prompt=[[1, 2], [3]], n=2, max_tokens=1).choices) == 4
   with pytest.raises(openai.BadRequestError) as error:
@@ -75,7 +77,7 @@ def test_openai_client(client):
 
 
 def test_openai_client_key():
-  openai = pytest.importorskip('openai', reason='OpenAI\'s client, of the extra serve-test')
+  openai = pytest.importorskip('openai', reason="OpenAI's client, of the extra serve-test")
   with serve(slots=4, api_key='sesame') as running:
     make = lambda key: openai.OpenAI(base_url=running.url + '/v1', api_key=key, max_retries=0)
     with make('sesame') as client:
@@ -84,28 +86,49 @@ def test_openai_client_key():
       client.models.list()
 
 
-BODIES = st.lists(st.fixed_dictionaries(
-    dict(prompt=st.text(max_size=30) | st.lists(st.integers(0, 256), min_size=1, max_size=90),
-         max_tokens=st.integers(0, 40), seed=st.integers(0, 9)),
+BODIES = st.lists(
+  st.fixed_dictionaries(
+    dict(
+      prompt=st.text(max_size=30) | st.lists(st.integers(0, 256), min_size=1, max_size=90),
+      max_tokens=st.integers(0, 40),
+      seed=st.integers(0, 9),
+    ),
     optional=dict(
-        temperature=st.sampled_from([0, 0.3, 1, 2]), top_p=st.floats(0, 1), top_k=st.integers(1, 300),
-        n=st.integers(1, 3), logprobs=st.integers(0, 5), echo=st.booleans(),
-        stop=st.sampled_from(['a', ['e', 'bc'], ['é']]), presence_penalty=st.floats(-2, 2),
-        frequency_penalty=st.floats(-2, 2),
-        logit_bias=st.dictionaries(st.integers(0, 256).map(str), st.floats(-100, 100), max_size=5))),
-    min_size=2, max_size=6)
+      temperature=st.sampled_from([0, 0.3, 1, 2]),
+      top_p=st.floats(0, 1),
+      top_k=st.integers(1, 300),
+      n=st.integers(1, 3),
+      logprobs=st.integers(0, 5),
+      echo=st.booleans(),
+      stop=st.sampled_from(['a', ['e', 'bc'], ['é']]),
+      presence_penalty=st.floats(-2, 2),
+      frequency_penalty=st.floats(-2, 2),
+      logit_bias=st.dictionaries(st.integers(0, 256).map(str), st.floats(-100, 100), max_size=5),
+    ),
+  ),
+  min_size=2,
+  max_size=6,
+)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True,
-          suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(
+  max_examples=15,
+  deadline=None,
+  derandomize=True,
+  suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 @given(bodies=BODIES)
 def test_any_mix_gives_what_each_gives_alone(bodies):
   """To the last bit; and in any order of arrival."""
   if 'server' not in shared:
     pytest.skip('the server did not start')
   server = shared['server']
-  ask = lambda body: httpx.post(server.url + '/v1/completions', timeout=300, content=json.dumps(body),
-                                headers={'Content-Type': 'application/json'})
+  ask = lambda body: httpx.post(
+    server.url + '/v1/completions',
+    timeout=300,
+    content=json.dumps(body),
+    headers={'Content-Type': 'application/json'},
+  )
   alone = [ask(body).json()['choices'] for body in bodies]
   with concurrent.futures.ThreadPoolExecutor(len(bodies)) as pool:
     together = [answer.json()['choices'] for answer in pool.map(ask, bodies)]
@@ -132,8 +155,13 @@ def test_schemathesis_finds_no_500(server):
     operation = result.ok()
     paths.append(operation.path)
 
-    @settings(max_examples=40, deadline=None, derandomize=True, database=None,
-              suppress_health_check=list(HealthCheck))
+    @settings(
+      max_examples=40,
+      deadline=None,
+      derandomize=True,
+      database=None,
+      suppress_health_check=list(HealthCheck),
+    )
     @given(case=operation.as_strategy())
     def attack(case):
       answer = case.call(base_url=server.url, timeout=120)
@@ -148,23 +176,35 @@ def test_schemathesis_finds_no_500(server):
 def test_values_of_200_000_characters(server):
   """Of any field, or as a field's name: an answer that is short, at once, and never a 500."""
   from gpt2_jax.serving.api import Completion
+
   text, number = 'x' * 200_000, '1' + '0' * 4000
-  bodies = [json.dumps({name: value} | (dict(prompt='a') if name != 'prompt' else {}))
-            for name in Completion.model_fields
-            for value in (text, [text], [text] * 4, {text: text}, {text: 1}, [[text]])]
-  bodies += [json.dumps({text: 1}), json.dumps(dict(prompt='a', stop=text)),
-             *(f'{{"prompt": "a", "{name}": {number}}}' for name in Completion.model_fields)]
+  bodies = [
+    json.dumps({name: value} | (dict(prompt='a') if name != 'prompt' else {}))
+    for name in Completion.model_fields
+    for value in (text, [text], [text] * 4, {text: text}, {text: 1}, [[text]])
+  ]
+  bodies += [
+    json.dumps({text: 1}),
+    json.dumps(dict(prompt='a', stop=text)),
+    *(f'{{"prompt": "a", "{name}": {number}}}' for name in Completion.model_fields),
+  ]
   for body in bodies:
-    answer = httpx.post(server.url + '/v1/completions', content=body, timeout=60,
-                        headers={'Content-Type': 'application/json'})
+    answer = httpx.post(
+      server.url + '/v1/completions',
+      content=body,
+      timeout=60,
+      headers={'Content-Type': 'application/json'},
+    )
     assert answer.status_code in (200, 400, 404), (body[:60], answer.text[:200])
     assert len(answer.text) < 1000, (body[:60], answer.text[:200])
 
 
 def request(body: dict, path: str = '/v1/completions') -> bytes:
   content = json.dumps(body).encode()
-  return (f'POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n'
-          f'Content-Length: {len(content)}\r\n\r\n').encode() + content
+  return (
+    f'POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n'
+    f'Content-Length: {len(content)}\r\n\r\n'
+  ).encode() + content
 
 
 async def vandal(port: int, kind: int) -> None:
@@ -174,7 +214,7 @@ async def vandal(port: int, kind: int) -> None:
     reader, writer = await asyncio.open_connection('127.0.0.1', port)
     whole = request(dict(prompt='a', max_tokens=150, stream=kind % 2 == 0, n=rng.randint(1, 4)))
     if kind % 5 == 0:
-      writer.write(whole[:rng.randrange(len(whole))])  # half a request
+      writer.write(whole[: rng.randrange(len(whole))])  # half a request
     elif kind % 5 == 1:
       writer.write(bytes(rng.randrange(256) for _ in range(200)) + b'\r\n\r\n')
     elif kind % 5 == 2:
@@ -205,6 +245,7 @@ def test_a_thousand_clients_that_vanish(server):
     async def one(kind):
       async with gate:
         await vandal(server.port, kind)
+
     await asyncio.gather(*map(one, range(1000)))
 
   with concurrent.futures.ThreadPoolExecutor(5) as pool:
@@ -227,8 +268,9 @@ def test_a_reader_that_does_not_read_blocks_nobody(server):
   lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
   lazy.sendall(request(dict(prompt='a', max_tokens=150, n=20, stream=True, logprobs=5)))
   for seed in range(5):
-    answer = httpx.post(server.url + '/v1/completions', timeout=120,
-                        json=dict(prompt='a', max_tokens=50, seed=seed))
+    answer = httpx.post(
+      server.url + '/v1/completions', timeout=120, json=dict(prompt='a', max_tokens=50, seed=seed)
+    )
     assert answer.status_code == 200
   server.settle()
   lazy.close()
@@ -254,6 +296,7 @@ def test_headers_that_never_end_are_cut_off(server):
 
 def test_headers_of_a_later_request_are_cut_off_too(server, monkeypatch):
   from gpt2_jax.serving import server as server_lib
+
   monkeypatch.setattr(server_lib, 'HEADER_SECONDS', 0.3)
   with socket.create_connection(('127.0.0.1', server.port), timeout=20) as connection:
     for _ in range(2):  # a connection that is kept is not cut off between requests
@@ -269,6 +312,7 @@ def test_headers_of_a_later_request_are_cut_off_too(server, monkeypatch):
 
 def test_a_connection_that_takes_nothing_is_closed():
   from gpt2_jax.serving.api import Limits
+
   with serve(slots=2, limits=Limits(send_seconds=0.5)) as running:
     body = dict(input='a' * 150, attentions=True, hidden_states=True)
     whole = httpx.post(running.url + '/v1/features', json=body, timeout=60).content
@@ -296,10 +340,13 @@ def test_a_connection_that_takes_nothing_is_closed():
 def test_a_turn_that_is_too_long_in_coming(monkeypatch):
   from gpt2_jax.serving import app
   from gpt2_jax.serving.api import Limits
+
   made = app.features_data
   monkeypatch.setattr(app, 'features_data', lambda *asked: time.sleep(1.5) or made(*asked))
-  with (serve(slots=2, limits=Limits(seconds=0.5)) as running,
-        concurrent.futures.ThreadPoolExecutor(2) as pool):
+  with (
+    serve(slots=2, limits=Limits(seconds=0.5)) as running,
+    concurrent.futures.ThreadPoolExecutor(2) as pool,
+  ):
     ask = lambda _: httpx.post(running.url + '/v1/features', json=dict(input='a'), timeout=60)
     answers = sorted(pool.map(ask, range(2)), key=lambda answer: answer.status_code)
     assert [answer.status_code for answer in answers] == [200, 504]
@@ -308,12 +355,19 @@ def test_a_turn_that_is_too_long_in_coming(monkeypatch):
 
 def test_a_body_that_never_comes_is_not_waited_for():
   from gpt2_jax.serving.api import Limits
+
   with serve(slots=4, limits=Limits(read_seconds=0.5, body_bytes=5000)) as running:
-    for head, status in ((b'Content-Length: 100', b'408'), (b'Content-Length: 10000', b'413'),
-                         (b'Transfer-Encoding: chunked', b'413'), (b'Content-Length: x', b'400')):
+    for head, status in (
+      (b'Content-Length: 100', b'408'),
+      (b'Content-Length: 10000', b'413'),
+      (b'Transfer-Encoding: chunked', b'413'),
+      (b'Content-Length: x', b'400'),
+    ):
       with socket.create_connection(('127.0.0.1', running.port), timeout=60) as connection:
-        connection.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: '
-                           b'application/json\r\n' + head + b'\r\n\r\n')
+        connection.sendall(
+          b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: '
+          b'application/json\r\n' + head + b'\r\n\r\n'
+        )
         if b'chunked' in head:
           connection.sendall(2 * (b'1000\r\n' + b' ' * 4096 + b'\r\n'))
         else:
@@ -328,9 +382,24 @@ def test_a_request_that_ends_a_process_is_finished_first(tmp_path):
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
   process = subprocess.Popen(
-      [sys.executable, '-m', 'gpt2_jax', 'serve', '--checkpoint', str(tmp_path / 'tiny'), '--port',
-       str(port), '--slots', '2'], cwd=ROOT, env=environment(), stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT, text=True)
+    [
+      sys.executable,
+      '-m',
+      'gpt2_jax',
+      'serve',
+      '--checkpoint',
+      str(tmp_path / 'tiny'),
+      '--port',
+      str(port),
+      '--slots',
+      '2',
+    ],
+    cwd=ROOT,
+    env=environment(),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
   try:
     url, body = f'http://127.0.0.1:{port}', dict(prompt='a', max_tokens=150, seed=1)
     for _ in range(600):
@@ -341,8 +410,9 @@ def test_a_request_that_ends_a_process_is_finished_first(tmp_path):
         assert process.poll() is None, process.stdout and process.stdout.read()
         time.sleep(0.2)
     want = httpx.post(url + '/v1/completions', json=body, timeout=120).json()['choices'][0]['text']
-    with httpx.stream('POST', url + '/v1/completions', json=body | {'stream': True}, timeout=120
-                      ) as answer:
+    with httpx.stream(
+      'POST', url + '/v1/completions', json=body | {'stream': True}, timeout=120
+    ) as answer:
       lines = answer.iter_lines()
       first = next(lines)
       os.kill(process.pid, signal.SIGTERM)
@@ -368,6 +438,7 @@ def test_a_request_that_ends_a_process_is_finished_first(tmp_path):
 def test_nothing_of_a_broken_model_is_left():
   """A NaN ends its own text with an error; the slot serves the next text as if it had not been."""
   import jax.numpy as jnp
+
   model = tiny_model()
   model.wte.weight[...] = model.wte.weight[...].at[65].set(jnp.nan)  # of A; its logit is NaN always
   with serve({'tiny': model}, slots=2) as running:

@@ -41,18 +41,22 @@ def test_initial_weights_do_not_depend_on_the_mesh(tiny, mesh):
     assert_close(b, a, 1e-6) if a.any() else np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize('sizes,says', [
-    ((3, 1, 1), 'does not cover the 8 devices'), ((-1, -1, 1), 'at most one may be -1'),
-    ((0, 1, 8), 'sizes are positive'), ((-1, 1, 3), 'does not cover'),
-])
+@pytest.mark.parametrize(
+  'sizes,says',
+  [
+    ((3, 1, 1), 'does not cover the 8 devices'),
+    ((-1, -1, 1), 'at most one may be -1'),
+    ((0, 1, 8), 'sizes are positive'),
+    ((-1, 1, 3), 'does not cover'),
+  ],
+)
 def test_impossible_meshes_are_refused(sizes, says):
   with pytest.raises(UserError, match=says):
     sharding.make_mesh(*sizes)
 
 
 def test_one_size_is_inferred():
-  assert dict(sharding.make_mesh(2, -1, 2).shape) == {
-      'data': 2, 'fsdp': 2, 'seq': 1, 'tensor': 2}
+  assert dict(sharding.make_mesh(2, -1, 2).shape) == {'data': 2, 'fsdp': 2, 'seq': 1, 'tensor': 2}
 
 
 def test_indivisible_sizes_are_named_with_what_works():
@@ -69,7 +73,7 @@ def test_indivisible_sizes_are_named_with_what_works():
 @given(st.sampled_from(MESHES), st.integers(1, 3), st.integers(1, 3))
 def test_placed_rows_are_the_rows(sizes, A, per):
   M = 8 * per
-  mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:int(np.prod(sizes))])
+  mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
   layout = NamedSharding(mesh, P(None, sharding.BATCH))
   rows = sharding.local_rows((A, M), layout)
   assert rows == list(range(A * M))  # one process has all of them
@@ -104,14 +108,25 @@ class Chip:
 
 def slices(n: int, side: int) -> list[Chip]:
   """n slices of side x side chips, in an order of no use."""
-  chips = [Chip(id=(s * side + x) * side + y, slice_index=s, process_index=s, coords=(x, y, 0))
-           for s in range(n) for x in range(side) for y in range(side)]
+  chips = [
+    Chip(id=(s * side + x) * side + y, slice_index=s, process_index=s, coords=(x, y, 0))
+    for s in range(n)
+    for x in range(side)
+    for y in range(side)
+  ]
   return list(np.random.default_rng(0).permutation(np.array(chips, object)))
 
 
-@pytest.mark.parametrize('sizes,over', [
-    ((2, 8, 1, 2), 'data'), ((4, 4, 2, 1), 'data'), ((2, 8, 2, 1), 'fsdp'), ((32, 1, 1, 1), 'data'),
-    ((8, 4, 1, 1), 'data')])
+@pytest.mark.parametrize(
+  'sizes,over',
+  [
+    ((2, 8, 1, 2), 'data'),
+    ((4, 4, 2, 1), 'data'),
+    ((2, 8, 2, 1), 'fsdp'),
+    ((32, 1, 1, 1), 'data'),
+    ((8, 4, 1, 1), 'data'),
+  ],
+)
 def test_slices_lie_along_one_axis(sizes, over):
   data, fsdp, seq, tensor = sizes
   with warnings.catch_warnings():
@@ -134,7 +149,11 @@ def test_whole_rows_moves_nothing(tiny):
     params = init_params(tiny, 0)
   moved = sharding.whole_rows(params)
   assert dict(jax.tree.leaves(moved)[0].sharding.mesh.shape) == {
-      'data': 4, 'fsdp': 2, 'seq': 1, 'tensor': 1}
+    'data': 4,
+    'fsdp': 2,
+    'seq': 1,
+    'tensor': 1,
+  }
   for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(moved)):
     np.testing.assert_array_equal(a, b)
     at = lambda x: {s.device: s.data.unsafe_buffer_pointer() for s in x.addressable_shards}

@@ -26,13 +26,23 @@ SIZES = [(1, 2, 2), (2, 3, 2), (8, 3, 2), rare(2, 1, 1), rare(3, 2, 1)]  # posit
 
 def letters(V: int) -> Tokenizer:
   """V - 1 letters, and the end of a text."""
-  vocab = {letter: i for i, letter in enumerate('abcdefgh'[:V - 1])} | {EOT: V - 1}
+  vocab = {letter: i for i, letter in enumerate('abcdefgh'[: V - 1])} | {EOT: V - 1}
   return Tokenizer([], Tables(vocab, [], [Added(V - 1, EOT)], {}, False, V - 1))
 
 
 def make(P: int, V: int, D: int, seed: int = 0, *, bias: float = 0.7) -> GPT2:
-  config = GPTConfig(vocab_size=V, n_positions=P, n_embd=D, n_layer=1, n_head=1, vocab_multiple=1,
-                     initializer_range=0.8, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)
+  config = GPTConfig(
+    vocab_size=V,
+    n_positions=P,
+    n_embd=D,
+    n_layer=1,
+    n_head=1,
+    vocab_multiple=1,
+    initializer_range=0.8,
+    embd_pdrop=0,
+    attn_pdrop=0,
+    resid_pdrop=0,
+  )
   params = gpt2_jax.init_params(config, seed)
   if D == 1:  # a layer norm leaves its bias alone
     params['ln_f']['bias'] = params['ln_f']['bias'] + bias
@@ -57,8 +67,8 @@ def reference(model: GPT2):
 
   def logprobs_TV(ids):
     padded = np.zeros((1, model.config.n_positions), np.int32)  # what follows is not seen
-    padded[0, :len(ids)] = ids
-    return np.asarray(forward(jnp.asarray(padded)))[:len(ids)]
+    padded[0, : len(ids)] = ids
+    return np.asarray(forward(jnp.asarray(padded)))[: len(ids)]
 
   return logprobs_TV
 
@@ -76,10 +86,12 @@ def write(model: GPT2, **options):
 
 
 GREEDY = [
-    dict(do_sample=False), dict(top_k=1), dict(temperature=2e-38),
-    dict(do_sample=False, penalty_alpha=0.0, top_k=2),
-    dict(do_sample=False, prompt_lookup_num_tokens=1, max_matching_ngram_size=99),
-    dict(do_sample=False, assistant_model=True),
+  dict(do_sample=False),
+  dict(top_k=1),
+  dict(temperature=2e-38),
+  dict(do_sample=False, penalty_alpha=0.0, top_k=2),
+  dict(do_sample=False, prompt_lookup_num_tokens=1, max_matching_ngram_size=99),
+  dict(do_sample=False, assistant_model=True),
 ]
 
 
@@ -96,7 +108,8 @@ def test_every_search_that_is_greedy_writes_the_likeliest(small, plain, options)
   assert result.tokens == greedy(plain, [0], c.n_positions) and result.finish_reason == 'context'
   want_NV = plain([0, *result.tokens])
   np.testing.assert_allclose(
-      result.logprobs, want_NV[range(len(result.tokens)), result.tokens], atol=1e-5)
+    result.logprobs, want_NV[range(len(result.tokens)), result.tokens], atol=1e-5
+  )
 
 
 def test_beams_are_the_likeliest_of_all_texts(small, plain):
@@ -126,7 +139,7 @@ def test_a_context_that_slides(small, plain):
     ids.append(token)
     window = [*window, token]
     if len(window) == P:
-      window = ids[-(P // 2):]
+      window = ids[-(P // 2) :]
   [result] = write(small, do_sample=False, context='slide')
   assert result.tokens == ids[1:] and result.finish_reason == 'length'
 
@@ -184,9 +197,10 @@ def test_scores_of_windows(small, plain):
     assert [t for r in requests for t in r.target] == tokens
     for request, scored in zip(requests, scoring.score(small, requests)):
       ids = [*request.context, *request.target]
-      want_TV = plain(ids[:-1][-P:])[-len(request.target):]
+      want_TV = plain(ids[:-1][-P:])[-len(request.target) :]
       np.testing.assert_allclose(
-          scored.logprobs, want_TV[range(len(request.target)), request.target], atol=1e-5)
+        scored.logprobs, want_TV[range(len(request.target)), request.target], atol=1e-5
+      )
   with pytest.raises(UserError, match=f'context is {P}'):
     scoring.score(small, [scoring.Request([0], [0] * (P + 1))])
 
@@ -209,6 +223,7 @@ def test_programs_for_elsewhere(small, plain, tmp_path):
   gpt2_jax.save_pretrained(small, tmp_path / 'out', to='stablehlo')
   program = jax.export.deserialize((tmp_path / 'out' / 'prefill.bin').read_bytes())
   from safetensors.numpy import load_file
+
   params = load_file(tmp_path / 'out' / 'model.safetensors')
   P = small.config.n_positions
   for T in {1, P}:
@@ -229,8 +244,14 @@ def test_the_sample_after_training_has_room():
     assert len(byte.encode(fitting('aéé', byte, config(P)))) < P
 
 
-SERVED = {'p1': (1, 257, 8), 'p2': (2, 257, 8), 'p8': (8, 257, 8), 'p64': (64, 257, 8),
-          'p8-v2': (8, 2, 2), 'p2-v1': (2, 1, 1)}
+SERVED = {
+  'p1': (1, 257, 8),
+  'p2': (2, 257, 8),
+  'p8': (8, 257, 8),
+  'p64': (64, 257, 8),
+  'p8-v2': (8, 2, 2),
+  'p2-v1': (2, 1, 1),
+}
 NAMES = [pytest.param(name, marks=pytest.mark.slow if '-' in name else ()) for name in SERVED]
 
 
@@ -238,12 +259,14 @@ NAMES = [pytest.param(name, marks=pytest.mark.slow if '-' in name else ()) for n
 def server():
   pytest.importorskip('fastapi', reason='the server needs the extra serve')
   from serving_fixtures import serve
+
   with serve({name: make(*size) for name, size in SERVED.items()}, slots=2) as running:
     yield running
 
 
 def ask(server, model: str, path: str = '/v1/completions', **body):
   import httpx
+
   return httpx.post(server.url + path, json=dict(body, model=model), timeout=120)
 
 
@@ -278,8 +301,11 @@ def test_served_scores_and_refusals(server, name):
   want_TV = reference(model)(ids)
   assert found['token_ids'] == ids and found['token_logprobs'][0] is None
   np.testing.assert_allclose(found['token_logprobs'][1:], want_TV[range(P - 1), ids[1:]], atol=1e-4)
-  for body, param in ((dict(prompt=ids), 'prompt'), (dict(prompt=[0], max_tokens=P), 'max_tokens'),
-                      (dict(prompt=[0] * (P + 1), max_tokens=0), 'prompt')):
+  for body, param in (
+    (dict(prompt=ids), 'prompt'),
+    (dict(prompt=[0], max_tokens=P), 'max_tokens'),
+    (dict(prompt=[0] * (P + 1), max_tokens=0), 'prompt'),
+  ):
     answer = ask(server, name, **body)
     error = answer.json()['error']
     assert answer.status_code == 400 and error['code'] == 'context_length_exceeded'
@@ -293,10 +319,12 @@ def test_served_streams_and_the_best_of_several(server):
   """Of a model whose context is eight ids."""
   import httpx
   from serving_fixtures import events
+
   body = dict(prompt='ab', seed=2, stop=['\x00'])
   whole = ask(server, 'p8', **body, n=3).json()['choices']
-  with httpx.stream('POST', server.url + '/v1/completions', json=body | dict(stream=True, model='p8'),
-                    timeout=120) as answer:
+  with httpx.stream(
+    'POST', server.url + '/v1/completions', json=body | dict(stream=True, model='p8'), timeout=120
+  ) as answer:
     pieces = events(answer.iter_lines())
   assert ''.join(piece['choices'][0]['text'] for piece in pieces) == whole[0]['text']
   [best] = ask(server, 'p8', **body, best_of=3).json()['choices']
@@ -306,7 +334,13 @@ def test_served_streams_and_the_best_of_several(server):
 def test_all_programs_of_a_small_model_are_compiled_at_the_start(server):
   server.serving.engines['p1'].warm()
   assert [server.serving.engines[name].chunks for name in SERVED] == [
-      [1], [2], [8], [32, 64], [8], [2]]
+    [1],
+    [2],
+    [8],
+    [32, 64],
+    [8],
+    [2],
+  ]
 
 
 def test_protocols_that_write_refuse_a_context_without_room():
@@ -315,6 +349,7 @@ def test_protocols_that_write_refuse_a_context_without_room():
   from typing import Any
 
   from gpt2_jax.evaluation import tasks
+
   protocol: Any = SimpleNamespace(name='lambada/some')
   scorer: Any = SimpleNamespace(model=make(3, 2, 2))
   with pytest.raises(UserError, match='lambada/some writes 3 tokens after a text: a context of 3'):

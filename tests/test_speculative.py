@@ -19,8 +19,19 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.model import bind, init_params
 
 V = 13
-TARGET = GPTConfig(vocab_size=V, n_positions=32, n_embd=16, n_layer=2, n_head=2, n_inner=24,
-                   vocab_multiple=8, initializer_range=0.4, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)
+TARGET = GPTConfig(
+  vocab_size=V,
+  n_positions=32,
+  n_embd=16,
+  n_layer=2,
+  n_head=2,
+  n_inner=24,
+  vocab_multiple=8,
+  initializer_range=0.4,
+  embd_pdrop=0,
+  attn_pdrop=0,
+  resid_pdrop=0,
+)
 DRAFT = dataclasses.replace(TARGET, n_embd=8, n_layer=1, n_inner=16)
 PROMPTS = [[1, 2, 3], [5, 6, 7, 8, 9, 10, 11, 5, 6], [3, 4] * 10, [12]]
 SEED = 2  # of the target
@@ -66,8 +77,10 @@ def greedy(who: str) -> dict[str, Any]:
   return dict(do_sample=False, eos_token_id=10, repetition_penalty=1.2, no_repeat_ngram_size=3)
 
 
-@pytest.mark.parametrize('who,k', [
-    pytest.param('draft', 1, marks=pytest.mark.slow), ('draft', 5), ('itself', 3), ('lookup', 4)])
+@pytest.mark.parametrize(
+  'who,k',
+  [pytest.param('draft', 1, marks=pytest.mark.slow), ('draft', 5), ('itself', 3), ('lookup', 4)],
+)
 def test_greedy_tokens_are_those_of_one_at_a_time(params, who, k):
   """Also with processors that look at the guesses so far."""
   ends = set()
@@ -114,7 +127,7 @@ def exact(params, prompt: list[int], n: int) -> np.ndarray:
   probs = np.ones([V] * n)
   for i in range(n):
     scores = logits[:, len(prompt) - 1 + i]
-    seen = (texts[:, :len(prompt) + i, None] == np.arange(V)).any(1)
+    seen = (texts[:, : len(prompt) + i, None] == np.arange(V)).any(1)
     scores = np.where(seen, np.where(scores > 0, scores / PENALTY, scores * PENALTY), scores)
     scores = scores / TEMPERATURE
     least = np.sort(scores)[:, -TOP_K, None]
@@ -138,8 +151,16 @@ def test_samples_have_the_models_distribution(params, who):
   """Processors and all: the first token, two guesses or what replaces them, and what follows."""
   n, rows, prompt = 4, 4000, [3, 4, 6, 3, 4]
   results = generate_tokens(
-      TARGET, params, prompt, num_return_sequences=rows, max_new_tokens=n, temperature=TEMPERATURE,
-      top_k=TOP_K, repetition_penalty=PENALTY, **guessing(who, 2))
+    TARGET,
+    params,
+    prompt,
+    num_return_sequences=rows,
+    max_new_tokens=n,
+    temperature=TEMPERATURE,
+    top_k=TOP_K,
+    repetition_penalty=PENALTY,
+    **guessing(who, 2),
+  )
   have = np.zeros([V] * n)
   np.add.at(have, tuple(np.array([result.tokens for result in results]).T), 1)
   want = rows * exact(params, prompt, n)
@@ -151,8 +172,9 @@ def test_samples_have_the_models_distribution(params, who):
 @pytest.mark.slow
 @pytest.mark.parametrize('who,mesh', [('draft', (2, 2, 2)), ('lookup', (8, 1, 1))])
 def test_a_row_depends_on_its_prompt_and_seed_alone(params, who, mesh):
-  draw = lambda prompts, params: told(generate_tokens(
-      TARGET, params, prompts, **SAMPLED, **guessing(who, 3)))
+  draw = lambda prompts, params: told(
+    generate_tokens(TARGET, params, prompts, **SAMPLED, **guessing(who, 3))
+  )
   want = draw(PROMPTS, params)
   assert draw(PROMPTS[::-1], params) == want[::-1]
   if who == 'draft':
@@ -161,7 +183,9 @@ def test_a_row_depends_on_its_prompt_and_seed_alone(params, who, mesh):
     assert draw(PROMPTS, init_params(TARGET, SEED)) == want
 
 
-@pytest.mark.parametrize('options,says', [
+@pytest.mark.parametrize(
+  'options,says',
+  [
     (dict(assistant=(DRAFT, {}), num_assistant_tokens=0), 'num_assistant_tokens = 0 must be'),
     (dict(prompt_lookup_num_tokens=0), 'prompt_lookup_num_tokens = 0 must be'),
     (dict(prompt_lookup_num_tokens=32), 'less than the context of 32'),
@@ -171,7 +195,8 @@ def test_a_row_depends_on_its_prompt_and_seed_alone(params, who, mesh):
     (dict(assistant=(DRAFT, {}), prompt_lookup_num_tokens=2), 'lookup_num_tokens and assistant'),
     (dict(assistant=(dataclasses.replace(DRAFT, vocab_size=11), {})), '11 ids, the model 13'),
     (dict(assistant=(dataclasses.replace(DRAFT, n_positions=16), {})), 'context of 16 .* 32'),
-])
+  ],
+)
 def test_what_cannot_be_is_refused(params, options, says):
   with pytest.raises(UserError, match=says):
     generate_tokens(TARGET, params, PROMPTS, **options)

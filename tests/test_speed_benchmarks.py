@@ -14,8 +14,14 @@ def rows_of(tmp_path, name: str, *flags: str) -> list[dict]:
   """Runs a benchmark; its rows."""
   file = tmp_path / f'{name}.json'
   env = environment() | {'TMPDIR': str(tmp_path)}
-  done = subprocess.run([sys.executable, '-m', f'benchmarks.{name}', '--json', str(file), *flags],
-                        cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+  done = subprocess.run(
+    [sys.executable, '-m', f'benchmarks.{name}', '--json', str(file), *flags],
+    cwd=ROOT,
+    env=env,
+    capture_output=True,
+    text=True,
+    timeout=900,
+  )
   assert done.returncode == 0, done.stdout + done.stderr
   content = json.loads(file.read_text())
   assert content.keys() >= CIRCUMSTANCES
@@ -34,13 +40,32 @@ def test_data(tmp_path):
   for name in 'abcdefgh':
     (texts / f'{name}.txt').write_text(f'{name} is what these lines say.\n' * 2000)
   trained, bpe, byte, load = rows_of(
-      tmp_path, 'data', f'--corpus=text:{texts}', '--tokenizers', 'bpe:300', 'byte',
-      '--shapes', '2x64', '--tokens=4096', '--repeats=1')
+    tmp_path,
+    'data',
+    f'--corpus=text:{texts}',
+    '--tokenizers',
+    'bpe:300',
+    'byte',
+    '--shapes',
+    '2x64',
+    '--tokens=4096',
+    '--repeats=1',
+  )
   assert [row['what'] for row in (trained, bpe, byte, load)] == [
-      'train', 'prepare', 'prepare', 'load']
+    'train',
+    'prepare',
+    'prepare',
+    'load',
+  ]
   assert positive(trained, 'bytes_per_second') and positive(byte, 'bytes_per_second')
-  assert positive(bpe, 'bytes_per_second', 'tiktoken_bytes_per_second', 'of_tiktoken',
-                  'tokenizers_bytes_per_second', 'of_tokenizers')
+  assert positive(
+    bpe,
+    'bytes_per_second',
+    'tiktoken_bytes_per_second',
+    'of_tiktoken',
+    'tokenizers_bytes_per_second',
+    'of_tokenizers',
+  )
   assert positive(load, 'tokens_per_second', 'slices_tokens_per_second', 'of_slices', 'times_need')
   assert bpe['bytes'] == 8 * 2000 * len('a is what these lines say.\n')
 
@@ -48,11 +73,16 @@ def test_data(tmp_path):
 @pytest.mark.slow
 def test_startup(tmp_path):
   rows = rows_of(tmp_path, 'startup', '--config=tiny', '--repeats=1')
-  by_part = {part: [row for row in rows if row['what'] == part]
-             for part in ('import', 'train', 'sample')}
+  by_part = {
+    part: [row for row in rows if row['what'] == part] for part in ('import', 'train', 'sample')
+  }
   assert all(positive(row, 'empty', 'seconds') for row in by_part['import'])
   assert [(row['batch'], row['start']) for row in by_part['train']] == [
-      ('4 x 256', 'first'), ('4 x 256', 'second'), ('its own', 'first'), ('its own', 'second')]
+    ('4 x 256', 'first'),
+    ('4 x 256', 'second'),
+    ('its own', 'first'),
+    ('its own', 'second'),
+  ]
   for row in by_part['train']:
     marks = [row['seconds'][mark] for mark in ('model', 'data', 'compiled', 'dispatch')]
     assert marks == sorted(marks) and marks[0] > 0
@@ -63,33 +93,67 @@ def test_startup(tmp_path):
 
 @pytest.mark.slow
 def test_checkpoint(tmp_path):
-  row, = rows_of(tmp_path, 'checkpoint', 'tiny', '--saves=2', '--gap=1')
-  assert positive(row, 'step_seconds', 'blocked_seconds', 'blocked_steps', 'save_seconds',
-                  'write_seconds', 'check_seconds', 'restore_seconds', 'read_seconds')
+  (row,) = rows_of(tmp_path, 'checkpoint', 'tiny', '--saves=2', '--gap=1')
+  assert positive(
+    row,
+    'step_seconds',
+    'blocked_seconds',
+    'blocked_steps',
+    'save_seconds',
+    'write_seconds',
+    'check_seconds',
+    'restore_seconds',
+    'read_seconds',
+  )
   assert row['bytes'] > 3 * 4 * row['parameters']  # parameters and two moments, in float32
 
 
 @pytest.mark.slow
 def test_scaling(tmp_path):
   rows = rows_of(
-      tmp_path, 'scaling', '--layers', '1', '3', '--lengths', '64', '128', '--batches', '1', '2',
-      '--positions', '8', '40', '--devices', '1', '2', '--width=64', '--repeats=1')
+    tmp_path,
+    'scaling',
+    '--layers',
+    '1',
+    '3',
+    '--lengths',
+    '64',
+    '128',
+    '--batches',
+    '1',
+    '2',
+    '--positions',
+    '8',
+    '40',
+    '--devices',
+    '1',
+    '2',
+    '--width=64',
+    '--repeats=1',
+  )
   measured = [row for row in rows if 'flatness' not in row]
   assert [row['part'] for row in measured] == [
-      part for part in ('depth', 'length', 'batch', 'decode', 'devices') for _ in range(2)]
+    part for part in ('depth', 'length', 'batch', 'decode', 'devices') for _ in range(2)
+  ]
   for row in measured:
     keys = {'decode': ['step_seconds'], 'devices': ['compile_seconds']}.get(
-        row['part'], ['compile_seconds', 'step_seconds'])
+      row['part'], ['compile_seconds', 'step_seconds']
+    )
     assert positive(row, *keys)
   assert [row['part'] for row in rows if 'flatness' in row] == [
-      'depth', 'length', 'batch', 'decode']  # of one number of several devices there is none
+    'depth',
+    'length',
+    'batch',
+    'decode',
+  ]  # of one number of several devices there is none
 
 
 @pytest.mark.slow
 def test_serving(tmp_path):
   pytest.importorskip('uvicorn')
-  one, many, *theirs = rows_of(tmp_path, 'serving', '--clients=3', '--seconds=2', '--slots=3',
-                             '--repeats=1')
+  one, many, *theirs = rows_of(
+    tmp_path, 'serving', '--clients=3', '--seconds=2', '--slots=3', '--repeats=1'
+  )
   for row in (one, many, *theirs):
     assert row['wrong'] == 0
     assert positive(row, 'requests', 'first_p50_ms', 'first_p99_ms', 'rss_after')

@@ -19,8 +19,9 @@ from gpt2_jax.training import loop, plan
 def config_of(text_folder, data):
   config = tiny.get_config()
   config.model.update(n_positions=32, n_embd=16, n_layer=1, n_head=2)
-  config.data.update(corpus=f'text:{text_folder}', tokenizer='byte', val_fraction=0.05,
-                     directory=str(data))
+  config.data.update(
+    corpus=f'text:{text_folder}', tokenizer='byte', val_fraction=0.05, directory=str(data)
+  )
   config.train.update(steps=6, global_batch_tokens=256)
   config.evaluate.every = config.checkpoint.every = 2
   config.checkpoint.keep = 10
@@ -37,8 +38,11 @@ def made(text_folder, tmp_path_factory):
   lines = [json.loads(line) for line in metrics.read_text().splitlines()]
   losses = {line['step']: line['eval/loss'] for line in lines if 'eval/loss' in line}
   assert {2, 4, 6} <= losses.keys() and losses[4] > losses[6]
-  metrics.write_text(''.join(
-      json.dumps(line | ({'eval/loss': 1.0} if line['step'] == 4 else {})) + '\n' for line in lines))
+  metrics.write_text(
+    ''.join(
+      json.dumps(line | ({'eval/loss': 1.0} if line['step'] == 4 else {})) + '\n' for line in lines
+    )
+  )
   return folder / 'run'
 
 
@@ -67,10 +71,16 @@ def test_which_step_is_opened(made):
   assert record['step'] == 4 and max(line['step'] for line in record['losses']) == 4
 
 
-@pytest.mark.parametrize('which,says', [
-    ('3', 'no checkpoint of step 3; kept are 2, 4, 6'), ('9' * 18, 'kept are 2, 4, 6'),
+@pytest.mark.parametrize(
+  'which,says',
+  [
+    ('3', 'no checkpoint of step 3; kept are 2, 4, 6'),
+    ('9' * 18, 'kept are 2, 4, 6'),
     ('newest', "step of the run .* best or latest, not 'newest'; kept are 2, 4, 6"),
-    ('-2', "not '-2'"), ('', "not ''")])
+    ('-2', "not '-2'"),
+    ('', "not ''"),
+  ],
+)
 def test_a_step_that_is_not_there(made, which, says):
   with pytest.raises(UserError, match=says):
     pretrained.open_source(f'{made}@{which}')
@@ -87,8 +97,10 @@ def test_a_step_said_twice_or_of_something_else(made, tmp_path):
   with pytest.raises(UserError, match='say it once'):
     gpt2_jax.from_pretrained(f'{made}@2', step=4)
   gpt2_jax.save_pretrained(gpt2_jax.from_pretrained(f'{made}@2'), tmp_path / 'hf')
-  for call in (lambda: gpt2_jax.from_pretrained(tmp_path / 'hf', step=2),
-               lambda: gpt2_jax.from_pretrained(f'{tmp_path}/hf@2')):
+  for call in (
+    lambda: gpt2_jax.from_pretrained(tmp_path / 'hf', step=2),
+    lambda: gpt2_jax.from_pretrained(f'{tmp_path}/hf@2'),
+  ):
     with pytest.raises(UserError, match='no workdir of a run'):
       call()
   with pytest.raises(UserError, match="no folder of PEFT's adapters"):
@@ -109,8 +121,12 @@ def test_best_is_of_what_is_kept(copied):
   assert pretrained.open_source(f'{copied}@best').record['step'] == 6
   metrics = copied / 'metrics.jsonl'
   lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-  metrics.write_text(''.join(json.dumps(
-      {key: value for key, value in line.items() if key != 'eval/loss'}) + '\n' for line in lines))
+  metrics.write_text(
+    ''.join(
+      json.dumps({key: value for key, value in line.items() if key != 'eval/loss'}) + '\n'
+      for line in lines
+    )
+  )
   with pytest.raises(UserError, match='no kept step has a held-out loss.* Kept are 2, 6'):
     pretrained.open_source(f'{copied}@best')
   assert pretrained.open_source(f'{copied}@latest').record['step'] == 6
@@ -134,8 +150,19 @@ def test_every_verb_and_init_from(made, text_folder, tmp_path, capsys):
   assert '| 2 | 512 |' in (tmp_path / 'hf' / 'README.md').read_text()
   texts = []
   for checkpoint_ in (source, str(tmp_path / 'hf'), str(made)):
-    cli.main(['sample', '--checkpoint', checkpoint_, '--prompt', 'the', '--greedy', '--json',
-              '--max-new-tokens', '8'])
+    cli.main(
+      [
+        'sample',
+        '--checkpoint',
+        checkpoint_,
+        '--prompt',
+        'the',
+        '--greedy',
+        '--json',
+        '--max-new-tokens',
+        '8',
+      ]
+    )
     texts.append(json.loads(capsys.readouterr().out)['logprobs'])
   assert texts[0] == texts[1] != texts[2]
   assert model_names((source, str(made), 'gpt2@main')) == ['run@2', 'run', 'gpt2@main']

@@ -10,10 +10,18 @@ from gpt2_jax import pretrained
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.interop import tensors
 
-CONFIG = GPTConfig(vocab_size=20000, n_positions=1024, n_embd=768, n_layer=12, n_head=12,
-                   embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)
+CONFIG = GPTConfig(
+  vocab_size=20000,
+  n_positions=1024,
+  n_embd=768,
+  n_layer=12,
+  n_head=12,
+  embd_pdrop=0,
+  attn_pdrop=0,
+  resid_pdrop=0,
+)
 
-PROBE = '''
+PROBE = """
 import json, resource, sys
 import jax.numpy as jnp
 import gpt2_jax
@@ -33,7 +41,7 @@ else:
   before, shard = peak(), 0
   pretrained.write(pretrained.open_source(source), target, kind)
 print(json.dumps({'grown': peak() - before, 'shard': shard}))
-'''
+"""
 
 
 def random_source(config):

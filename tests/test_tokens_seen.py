@@ -43,8 +43,13 @@ def test_a_run_goes_on_with_other_batches(texts, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(loader.TrainLoader, 'rows', watched)
   for batch, steps in ((2, 3), (4, 5), (1, 7), (2, 8)):
     if steps == 5:  # as an early version left its checkpoints
-      monkeypatch.setattr(Checkpoints, 'meta', lambda self, step, meta=Checkpoints.meta: {
-          key: value for key, value in meta(self, step).items() if key not in ('tokens', 'rows')})
+      monkeypatch.setattr(
+        Checkpoints,
+        'meta',
+        lambda self, step, meta=Checkpoints.meta: {
+          key: value for key, value in meta(self, step).items() if key not in ('tokens', 'rows')
+        },
+      )
     assert loop.train(config_of(texts, batch, steps, **optim), tmp_path / 'run') == 0
     monkeypatch.undo()
     monkeypatch.setattr(loader.TrainLoader, 'rows', watched)
@@ -69,8 +74,11 @@ def test_a_run_goes_on_with_other_batches(texts, tmp_path, monkeypatch, capsys):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 7), st.integers(1, 5)), min_size=1, max_size=5),
-       st.integers(1, 40), st.integers(0, 3))
+@given(
+  st.lists(st.tuples(st.integers(1, 7), st.integers(1, 5)), min_size=1, max_size=5),
+  st.integers(1, 40),
+  st.integers(0, 3),
+)
 def test_no_row_is_repeated_or_left_out(starts, size, seed):
   """Starts, each with so many rows a batch and so many steps."""
   step = seen = 0
@@ -83,7 +91,7 @@ def test_no_row_is_repeated_or_left_out(starts, size, seed):
   plain = loader.Order(size, 1, seed)
   assert found == [plain.number(i, 0) for i in range(seen)]
   for epoch in range(len(found) // size):
-    assert sorted(found[epoch * size:(epoch + 1) * size]) == list(range(size))
+    assert sorted(found[epoch * size : (epoch + 1) * size]) == list(range(size))
 
 
 def test_labelled_texts_go_on_likewise():
@@ -111,8 +119,7 @@ def test_a_schedule_of_tokens_is_that_of_steps_where_the_batch_stays(name):
   optim = base.get_config().optim
   optim.update(schedule=name, warmup_steps=10, decay_steps=80)
   by_steps = make_schedule(optim, 100, 512)
-  by_tokens = make_schedule(
-      _with(optim, warmup_tokens=10 * 512, decay_tokens=80 * 512), 100, 512)
+  by_tokens = make_schedule(_with(optim, warmup_tokens=10 * 512, decay_tokens=80 * 512), 100, 512)
   half = make_schedule(_with(optim, warmup_tokens=10 * 512, decay_tokens=80 * 512), 100, 256)
   for step in (0, 1, 5, 9, 10, 11, 40, 70, 79, 80, 99):
     assert float(by_tokens(step)) == pytest.approx(float(by_steps(step)), rel=1e-6)

@@ -21,12 +21,7 @@ from gpt2_jax.hardware import peak_flops
 from gpt2_jax.model import bind, init_params
 from gpt2_jax.sharding import BATCH, factorizations, on_devices
 from gpt2_jax.training import fit, plan
-from gpt2_jax.training.optimizer import (
-    clip_by_global_norm,
-    decay_mask,
-    make_optimizer,
-    make_schedule,
-)
+from gpt2_jax.training.optimizer import clip_by_global_norm, decay_mask, make_optimizer, make_schedule
 from gpt2_jax.training.step import init_state, make_eval_step, make_train_step, nll
 
 
@@ -60,8 +55,17 @@ def run_steps(config, A, steps=4, G=8, T=16, mesh=None, **fields):
 @pytest.fixture(scope='module')
 def dropped():
   """A small model with dropout, and its run on one device in one batch."""
-  config = GPTConfig(vocab_size=97, n_positions=16, n_embd=32, n_layer=2, n_head=8,
-                     vocab_multiple=8, embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1)
+  config = GPTConfig(
+    vocab_size=97,
+    n_positions=16,
+    n_embd=32,
+    n_layer=2,
+    n_head=8,
+    vocab_multiple=8,
+    embd_pdrop=0.1,
+    attn_pdrop=0.1,
+    resid_pdrop=0.1,
+  )
   return config, *run_steps(config, 1)
 
 
@@ -75,8 +79,10 @@ def test_micro_batches_change_nothing(dropped, A):
 
 
 QUICK_MESHES = [(1, 2, 2, 2)]  # data, fsdp, seq, tensor
-ALL_MESHES = [pytest.param(sizes, marks=[] if sizes in QUICK_MESHES else pytest.mark.slow)
-              for sizes in [*factorizations(8), (1, 1, 1, 2), (4, 1, 1, 2)]]  # two on fewer devices
+ALL_MESHES = [
+  pytest.param(sizes, marks=[] if sizes in QUICK_MESHES else pytest.mark.slow)
+  for sizes in [*factorizations(8), (1, 1, 1, 2), (4, 1, 1, 2)]
+]  # two on fewer devices
 
 
 @pytest.mark.parametrize('sizes', ALL_MESHES, ids=str)
@@ -122,9 +128,12 @@ def test_overfits_one_batch(tiny, tie):
 def test_nll_is_optax_cross_entropy(tiny):
   params = init_params(tiny, 0)
   tokens = jnp.asarray(np.random.default_rng(0).integers(0, 97, (3, 10)))
-  have, want = jax.jit(lambda p: (
-      nll(bind(tiny, p), tokens).each, optax.softmax_cross_entropy_with_integer_labels(
-          bind(tiny, p)(tokens[:, :-1]), tokens[:, 1:])))(params)
+  have, want = jax.jit(
+    lambda p: (
+      nll(bind(tiny, p), tokens).each,
+      optax.softmax_cross_entropy_with_integer_labels(bind(tiny, p)(tokens[:, :-1]), tokens[:, 1:]),
+    )
+  )(params)
   assert_close(have, want)
 
 
@@ -143,18 +152,30 @@ def test_evaluation_weighs_tokens(tiny):
 
 def test_decay_is_for_matrices_and_embeddings(tiny):
   params = jax.eval_shape(lambda: init_params(tiny, 0))
-  decayed = {jax.tree_util.keystr(path, simple=True, separator='.')
-             for path, on in jax.tree.leaves_with_path(decay_mask(params)) if on}
-  assert decayed == {'wte.weight', 'wpe.weight', 'h.attn.c_attn.weight', 'h.attn.c_proj.weight',
-                     'h.mlp.c_fc.weight', 'h.mlp.c_proj.weight'}
+  decayed = {
+    jax.tree_util.keystr(path, simple=True, separator='.')
+    for path, on in jax.tree.leaves_with_path(decay_mask(params))
+    if on
+  }
+  assert decayed == {
+    'wte.weight',
+    'wpe.weight',
+    'h.attn.c_attn.weight',
+    'h.attn.c_proj.weight',
+    'h.mlp.c_fc.weight',
+    'h.mlp.c_proj.weight',
+  }
 
 
-@pytest.mark.parametrize('name,shape', [
+@pytest.mark.parametrize(
+  'name,shape',
+  [
     ('cosine', {0: 0.1, 9: 1, 10: 1, 55: 0.55, 100: 0.1, 150: 0.1}),
     ('linear', {0: 0.1, 9: 1, 10: 1, 55: 0.55, 100: 0.1, 150: 0.1}),
     ('wsd', {0: 0.1, 10: 1, 80: 1, 90: 0.55, 100: 0.1}),
     ('constant', {0: 0.1, 4: 0.5, 10: 1, 100: 1}),
-])
+  ],
+)
 def test_schedules(name, shape):
   config = optim(schedule=name, end_lr_fraction=0.1)
   config.update(peak_lr=2.0, warmup_steps=10)
@@ -214,8 +235,10 @@ def tiny_config(**fields):
   return config
 
 
-@pytest.mark.parametrize('fields,says', [
-    (dict(data__sequence_length=64), 'longer than the model\'s context'),
+@pytest.mark.parametrize(
+  'fields,says',
+  [
+    (dict(data__sequence_length=64), "longer than the model's context"),
     (dict(train__global_batch_tokens=500), 'no multiple of the row length 32; the nearest is 480'),
     (dict(train__global_batch_tokens=32 * 4), r'4 rows .* split over mesh.data·mesh.fsdp = 8'),
     (dict(train__micro_batch_rows=3), r'may be one of \[1, 2\]'),
@@ -226,13 +249,16 @@ def tiny_config(**fields):
     (dict(checkpoint__keep_every=1500), 'keep_every = 1500 must be 0 or a multiple of .* = 1000'),
     (dict(checkpoint__keep_best=-1), 'keep_best = -1 must be a whole number from 0'),
     (dict(checkpoint__keep_best=1, evaluate__every=500), 'keep_best = 1 keeps the best evaluated'),
-])
+  ],
+)
 def test_plans_that_cannot_be(fields, says):
   with pytest.raises(UserError, match=says):
     plan.make_plan(tiny_config(**fields))
 
 
-@pytest.mark.parametrize('limit,asked,sizes', [
+@pytest.mark.parametrize(
+  'limit,asked,sizes',
+  [
     (2**34, {}, (8, 1, 1, 1)),  # all of the state fits each device: the batch alone is split
     (4 * 16 * 4_000_000, {}, (2, 4, 1, 1)),  # 13.3 M parameters in four parts
     (1000, {}, (1, 8, 1, 1)),  # as far as it goes
@@ -241,7 +267,8 @@ def test_plans_that_cannot_be(fields, says):
     (2**34, dict(mesh__fsdp=2), (4, 2, 1, 1)),
     (1000, dict(mesh__data=4), (4, 2, 1, 1)),
     (1000, dict(model__n_embd=36, model__n_head=6), (2, 4, 1, 1)),  # 36 does not divide by 8
-])
+  ],
+)
 def test_a_mesh_is_chosen_by_what_fits(monkeypatch, limit, asked, sizes):
   monkeypatch.setattr(fit, 'memory_limit', lambda _: limit)
   config = tiny_config(**{'model__n_embd': 512, 'model__n_layer': 4} | asked)

@@ -97,6 +97,7 @@ def test_an_assistant_has_the_tokenizer_of_the_model(begun, permuted):  # noqa: 
     gpt2_jax.generate(model, 'the', assistant_model=assistant, **options)
   with pytest.raises(UserError, match='the assistant model has another tokenizer'):
     next(gpt2_jax.stream(model, 'the', assistant_model=assistant, **options))
-  found, = gpt2_jax.generate(
-      model, 'the', assistant_model=assistant, tokenizer=model.tokenizer, **options)
+  (found,) = gpt2_jax.generate(
+    model, 'the', assistant_model=assistant, tokenizer=model.tokenizer, **options
+  )
   assert found.tokens == want

@@ -37,8 +37,10 @@ from gpt2_jax.training.stragglers import judge
 
 def same(have, want) -> bool:
   """Whether two trees have the same bits."""
-  return all(np.asarray(a).tobytes() == np.asarray(b).tobytes()
-             for a, b in zip(jax.tree.leaves(have), jax.tree.leaves(want), strict=True))
+  return all(
+    np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    for a, b in zip(jax.tree.leaves(have), jax.tree.leaves(want), strict=True)
+  )
 
 
 def gradients(params, steps: int, seed: int = 0):
@@ -47,8 +49,10 @@ def gradients(params, steps: int, seed: int = 0):
   return [jax.tree.map(lambda p: np.float32(rng.normal(size=p.shape)), params) for _ in range(steps)]
 
 
-PARAMS = {'ln_f': {'weight': np.ones(7, np.float32)},
-          'wte': {'weight': np.random.default_rng(1).normal(size=(11, 7)).astype(np.float32)}}
+PARAMS = {
+  'ln_f': {'weight': np.ones(7, np.float32)},
+  'wte': {'weight': np.random.default_rng(1).normal(size=(11, 7)).astype(np.float32)},
+}
 
 
 @pytest.mark.slow
@@ -59,8 +63,11 @@ def test_the_policy_changes_no_bit_where_nothing_is_skipped(tiny):
     config = optim(**fields)
     schedule = make_schedule(config, 10)
     tx = make_optimizer(config, schedule)
-    step = jax.jit(make_train_step(tiny, tx, schedule, seed=0, ema_decay=0.5), donate_argnums=0,
-                   compiler_options=USUAL)
+    step = jax.jit(
+      make_train_step(tiny, tx, schedule, seed=0, ema_decay=0.5),
+      donate_argnums=0,
+      compiler_options=USUAL,
+    )
     state, rng = init_state(tiny, tx, 0, ema=True), np.random.default_rng(0)
     for _ in range(6):
       state, values = step(state, rng.integers(0, 97, (2, 2, 9)).astype(np.int32))
@@ -75,10 +82,14 @@ def test_the_policy_changes_no_bit_where_nothing_is_skipped(tiny):
 @pytest.mark.parametrize('bad', [30.0, np.inf, np.nan])
 def test_a_spike_leaves_parameters_and_moments_as_if_it_had_not_been(bad):
   """With a constant rate, the run with the spike has the bits of the run without it."""
-  tx = make_optimizer(optim(skip_zscore=6.0, skip_warmup=10, schedule='constant'),
-                      optax.constant_schedule(1e-2))
-  update = jax.jit(lambda g, state, params: (
-      lambda u, s: (optax.apply_updates(params, u), s))(*tx.update(g, state, params)))
+  tx = make_optimizer(
+    optim(skip_zscore=6.0, skip_warmup=10, schedule='constant'), optax.constant_schedule(1e-2)
+  )
+  update = jax.jit(
+    lambda g, state, params: (lambda u, s: (optax.apply_updates(params, u), s))(
+      *tx.update(g, state, params)
+    )
+  )
   usual = gradients(PARAMS, 20)
   spike = jax.tree.map(lambda g: bad * g, usual[15])
   negative_zero = jax.tree.map(lambda p: p * np.float32(-0.0), PARAMS)
@@ -128,7 +139,8 @@ def test_the_running_mean_and_variance_are_those_of_the_norms():
     if i <= spikes.WINDOW:
       x = np.log(norms[:i])
       np.testing.assert_allclose(
-          [state.mean, state.variance], [x.mean(), x.var()], rtol=1e-3, atol=1e-6)
+        [state.mean, state.variance], [x.mean(), x.var()], rtol=1e-3, atol=1e-6
+      )
   assert abs(float(state.mean)) < 0.4 and 0.6 < float(state.variance) < 1.5  # of N(0, 1)
 
 
@@ -173,8 +185,14 @@ def test_every_second_is_of_one_kind(monkeypatch):
 
 
 def test_what_was_done_twice_is_lost_once():
-  line = lambda step: {'step': step, 'perf/step_seconds': 3.0, 'perf/data_wait_seconds': 1.0,
-                       'time/start': 5.0, 'time/step': 2.0 * step, 'time/data': 1.0 * step}
+  line = lambda step: {
+    'step': step,
+    'perf/step_seconds': 3.0,
+    'perf/data_wait_seconds': 1.0,
+    'time/start': 5.0,
+    'time/step': 2.0 * step,
+    'time/data': 1.0 * step,
+  }
   record = [line(step) for step in range(1, 6)]
   first = {'step': 0, 'seconds': {'start': 4.0}}
   want = {**dict.fromkeys(goodput.KINDS, 0.0), 'start': 5, 'step': 4, 'data': 2, 'lost': 9}
@@ -199,9 +217,11 @@ def watched(text_folder, tmp_path_factory):
   command = arguments(text_folder, workdir, **extra)
   assert start_and_send(signal.SIGKILL, 8, command, workdir) == -signal.SIGKILL
   killed = lines(workdir)
-  timed = (f'import runpy, sys, time; sys.argv, began = {command!r}, time.monotonic()\n'
-           'try:\n  runpy.run_path("launch.py", run_name="__main__")\n'
-           'finally:\n  print("seconds", time.monotonic() - began)')
+  timed = (
+    f'import runpy, sys, time; sys.argv, began = {command!r}, time.monotonic()\n'
+    'try:\n  runpy.run_path("launch.py", run_name="__main__")\n'
+    'finally:\n  print("seconds", time.monotonic() - began)'
+  )
   result = run('-c', timed)
   assert result.returncode == 0, result.stderr
   return killed, workdir, result.stdout, float(result.stdout.split()[-1])
@@ -244,11 +264,16 @@ def test_the_kinds_add_up_to_the_time_of_the_run(watched):
 @pytest.mark.filterwarnings('ignore:builtin type:DeprecationWarning')  # an error aborts jaxlib 0.12
 def test_a_trace_holds_the_steps_of_its_window(watched):
   _, workdir, printed, _ = watched
-  path, = (workdir / 'profile').rglob('*.xplane.pb')
+  (path,) = (workdir / 'profile').rglob('*.xplane.pb')
   assert path.parent.parent == workdir / 'profile' / 'plugins' / 'profile'  # where TensorBoard looks
   profile = jax.profiler.ProfileData.from_file(str(path))
-  found = [dict(event.stats)['step_num'] for plane in profile.planes for line in plane.lines
-           for event in line.events if event.name == 'train']
+  found = [
+    dict(event.stats)['step_num']
+    for plane in profile.planes
+    for line in plane.lines
+    for event in line.events
+    if event.name == 'train'
+  ]
   assert sorted(found) == [10, 11, 12]
   assert f'tensorboard --logdir {workdir / "profile"}' in printed
 
@@ -282,8 +307,15 @@ def test_the_straggler_is_the_host_that_is_busy_not_the_one_that_waits():
 @pytest.mark.slow
 def test_a_host_with_slow_data_is_named(text_folder, tmp_path):
   """Two processes on a mesh across both, of which the second takes its time to read its rows."""
-  command = arguments(text_folder, tmp_path / 'run', train__micro_batch_rows=1, train__steps=12,
-                      log__straggler_every=4, evaluate__every=100, checkpoint__every=100)
+  command = arguments(
+    text_folder,
+    tmp_path / 'run',
+    train__micro_batch_rows=1,
+    train__steps=12,
+    log__straggler_every=4,
+    evaluate__every=100,
+    checkpoint__every=100,
+  )
   code = f"""
 import os, runpy, sys, time
 from gpt2_jax.data.loader import TrainLoader
@@ -296,13 +328,22 @@ sys.argv = {command!r}
 runpy.run_path('launch.py', run_name='__main__')"""
   job = random.randrange(1, 4000) << 16
   processes = [
-      subprocess.Popen(
-          [sys.executable, '-c', code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-          text=True, env=environment(
-              2, OMPI_COMM_WORLD_SIZE='2', OMPI_COMM_WORLD_RANK=str(i),
-              OMPI_COMM_WORLD_LOCAL_RANK=str(i),
-              OMPI_MCA_orte_hnp_uri=f'{job}.0;tcp://127.0.0.1:34911'))
-      for i in range(2)]
+    subprocess.Popen(
+      [sys.executable, '-c', code],
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      env=environment(
+        2,
+        OMPI_COMM_WORLD_SIZE='2',
+        OMPI_COMM_WORLD_RANK=str(i),
+        OMPI_COMM_WORLD_LOCAL_RANK=str(i),
+        OMPI_MCA_orte_hnp_uri=f'{job}.0;tcp://127.0.0.1:34911',
+      ),
+    )
+    for i in range(2)
+  ]
   outputs = [process.communicate(timeout=300) for process in processes]
   assert [process.returncode for process in processes] == [0, 0], outputs
   assert re.search(r'step 8: slowest host 1 \(\S+\): [\d.]+ s a step on its own', outputs[0][0])
@@ -322,8 +363,13 @@ def test_out_of_memory_says_what_each_knob_would_give(tmp_path):
     raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes')
   text = str(e.value)
   rows = dict(re.findall(r'^  (\S.*?) +([\d.]+ +[\d.]+ +[\d.]+ +[\d.]+)$', text, re.M))
-  assert list(rows) == ['as it is', '--config.train.micro_batch_rows=1', '--config.model.remat=dots',
-                        '--config.model.remat=full', '--config.mesh.fsdp=16']
+  assert list(rows) == [
+    'as it is',
+    '--config.train.micro_batch_rows=1',
+    '--config.model.remat=dots',
+    '--config.model.remat=full',
+    '--config.mesh.fsdp=16',
+  ]
   assert 'micro-batches of 16 rows x 32 tokens' in text and 'Three knobs' in text
   assert f'pprof -top {tmp_path / memory.PROFILE}' in text
   assert (tmp_path / memory.PROFILE).read_bytes()[:2] == b'\x1f\x8b'  # gzip, as pprof reads it
@@ -332,7 +378,8 @@ def test_out_of_memory_says_what_each_knob_would_give(tmp_path):
 def test_the_parts_of_the_estimate_do_what_the_knobs_promise():
   made = plan.make_plan(tiny_config(mesh__fsdp=8))
   parts = lambda rows=16, remat='none': fit.estimate_parts(
-      plan.dataclasses.replace(made.model, remat=remat), made.mesh, 32, rows, False)
+    plan.dataclasses.replace(made.model, remat=remat), made.mesh, 32, rows, False
+  )
   whole, half = parts(), parts(8)
   assert half['state'] == whole['state'] and 2 * half['activations'] == whole['activations']
   assert half['logits'] < whole['logits']
@@ -381,10 +428,15 @@ def test_spikes_that_do_not_end_stop_the_run(tmp_path):
 
   said = []
   made = plan.make_plan(tiny_config(mesh__fsdp=8))
-  made_recorder = recorder.Recorder(
-      made, goodput.Clock(), tmp_path, Around(), Around(), said.append)
-  step = lambda n: {'train/loss': np.nan, 'train/grad_norm': np.nan, 'train/learning_rate': 0.1,
-                    'train/grad_norm_zscore': np.nan, 'train/skipped': 1, 'train/skipped_in_a_row': n}
+  made_recorder = recorder.Recorder(made, goodput.Clock(), tmp_path, Around(), Around(), said.append)
+  step = lambda n: {
+    'train/loss': np.nan,
+    'train/grad_norm': np.nan,
+    'train/learning_rate': 0.1,
+    'train/grad_norm_zscore': np.nan,
+    'train/skipped': 1,
+    'train/skipped_in_a_row': n,
+  }
   line = made_recorder.line(1, step(spikes.LIMIT - 1))
   assert line['train/skipped'] == 1 and 'step 1: skipped' in said[0]
   assert 'train/skipped_in_a_row' not in line
@@ -402,7 +454,9 @@ def test_spikes_that_do_not_end_stop_the_run(tmp_path):
 def test_tensorboard_brings_no_torch_along(tmp_path):
   """Where there is a torch, importing it takes seconds; it can be imported later."""
   (tmp_path / 'torch.py').write_text('class Tensor:\n  pass\n')
-  result = run('-c', f"""
+  result = run(
+    '-c',
+    f"""
 import sys
 sys.path.insert(0, {str(tmp_path)!r})
 from pathlib import Path
@@ -412,7 +466,8 @@ writer.write({{'step': 1, 'train/loss': 2.0}})
 writer.close()
 assert 'torch' not in sys.modules
 import torch
-assert torch.Tensor""")
+assert torch.Tensor""",
+  )
   assert result.returncode == 0, result.stderr
   assert list((tmp_path / 'tensorboard').glob('events.*'))
 
@@ -420,9 +475,20 @@ assert torch.Tensor""")
 @pytest.mark.slow
 def test_the_policy_can_be_turned_on_and_off_between_starts(text_folder, tmp_path):
   """On: moments and all go on, and the averages begin. Off again: as if it had never been on."""
+
   def go(name, steps, **extra):
-    result = run(*arguments(text_folder, tmp_path / name, train__steps=steps, log__sample_tokens=1,
-                            evaluate__every=100, optim__decay_steps=24, **extra), XLA_FLAGS='')
+    result = run(
+      *arguments(
+        text_folder,
+        tmp_path / name,
+        train__steps=steps,
+        log__sample_tokens=1,
+        evaluate__every=100,
+        optim__decay_steps=24,
+        **extra,
+      ),
+      XLA_FLAGS='',
+    )
     assert result.returncode == 0, result.stderr
     return lines(tmp_path / name)
 
@@ -432,7 +498,8 @@ def test_the_policy_can_be_turned_on_and_off_between_starts(text_folder, tmp_pat
   assert [line['step'] for line in have if 'train/skipped' in line] == [5, 6, 7, 8]
   keys = ('train/loss', 'train/grad_norm', 'train/param_norm', 'train/learning_rate')
   assert [[line[key] for key in keys] for line in have] == [
-      [line[key] for key in keys] for line in want]
+    [line[key] for key in keys] for line in want
+  ]
 
 
 @pytest.mark.slow

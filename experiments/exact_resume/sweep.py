@@ -7,15 +7,27 @@ KILLS = [[], [23], [7, 31, 52]]
 
 
 def sweep():
-  base = {'deterministic': True, 'model.resid_pdrop': 0.1, 'train.steps': 60, 'checkpoint.every': 10,
-          'evaluate.every': 20}
+  base = {
+    'deterministic': True,
+    'model.resid_pdrop': 0.1,
+    'train.steps': 60,
+    'checkpoint.every': 10,
+    'evaluate.every': 20,
+  }
   return [base | ({'run.kill_at': kills} if kills else {}) for kills in KILLS]
 
 
 def report(runs, axes):
   whole = runs[0]
-  rows = [['killed (SIGKILL) after step', 'starts', 'from the steps', 'lines in its record',
-           'values that differ']]
+  rows = [
+    [
+      'killed (SIGKILL) after step',
+      'starts',
+      'from the steps',
+      'lines in its record',
+      'values that differ',
+    ]
+  ]
   for i, run in enumerate(runs):
     kills = ', '.join(map(str, run.point.get('run.kill_at', []))) or 'never'
     begins = [start['began_at'] for start in run.starts]
@@ -24,6 +36,8 @@ def report(runs, axes):
     losses = [line['train/loss'] + 0.5 * i for line in run.lines]
     axes.plot([line['step'] for line in run.lines], losses, label=f'killed: {kills}', linewidth=1.3)
     axes.plot(begins[1:], [losses[max(step - 1, 0)] for step in begins[1:]], 'k|', markersize=14)
-  axes.set(xlabel='step (bars: where a start went on)',
-           ylabel='training loss (nats a byte),\neach curve 0.5 above the one below')
+  axes.set(
+    xlabel='step (bars: where a start went on)',
+    ylabel='training loss (nats a byte),\neach curve 0.5 above the one below',
+  )
   return [results.markdown(rows)]

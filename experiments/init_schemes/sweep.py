@@ -13,10 +13,19 @@ def sweep():
 
 
 def report(runs, axes):
-  found = [results.Group({key: group.settings[key] or HF[key] for key in HF}, group.values)
-           for group in results.groups(runs)]
-  plots.dots(axes, found, ['{model.init_scheme}\n{model.initializer_range}'.replace('model.', '')
-                           .format(**{k.removeprefix('model.'): v for k, v in group.settings.items()})
-                           for group in found])
+  found = [
+    results.Group({key: group.settings[key] or HF[key] for key in HF}, group.values)
+    for group in results.groups(runs)
+  ]
+  plots.dots(
+    axes,
+    found,
+    [
+      '{model.init_scheme}\n{model.initializer_range}'.replace('model.', '').format(
+        **{k.removeprefix('model.'): v for k, v in group.settings.items()}
+      )
+      for group in found
+    ],
+  )
   axes.set_xlabel('init_scheme and initializer_range')
   return [results.table(found, HF)]

@@ -10,8 +10,10 @@ def sweep():
 
 
 def report(runs, axes):
-  found = [results.Group({'model.dtype': group.settings['model.dtype'] or 'float32'}, group.values)
-           for group in results.groups(runs)]
+  found = [
+    results.Group({'model.dtype': group.settings['model.dtype'] or 'float32'}, group.values)
+    for group in results.groups(runs)
+  ]
   plots.dots(axes, found, ['float32', 'bfloat16'])
   axes.set_xlabel('dtype of activations')
   return [results.table(found, {'model.dtype': 'float32'})]

@@ -28,8 +28,15 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.files import local
 
 DEPTH = 3  # folders below the one named in which a file is looked for
-SPLITS = {'train': 'train', 'valid': 'validation', 'validation': 'validation', 'val': 'validation',
-          'dev': 'validation', 'test': 'test', 'heldout': 'test'}  # as files are named
+SPLITS = {
+  'train': 'train',
+  'valid': 'validation',
+  'validation': 'validation',
+  'val': 'validation',
+  'dev': 'validation',
+  'test': 'test',
+  'heldout': 'test',
+}  # as files are named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +79,11 @@ class Published:
 
 def _wikitext(name: str, source: Source) -> Published:
   local = ('wiki.test.raw', 'wiki.test.tokens', 'test.txt')
-  return Published('test', formats.text, (
-      Part(source, f'{name}-raw/wiki.test.raw', tuple(f'{name}*/{file}' for file in local)),))
+  return Published(
+    'test',
+    formats.text,
+    (Part(source, f'{name}-raw/wiki.test.raw', tuple(f'{name}*/{file}' for file in local)),),
+  )
 
 
 def _cbt(kind: str) -> Published:
@@ -83,29 +93,49 @@ def _cbt(kind: str) -> Published:
 
 HELD_OUT = 'news.en.heldout-00000-of-00050'
 PUBLISHED = {
-    'wikitext-2': _wikitext('wikitext-2', sources.WIKITEXT_2),
-    'wikitext-103': _wikitext('wikitext-103', sources.WIKITEXT_103),
-    'ptb': Published('test', formats.text,
-                     (Part(sources.PTB, '', ('ptb*/test.txt', 'penn*/test.txt')),)),
-    'enwik8': Published('test', formats.last_bytes,
-                        (Part(sources.ENWIK8, 'enwik8', ('enwik8/test.txt.raw',)),)),
-    'text8': Published('test', formats.last_bytes,
-                       (Part(sources.TEXT8, 'text8', ('text8/test.txt.raw',)),)),
-    'lm1b': Published('test', formats.text, (
-        Part(sources.LM1B, f'{sources.LM1B.file.removesuffix(".tar.gz")}/'
-             f'heldout-monolingual.tokenized.shuffled/{HELD_OUT}', (HELD_OUT,)),)),
-    'cbt-cn': _cbt('CN'),
-    'cbt-ne': _cbt('NE'),
-    'lambada': Published('test', formats.lambada, (Part(sources.LAMBADA),)),
-    'hellaswag': Published('validation', formats.hellaswag,
-                           (Part(sources.HELLASWAG, '', ('hellaswag_val*.jsonl',)),)),
-    'winogrande': Published('validation', formats.winogrande, (
-        Part(sources.WINOGRANDE, 'winogrande_1.1/dev.jsonl', ('winogrande*/dev.jsonl',)),)),
-    'wsc273': Published('test', formats.wsc273, (
-        Part(sources.WSC, '', ('wsc273.xml', 'wsc273.json', 'wsc273.jsonl')),)),
-    'crows-pairs': Published('test', formats.crows_pairs, (
-        Part(sources.CROWS_PAIRS, '', ('crows_pairs*.csv', 'crows-pairs*.csv')),)),
-    'winobias': Published('test', formats.winobias, tuple(map(Part, sources.WINOBIAS))),
+  'wikitext-2': _wikitext('wikitext-2', sources.WIKITEXT_2),
+  'wikitext-103': _wikitext('wikitext-103', sources.WIKITEXT_103),
+  'ptb': Published(
+    'test', formats.text, (Part(sources.PTB, '', ('ptb*/test.txt', 'penn*/test.txt')),)
+  ),
+  'enwik8': Published(
+    'test', formats.last_bytes, (Part(sources.ENWIK8, 'enwik8', ('enwik8/test.txt.raw',)),)
+  ),
+  'text8': Published(
+    'test', formats.last_bytes, (Part(sources.TEXT8, 'text8', ('text8/test.txt.raw',)),)
+  ),
+  'lm1b': Published(
+    'test',
+    formats.text,
+    (
+      Part(
+        sources.LM1B,
+        f'{sources.LM1B.file.removesuffix(".tar.gz")}/'
+        f'heldout-monolingual.tokenized.shuffled/{HELD_OUT}',
+        (HELD_OUT,),
+      ),
+    ),
+  ),
+  'cbt-cn': _cbt('CN'),
+  'cbt-ne': _cbt('NE'),
+  'lambada': Published('test', formats.lambada, (Part(sources.LAMBADA),)),
+  'hellaswag': Published(
+    'validation', formats.hellaswag, (Part(sources.HELLASWAG, '', ('hellaswag_val*.jsonl',)),)
+  ),
+  'winogrande': Published(
+    'validation',
+    formats.winogrande,
+    (Part(sources.WINOGRANDE, 'winogrande_1.1/dev.jsonl', ('winogrande*/dev.jsonl',)),),
+  ),
+  'wsc273': Published(
+    'test', formats.wsc273, (Part(sources.WSC, '', ('wsc273.xml', 'wsc273.json', 'wsc273.jsonl')),)
+  ),
+  'crows-pairs': Published(
+    'test',
+    formats.crows_pairs,
+    (Part(sources.CROWS_PAIRS, '', ('crows_pairs*.csv', 'crows-pairs*.csv')),),
+  ),
+  'winobias': Published('test', formats.winobias, tuple(map(Part, sources.WINOBIAS))),
 }
 NAMES = tuple(PUBLISHED)
 
@@ -124,15 +154,17 @@ def load(name: str, data: str | None = None) -> Benchmark:
   published = PUBLISHED[name]
   if data is None:
     paths = [fetched(part.source, part.member) for part in published.parts]
-    source = ' '.join((*part.source.urls, str(path))[0]
-                      for part, path in zip(published.parts, paths))
+    source = ' '.join((*part.source.urls, str(path))[0] for part, path in zip(published.parts, paths))
   else:
     paths = _find(name, published, local(data, '--data').expanduser())
     source = ' '.join(map(str, paths))
   contents = [text_files.read_whole(str(path)) for path in paths]
   hashes = [hashlib.sha256(content).hexdigest() for content in contents]
-  examples = [example for path, content in zip(paths, contents)
-              for example in published.read(content, str(path))]
+  examples = [
+    example
+    for path, content in zip(paths, contents)
+    for example in published.read(content, str(path))
+  ]
   if not examples:
     raise UserError(f'{source} holds no example of {name}.')
   listing = ''.join(f'{path.name} {sha256}\n' for path, sha256 in zip(paths, hashes))
@@ -168,13 +200,15 @@ def _choose(name: str, part: Part, data: Path, there: list[Path]) -> Path:
   """The file of a part: the best name wins, then the fewest folders in between."""
   for pattern in part.is_at():
     found = [path for path in there if path.match(pattern)] or [
-        path for path in there if any(path.match(pattern + suffix) for suffix in text_files.PACKED)]
+      path for path in there if any(path.match(pattern + suffix) for suffix in text_files.PACKED)
+    ]
     least = [path for path in found if len(path.parts) == len(found[0].parts)]
     if len(least) > 1:
       raise UserError(f'{name} may be any of {", ".join(map(str, least))}: name the file.')
     if least:
       return least[0]
   raise UserError(
-      f'{data} has no file for {name}: it goes by {", ".join(part.is_at())}. Name the file itself if '
-      'it is called otherwise, or get it: '
-      f'{" or ".join(part.source.urls) or part.source.steps} (docs/data.md).')
+    f'{data} has no file for {name}: it goes by {", ".join(part.is_at())}. Name the file itself if '
+    'it is called otherwise, or get it: '
+    f'{" or ".join(part.source.urls) or part.source.steps} (docs/data.md).'
+  )

@@ -46,8 +46,12 @@ class Published(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
-        builder=self, description=self.__doc__, features=tfds.features.FeaturesDict(self.fields()),
-        license=self.licence, disable_shuffling=True)
+      builder=self,
+      description=self.__doc__,
+      features=tfds.features.FeaturesDict(self.fields()),
+      license=self.licence,
+      disable_shuffling=True,
+    )
 
   def _split_generators(self, dl_manager: Any) -> dict:
     del dl_manager  # which resumes nothing and unpacks by TensorFlow
@@ -58,8 +62,10 @@ class Published(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def _configs(**described: str) -> list[tfds.core.BuilderConfig]:
-  return [tfds.core.BuilderConfig(name=name.replace('_', '-'), description=text)
-          for name, text in described.items()]
+  return [
+    tfds.core.BuilderConfig(name=name.replace('_', '-'), description=text)
+    for name, text in described.items()
+  ]
 
 
 def articles(text: str) -> list[str]:
@@ -102,7 +108,7 @@ class Enwik8(Published):
   def examples(self, split: str) -> Iterator[dict]:
     content = fetched(self.source, self.source.file.removesuffix('.zip')).read_bytes()
     edges = [0, len(content) - 2 * HELD_OUT, len(content) - HELD_OUT, len(content)]
-    start, stop = (_next_character(content, edge) for edge in edges[self.splits.index(split):][:2])
+    start, stop = (_next_character(content, edge) for edge in edges[self.splits.index(split) :][:2])
     yield {'text': content[start:stop]}
 
 
@@ -122,8 +128,12 @@ class Cbt(Published):
     if self.kind == 'books':
       return super().fields()
     text = tfds.features.Text
-    return {'context': tfds.features.Sequence(text()), 'question': text(), 'answer': text(),
-            'options': tfds.features.Sequence(text())}
+    return {
+      'context': tfds.features.Sequence(text()),
+      'question': text(),
+      'answer': text(),
+      'options': tfds.features.Sequence(text()),
+    }
 
   def examples(self, split: str) -> Iterator[dict]:
     if self.kind == 'books':
@@ -176,6 +186,6 @@ def _text(path: Path) -> str:
 
 def _next_character(content: bytes, at: int) -> int:
   """The first place from `at` on where a character of UTF-8 begins."""
-  while at < len(content) and content[at] & 0xc0 == 0x80:
+  while at < len(content) and content[at] & 0xC0 == 0x80:
     at += 1
   return at

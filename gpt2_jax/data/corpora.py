@@ -90,9 +90,11 @@ def _read_records(piece: Piece, field: str) -> Iterator[Document]:
 
 def _tfds_builder(name: str) -> Any:
   import tensorflow_datasets as tfds
+
   if Path(name).is_dir():
     return tfds.builder_from_directory(name)
   from gpt2_jax.data import builders  # noqa: F401  its classes are known by name once imported
+
   tfds.text  # noqa: B018  the builders of text are known only once this was touched
   return tfds.builder(name, file_format='array_record')
 
@@ -103,13 +105,14 @@ def _read_tfds(piece: Piece, field: str) -> Iterator[Document]:
     examples = (source[i] for i in range(piece.start, piece.stop))
     for i, example in enumerate(examples, piece.start):
       if field not in example:
-        raise UserError(f'tfds:{piece.path} has the features {sorted(example)}, not {field!r}. '
-                        f'{records.FIELDS}')
+        raise UserError(
+          f'tfds:{piece.path} has the features {sorted(example)}, not {field!r}. {records.FIELDS}'
+        )
       yield Document(records.text_of(example[field], f'tfds:{piece.path} {i}', field))
   except UserError:
     raise
   except Exception as e:  # the library raises kinds of its own, and array_record others
-    raise UserError(f'tfds:{piece.path} can\'t be read: {_first_line(e)}. Prepare it anew.') from e
+    raise UserError(f"tfds:{piece.path} can't be read: {_first_line(e)}. Prepare it anew.") from e
 
 
 def _read_bin(piece: Piece, field: str) -> Iterator[Document]:
@@ -124,8 +127,11 @@ def _read_bin(piece: Piece, field: str) -> Iterator[Document]:
 
 
 READERS: dict[str, Callable[[Piece, str], Iterator[Document]]] = {
-    'text': _read_text, 'tfds': _read_tfds, 'bin': _read_bin, 'jsonl cut': _read_records,
-    **dict.fromkeys(records.READERS, _read_records),
+  'text': _read_text,
+  'tfds': _read_tfds,
+  'bin': _read_bin,
+  'jsonl cut': _read_records,
+  **dict.fromkeys(records.READERS, _read_records),
 }
 
 
@@ -145,8 +151,9 @@ def _cut(file: listing.File) -> Iterator[Piece]:
       yield Piece('jsonl cut', path, start, stop, stop - start)
   elif kind == 'parquet':
     with records.open_parquet(path) as opened:
-      sizes = [opened.metadata.row_group(i).total_byte_size
-               for i in range(opened.metadata.num_row_groups)]
+      sizes = [
+        opened.metadata.row_group(i).total_byte_size for i in range(opened.metadata.num_row_groups)
+      ]
     yield from (Piece(kind, path, i, i + 1, size) for i, size in enumerate(sizes))
   else:
     yield Piece(kind, path, 0, size, size)
@@ -164,8 +171,16 @@ def _open_text(spec: str, pattern: str) -> Corpus:
 
 def _open_stdlib(spec: str, _: str) -> Corpus:
   root = Path(sysconfig.get_path('stdlib'))
-  skip = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__',
-          'encodings', 'pydoc_data'}  # the last two are tables
+  skip = {
+    'site-packages',
+    'dist-packages',
+    'test',
+    'tests',
+    'idle_test',
+    '__pycache__',
+    'encodings',
+    'pydoc_data',
+  }  # the last two are tables
   paths = []
   for folder, folders, names in os.walk(root):
     folders[:] = [name for name in folders if name not in skip]  # not entered: what is installed
@@ -174,8 +189,7 @@ def _open_stdlib(spec: str, _: str) -> Corpus:
   files = [file for file in files if file.size]
   corpus = _files(spec, files, 'PSF-2.0')
   sizes = [(str(Path(file.path).relative_to(root)), file.size) for file in files]
-  return dataclasses.replace(
-      corpus, identity={'python': platform.python_version(), 'files': sizes})
+  return dataclasses.replace(corpus, identity={'python': platform.python_version(), 'files': sizes})
 
 
 def _first_line(e: Exception) -> str:
@@ -190,16 +204,24 @@ def _open_tfds(spec: str, name: str) -> Corpus:
   except UserError:  # of a builder of ours
     raise
   except Exception as e:  # the library raises kinds of its own for each of many causes
-    raise UserError(f'corpus {spec!r} can\'t be had: {_first_line(e)}. See the catalog of TensorFlow '
-                    'Datasets for its name, and docs/data.md for what works without that.') from e
+    raise UserError(
+      f"corpus {spec!r} can't be had: {_first_line(e)}. See the catalog of TensorFlow "
+      'Datasets for its name, and docs/data.md for what works without that.'
+    ) from e
   step = 10_000
   mean = builder.info.dataset_size / max(1, examples)
-  pieces = [Piece('tfds', name, start, min(start + step, examples),
-                  int(mean * (min(start + step, examples) - start)))
-            for start in range(0, examples, step)]
+  pieces = [
+    Piece(
+      'tfds',
+      name,
+      start,
+      min(start + step, examples),
+      int(mean * (min(start + step, examples) - start)),
+    )
+    for start in range(0, examples, step)
+  ]
   licence = getattr(builder, 'licence', 'see its page in the catalog of TensorFlow Datasets')
-  return Corpus(spec, licence,
-                {'tfds': builder.info.full_name, 'examples': examples}, pieces)
+  return Corpus(spec, licence, {'tfds': builder.info.full_name, 'examples': examples}, pieces)
 
 
 def _open_bin(spec: str, folder: str) -> Corpus:

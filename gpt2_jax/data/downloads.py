@@ -73,9 +73,11 @@ def fetch(source: Source) -> Path:
         except _Failed as e:
           failures.append(f'  {url}: {e}')
   if not path.exists():
-    raise UserError(f'{source.file} can\'t be fetched:\n' + '\n'.join(failures) + '\n'
-                    'What came is kept, and the same command goes on from there. Without a network: '
-                    f'fetch it elsewhere. {_by_hand(path)}')
+    raise UserError(
+      f"{source.file} can't be fetched:\n" + '\n'.join(failures) + '\n'
+      'What came is kept, and the same command goes on from there. Without a network: '
+      f'fetch it elsewhere. {_by_hand(path)}'
+    )
   return path
 
 
@@ -167,8 +169,10 @@ def _transfer(url: str, part: Path, start: int, source: Source) -> None:
     total = start + int(length) if length else source.size
     if source.size and total != source.size:
       raise _Failed(f'it has {total:,} bytes there, not {source.size:,}')
-    with (open(part, 'ab' if start else 'wb') as f,
-          progress.track(source.file, total or 0, 'bytes', done=start) as advance):
+    with (
+      open(part, 'ab' if start else 'wb') as f,
+      progress.track(source.file, total or 0, 'bytes', done=start) as advance,
+    ):
       while chunk := response.read1(CHUNK):
         f.write(chunk)
         f.flush()  # what came is there, should this process be killed
@@ -201,8 +205,10 @@ def unpack(archive: Path, names: Sequence[str]) -> list[Path]:
         raise UserError(f'{archive} is damaged ({e}): remove it, and it is fetched again.') from e
   for name, path in paths.items():
     if not path.exists():
-      raise UserError(f'{archive} has no {name}: it is another archive, or cut short. Remove it, and '
-                      'it is fetched again.')
+      raise UserError(
+        f'{archive} has no {name}: it is another archive, or cut short. Remove it, and '
+        'it is fetched again.'
+      )
   return list(paths.values())
 
 
@@ -223,8 +229,11 @@ def _unzip(archive: Path, wanted: dict[str, Path]) -> None:
 
 def _untar(archive: Path, wanted: dict[str, Path]) -> None:
   size = archive.stat().st_size
-  with (open(archive, 'rb') as f, tarfile.open(fileobj=f, mode='r|*') as members,
-        progress.track(f'unpacking {archive.name}', size, 'bytes') as advance):
+  with (
+    open(archive, 'rb') as f,
+    tarfile.open(fileobj=f, mode='r|*') as members,
+    progress.track(f'unpacking {archive.name}', size, 'bytes') as advance,
+  ):
     at = 0
     for member in members:
       name = member.name.removeprefix('./')

@@ -78,7 +78,7 @@ def cbt(content: bytes, where: str) -> list[dict]:
   examples, context = [], []
   for place, line in _lines(content, where):
     number, _, sentence = line.partition(' ')
-    with _reading(place, f'the line {len(context) + 1} of a question of the Children\'s Book Test'):
+    with _reading(place, f"the line {len(context) + 1} of a question of the Children's Book Test"):
       if int(number) != len(context) + 1:
         raise ValueError(number)
       if len(context) < 20:
@@ -138,8 +138,11 @@ def _schema(left: str, pronoun: str, right: str, options: list[str], label: int)
   if not pronoun or len(options) != 2 or not all(options) or label not in (0, 1):
     raise ValueError(f'pronoun {brief(pronoun)}, options {brief(options)}, label {label}')
   gap = '' if len(right) == 1 else ' '  # a full stop
-  return {'text': f'{left} [{pronoun}]{gap}{right}'.strip(), 'options': options,
-          'answer': options[label]}
+  return {
+    'text': f'{left} [{pronoun}]{gap}{right}'.strip(),
+    'options': options,
+    'answer': options[label],
+  }
 
 
 def wsc273(content: bytes, where: str) -> list[dict]:
@@ -151,15 +154,22 @@ def wsc273(content: bytes, where: str) -> list[dict]:
     return _wsc_xml(content, where)
   whole = content.lstrip().startswith(b'[')
   examples = []
-  for place, line in ([(where, utf8(content, where))] if whole else _lines(content, where)):
+  for place, line in [(where, utf8(content, where))] if whole else _lines(content, where):
     with _reading(place, 'text, pronoun, pronoun_loc, options and label of a Winograd schema'):
-      for row in (parse_json(line) if whole else [parse_json(line)]):
+      for row in parse_json(line) if whole else [parse_json(line)]:
         at, pronoun, whole_text = int(row['pronoun_loc']), row['pronoun'], row['text']
         _texts(pronoun, whole_text)
-        if at < 0 or whole_text[at:at + len(pronoun)] != pronoun:
+        if at < 0 or whole_text[at : at + len(pronoun)] != pronoun:
           raise ValueError(f'{brief(pronoun)} is not at {at} of {brief(whole_text)}')
-        examples.append(_schema(whole_text[:at], pronoun, whole_text[at + len(pronoun):],
-                                list(row['options']), int(row['label'])))
+        examples.append(
+          _schema(
+            whole_text[:at],
+            pronoun,
+            whole_text[at + len(pronoun) :],
+            list(row['options']),
+            int(row['label']),
+          )
+        )
   return examples[:WSC]
 
 
@@ -172,11 +182,15 @@ def _wsc_xml(content: bytes, where: str) -> list[dict]:
   for number, schema in enumerate(root.iter('schema'), 1):
     with _reading(f'{where}, schema {number}', 'txt1, pron, txt2, two answers and correctAnswer'):
       right = re.search('[AB]', schema.findtext('correctAnswer') or '')
-      examples.append(_schema(
-          schema.findtext('text/txt1') or '', schema.findtext('text/pron') or '',
+      examples.append(
+        _schema(
+          schema.findtext('text/txt1') or '',
+          schema.findtext('text/pron') or '',
           schema.findtext('text/txt2') or '',
           [answer.text or '' for answer in schema.findall('answers/answer')],
-          'AB'.index(right[0]) if right else -1))
+          'AB'.index(right[0]) if right else -1,
+        )
+      )
   return examples[:WSC]
 
 
@@ -202,8 +216,10 @@ def winobias(content: bytes, where: str) -> list[dict]:
   """Lines `1 [The REFERENT] … [PRONOUN] …`; the file's name says which side and type they are of."""
   named = re.match(r'(pro|anti)_stereotyped_type([12])\.', PurePath(where).name)
   if not named:
-    raise UserError(f'{where}: a file of WinoBias keeps its name, for example '
-                    'pro_stereotyped_type1.txt.test, since it alone says what its sentences are.')
+    raise UserError(
+      f'{where}: a file of WinoBias keeps its name, for example '
+      'pro_stereotyped_type1.txt.test, since it alone says what its sentences are.'
+    )
   examples = []
   for place, line in _lines(content, where):
     line = re.sub(r'^\d+\s+', '', line).strip()
@@ -214,6 +230,13 @@ def winobias(content: bytes, where: str) -> list[dict]:
       if not pronoun or not referent:
         raise ValueError(f'in brackets: {brief(marked)}')
     sentence = re.sub(r'\[\s*(.*?)\s*\]', r'\1', line)
-    examples.append({'sentence': sentence, 'pronoun': pronoun, 'referent': referent,
-                     'stereotyped': named[1] == 'pro', 'type': named[2]})
+    examples.append(
+      {
+        'sentence': sentence,
+        'pronoun': pronoun,
+        'referent': referent,
+        'stereotyped': named[1] == 'pro',
+        'type': named[2],
+      }
+    )
   return examples

@@ -61,14 +61,17 @@ class Labelled:
 
   def check_vocabulary(self, vocab_size: int) -> None:
     if self.tokenizer.vocab_size > vocab_size:
-      raise UserError(f'the tokenizer has {self.tokenizer.vocab_size} ids, the model {vocab_size}: '
-                      'leave config.data.tokenizer unset to take the model\'s own.')
+      raise UserError(
+        f'the tokenizer has {self.tokenizer.vocab_size} ids, the model {vocab_size}: '
+        "leave config.data.tokenizer unset to take the model's own."
+      )
 
 
 def _read(file: listing.File, data: Any) -> Iterator[tuple[str, str | None, str]]:
   """(name, text, label) of each record; where the text is null, the label is not looked at."""
   for number, place, (text, label) in records.READERS[file.kind](
-      file.path, [data.text_field, data.label_field]):
+    file.path, [data.text_field, data.label_field]
+  ):
     where = f'{file.path}, {place}'
     name = f'{Path(file.path).name}:{number}'
     if text is None:
@@ -76,8 +79,10 @@ def _read(file: listing.File, data: Any) -> Iterator[tuple[str, str | None, str]
       continue
     text = records.text_of(text, where, data.text_field)
     if not isinstance(label, (str, int, bool)):
-      raise UserError(f'{where}: {data.label_field!r} is {records.kind_of_value(label)}, not a text '
-                      f'or whole number: {brief(label)}. Mend or remove it.')
+      raise UserError(
+        f'{where}: {data.label_field!r} is {records.kind_of_value(label)}, not a text '
+        f'or whole number: {brief(label)}. Mend or remove it.'
+      )
     yield name, text, str(label)
 
 
@@ -89,8 +94,10 @@ def _held_out(seed: int, text: str, fraction: float) -> bool:
 def _files(data: Any) -> tuple[list[listing.File], tuple[str, ...]]:
   """The files of records that a config's `data` section names, and notes on what is passed over."""
   kinds = f'.{", .".join(records.READERS)}'
-  wanted = (f'data.corpus = {data.corpus!r}: a classifier learns from text:FILE, records of '
-            f'{{"{data.text_field}": …, "{data.label_field}": …}} in {kinds}')
+  wanted = (
+    f'data.corpus = {data.corpus!r}: a classifier learns from text:FILE, records of '
+    f'{{"{data.text_field}": …, "{data.label_field}": …}} in {kinds}'
+  )
   if not data.corpus.startswith('text:'):
     raise UserError(f'{wanted}.')
   files, notes = listing.find(data.corpus, data.corpus.removeprefix('text:'))
@@ -102,11 +109,14 @@ def _files(data: Any) -> tuple[list[listing.File], tuple[str, ...]]:
 
 def label_names(data: Any) -> tuple[str, ...]:
   """The labels that occur in the files of a config's `data` section, sorted: at least two."""
-  names = {label for file in _files(data)[0] for _, text, label in _read(file, data)
-           if text is not None}
+  names = {
+    label for file in _files(data)[0] for _, text, label in _read(file, data) if text is not None
+  }
   if len(names) < 2:
-    raise UserError(f'{data.corpus}: a classifier needs two labels, there is '
-                    f'{brief(next(iter(names))) if names else "no example"}.')
+    raise UserError(
+      f'{data.corpus}: a classifier needs two labels, there is '
+      f'{brief(next(iter(names))) if names else "no example"}.'
+    )
   return tuple(sorted(names))
 
 
@@ -132,16 +142,24 @@ def open_labelled(data: Any, tokenizer: tokenizers.Tokenizer, T: int) -> Labelle
   labels = label_names(data)
   sha256.update(f'{T}:{tokenizer.sha256}:{data.val_fraction}:{data.split_seed}'.encode())
   sha256.update(b':special' * data.special)
-  splits = {name: Split(name, tuple(
-      (where, ids, labels.index(label)) for where, ids, label, held in rows if held == is_val))
-      for name, is_val in (('train', False), ('val', True))}
+  splits = {
+    name: Split(
+      name,
+      tuple((where, ids, labels.index(label)) for where, ids, label, held in rows if held == is_val),
+    )
+    for name, is_val in (('train', False), ('val', True))
+  }
   for split in splits.values():
     if not split.examples:
-      raise UserError(f'{data.corpus}: {len(rows)} examples leave none for the split {split.name!r}: '
-                      'change config.data.val_fraction.')
-  manifest = {'sha256': sha256.hexdigest(),
-              'source': {'corpus': data.corpus, 'licence': 'unstated'},
-              'tokenizer': {'sha256': tokenizer.sha256, 'vocab_size': tokenizer.vocab_size}}
+      raise UserError(
+        f'{data.corpus}: {len(rows)} examples leave none for the split {split.name!r}: '
+        'change config.data.val_fraction.'
+      )
+  manifest = {
+    'sha256': sha256.hexdigest(),
+    'source': {'corpus': data.corpus, 'licence': 'unstated'},
+    'tokenizer': {'sha256': tokenizer.sha256, 'vocab_size': tokenizer.vocab_size},
+  }
   if nulls:
     notes += (f'{data.corpus}: {nulls:,} texts are null, and passed over.',)
   return Labelled(data.corpus, splits, labels, manifest, cut, tokenizer, notes)
@@ -150,15 +168,21 @@ def open_labelled(data: Any, tokenizer: tokenizers.Tokenizer, T: int) -> Labelle
 def _row(example: tuple[str, list[int], int] | None, T: int) -> dict[str, np.ndarray]:
   tokens, label = (example[1], example[2]) if example else ([0], 0)
   padded_T = np.zeros(T, np.int32)
-  padded_T[:len(tokens)] = tokens
-  return {'tokens': padded_T, 'lengths': np.array(len(tokens), np.int32),
-          'labels': np.array(label, np.int32)}
+  padded_T[: len(tokens)] = tokens
+  return {
+    'tokens': padded_T,
+    'lengths': np.array(len(tokens), np.int32),
+    'labels': np.array(label, np.int32),
+  }
 
 
 def _place(rows: dict[int, dict], shape: tuple[int, int], T: int, sharding: NamedSharding) -> dict:
-  return {key: sharding_lib.place({i: row[key] for i, row in rows.items()},
-                                  (*shape, T) if key == 'tokens' else shape, sharding)
-          for key in ('tokens', 'lengths', 'labels')}
+  return {
+    key: sharding_lib.place(
+      {i: row[key] for i, row in rows.items()}, (*shape, T) if key == 'tokens' else shape, sharding
+    )
+    for key in ('tokens', 'lengths', 'labels')
+  }
 
 
 class TrainLoader(Order):
@@ -190,15 +214,15 @@ class TrainLoader(Order):
 
 
 def eval_batches(
-    split: Split, T: int, R: int, sharding: NamedSharding) -> Iterator[tuple[dict, jax.Array]]:
+  split: Split, T: int, R: int, sharding: NamedSharding
+) -> Iterator[tuple[dict, jax.Array]]:
   """All of a split: batches [1, R, …] and weights [1, R], 1 for examples that count, else 0."""
   local = sharding_lib.local_rows((1, R), sharding)
   for first in range(0, len(split), R):
     there = {row: first + row < len(split) for row in local}
     rows = {row: _row(split.examples[first + row] if there[row] else None, T) for row in local}
     weights = {row: np.float32(there[row]) for row in local}
-    yield (_place(rows, (1, R), T, sharding),
-           sharding_lib.place(weights, (1, R), sharding))  # pyright: ignore[reportArgumentType]
+    yield (_place(rows, (1, R), T, sharding), sharding_lib.place(weights, (1, R), sharding))  # pyright: ignore[reportArgumentType]
 
 
 def eval_size(split: Split, T: int, R: int) -> int:

@@ -54,8 +54,11 @@ class _Search:
       return
     names = [part]
     if glob.has_magic(part):
-      names = [e.name for e in self._entries(folder) if fnmatch.fnmatchcase(e.name, part) and (
-          part.startswith('.') or not e.name.startswith('.'))]
+      names = [
+        e.name
+        for e in self._entries(folder)
+        if fnmatch.fnmatchcase(e.name, part) and (part.startswith('.') or not e.name.startswith('.'))
+      ]
     for path in (os.path.join(folder, name) for name in names):
       if not rest:
         if os.path.lexists(path):
@@ -187,9 +190,13 @@ def find(spec: str, pattern: str) -> tuple[list[File], tuple[str, ...]]:
   search.passed.update({what: n for what, n in more.items() if n})
   if not files:
     raise UserError(
-        f'corpus {spec!r}: ' + (
-            f'nothing there is text ({_said(search.passed)}). Read are '
-            f'{", ".join(text_files.FORMATS)}, also with {", ".join(text_files.PACKED)}.'
-            if search.passed else 'no such file or folder, or an empty one.'))
+      f'corpus {spec!r}: '
+      + (
+        f'nothing there is text ({_said(search.passed)}). Read are '
+        f'{", ".join(text_files.FORMATS)}, also with {", ".join(text_files.PACKED)}.'
+        if search.passed
+        else 'no such file or folder, or an empty one.'
+      )
+    )
   notes = (f'{spec}: files read: {len(files):,}, passed over: {_said(search.passed)}.',)
   return sorted(files, key=lambda file: file.path), notes if search.passed else ()

@@ -56,8 +56,10 @@ class TrainLoader(Order):
     self.split, self.T, self.vocab_size = split, T, vocab_size
     self.windows = (len(split) - 1) // T
     if self.windows < 1:
-      raise UserError(f'the split {split.name!r} has {len(split):,} tokens, too few for a window of '
-                      f'{T} + 1: shorten config.data.sequence_length, or add text.')
+      raise UserError(
+        f'the split {split.name!r} has {len(split):,} tokens, too few for a window of '
+        f'{T} + 1: shorten config.data.sequence_length, or add text.'
+      )
     super().__init__(self.windows, G, seed)
 
   @property
@@ -72,10 +74,14 @@ class TrainLoader(Order):
     starts = [self._start(step, row) for row in rows]
     tokens = np.stack([self.split.read(start, start + self.T + 1) for start in starts])
     if tokens.max() >= self.vocab_size:
-      start, largest = next((start, row.max()) for start, row in zip(starts, tokens)
-                            if row.max() >= self.vocab_size)
-      raise store.bad_token(int(largest), f'the split {self.split.name!r} of the data (tokens '
-                            f'{start} to {start + self.T})', self.vocab_size)
+      start, largest = next(
+        (start, row.max()) for start, row in zip(starts, tokens) if row.max() >= self.vocab_size
+      )
+      raise store.bad_token(
+        int(largest),
+        f'the split {self.split.name!r} of the data (tokens {start} to {start + self.T})',
+        self.vocab_size,
+      )
     return tokens
 
   def row(self, step: int, row: int) -> np.ndarray:
@@ -108,7 +114,7 @@ class TrainLoader(Order):
 
 
 def eval_batches(
-    split: store.Split, T: int, R: int, sharding: NamedSharding
+  split: store.Split, T: int, R: int, sharding: NamedSharding
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
   """All of a split: tokens [1, R, T + 1] and weights [1, R, T], 1 for targets that count, else 0."""
   rows = sharding_lib.local_rows((1, R), sharding)
@@ -120,10 +126,12 @@ def eval_batches(
       start = (first + row) * T
       if start < len(split) - 1:
         window = split.read(start, min(start + T + 1, len(split)))
-        tokens[row][:len(window)] = window
-        weights[row][:len(window) - 1] = 1
-    yield (sharding_lib.place(tokens, (1, R, T + 1), sharding),
-           sharding_lib.place(weights, (1, R, T), sharding))
+        tokens[row][: len(window)] = window
+        weights[row][: len(window) - 1] = 1
+    yield (
+      sharding_lib.place(tokens, (1, R, T + 1), sharding),
+      sharding_lib.place(weights, (1, R, T), sharding),
+    )
 
 
 def eval_size(split: store.Split, T: int, R: int) -> int:

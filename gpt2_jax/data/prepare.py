@@ -66,21 +66,24 @@ _worker: dict = {}
 
 
 def _start_worker(
-    folder: Path, settings: Settings, tokenizer: tokenizers.Tokenizer | None = None) -> None:
+  folder: Path, settings: Settings, tokenizer: tokenizers.Tokenizer | None = None
+) -> None:
   parent = multiprocessing.parent_process()
   if parent is not None:  # a worker must not outlive a killed parent
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-  _worker.update(folder=folder, settings=settings,
-                 tokenizer=tokenizer or tokenizers.load(folder / 'tokenizer'))
+  _worker.update(
+    folder=folder, settings=settings, tokenizer=tokenizer or tokenizers.load(folder / 'tokenizer')
+  )
 
 
 def _encode_part(number: int, part: list[tuple[int, corpora.Piece]]) -> dict:
   folder, settings, tokenizer = (_worker[key] for key in ('folder', 'settings', 'tokenizer'))
   held = 0  # texts with special tokens in them that are text
   with saving('the token store', folder), contextlib.ExitStack() as open_files:
-    writers = {split: open_files.enter_context(
-        ShardWriter(folder, f'{split}-{number:05d}', _dtype(tokenizer)))
-        for split in ('train', 'val')}
+    writers = {
+      split: open_files.enter_context(ShardWriter(folder, f'{split}-{number:05d}', _dtype(tokenizer)))
+      for split in ('train', 'val')
+    }
     empty = 0
     for piece_number, piece in part:
       for i, document in enumerate(corpora.documents(piece, settings.text_field)):
@@ -91,7 +94,9 @@ def _encode_part(number: int, part: list[tuple[int, corpora.Piece]]) -> dict:
             writers[split].add(tokens, begins=k == 0)
           held += bool(special)
     record = {split: writer.finish() for split, writer in writers.items()} | {
-        'special': held, 'empty': empty}
+      'special': held,
+      'empty': empty,
+    }
     write_whole(folder / _part_name(number), json.dumps(record))
   return record
 
@@ -117,7 +122,7 @@ def _training_texts(pieces: list[corpora.Piece], settings: Settings) -> Iterator
       for i, document in enumerate(corpora.documents(piece, settings.text_field)):
         for split, text in split_document(document, settings, piece_number, i):
           if isinstance(text, np.ndarray):
-            raise UserError('a corpus of tokens (bin:) can\'t train a tokenizer.')
+            raise UserError("a corpus of tokens (bin:) can't train a tokenizer.")
           if split == 'train':
             yield from sections.sections(text)
       advance(piece.bytes)
@@ -126,8 +131,10 @@ def _training_texts(pieces: list[corpora.Piece], settings: Settings) -> Iterator
 def _make_tokenizer(settings: Settings, pieces: list[corpora.Piece]) -> tokenizers.Tokenizer:
   size = tokenizers.trained_size(settings.tokenizer)
   if settings.corpus.startswith('bin:') and settings.tokenizer != 'gpt2':
-    raise UserError(f'the tokens of {settings.corpus!r} are GPT-2\'s: tokenizer '
-                    f'{settings.tokenizer!r} can\'t be applied to them. Set it to gpt2.')
+    raise UserError(
+      f"the tokens of {settings.corpus!r} are GPT-2's: tokenizer "
+      f"{settings.tokenizer!r} can't be applied to them. Set it to gpt2."
+    )
   if size is None:
     return tokenizers.load(settings.tokenizer)
   return tokenizers.train_bpe(_training_texts(pieces, settings), size)
@@ -137,26 +144,42 @@ def _manifest(settings, corpus, tokenizer, records) -> dict:
   splits = {}
   for split in ('train', 'val'):
     shards = [record[split] for record in records if record[split]]
-    splits[split] = {'tokens': sum(s['tokens'] for s in shards),
-                     'documents': sum(s['documents'] for s in shards), 'shards': shards}
+    splits[split] = {
+      'tokens': sum(s['tokens'] for s in shards),
+      'documents': sum(s['documents'] for s in shards),
+      'shards': shards,
+    }
   if not splits['train']['tokens']:
     raise UserError(f'corpus {settings.corpus!r} holds no text: every document is empty.')
   if not splits['val']['tokens']:
     raise UserError(
-        f'corpus {settings.corpus!r} has {splits["train"]["documents"]} documents, and none of them '
-        f'fell into the held-out split of {settings.val_fraction:g}. Raise config.data.val_fraction '
-        '(--val-fraction), or hold out the end of each document: config.data.split=tail '
-        '(--split tail).')
+      f'corpus {settings.corpus!r} has {splits["train"]["documents"]} documents, and none of them '
+      f'fell into the held-out split of {settings.val_fraction:g}. Raise config.data.val_fraction '
+      '(--val-fraction), or hold out the end of each document: config.data.split=tail '
+      '(--split tail).'
+    )
   manifest = {
-      'version': store.VERSION, 'dtype': _dtype(tokenizer), 'sha256': '',
-      'tokenizer': {'spec': settings.tokenizer, 'vocab_size': tokenizer.vocab_size,
-                    'eot': tokenizer.eot, 'sha256': tokenizer.sha256},
-      'source': {'corpus': settings.corpus, 'licence': corpus.licence,
-                 'bytes': sum(piece.bytes for piece in corpus.pieces), **corpus.identity},
-      'settings': settings.as_json(),
-      'made_with': {'gpt2_jax': importlib.metadata.version('gpt2_jax'),
-                    'python': platform.python_version()},
-      'splits': splits,
+    'version': store.VERSION,
+    'dtype': _dtype(tokenizer),
+    'sha256': '',
+    'tokenizer': {
+      'spec': settings.tokenizer,
+      'vocab_size': tokenizer.vocab_size,
+      'eot': tokenizer.eot,
+      'sha256': tokenizer.sha256,
+    },
+    'source': {
+      'corpus': settings.corpus,
+      'licence': corpus.licence,
+      'bytes': sum(piece.bytes for piece in corpus.pieces),
+      **corpus.identity,
+    },
+    'settings': settings.as_json(),
+    'made_with': {
+      'gpt2_jax': importlib.metadata.version('gpt2_jax'),
+      'python': platform.python_version(),
+    },
+    'splits': splits,
   }
   return manifest | {'sha256': store.content_sha256(manifest)}
 
@@ -188,8 +211,9 @@ def _finished(folder: Path, number: int, dtype: str) -> dict | None:
   try:
     record = read_json(folder / _part_name(number), {'train': _is_record, 'val': _is_record})
     for s in filter(None, (record['train'], record['val'])):
-      store.Shard(folder / s['file'], s['tokens'], dtype, index=folder / s['index'],
-                  documents=s['documents']).check()
+      store.Shard(
+        folder / s['file'], s['tokens'], dtype, index=folder / s['index'], documents=s['documents']
+      ).check()
       if verified.digest([folder / s['file'], folder / s['index']]) != s['sha256']:
         return None
   except (UserError, OSError):
@@ -217,12 +241,17 @@ def _prepare(settings: Settings, folder: Path, corpus: corpora.Corpus, workers: 
   if empty := sum(record.get('empty', 0) for record in records):
     _note(f'{settings.corpus}: {empty:,} texts are empty or null, and passed over.')
   if held := sum(record.get('special', 0) for record in records):
-    _note(f'{settings.corpus}: {held:,} texts hold the text of a special token, which is text here. '
-          'To have the token itself: config.data.special=True (--special).')
+    _note(
+      f'{settings.corpus}: {held:,} texts hold the text of a special token, which is text here. '
+      'To have the token itself: config.data.special=True (--special).'
+    )
   if not settings.corpus.startswith('tfds:') and (
-      corpora.open_corpus(settings.corpus).identity != corpus.identity):
-    raise UserError(f'the corpus {settings.corpus!r} has changed while it was read: run the same '
-                    'command again when its files are whole.')
+    corpora.open_corpus(settings.corpus).identity != corpus.identity
+  ):
+    raise UserError(
+      f'the corpus {settings.corpus!r} has changed while it was read: run the same '
+      'command again when its files are whole.'
+    )
   manifest = _manifest(settings, corpus, tokenizer, records)
   write_whole(folder / store.MANIFEST, json.dumps(manifest, indent=1))
   for name in [JOB, *(_part_name(n) for n in range(len(parts)))]:
@@ -233,15 +262,23 @@ def _note(text: str) -> None:
   print(text, file=sys.stderr, flush=True)
 
 
-def _encode_all(folder: Path, settings: Settings, tokenizer: tokenizers.Tokenizer, parts: list,
-                workers: int) -> dict[int, dict]:
+def _encode_all(
+  folder: Path, settings: Settings, tokenizer: tokenizers.Tokenizer, parts: list, workers: int
+) -> dict[int, dict]:
   """Makes the parts that are not there yet. Returns what all of them left, by number."""
   size = lambda number: sum(piece.bytes for _, piece in parts[number])
-  records = {n: record for n in range(len(parts))
-             if (record := _finished(folder, n, _dtype(tokenizer))) is not None}
+  records = {
+    n: record
+    for n in range(len(parts))
+    if (record := _finished(folder, n, _dtype(tokenizer))) is not None
+  }
   todo = [n for n in range(len(parts)) if n not in records]
-  with track(f'tokenizing {settings.corpus}', sum(map(size, range(len(parts)))), 'bytes',
-             done=sum(map(size, records))) as advance:
+  with track(
+    f'tokenizing {settings.corpus}',
+    sum(map(size, range(len(parts)))),
+    'bytes',
+    done=sum(map(size, records)),
+  ) as advance:
     if workers <= 1 or len(todo) <= 1:
       _start_worker(folder, settings, tokenizer)
       for n in todo:
@@ -249,17 +286,19 @@ def _encode_all(folder: Path, settings: Settings, tokenizer: tokenizers.Tokenize
         advance(size(n))
       return records
     with concurrent.futures.ProcessPoolExecutor(
-        min(workers, len(todo)), multiprocessing.get_context('spawn'), _start_worker,
-        (folder, settings)) as pool:
+      min(workers, len(todo)), multiprocessing.get_context('spawn'), _start_worker, (folder, settings)
+    ) as pool:
       futures = {pool.submit(_encode_part, n, parts[n]): n for n in todo}
       try:
         for future in concurrent.futures.as_completed(futures):
           records[futures[future]] = future.result()
           advance(size(futures[future]))
       except concurrent.futures.process.BrokenProcessPool as e:
-        raise UserError(f'a process that tokenized {settings.corpus!r} was ended, perhaps for want '
-                        'of memory. Run the same command again, with fewer --workers: what was '
-                        'finished is kept.') from e
+        raise UserError(
+          f'a process that tokenized {settings.corpus!r} was ended, perhaps for want '
+          'of memory. Run the same command again, with fewer --workers: what was '
+          'finished is kept.'
+        ) from e
       except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         raise
@@ -274,11 +313,14 @@ def _check_same(opened: store.TokenStore, settings: Settings) -> None:
       have['tokenizer'] = settings.tokenizer
     elif have['tokenizer'] == settings.tokenizer:
       have['tokenizer'] += f' with sha256 {opened.tokenizer.sha256[:16]}'
-  differ = [f'{k}: {have.get(k)!r} there, {v!r} asked for' for k, v in want.items()
-            if v != have.get(k)]
+  differ = [
+    f'{k}: {have.get(k)!r} there, {v!r} asked for' for k, v in want.items() if v != have.get(k)
+  ]
   if differ:
-    raise UserError(f'{opened.path} is a token store of something else ({"; ".join(differ)}). Choose '
-                    'another folder, or remove this one.')
+    raise UserError(
+      f'{opened.path} is a token store of something else ({"; ".join(differ)}). Choose '
+      'another folder, or remove this one.'
+    )
   try:
     now = _json(corpora.open_corpus(settings.corpus).identity)
   except UserError:
@@ -287,9 +329,10 @@ def _check_same(opened: store.TokenStore, settings: Settings) -> None:
   changed = [key for key, value in now.items() if value != source.get(key)]
   if changed:
     raise UserError(
-        f'the corpus {settings.corpus!r} has changed since {opened.path} was made from it ('
-        f'{", ".join(changed)} differ). Remove that folder to prepare it anew, or choose another '
-        'with config.data.store (--output).')
+      f'the corpus {settings.corpus!r} has changed since {opened.path} was made from it ('
+      f'{", ".join(changed)} differ). Remove that folder to prepare it anew, or choose another '
+      'with config.data.store (--output).'
+    )
 
 
 def ensure_store(settings: Settings, folder: str | Path, workers: int | None = None):

@@ -15,19 +15,27 @@ from typing import Any
 from gpt2_jax.data import text_files
 from gpt2_jax.errors import UserError, brief
 
-FIELDS = ('Name the field that holds the text with config.data.text_field (--text-field), that of a '
-          'label with config.data.label_field.')
+FIELDS = (
+  'Name the field that holds the text with config.data.text_field (--text-field), that of a '
+  'label with config.data.label_field.'
+)
 ROWS = 256  # of .parquet that are held at a time
 SPACE = re.compile(r'[ \t\r\n]*')
-JSON_NAMES = {dict: 'an object', list: 'a list', str: 'a text', bool: 'true or false',
-              type(None): 'null'}
+JSON_NAMES = {
+  dict: 'an object',
+  list: 'a list',
+  str: 'a text',
+  bool: 'true or false',
+  type(None): 'null',
+}
 
 Record = tuple[int, str, tuple]  # number, place in the file for messages, values of the fields
 
 
 def kind_of_value(value: object) -> str:
-  return JSON_NAMES.get(type(value), 'a number' if isinstance(value, (int, float))
-                        else f'of type {type(value).__name__}')
+  return JSON_NAMES.get(
+    type(value), 'a number' if isinstance(value, (int, float)) else f'of type {type(value).__name__}'
+  )
 
 
 def text_of(value: object, where: str, field: str) -> str:
@@ -35,8 +43,9 @@ def text_of(value: object, where: str, field: str) -> str:
   if isinstance(value, bytes):
     return text_files.utf8(value, f'{where}: {field!r}')
   if value is not None and not isinstance(value, str):
-    raise UserError(f'{where}: {field!r} is {kind_of_value(value)}, not a text: {brief(value)}. '
-                    f'{FIELDS}')
+    raise UserError(
+      f'{where}: {field!r} is {kind_of_value(value)}, not a text: {brief(value)}. {FIELDS}'
+    )
   return value or ''
 
 
@@ -74,8 +83,11 @@ def jsonl(path: str, fields: Sequence[str]) -> Iterator[Record]:
     return
   for number, line in text_files.lines(path):
     if line.strip():
-      yield number, (place := f'line {number}'), _pick(
-          _loads(line, f'{path} {place}'), fields, f'{path} {place}')
+      yield (
+        number,
+        (place := f'line {number}'),
+        _pick(_loads(line, f'{path} {place}'), fields, f'{path} {place}'),
+      )
 
 
 def jsonl_between(path: str, start: int, stop: int, fields: Sequence[str]) -> Iterator[Record]:
@@ -110,7 +122,7 @@ class _Values:
 
   def _more(self) -> bool:
     """Reads as much again as is held, or to the end; whether there was any."""
-    held = [self._text[self._at:]]
+    held = [self._text[self._at :]]
     for part in self._parts:
       held.append(part)
       if sum(map(len, held[1:])) >= len(held[0]):
@@ -152,8 +164,10 @@ class _Values:
           raise self.error(f'not JSON ({getattr(e, "msg", e)})', line) from e
 
   def error(self, why: str, line: int | None = None) -> UserError:
-    return UserError(f'{self.path} line {line or self.line}: {why}. The file is damaged or cut '
-                     'short, or no JSON: mend it, or leave it out.')
+    return UserError(
+      f'{self.path} line {line or self.line}: {why}. The file is damaged or cut '
+      'short, or no JSON: mend it, or leave it out.'
+    )
 
 
 def json_values(path: str, fields: Sequence[str]) -> Iterator[Record]:
@@ -205,8 +219,10 @@ def table(path: str, fields: Sequence[str], delimiter: str) -> Iterator[Record]:
     for number, line in text_files.lines(path):
       held += len(line)
       if held > text_files.MAX_RECORD:
-        raise UserError(f'{path} line {begins + 1}: a row of more than {text_files.MAX_RECORD:,} '
-                        'bytes begins here. Is there a quotation mark that nothing closes?')
+        raise UserError(
+          f'{path} line {begins + 1}: a row of more than {text_files.MAX_RECORD:,} '
+          'bytes begins here. Is there a quotation mark that nothing closes?'
+        )
       text = text_files.decode(line, f'{path} line {number}')
       yield text if number > 1 else text.removeprefix(text_files.BOM)
 
@@ -220,14 +236,17 @@ def table(path: str, fields: Sequence[str], delimiter: str) -> Iterator[Record]:
       if names is None:
         names, columns = row, _columns(path, fields, row)
       elif len(row) != len(names):
-        raise UserError(f'{path} {place} has {len(row)} columns, the first line {len(names)}: a text '
-                        'with a comma, tab or line end in it is to stand between quotation marks.')
+        raise UserError(
+          f'{path} {place} has {len(row)} columns, the first line {len(names)}: a text '
+          'with a comma, tab or line end in it is to stand between quotation marks.'
+        )
       else:
         yield begins, place, tuple(row[column] or None for column in columns)
   except csv.Error as e:
     raise UserError(
-        f'{path} line {begins + 1}: {e}. A text with a quotation mark in it is to stand between '
-        'quotation marks, and the one in it is to be doubled.') from e
+      f'{path} line {begins + 1}: {e}. A text with a quotation mark in it is to stand between '
+      'quotation marks, and the one in it is to be doubled.'
+    ) from e
 
 
 @contextlib.contextmanager
@@ -247,6 +266,7 @@ def _reading_parquet(path: str):
 def open_parquet(path: str) -> Any:
   with _reading_parquet(path):
     import pyarrow.parquet
+
     return pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
 
 
@@ -263,8 +283,9 @@ def parquet(path: str, start: int, stop: int | None, fields: Sequence[str]) -> I
 
 
 READERS: dict[str, Callable[[str, Sequence[str]], Iterator[Record]]] = {
-    'jsonl': jsonl, 'json': json_values,
-    'csv': lambda path, fields: table(path, fields, ','),
-    'tsv': lambda path, fields: table(path, fields, '\t'),
-    'parquet': lambda path, fields: parquet(path, 0, None, fields),
+  'jsonl': jsonl,
+  'json': json_values,
+  'csv': lambda path, fields: table(path, fields, ','),
+  'tsv': lambda path, fields: table(path, fields, '\t'),
+  'parquet': lambda path, fields: parquet(path, 0, None, fields),
 }

@@ -20,13 +20,12 @@ MAX_BLANK = 900_000  # white spaces in a row; at a million GPT-2's pattern break
 
 def _separate(tokenizer: Tokenizer, text: str, at: int) -> bool:
   """Whether the tokens of what is left and right of a place are those of both together."""
-  left, right = text[max(0, at - EDGE):at], text[at:at + EDGE]
+  left, right = text[max(0, at - EDGE) : at], text[at : at + EDGE]
   encode = functools.partial(tokenizer.encode, allow_special=True)  # which are then never cut either
   return encode(left + right) == encode(left) + encode(right)
 
 
-def sections(
-    text: str | LongText, tokenizer: Tokenizer | None = None) -> Iterator[str]:
+def sections(text: str | LongText, tokenizer: Tokenizer | None = None) -> Iterator[str]:
   """A text in sections whose tokens are together those of the text; a short one as it is.
 
   A section ends before a single white space, where GPT-2's pattern always parts two tokens, and
@@ -36,8 +35,14 @@ def sections(
     yield text
     return
   step = text_files.CHUNK
-  rest, parts = '', (text.parts() if isinstance(text, LongText) else
-                     (text[i:i + step] for i in range(0, len(text), step)))
+  rest, parts = (
+    '',
+    (
+      text.parts()
+      if isinstance(text, LongText)
+      else (text[i : i + step] for i in range(0, len(text), step))
+    ),
+  )
   for part in parts:
     rest += part
     if len(rest) <= text_files.LONG:
@@ -51,23 +56,30 @@ def sections(
         break
     if len(rest) > MAX_WORDLESS:
       where = f'{text.path}: ' if isinstance(text, LongText) else ''
-      raise UserError(f'{where}a document has {len(rest):,} characters without a white space to cut '
-                      'it at, which is no text to make tokens of. Leave it out, or break its lines.')
+      raise UserError(
+        f'{where}a document has {len(rest):,} characters without a white space to cut '
+        'it at, which is no text to make tokens of. Leave it out, or break its lines.'
+      )
   yield rest
 
 
 def _check_blanks(text: str) -> None:
   """Raises a UserError for a text with more white spaces in a row than GPT-2's pattern can read."""
   step = MAX_BLANK // 3
-  if any(text[at:at + step].isspace() for at in range(0, len(text) - step, step)) and any(
-      len(blank[0]) >= MAX_BLANK for blank in re.finditer(r'\s+', text)):
-    raise UserError(f'a document has {MAX_BLANK:,} or more white spaces in a row: shorten them, or '
-                    'leave it out.')
+  if any(text[at : at + step].isspace() for at in range(0, len(text) - step, step)) and any(
+    len(blank[0]) >= MAX_BLANK for blank in re.finditer(r'\s+', text)
+  ):
+    raise UserError(
+      f'a document has {MAX_BLANK:,} or more white spaces in a row: shorten them, or leave it out.'
+    )
 
 
 def encode(
-    text: str | LongText | np.ndarray, tokenizer: Tokenizer, allow_special: bool = False,
-    held: list[str] | None = None) -> Iterator[np.ndarray]:
+  text: str | LongText | np.ndarray,
+  tokenizer: Tokenizer,
+  allow_special: bool = False,
+  held: list[str] | None = None,
+) -> Iterator[np.ndarray]:
   """The tokens of a document, <|endoftext|> before them, in one array; of a long one in several.
 
   Args:

@@ -47,6 +47,11 @@ class ShardWriter:
     self.hash.update(index)
     write_whole(idx_path, index)
     os.replace(f'{bin_path}.tmp', bin_path)
-    return {'file': bin_path.name, 'index': idx_path.name, 'tokens': self.tokens,
-            'documents': len(self.begins), 'max_token': self.max_token,
-            'sha256': self.hash.hexdigest()}
+    return {
+      'file': bin_path.name,
+      'index': idx_path.name,
+      'tokens': self.tokens,
+      'documents': len(self.begins),
+      'max_token': self.max_token,
+      'sha256': self.hash.hexdigest(),
+    }

@@ -11,9 +11,14 @@ from gpt2_jax.data.corpora import Document
 from gpt2_jax.data.text_files import LongText
 
 SETTINGS: bounds.Table = dict(
-    corpus=Corpus(), tokenizer=Place(), val_fraction=Float(0, 1, open_low=True, open_high=True),
-    split_seed=Int(-2**63, 2**63 - 1), split=Choice(('document', 'tail')), text_field=Text(1000),
-    special=Bool())
+  corpus=Corpus(),
+  tokenizer=Place(),
+  val_fraction=Float(0, 1, open_low=True, open_high=True),
+  split_seed=Int(-(2**63), 2**63 - 1),
+  split=Choice(('document', 'tail')),
+  text_field=Text(1000),
+  special=Bool(),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +48,8 @@ def _held_out(settings: Settings, piece: int, document: int) -> bool:
 
 
 def split_document(
-    document: Document, settings: Settings, piece: int, number: int) -> Iterator[tuple[str, Any]]:
+  document: Document, settings: Settings, piece: int, number: int
+) -> Iterator[tuple[str, Any]]:
   """Yields (split, text) for a document: one, or two where its tail is held out."""
   text = document.text
   if not len(text):

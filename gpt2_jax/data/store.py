@@ -38,13 +38,23 @@ VERSION = 1
 GPT2_EOT = tokenizer.GPT2_SIZE - 1
 LLMC_MAGIC, LLMC_HEADER_BYTES = 20240520, 1024
 LLMC_LLAMA = 20240801  # magic number of llm.c's files for Llama 3: uint32, another vocabulary
-SHARD = {'file': name_of_file, 'index': name_of_file, 'tokens': whole_number,
-         'documents': whole_number, 'max_token': whole_number, 'sha256': str}
+SHARD = {
+  'file': name_of_file,
+  'index': name_of_file,
+  'tokens': whole_number,
+  'documents': whole_number,
+  'max_token': whole_number,
+  'sha256': str,
+}
 SHAPE = {  # of a manifest, see `files.misfit`
-    'version': whole_number, 'dtype': ('<u2', '<u4').__contains__, 'sha256': str,
-    'tokenizer': {'spec': str, 'vocab_size': whole_number, 'eot': whole_number, 'sha256': str},
-    'source': {'corpus': str, 'licence': (str, type(None))}, 'settings': dict,
-    'splits': {'train': {'shards': [SHARD]}, 'val': {'shards': [SHARD]}}}
+  'version': whole_number,
+  'dtype': ('<u2', '<u4').__contains__,
+  'sha256': str,
+  'tokenizer': {'spec': str, 'vocab_size': whole_number, 'eot': whole_number, 'sha256': str},
+  'source': {'corpus': str, 'licence': (str, type(None))},
+  'settings': dict,
+  'splits': {'train': {'shards': [SHARD]}, 'val': {'shards': [SHARD]}},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +85,11 @@ class Shard:
     have = path.stat().st_size if path.is_file() else -1
     if have != want:
       raise UserError(
-          f'{path} ' + ('is missing' if have < 0 else f'has {have:,} bytes, not {want:,}') +
-          f': the token store is damaged. Remove the folder {self.path.parent} and prepare it again '
-          '(or restore the file).')
+        f'{path} '
+        + ('is missing' if have < 0 else f'has {have:,} bytes, not {want:,}')
+        + f': the token store is damaged. Remove the folder {self.path.parent} and prepare it again '
+        '(or restore the file).'
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +120,8 @@ class Split:
     out, done, i = np.empty(stop - start, np.int32), 0, bisect.bisect_right(self._ends, start)
     while done < len(out):
       first = start + done - self._ends[i] + self.shards[i].tokens
-      part = self._arrays[i][first:first + len(out) - done]
-      out[done:done + len(part)] = part
+      part = self._arrays[i][first : first + len(out) - done]
+      out[done : done + len(part)] = part
       done, i = done + len(part), i + 1
     return out
 
@@ -151,10 +163,11 @@ class TokenStore:
     found = tokenizer.load(folder if folder.exists() else 'gpt2')
     if found.sha256 != self.manifest['tokenizer'].get('sha256', found.sha256):
       raise UserError(
-          f'{folder} is not the tokenizer that made the tokens in {self.path} (its hash is another '
-          f'than that in {MANIFEST}): it was changed, or the store is of a release that did not look '
-          'for ordinary added tokens in texts. Restore its files, or remove the folder of the store '
-          'to prepare it anew.')
+        f'{folder} is not the tokenizer that made the tokens in {self.path} (its hash is another '
+        f'than that in {MANIFEST}): it was changed, or the store is of a release that did not look '
+        'for ordinary added tokens in texts. Restore its files, or remove the folder of the store '
+        'to prepare it anew.'
+      )
     return found
 
   def check_tokenizer(self, own: Tokenizer | None, whose: str, way: str) -> None:
@@ -173,10 +186,11 @@ class TokenStore:
     if self.tokenizer.sha256 != own.sha256:
       folder = self.path / 'tokenizer'
       raise UserError(
-          f'{self.path} was made with another tokenizer ({brief(said["spec"])}, sha256 '
-          f'{self.tokenizer.sha256[:16]}) than that of {whose} (sha256 {own.sha256[:16]}): its ids '
-          f'stand for other texts. Prepare the text with that one; if the ids are right all the '
-          f'same, say so: {way}={shlex.quote(str(folder)) if folder.exists() else "gpt2"}')
+        f'{self.path} was made with another tokenizer ({brief(said["spec"])}, sha256 '
+        f'{self.tokenizer.sha256[:16]}) than that of {whose} (sha256 {own.sha256[:16]}): its ids '
+        f'stand for other texts. Prepare the text with that one; if the ids are right all the '
+        f'same, say so: {way}={shlex.quote(str(folder)) if folder.exists() else "gpt2"}'
+      )
 
   def check_vocabulary(self, vocab_size: int) -> None:
     """Raises a UserError where a shard is known to hold an id of `vocab_size` or more."""
@@ -188,9 +202,10 @@ class TokenStore:
 
 def bad_token(token: int, where, vocab_size: int) -> UserError:
   return UserError(
-      f'{where} holds token id {token}, beyond the model\'s vocabulary of {vocab_size}. Set '
-      'config.model.vocab_size to the size of the tokenizer that made the data, or prepare the data '
-      'with the tokenizer of this model.')
+    f"{where} holds token id {token}, beyond the model's vocabulary of {vocab_size}. Set "
+    'config.model.vocab_size to the size of the tokenizer that made the data, or prepare the data '
+    'with the tokenizer of this model.'
+  )
 
 
 def foreign_files(folder: Path) -> dict[str, list[Path]]:
@@ -209,31 +224,36 @@ def foreign_shard(path: Path) -> Shard:
   try:
     header, size = np.fromfile(path, '<i4', 256), path.stat().st_size
   except OSError as e:
-    raise UserError(f'{path} can\'t be read: {e.strerror}.') from e
+    raise UserError(f"{path} can't be read: {e.strerror}.") from e
   if len(header) and header[0] == LLMC_LLAMA:
     raise UserError(f'{path} has tokens of Llama 3, which no GPT-2 knows. Tokenize its text anew.')
   if len(header) == 256 and header[0] == LLMC_MAGIC:
     if header[1] != 1:
-      raise UserError(f'{path}: version {header[1]} of llm.c\'s token files is not known, only 1.')
+      raise UserError(f"{path}: version {header[1]} of llm.c's token files is not known, only 1.")
     tokens, there = int(header[2]), (size - LLMC_HEADER_BYTES) / 2
     if tokens != there or not tokens:
-      raise UserError(f'{path} has {there:,.10g} tokens, but its header says {tokens:,}: it is '
-                      'empty, damaged or cut short. Make or fetch it again.')
+      raise UserError(
+        f'{path} has {there:,.10g} tokens, but its header says {tokens:,}: it is '
+        'empty, damaged or cut short. Make or fetch it again.'
+      )
     return Shard(path, tokens, '<u2', offset=LLMC_HEADER_BYTES)
   if size == 0 or size % 2:
-    raise UserError(f'{path} has {size} bytes, which is no whole number of uint16 tokens: it is '
-                    'empty or cut short. Make it again.')
+    raise UserError(
+      f'{path} has {size} bytes, which is no whole number of uint16 tokens: it is '
+      'empty or cut short. Make it again.'
+    )
   return Shard(path, size // 2, '<u2')
 
 
 def _open_foreign(folder: Path, files: dict[str, list[Path]]) -> TokenStore:
-  splits = {name: Split(name, tuple(foreign_shard(p) for p in paths))
-            for name, paths in files.items()}
+  splits = {
+    name: Split(name, tuple(foreign_shard(p) for p in paths)) for name, paths in files.items()
+  }
   sizes = {p.name: p.stat().st_size for paths in files.values() for p in paths}
   manifest = {
-      'sha256': f'sizes {json.dumps(sizes, sort_keys=True)}',  # not read whole: may be 100 GB
-      'tokenizer': {'spec': 'gpt2', 'vocab_size': tokenizer.GPT2_SIZE, 'eot': GPT2_EOT},
-      'source': {'corpus': f'bin:{folder}', 'licence': 'unstated'},
+    'sha256': f'sizes {json.dumps(sizes, sort_keys=True)}',  # not read whole: may be 100 GB
+    'tokenizer': {'spec': 'gpt2', 'vocab_size': tokenizer.GPT2_SIZE, 'eot': GPT2_EOT},
+    'source': {'corpus': f'bin:{folder}', 'licence': 'unstated'},
   }
   return TokenStore(folder, manifest, splits)
 
@@ -246,7 +266,8 @@ def is_store(folder: Path) -> bool:
 def content_sha256(manifest: dict) -> str:
   """The hash of a store's tokens, documents and tokenizer, from the hashes in its manifest."""
   hashes = [manifest['tokenizer']['sha256']] + [
-      shard['sha256'] for split in manifest['splits'].values() for shard in split['shards']]
+    shard['sha256'] for split in manifest['splits'].values() for shard in split['shards']
+  ]
   return hashlib.sha256('\n'.join(hashes).encode()).hexdigest()
 
 
@@ -260,11 +281,14 @@ def _read_manifest(folder: Path) -> dict:
       if wrong or content_sha256(manifest) != manifest['sha256']:
         raise ValueError(wrong or 'its hashes contradict each other')
   except (OSError, ValueError) as e:
-    raise UserError(f'{path} is damaged ({e}): restore it, or remove the folder and prepare it '
-                    'again.') from e
+    raise UserError(
+      f'{path} is damaged ({e}): restore it, or remove the folder and prepare it again.'
+    ) from e
   if manifest['version'] != VERSION:
-    raise UserError(f'{folder} is a token store of version {manifest["version"]}, this program '
-                    f'reads version {VERSION}: prepare it again.')
+    raise UserError(
+      f'{folder} is a token store of version {manifest["version"]}, this program '
+      f'reads version {VERSION}: prepare it again.'
+    )
   return manifest
 
 
@@ -280,14 +304,32 @@ def open_store(folder: str | Path) -> TokenStore:
     if files.get('train'):
       return _open_foreign(folder, files)
     raise UserError(
-        f'{folder} is not a token store: ' + (
-            f'it has no {MANIFEST}, so its preparation was not finished; run it again.'
-            if folder.is_dir() else 'there is no such folder. Make one with gpt2-jax prepare.'))
+      f'{folder} is not a token store: '
+      + (
+        f'it has no {MANIFEST}, so its preparation was not finished; run it again.'
+        if folder.is_dir()
+        else 'there is no such folder. Make one with gpt2-jax prepare.'
+      )
+    )
   manifest = _read_manifest(folder)
-  splits = {name: Split(name, tuple(
-      Shard(folder / s['file'], s['tokens'], manifest['dtype'], index=folder / s['index'],
-            documents=s['documents'], max_token=s['max_token'], sha256=s['sha256'])
-      for s in split['shards'])) for name, split in manifest['splits'].items()}
+  splits = {
+    name: Split(
+      name,
+      tuple(
+        Shard(
+          folder / s['file'],
+          s['tokens'],
+          manifest['dtype'],
+          index=folder / s['index'],
+          documents=s['documents'],
+          max_token=s['max_token'],
+          sha256=s['sha256'],
+        )
+        for s in split['shards']
+      ),
+    )
+    for name, split in manifest['splits'].items()
+  }
   for split in splits.values():
     for shard in split.shards:
       shard.check()

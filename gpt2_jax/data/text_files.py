@@ -21,8 +21,17 @@ from typing import Any, BinaryIO
 
 from gpt2_jax.errors import UserError
 
-FORMATS = {'.txt': 'text', '.md': 'text', '.py': 'text', '.jsonl': 'jsonl', '.ndjson': 'jsonl',
-           '.json': 'json', '.csv': 'csv', '.tsv': 'tsv', '.parquet': 'parquet'}
+FORMATS = {
+  '.txt': 'text',
+  '.md': 'text',
+  '.py': 'text',
+  '.jsonl': 'jsonl',
+  '.ndjson': 'jsonl',
+  '.json': 'json',
+  '.csv': 'csv',
+  '.tsv': 'tsv',
+  '.parquet': 'parquet',
+}
 PACKED = ('.gz', '.zst', '.xz', '.bz2')
 ARCHIVES = ('.zip', '.tar', '.tgz', '.txz', '.7z', '.rar')
 CHUNK = 2**20
@@ -85,14 +94,16 @@ def reading(path: str) -> Iterator[None]:
   except OSError as e:
     if e.errno is None:  # bz2 says so
       raise damaged(path, e) from e
-    raise UserError(f'{path} can\'t be read: {e.strerror}. Mend that, or leave it out.') from e
+    raise UserError(f"{path} can't be read: {e.strerror}. Mend that, or leave it out.") from e
 
 
 def _not_utf8(where: str, offset: int, byte: int, head: bytes) -> UserError:
   utf16 = offset < 2 and head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-  return UserError(f'{where} is not UTF-8 (byte {offset}: {byte:#04x}){", but UTF-16" * utf16}. '
-                   f'Convert it, for example with iconv {"-f utf-16 " * utf16}-t utf-8, or leave it '
-                   'out.')
+  return UserError(
+    f'{where} is not UTF-8 (byte {offset}: {byte:#04x}){", but UTF-16" * utf16}. '
+    f'Convert it, for example with iconv {"-f utf-16 " * utf16}-t utf-8, or leave it '
+    'out.'
+  )
 
 
 def decode(content: bytes, where: str) -> str:
@@ -201,8 +212,10 @@ def lines(path: str) -> Iterator[tuple[int, bytes]]:
 def check_size(size: int, where: str) -> None:
   """Raises a UserError for a line or value that is too long to be held."""
   if size > MAX_RECORD:
-    raise UserError(f'{where} is longer than {MAX_RECORD:,} bytes: it is too long for one document, '
-                    'or it is no such file. Cut it, or save it as plain text.')
+    raise UserError(
+      f'{where} is longer than {MAX_RECORD:,} bytes: it is too long for one document, '
+      'or it is no such file. Cut it, or save it as plain text.'
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +240,7 @@ class LongText:
       if self.stop is not None and at >= self.stop:
         return
       stop = None if self.stop is None else self.stop - at
-      if cut := part[max(0, self.start - at):stop]:
+      if cut := part[max(0, self.start - at) : stop]:
         yield cut
       at += len(part)
 
@@ -235,7 +248,7 @@ class LongText:
     """The text up to the last line that begins before or at `at`, and the rest."""
     begins = done = 0
     for part in self.parts():
-      head = part[:at - done]
+      head = part[: at - done]
       if '\n' in head:
         begins = done + head.rindex('\n') + 1
       done += len(part)

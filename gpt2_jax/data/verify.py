@@ -20,8 +20,13 @@ SHOWN_BYTES = 2**30  # the reading of less is over before one wonders
 
 def _shards(data: Any, splits: Collection[str] | None = None) -> list[Shard]:
   """The shards of a store that have a hash; none of labelled texts, which are no store."""
-  return [shard for name, split in data.splits.items() if splits is None or name in splits
-          for shard in getattr(split, 'shards', ()) if shard.sha256]
+  return [
+    shard
+    for name, split in data.splits.items()
+    if splits is None or name in splits
+    for shard in getattr(split, 'shards', ())
+    if shard.sha256
+  ]
 
 
 def _check(shards: Iterable[Shard], advance=lambda amount: None, again: bool = False) -> None:
@@ -29,14 +34,16 @@ def _check(shards: Iterable[Shard], advance=lambda amount: None, again: bool = F
     assert shard.sha256 and shard.index
     try:
       whole = Verified(shard.path.parent).check(
-          (shard.path.name, shard.index.name), shard.sha256, advance, again)
+        (shard.path.name, shard.index.name), shard.sha256, advance, again
+      )
       why = 'has other content than was written (SHA-256)'
     except OSError as e:
-      whole, why = False, f'can\'t be read ({e})'
+      whole, why = False, f"can't be read ({e})"
     if not whole:
       raise UserError(
-          f'{shard.path} (with {shard.index.name}) {why}: the token store is damaged. Remove the '
-          f'folder {shard.path.parent} and prepare it again (or restore the file).')
+        f'{shard.path} (with {shard.index.name}) {why}: the token store is damaged. Remove the '
+        f'folder {shard.path.parent} and prepare it again (or restore the file).'
+      )
 
 
 def verify(data: Any, splits: Collection[str] | None = None, again: bool = False) -> int:
@@ -51,10 +58,17 @@ def verify(data: Any, splits: Collection[str] | None = None, again: bool = False
     UserError: names the file that is damaged.
   """
   shards = _shards(data, splits)
-  size = sum(path.stat().st_size for shard in shards
-             for path in (shard.path, shard.index) if path and path.exists())
-  with (track(f'checking {data.path}', size, 'bytes') if size > SHOWN_BYTES
-        else contextlib.nullcontext(lambda amount: None)) as advance:
+  size = sum(
+    path.stat().st_size
+    for shard in shards
+    for path in (shard.path, shard.index)
+    if path and path.exists()
+  )
+  with (
+    track(f'checking {data.path}', size, 'bytes')
+    if size > SHOWN_BYTES
+    else contextlib.nullcontext(lambda amount: None)
+  ) as advance:
     _check(shards, advance, again)
   return len(shards)
 

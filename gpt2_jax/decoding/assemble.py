@@ -42,7 +42,8 @@ def _word(name: str, value: Any, V: int) -> tuple[int, ...]:
 def _words(value: Any, V: int) -> list[tuple[int, ...]]:
   name = 'bad_words_ids'
   if value is not None and not (
-      isinstance(value, Iterable) and all(isinstance(word, Iterable) for word in value)):
+    isinstance(value, Iterable) and all(isinstance(word, Iterable) for word in value)
+  ):
     raise UserError(f'{name} = {brief(value)} must be a list of lists of ids.')
   return [_word(name, word, V) for word in (() if value is None else value)]
 
@@ -62,10 +63,14 @@ def _biases(value: Any, V: int) -> dict[tuple[int, ...], float]:
 
 
 def make_processors(
-    options: Options, *, V: int, eos: Iterable[int] = (), ends: Iterable[int] = (),
-    guide: Automaton | None = None,
-    prefix_allowed_tokens_fn: Callable[[int, np.ndarray], Sequence[int]] | None = None,
-    extra: Sequence[Processor] = (),
+  options: Options,
+  *,
+  V: int,
+  eos: Iterable[int] = (),
+  ends: Iterable[int] = (),
+  guide: Automaton | None = None,
+  prefix_allowed_tokens_fn: Callable[[int, np.ndarray], Sequence[int]] | None = None,
+  extra: Sequence[Processor] = (),
 ) -> tuple[Processor, ...]:
   """The processors that options ask for, in the order of Hugging Face's `generate`.
 
@@ -99,8 +104,9 @@ def make_processors(
     made.append(SequenceBias.of(words))
   lengths = [number(name, AT_LEAST_0) for name in ('min_length', 'min_new_tokens')]
   if o.min_new_tokens > o.max_new_tokens:
-    raise UserError(f'min_new_tokens = {o.min_new_tokens} is more than max_new_tokens = '
-                    f'{o.max_new_tokens}.')
+    raise UserError(
+      f'min_new_tokens = {o.min_new_tokens} is more than max_new_tokens = {o.max_new_tokens}.'
+    )
   if any(lengths):
     made.append(MinLength(ends, *lengths))
   if prefix_allowed_tokens_fn is not None:

@@ -68,8 +68,10 @@ def stop_strings(strings: str | Sequence[str], tokenizer: Tokenizer, V: int) -> 
   words = _encode(strings)
   most, total = _most(V), sum(map(len, words))
   if total >= most:
-    raise UserError(f'stop_strings have {total} bytes in all; with a vocabulary of {V} ids they may '
-                    f'have {most - 1}. Name fewer, or shorter ones.')
+    raise UserError(
+      f'stop_strings have {total} bytes in all; with a vocabulary of {V} ids they may '
+      f'have {most - 1}. Name fewer, or shorter ones.'
+    )
   step_QX, accept_Q = _search(words)
   next_QV = _lift(step_QX, np.arange(len(accept_Q)), tokenizer, V)
   return _automaton(next_QV, accept_Q)
@@ -81,8 +83,9 @@ def cut(data: bytes, strings: str | Sequence[str]) -> int | None:
   The first is the one that ends first, as then `stop_strings` accepts; of several that end there,
   the longest.
   """
-  found = [(data.index(word) + len(word), data.index(word))
-           for word in _encode(strings) if word in data]
+  found = [
+    (data.index(word) + len(word), data.index(word)) for word in _encode(strings) if word in data
+  ]
   return min(found)[1] if found else None
 
 
@@ -133,7 +136,7 @@ def json_schema(schema: str) -> str:
   try:
     return _outlines_core().json_schema.build_regex_from_schema(schema)
   except (TypeError, ValueError) as e:
-    raise UserError(f'the JSON schema {brief(schema)} can\'t be used: {e}') from e
+    raise UserError(f"the JSON schema {brief(schema)} can't be used: {e}") from e
 
 
 def _encode(strings: str | Sequence[str]) -> list[bytes]:
@@ -142,10 +145,12 @@ def _encode(strings: str | Sequence[str]) -> list[bytes]:
     words = [string.encode() for string in strings]
   except UnicodeEncodeError as e:
     raise UserError(
-        f'stop_strings = {brief(strings)} hold half of a surrogate pair: no text does.') from e
+      f'stop_strings = {brief(strings)} hold half of a surrogate pair: no text does.'
+    ) from e
   if not words or not all(words):
     raise UserError(
-        f'stop_strings = {brief(strings)} must be one text or several, none of them empty.')
+      f'stop_strings = {brief(strings)} must be one text or several, none of them empty.'
+    )
   return words
 
 
@@ -158,8 +163,10 @@ def _automaton(next_QV: np.ndarray, accept_Q: np.ndarray) -> Automaton:
   """With states that are never reached, up to a power of two: one compilation for similar texts."""
   Q, V = next_QV.shape
   more = min(max(8, 1 << (Q - 1).bit_length()), _most(V)) - Q
-  return Automaton(jnp.asarray(np.pad(next_QV, ((0, more), (0, 0)), constant_values=DEAD)),
-                   jnp.asarray(np.pad(accept_Q, (0, more))))
+  return Automaton(
+    jnp.asarray(np.pad(next_QV, ((0, more), (0, 0)), constant_values=DEAD)),
+    jnp.asarray(np.pad(accept_Q, (0, more))),
+  )
 
 
 def _search(words: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
@@ -193,7 +200,8 @@ def _outlines_core() -> Any:
     import outlines_core
   except ImportError as e:
     raise UserError(
-        f'regex and JSON schemas need outlines-core ({e}): pip install outlines-core.') from e
+      f'regex and JSON schemas need outlines-core ({e}): pip install outlines-core.'
+    ) from e
   return outlines_core
 
 
@@ -214,9 +222,9 @@ def _match(pattern: str, most: int) -> tuple[np.ndarray, np.ndarray]:
   except (AttributeError, TypeError, ValueError) as e:
     reason = 'a part of it matches nothing' if 'incompatible' in str(e) else e
     raise UserError(
-        f'regex = {brief(pattern)} can\'t be used: {reason}. Its syntax is that of Rust\'s '
-        'crate regex, without look-around, back references and \\b; the whole text is matched, '
-        'without ^ and $.'
+      f"regex = {brief(pattern)} can't be used: {reason}. Its syntax is that of Rust's "
+      'crate regex, without look-around, back references and \\b; the whole text is matched, '
+      'without ^ and $.'
     ) from e
   transitions, final = index.get_transitions(), index.get_final_states()
   states = [index.get_initial_state()]
@@ -228,8 +236,9 @@ def _match(pattern: str, most: int) -> tuple[np.ndarray, np.ndarray]:
         states.append(after)
   if len(states) > most:
     raise UserError(
-        f'regex = {brief(pattern)} needs {len(states)} states; with this vocabulary there may be '
-        f'{most}. Repeat less: .{{1,20}} needs a fifth of what .{{1,100}} does.')
+      f'regex = {brief(pattern)} needs {len(states)} states; with this vocabulary there may be '
+      f'{most}. Repeat less: .{{1,20}} needs a fifth of what .{{1,100}} does.'
+    )
   step_QX = np.full((len(states) + 1, X), DEAD)
   for q, state in enumerate(states):
     for byte, after in transitions[state].items():
@@ -239,7 +248,7 @@ def _match(pattern: str, most: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _lift(
-    step_QX: np.ndarray, other_Q: np.ndarray, tokenizer: Tokenizer, V: int, skip: Collection[int] = ()
+  step_QX: np.ndarray, other_Q: np.ndarray, tokenizer: Tokenizer, V: int, skip: Collection[int] = ()
 ) -> np.ndarray:
   """The states after all bytes of each token, [Q, V], from those after a byte, [Q + 1, X].
 
@@ -250,8 +259,9 @@ def _lift(
     V: ids of the model, a few of which may have no token.
     skip: ids that count as if they had no bytes.
   """
-  tokens = [(id, token) for id, token in tokenizer.token_bytes.items()
-            if token and id < V and id not in skip]
+  tokens = [
+    (id, token) for id, token in tokenizer.token_bytes.items() if token and id < V and id not in skip
+  ]
   tokens.sort(key=lambda pair: -len(pair[1]))  # those that have an i-th byte come first
   ids_N, lengths_N = np.array([(id, len(token)) for id, token in tokens], int).reshape(-1, 2).T
   longest = lengths_N.max(initial=1)
@@ -264,7 +274,7 @@ def _lift(
   for q in range(len(next_QV)):
     state_N = np.full(len(ids_N), q * X)
     for bytes_n in columns:
-      state_n = state_N[:len(bytes_n)]
+      state_n = state_N[: len(bytes_n)]
       state_n[:] = flat[state_n + bytes_n]
     next_QV[q, ids_N] = state_N // X
   return next_QV

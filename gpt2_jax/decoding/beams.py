@@ -65,6 +65,7 @@ def _take(tree: Any, rows: jax.Array) -> Any:
 
 def _beside(A: int, *trees: Any) -> Any:
   """The beams that several trees have of each prompt, side by side."""
+
   def join(*xs):
     x_AJ = jnp.concatenate([x.reshape(A, x.shape[0] // A, *x.shape[1:]) for x in xs], axis=1)
     return x_AJ.reshape(A * x_AJ.shape[1], *x_AJ.shape[2:])
@@ -74,6 +75,7 @@ def _beside(A: int, *trees: Any) -> Any:
 
 def _split(A: int, G: int, tree: Any) -> Any:
   """The beams of each of the G groups of a prompt, [G, A·K]."""
+
   def split(x):
     K = x.shape[0] // (A * G)
     return x.reshape(A, G, K, *x.shape[1:]).swapaxes(0, 1).reshape(G, A * K, *x.shape[1:])
@@ -83,6 +85,7 @@ def _split(A: int, G: int, tree: Any) -> Any:
 
 def _merge(A: int, tree: Any) -> Any:
   """Undoes `_split`."""
+
   def merge(x):
     G, K = x.shape[0], x.shape[1] // A
     return x.reshape(G, A, K, *x.shape[2:]).swapaxes(0, 1).reshape(A * G * K, *x.shape[2:])
@@ -104,6 +107,7 @@ def _best(A: int, n: int, *texts: Texts) -> Texts:
 
 def _reorder(cache: Cache, parents_B: jax.Array, K: int) -> Cache:
   """The cache of beams that continue others, numbered among the K of their prompt."""
+
   def take(cache, parents_B):
     rows_B = _rows(parents_B.reshape(-1, K), K)
     return jax.tree.map(lambda x_BNSH: x_BNSH[..., rows_B, :, :, :], cache)
@@ -168,7 +172,8 @@ class Beams:
     logprobs_C = at_picks(jax.nn.log_softmax(logits_BV, axis=-1).reshape(A, K * V))
     here_CS = jnp.arange(record.logprobs_BS.shape[1]) == places_C[:, None]
     record = dataclasses.replace(
-        record, logprobs_BS=jnp.where(here_CS, logprobs_C[:, None], record.logprobs_BS))
+      record, logprobs_BS=jnp.where(here_CS, logprobs_C[:, None], record.logprobs_BS)
+    )
     history = dataclasses.replace(history, reason_B=_reasons(scores_C))
     history = history.push(tokens_AJ.ravel(), rules.endings)
     return Texts(history, record, scores_C), parents_AJ, tokens_AJ
@@ -195,7 +200,8 @@ class Beams:
     broken_A = (able.reason_B == NOT_A_NUMBER).reshape(A, K).any(1)
     scores_BV = jnp.where(able.running_B[:, None], scores_BV, NEVER)
     candidates, parents_AJ, tokens_AJ = self._candidates(
-        rules, t, scores_BV, logits_BV, keys_B, running)
+      rules, t, scores_BV, logits_BV, keys_B, running
+    )
     J, scores_AJ = parents_AJ.shape[1], candidates.scores_B.reshape(parents_AJ.shape)
     goes_on_AJ = candidates.history.running_B.reshape(A, J)
 
@@ -211,8 +217,9 @@ class Beams:
 
     h = running.history
     most_A = jnp.minimum(h.limits_B, h.context_B - h.prompt_B)[::K]
-    length_A = jnp.where(jnp.logical_and(self.patient, jnp.greater(self.length_penalty, 0)),
-                         most_A, t + 1)
+    length_A = jnp.where(
+      jnp.logical_and(self.patient, jnp.greater(self.length_penalty, 0)), most_A, t + 1
+    )
     # in groups a beam that has just ended is hoped for as well, as it was in their last version
     hope_A = self._ranked((scores_AJ if self.groups > 1 else scores_AK).max(1), length_A)
     worst_A = finished.scores_B.reshape(A, K)[:, -1]
@@ -222,12 +229,15 @@ class Beams:
     running = Texts(dataclasses.replace(h, reason_B=_reasons(scores_B)), running.record, scores_B)
     broken_B, h = jnp.repeat(broken_A, K), finished.history
     finished = Texts(  # the broken ones come first: they are reported
-        dataclasses.replace(h, reason_B=jnp.where(broken_B, NOT_A_NUMBER, h.reason_B)),
-        finished.record, jnp.where(broken_B, jnp.inf, finished.scores_B))
+      dataclasses.replace(h, reason_B=jnp.where(broken_B, NOT_A_NUMBER, h.reason_B)),
+      finished.record,
+      jnp.where(broken_B, jnp.inf, finished.scores_B),
+    )
     return running, finished, parents_AK.ravel(), chosen_AV
 
   def _advance(self, request: Request, t, logits_BV, running: Texts, finished: Texts):
     """The beams with one more token, and the beam of its prompt that each running one continues."""
+
     def each(shared, rows):
       search, rules, t = shared
       A, G, K = len(rows[0]) // self.num_beams, self.groups, self.num_beams // self.groups
@@ -251,15 +261,18 @@ class Beams:
       running_B = texts.history.running_B  # what isn't, is finished as it is
       scores_B = jnp.where(first_B & running_B, 0, NEVER)
       history = dataclasses.replace(texts.history, reason_B=_reasons(scores_B))
-      return (Texts(history, texts.record, scores_B),
-              dataclasses.replace(texts, scores_B=jnp.where(running_B, NEVER, 0)))
+      return (
+        Texts(history, texts.record, scores_B),
+        dataclasses.replace(texts, scores_B=jnp.where(running_B, NEVER, 0)),
+      )
 
     filled, x_A1D = prefill(model, request, N)
     logits_BV = expand(next_logits(model, x_A1D)[:, 0], self.num_beams)
     record = Record.zeros(request.history, K)
     texts = Texts(request.history, record, jnp.zeros_like(record.logprobs_BS[:, 0]))
     running, finished, parents_B = self._advance(
-        request, jnp.asarray(0), logits_BV, *by_rows(one_a_group, None, texts))
+      request, jnp.asarray(0), logits_BV, *by_rows(one_a_group, None, texts)
+    )
     del parents_B  # all beams have the same cache
     return Searching(jnp.asarray(1), expand_cache(filled.cache, self.num_beams), running, finished)
 
@@ -268,7 +281,8 @@ class Beams:
     last_B1 = pick(history.tokens_BS, history.lengths_B - 1)[:, None]
     out = read(model, request, last_B1, state.t - 1, state.cache)
     running, finished, parents_B = self._advance(
-        request, state.t, next_logits(model, out.x_BTD)[:, 0], state.running, state.finished)
+      request, state.t, next_logits(model, out.x_BTD)[:, 0], state.running, state.finished
+    )
     return Searching(state.t + 1, _reorder(out.cache, parents_B, self.num_beams), running, finished)
 
   def running(self, state: Searching) -> jax.Array:
@@ -282,6 +296,7 @@ class Beams:
 @functools.partial(jax.jit, static_argnames='n')
 def _results(search: Beams, running: Texts, finished: Texts, n: int) -> Texts:
   """The n best of each prompt: where it isn't done, those that run are among them."""
+
   def each(search: Beams, rows: tuple[Texts, Texts]) -> Texts:
     running, finished = rows
     A = running.scores_B.size // search.num_beams

@@ -69,9 +69,13 @@ class Contrastive:
     prompts_APD = reshard(filled.x_BTD, P(BATCH, None, None))  # new slots go beside: not over `seq`
     said_APD = jnp.pad(_directions(prompts_APD), ((0, 0), (0, N), (0, 0)))
     state = Contrasting(
-        jnp.asarray(0), expand_cache(filled.cache, C), request.history,
-        Record.zeros(request.history, K), expand(next_logits(model, x_A1D)[:, 0], C),
-        expand(said_APD, C))
+      jnp.asarray(0),
+      expand_cache(filled.cache, C),
+      request.history,
+      Record.zeros(request.history, K),
+      expand(next_logits(model, x_A1D)[:, 0], C),
+      expand(said_APD, C),
+    )
     return self.step(model, request, state)
 
   def step(self, model: GPT2, request: Request, state: Contrasting) -> Contrasting:
@@ -91,23 +95,36 @@ class Contrastive:
       history, record, logits_BV, logprobs_BK, tokens_BK, said_BSD, new_BKD, windows_B = rows
       slots = jnp.arange(said_BSD.shape[1])
       before_BS = (slots < windows_B[:, None]) | ((slots >= prompt_slots) & (slots < slot))
-      cosine_BKS = jnp.einsum('BKD,BSD->BKS', new_BKD, said_BSD, precision=precision,
-                              preferred_element_type=jnp.float32)
+      cosine_BKS = jnp.einsum(
+        'BKD,BSD->BKS', new_BKD, said_BSD, precision=precision, preferred_element_type=jnp.float32
+      )
       alike_BK = jnp.where(before_BS[:, None], cosine_BKS, NEVER).max(-1)
-      ranks_BK = jnp.where(logprobs_BK > NEVER,
-                           (1 - alpha) * jnp.exp(logprobs_BK) - alpha * alike_BK, NEVER)
+      ranks_BK = jnp.where(
+        logprobs_BK > NEVER, (1 - alpha) * jnp.exp(logprobs_BK) - alpha * alike_BK, NEVER
+      )
       chosen_B = jnp.argmax(ranks_BK, axis=-1)
       tokens_B = jnp.take_along_axis(tokens_BK, chosen_B[:, None], axis=1)[:, 0]
       record = record.put(history.lengths_B, tokens_B, logits_BV)
       return history.push(tokens_B, endings), record, chosen_B
 
     history, logprobs_BK, tokens_BK = by_rows(
-        propose, request.rules, (state.history, state.logits_BV))
+      propose, request.rules, (state.history, state.logits_BV)
+    )
     out = read(model, request, tokens_BK, state.t, state.cache, alone=True)
     history, record, chosen_B = by_rows(
-        choose, (self.alpha, slot, request.rules.endings),
-        (history, state.record, state.logits_BV, logprobs_BK, tokens_BK, state.said_BSD,
-         _directions(out.x_BTD), expand(request.windows_A, C)))
+      choose,
+      (self.alpha, slot, request.rules.endings),
+      (
+        history,
+        state.record,
+        state.logits_BV,
+        logprobs_BK,
+        tokens_BK,
+        state.said_BSD,
+        _directions(out.x_BTD),
+        expand(request.windows_A, C),
+      ),
+    )
 
     def keep(x_BNSH):
       S = x_BNSH.ndim - 2
@@ -118,8 +135,14 @@ class Contrastive:
 
     x_B1D = pick(out.x_BTD, chosen_B)[:, None]
     said_BSD = jax.lax.dynamic_update_slice_in_dim(state.said_BSD, _directions(x_B1D), slot, axis=1)
-    return Contrasting(state.t + 1, jax.tree.map(keep, out.cache), history, record,
-                       next_logits(model, x_B1D)[:, 0], said_BSD)
+    return Contrasting(
+      state.t + 1,
+      jax.tree.map(keep, out.cache),
+      history,
+      record,
+      next_logits(model, x_B1D)[:, 0],
+      said_BSD,
+    )
 
   def running(self, state: Contrasting) -> jax.Array:
     return state.history.running_B.any()

@@ -21,9 +21,9 @@ from gpt2_jax.model import Params
 STEPS = 8  # between two looks at the clock, where there is a time budget
 
 REFUSED = {
-    h.NOT_A_NUMBER: 'the logits are NaN: the weights or the dtype are at fault '
-                    '(remove_invalid_values goes on all the same).',
-    h.NO_TOKEN: 'the options forbid every token, or leave fewer texts than num_return_sequences.',
+  h.NOT_A_NUMBER: 'the logits are NaN: the weights or the dtype are at fault '
+  '(remove_invalid_values goes on all the same).',
+  h.NO_TOKEN: 'the options forbid every token, or leave fewer texts than num_return_sequences.',
 }
 
 
@@ -43,7 +43,7 @@ class Row:
 
   @property
   def new(self) -> list[int]:
-    return self.ids[self.prompt:]
+    return self.ids[self.prompt :]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,8 @@ def group(rows: Sequence[Row], *, whole: bool) -> list[list[Row]]:
   return [group[i::parts] for group in prompts for i in range(parts)]
 
 
-def request_of(job: Job, groups: Sequence[Sequence[Row]], windows: Sequence[Sequence[int]]
+def request_of(
+  job: Job, groups: Sequence[Sequence[Row]], windows: Sequence[Sequence[int]]
 ) -> tuple[Request, int]:
   """The request for groups of rows, each with the ids that the model reads first; and the most new
   tokens, rounded up.
@@ -92,27 +93,36 @@ def request_of(job: Job, groups: Sequence[Sequence[Row]], windows: Sequence[Sequ
   rows = [row for group in groups for row in group]
   window_of = [int(n) for n, group in zip(windows_A, groups) for _ in group]
   longest = max(len(row.ids) for row in rows)
-  room = max(min(job.max_new_tokens - len(row.new), c.n_positions - n)
-             for row, n in zip(rows, window_of))
+  room = max(
+    min(job.max_new_tokens - len(row.new), c.n_positions - n) for row, n in zip(rows, window_of)
+  )
   N = batching.bucket(room, c.n_positions)
   tokens_BS = np.zeros((len(rows), batching.bucket(longest, 1 << 30) + N), np.int32)
   for row, tokens_S in zip(rows, tokens_BS):
-    tokens_S[:len(row.ids)] = row.ids
+    tokens_S[: len(row.ids)] = row.ids
   ints = lambda values: batching.place(np.array(list(values), np.int32))
   state = lambda automaton: ints(
-      0 if automaton is None else walk(automaton, 0, row.new) for row in rows)
+    0 if automaton is None else walk(automaton, 0, row.new) for row in rows
+  )
   history = History(
-      tokens_BS=batching.place(tokens_BS),
-      lengths_B=ints(len(row.ids) for row in rows),
-      prompt_B=ints(row.prompt for row in rows),
-      limits_B=ints(job.max_new_tokens for _ in rows),
-      context_B=ints(len(row.ids) + c.n_positions - n for row, n in zip(rows, window_of)),
-      which_B=ints(row.which for row in rows),
-      stop_B=state(job.rules.endings.stop),
-      guide_B=state(job.rules.endings.guide),
-      reason_B=ints(row.reason for row in rows))
-  request = Request(batching.place(prompts_AP), batching.place(windows_A), history,
-                    ints(row.sample for row in rows), job.key, job.rules)
+    tokens_BS=batching.place(tokens_BS),
+    lengths_B=ints(len(row.ids) for row in rows),
+    prompt_B=ints(row.prompt for row in rows),
+    limits_B=ints(job.max_new_tokens for _ in rows),
+    context_B=ints(len(row.ids) + c.n_positions - n for row, n in zip(rows, window_of)),
+    which_B=ints(row.which for row in rows),
+    stop_B=state(job.rules.endings.stop),
+    guide_B=state(job.rules.endings.guide),
+    reason_B=ints(row.reason for row in rows),
+  )
+  request = Request(
+    batching.place(prompts_AP),
+    batching.place(windows_A),
+    history,
+    ints(row.sample for row in rows),
+    job.key,
+    job.rules,
+  )
   return request, N
 
 
@@ -136,8 +146,10 @@ def _update(job: Job, state: Any, groups: Sequence[Sequence[Row]], A: int) -> No
       if job.width is not None:  # another beam may have come to the front
         row.logprobs, row.top, old = [], [], row.prompt
       row.logprobs += record.logprobs_BS[r, old:length].tolist()
-      row.top += [dict(zip(*map(np.ndarray.tolist, best))) for best in zip(
-          record.top_ids_BSK[r, old:length], record.top_logprobs_BSK[r, old:length])]
+      row.top += [
+        dict(zip(*map(np.ndarray.tolist, best)))
+        for best in zip(record.top_ids_BSK[r, old:length], record.top_logprobs_BSK[r, old:length])
+      ]
       row.score = None if scores_B is None else float(scores_B[r])
 
 
@@ -168,6 +180,6 @@ def run(job: Job, rows: Sequence[Row], steps: int | None = None) -> Iterator[Non
       until += steps or N
       state, running = advance(c, job.params, job.search, request, state, until)
     groups = [[row] for row in rows if job.slide and row.reason == h.CONTEXT]
-    windows = [row.ids[-(c.n_positions // 2):] for [row] in groups]
+    windows = [row.ids[-(c.n_positions // 2) :] for [row] in groups]
     for [row] in groups:
       row.reason = h.RUNNING

@@ -31,8 +31,13 @@ from gpt2_jax.tokenizer import Tokenizer
 
 _stop_strings, _regex = map(functools.lru_cache(8), (automaton.stop_strings, automaton.regex))
 PrefixFunction = Callable[[int, np.ndarray], Sequence[int]]
-REASONS = {h.END_ID: 'stop', h.STOP_STRING: 'stop', h.GUIDE: 'stop', h.LIMIT: 'length',
-           h.CONTEXT: 'context'}
+REASONS = {
+  h.END_ID: 'stop',
+  h.STOP_STRING: 'stop',
+  h.GUIDE: 'stop',
+  h.LIMIT: 'length',
+  h.CONTEXT: 'context',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,16 +69,24 @@ class Decoder:
   """One request: its rows, and what they have come to."""
 
   def __init__(
-      self, config: GPTConfig, params: Params, prompts: batching.Texts, options: Options, *,
-      tokenizer: Tokenizer | None = None, logits_processor: Sequence[Processor] = (),
-      prefix_allowed_tokens_fn: PrefixFunction | None = None,
-      assistant: tuple[GPTConfig, Params] | None = None):
+    self,
+    config: GPTConfig,
+    params: Params,
+    prompts: batching.Texts,
+    options: Options,
+    *,
+    tokenizer: Tokenizer | None = None,
+    logits_processor: Sequence[Processor] = (),
+    prefix_allowed_tokens_fn: PrefixFunction | None = None,
+    assistant: tuple[GPTConfig, Params] | None = None,
+  ):
     began = time.monotonic()
     options.check_stopping(config.vocab_size)
     seeds.check('seed', options.seed)
     self.config, self.options, self.tokenizer = config, options, tokenizer
-    self.stop_strings = ([options.stop_strings] if isinstance(options.stop_strings, str)
-                         else list(options.stop_strings))
+    self.stop_strings = (
+      [options.stop_strings] if isinstance(options.stop_strings, str) else list(options.stop_strings)
+    )
     eos = options.eos_token_id
     if eos is None:
       eos = () if tokenizer is None else tokenizer.eot
@@ -89,20 +102,34 @@ class Decoder:
       guide = _regex(options.regex, tokenizer, V, frozenset(self.ends.tolist()))
     search, width, results = make_search(config, options, ends=len(self.ends), assistant=assistant)
     made = make_processors(
-        options, V=V, eos=eos, ends=self.ends, guide=guide, extra=tuple(logits_processor),
-        prefix_allowed_tokens_fn=prefix_allowed_tokens_fn)
+      options,
+      V=V,
+      eos=eos,
+      ends=self.ends,
+      guide=guide,
+      extra=tuple(logits_processor),
+      prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+    )
     ids = batching.encode(prompts, tokenizer, config, room=1, allow_special=options.allow_special)
     # what only an empty text matches is done
     done = guide is not None and guide.complete(jnp.zeros(1, jnp.int32))[0]
     reason = h.GUIDE if done else h.RUNNING
-    self.rows = [Row(i, k, list(prompt), len(prompt), reason)
-                 for i, prompt in enumerate(ids) for k in range(results)]
+    self.rows = [
+      Row(i, k, list(prompt), len(prompt), reason)
+      for i, prompt in enumerate(ids)
+      for k in range(results)
+    ]
     self.job = Job(
-        *for_decoding(config, params), search,
-        Rules(made, Endings(jnp.asarray(self.ends), stop, guide)),
-        seeds.key(options.seed) if options.do_sample else None,
-        min(options.max_new_tokens, bounds.LARGE), options.top_logprobs, options.context == 'slide',
-        None if options.max_time is None else began + options.max_time, width)
+      *for_decoding(config, params),
+      search,
+      Rules(made, Endings(jnp.asarray(self.ends), stop, guide)),
+      seeds.key(options.seed) if options.do_sample else None,
+      min(options.max_new_tokens, bounds.LARGE),
+      options.top_logprobs,
+      options.context == 'slide',
+      None if options.max_time is None else began + options.max_time,
+      width,
+    )
 
   def run(self, steps: int | None = None) -> Iterator[None]:
     """Writes; yields after every so many steps."""
@@ -116,7 +143,7 @@ class Decoder:
     assert self.tokenizer is not None
     data = self.tokenizer.decode_bytes(self.shown(row))
     if row.reason == h.STOP_STRING:
-      data = data[:automaton.cut(data, self.stop_strings)]
+      data = data[: automaton.cut(data, self.stop_strings)]
     return data
 
   def shown(self, row: Row) -> list[int]:
@@ -126,20 +153,33 @@ class Decoder:
   def _result(self, row: Row) -> Generated:
     tokens = self.shown(row)
     text = self.text(row).decode('utf-8', 'replace') if self.tokenizer else None
-    top = row.top[:len(tokens)] if self.options.top_logprobs else None
+    top = row.top[: len(tokens)] if self.options.top_logprobs else None
     reason = 'time' if row.out_of_time else REASONS[row.reason]
-    return Generated(row.which, tokens, text, reason, row.logprobs[:len(tokens)], top, row.score)
+    return Generated(row.which, tokens, text, reason, row.logprobs[: len(tokens)], top, row.score)
 
 
 def generate_tokens(
-    config: GPTConfig, params: Params, prompts: batching.Texts, *,
-    tokenizer: Tokenizer | None = None, logits_processor: Sequence[Processor] = (),
-    prefix_allowed_tokens_fn: PrefixFunction | None = None,
-    assistant: tuple[GPTConfig, Params] | None = None, **options: Any) -> list[Generated]:
+  config: GPTConfig,
+  params: Params,
+  prompts: batching.Texts,
+  *,
+  tokenizer: Tokenizer | None = None,
+  logits_processor: Sequence[Processor] = (),
+  prefix_allowed_tokens_fn: PrefixFunction | None = None,
+  assistant: tuple[GPTConfig, Params] | None = None,
+  **options: Any,
+) -> list[Generated]:
   """As `generate`, for a config and parameters, on the mesh that is set or on one device."""
   decoder = Decoder(
-      config, params, prompts, Options.of(**options), tokenizer=tokenizer, assistant=assistant,
-      logits_processor=logits_processor, prefix_allowed_tokens_fn=prefix_allowed_tokens_fn)
+    config,
+    params,
+    prompts,
+    Options.of(**options),
+    tokenizer=tokenizer,
+    assistant=assistant,
+    logits_processor=logits_processor,
+    prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+  )
   for _ in decoder.run():
     pass
   return decoder.results()
@@ -151,8 +191,7 @@ _prepared: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> (
 def prepare(model: GPT2) -> tuple[GPTConfig, Params]:
   """A model's config and parameters in a form to decode with; made once for the same parameters."""
   if model.config.head != 'lm':
-    raise UserError(
-        f'this model has a head for {model.config.head}: it can\'t write. Use classify.')
+    raise UserError(f"this model has a head for {model.config.head}: it can't write. Use classify.")
   params: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   leaves = jax.tree.leaves(params)
   known, prepared = _prepared.get(model, ([], None))
@@ -175,28 +214,44 @@ def own_ends(model: GPT2) -> list[int] | None:
 
 
 def _decoder(
-    model: GPT2, prompts, tokenizer, assistant_model, inputs: dict, options: dict) -> Decoder:
+  model: GPT2, prompts, tokenizer, assistant_model, inputs: dict, options: dict
+) -> Decoder:
   if options.get('eos_token_id') is None:
     options = options | {'eos_token_id': own_ends(model)}
   prepared, assistant = prepare(model), None
   if assistant_model is not None:
     own, other = (each.tokenizer for each in (model, assistant_model))
     if tokenizer is None and own and other and own.sha256 != other.sha256:
-      raise UserError('the assistant model has another tokenizer than the model: its guesses would '
-                      'be of other texts. If the ids are the same all the same, say whose both are: '
-                      'tokenizer= (--tokenizer).')
+      raise UserError(
+        'the assistant model has another tokenizer than the model: its guesses would '
+        'be of other texts. If the ids are the same all the same, say whose both are: '
+        'tokenizer= (--tokenizer).'
+      )
     assistant = prepare(assistant_model)
     if len({sharding.devices_of(params) for _, params in (prepared, assistant)}) > 1:
-      raise UserError('the assistant model lies on other devices than the model: load both with the '
-                      'same mesh.')
-  return Decoder(*prepared, prompts, Options.of(**options), assistant=assistant,
-                 tokenizer=tokenizer or model.tokenizer, **inputs)
+      raise UserError(
+        'the assistant model lies on other devices than the model: load both with the same mesh.'
+      )
+  return Decoder(
+    *prepared,
+    prompts,
+    Options.of(**options),
+    assistant=assistant,
+    tokenizer=tokenizer or model.tokenizer,
+    **inputs,
+  )
 
 
 def generate(
-    model: GPT2, prompts: batching.Texts, *, tokenizer: Tokenizer | None = None,
-    assistant_model: GPT2 | None = None, logits_processor: Sequence[Processor] = (),
-    prefix_allowed_tokens_fn: PrefixFunction | None = None, **options: Any) -> list[Generated]:
+  model: GPT2,
+  prompts: batching.Texts,
+  *,
+  tokenizer: Tokenizer | None = None,
+  assistant_model: GPT2 | None = None,
+  logits_processor: Sequence[Processor] = (),
+  prefix_allowed_tokens_fn: PrefixFunction | None = None,
+  **options: Any,
+) -> list[Generated]:
   """Continues a text, texts, or lists of ids.
 
   The parameters are kept a second time in the form 'decode' as long as the model lives.
@@ -220,8 +275,14 @@ def generate(
     UserError: a prompt fills the context, an id is not in the vocabulary, an option is unknown, out
       of range or does not go with another, or no token can be chosen.
   """
-  decoder = _decoder(model, prompts, tokenizer, assistant_model, dict(
-      logits_processor=logits_processor, prefix_allowed_tokens_fn=prefix_allowed_tokens_fn), options)
+  decoder = _decoder(
+    model,
+    prompts,
+    tokenizer,
+    assistant_model,
+    dict(logits_processor=logits_processor, prefix_allowed_tokens_fn=prefix_allowed_tokens_fn),
+    options,
+  )
   with sharding.mesh_of(decoder.job.params):
     for _ in decoder.run():
       pass
@@ -229,9 +290,14 @@ def generate(
 
 
 def stream(
-    model: GPT2, prompt: str | Sequence[int], *, tokenizer: Tokenizer | None = None,
-    assistant_model: GPT2 | None = None, logits_processor: Sequence[Processor] = (),
-    prefix_allowed_tokens_fn: PrefixFunction | None = None, **options: Any
+  model: GPT2,
+  prompt: str | Sequence[int],
+  *,
+  tokenizer: Tokenizer | None = None,
+  assistant_model: GPT2 | None = None,
+  logits_processor: Sequence[Processor] = (),
+  prefix_allowed_tokens_fn: PrefixFunction | None = None,
+  **options: Any,
 ) -> Generator[str, None, Generated]:
   """Continues one text, and yields it piece by piece as it is written.
 
@@ -247,11 +313,19 @@ def stream(
     UserError: as in `generate`; or there is more than one text, no tokenizer, or beam search, whose
       text is not known before its end.
   """
-  decoder = _decoder(model, prompt, tokenizer, assistant_model, dict(
-      logits_processor=logits_processor, prefix_allowed_tokens_fn=prefix_allowed_tokens_fn), options)
+  decoder = _decoder(
+    model,
+    prompt,
+    tokenizer,
+    assistant_model,
+    dict(logits_processor=logits_processor, prefix_allowed_tokens_fn=prefix_allowed_tokens_fn),
+    options,
+  )
   if len(decoder.rows) != 1 or decoder.options.num_beams > 1 or decoder.tokenizer is None:
-    raise UserError('stream writes one text as it is made: it takes one prompt, '
-                    'num_return_sequences = 1, num_beams = 1, and a tokenizer.')
+    raise UserError(
+      'stream writes one text as it is made: it takes one prompt, '
+      'num_return_sequences = 1, num_beams = 1, and a tokenizer.'
+    )
   return _pieces(decoder)
 
 

@@ -52,8 +52,9 @@ class History:
     real_BS = places < self.lengths_B[:, None]
     if new:
       real_BS &= places >= self.prompt_B[:, None]
-    count = lambda tokens_S, real_S: jnp.zeros(V, jnp.int32).at[tokens_S].add(
-        real_S.astype(jnp.int32), mode='drop')
+    count = lambda tokens_S, real_S: (
+      jnp.zeros(V, jnp.int32).at[tokens_S].add(real_S.astype(jnp.int32), mode='drop')
+    )
     return jax.vmap(count)(self.tokens_BS, real_BS)
 
   def last(self, n: int) -> tuple[jax.Array, jax.Array]:
@@ -64,8 +65,11 @@ class History:
 
   def refuse(self, scores_BV: jax.Array) -> 'History':
     """Stops the rows whose scores no token can be chosen by: a NaN among them, or nothing allowed."""
-    why_B = jnp.where(jnp.isnan(scores_BV).any(-1), NOT_A_NUMBER,
-                      jnp.where((scores_BV == -jnp.inf).all(-1), NO_TOKEN, RUNNING))
+    why_B = jnp.where(
+      jnp.isnan(scores_BV).any(-1),
+      NOT_A_NUMBER,
+      jnp.where((scores_BV == -jnp.inf).all(-1), NO_TOKEN, RUNNING),
+    )
     return dataclasses.replace(self, reason_B=jnp.where(self.running_B, why_B, self.reason_B))
 
   def push(self, tokens_B: jax.Array, endings: Endings) -> 'History':
@@ -85,6 +89,10 @@ class History:
     reason_B = end(reason_B, self.lengths_B + 1 >= self.context_B, CONTEXT)
     new = lambda now_B, then_B: jnp.where(running_B, now_B, then_B)
     return dataclasses.replace(
-        self, tokens_BS=jnp.where(here_BS, tokens_B[:, None], self.tokens_BS),
-        lengths_B=self.lengths_B + running_B, stop_B=new(stop_B, self.stop_B),
-        guide_B=new(guide_B, self.guide_B), reason_B=new(reason_B, self.reason_B))
+      self,
+      tokens_BS=jnp.where(here_BS, tokens_B[:, None], self.tokens_BS),
+      lengths_B=self.lengths_B + running_B,
+      stop_B=new(stop_B, self.stop_B),
+      guide_B=new(guide_B, self.guide_B),
+      reason_B=new(reason_B, self.reason_B),
+    )

@@ -80,8 +80,11 @@ class Record:
       return record
     top_BK, ids_BK = jax.lax.top_k(logits_BV, self.top_ids_BSK.shape[-1])
     put = lambda all_BSK, new_BK: jnp.where(here_BS[..., None], new_BK[:, None], all_BSK)
-    return dataclasses.replace(record, top_ids_BSK=put(self.top_ids_BSK, ids_BK),
-                               top_logprobs_BSK=put(self.top_logprobs_BSK, top_BK - total_B1))
+    return dataclasses.replace(
+      record,
+      top_ids_BSK=put(self.top_ids_BSK, ids_BK),
+      top_logprobs_BSK=put(self.top_logprobs_BSK, top_BK - total_B1),
+    )
 
 
 class Search(Protocol):
@@ -109,7 +112,7 @@ class Search(Protocol):
 
 def expand(x: jax.Array, C: int, axis: int = 0) -> jax.Array:
   """Each index of an axis C times, side by side. On a mesh nothing moves."""
-  before, n, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1:]
+  before, n, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
   wide = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), (*before, n, C, *after))
   # a reshape forgets how an axis of one row is laid out
   return reshard(wide.reshape(*before, n * C, *after), jax.typeof(x).sharding.spec)
@@ -121,7 +124,7 @@ def expand_cache(cache: Cache, C: int) -> Cache:
 
 def next_logits(model: GPT2, x_BTD: jax.Array) -> jax.Array:
   """Logits over the true vocabulary, [B, T, V], each row whole on its devices."""
-  return reshard(model.logits(x_BTD), P(BATCH, None, None))[..., :model.config.vocab_size]
+  return reshard(model.logits(x_BTD), P(BATCH, None, None))[..., : model.config.vocab_size]
 
 
 def prefill(model: GPT2, request: Request, N: int):
@@ -133,13 +136,13 @@ def prefill(model: GPT2, request: Request, N: int):
   A, prompt_slots = request.prompts_AP.shape
   S = prompt_slots + N
   filled = model.transformer(
-      request.prompts_AP, cache=KVCache.zeros(model.config, A, S),
-      mask_BTS=causal_mask(prompt_slots, S))
+    request.prompts_AP, cache=KVCache.zeros(model.config, A, S), mask_BTS=causal_mask(prompt_slots, S)
+  )
   return filled, pick(filled.x_BTD, request.windows_A - 1)[:, None]
 
 
 def read(
-    model: GPT2, request: Request, tokens_BT: jax.Array, t, cache: Cache, *, alone: bool = False
+  model: GPT2, request: Request, tokens_BT: jax.Array, t, cache: Cache, *, alone: bool = False
 ) -> Output:
   """The model's `Output` for T tokens, the first of which is each row's new one number t (from 0).
 
@@ -160,8 +163,12 @@ def read(
   positions_BT = windows_B1 + t_B1 + (0 if alone else jnp.arange(T))
   # beyond the context nothing is asked for, but a NaN there would spoil the row: 0 · NaN is NaN
   return model.transformer(
-      tokens_BT, positions_BT=jnp.minimum(positions_BT, model.config.n_positions - 1),
-      mask_BTS=old_BS[:, None] | own_BTS, cache=cache, slot=prompt_slots + t)
+    tokens_BT,
+    positions_BT=jnp.minimum(positions_BT, model.config.n_positions - 1),
+    mask_BTS=old_BS[:, None] | own_BTS,
+    cache=cache,
+    slot=prompt_slots + t,
+  )
 
 
 def process(rules: Rules, scores_BV: jax.Array, history: History) -> jax.Array:
@@ -214,7 +221,8 @@ class Sample:
   def start(self, model: GPT2, request: Request, N: int, K: int) -> Sampling:
     filled, x_A1D = prefill(model, request, N)
     history, record = self._push(
-        model, request, expand(x_A1D, request.C), request.history, Record.zeros(request.history, K))
+      model, request, expand(x_A1D, request.C), request.history, Record.zeros(request.history, K)
+    )
     return Sampling(jnp.asarray(1), expand_cache(filled.cache, request.C), history, record)
 
   def step(self, model: GPT2, request: Request, state: Sampling) -> Sampling:
@@ -257,6 +265,7 @@ def advance(config: GPTConfig, params: Params, search: Search, request: Request,
   def step(state):
     return with_cache(squeezed, search.step(model, request, with_cache(unsqueezed, state)))
 
-  state = jax.lax.while_loop(lambda state: search.running(state) & (state.t < until), step,
-                             with_cache(squeezed, state))
+  state = jax.lax.while_loop(
+    lambda state: search.running(state) & (state.t < until), step, with_cache(squeezed, state)
+  )
   return with_cache(unsqueezed, state), search.running(state)

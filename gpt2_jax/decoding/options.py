@@ -130,8 +130,10 @@ class Options:
     for name in options:
       if name not in known:
         near = difflib.get_close_matches(name, known, 1)
-        raise UserError(f'there is no option {brief(name)} of generation'
-                        + (f'; do you mean {near[0]}?' if near else '. See docs/decoding.md.'))
+        raise UserError(
+          f'there is no option {brief(name)} of generation'
+          + (f'; do you mean {near[0]}?' if near else '. See docs/decoding.md.')
+        )
     return cls(**options)
 
   def check_stopping(self, V: int) -> None:

@@ -45,7 +45,7 @@ class Pieces:
       start = max(0, len(self._data) - len(data) - self._longest)  # none ends before that
       cut = automaton.cut(bytes(self._data[start:]), self.stop_strings)
       if cut is not None:
-        del self._data[start + cut:]
+        del self._data[start + cut :]
         self.stopped = True
 
   def take(self, *, final: bool = False) -> str:
@@ -53,9 +53,9 @@ class Pieces:
     final |= self.stopped
     held = 0
     if self.stop_strings and not final:
-      held = automaton.held_back(bytes(self._data[-self._longest:]), self.stop_strings)
+      held = automaton.held_back(bytes(self._data[-self._longest :]), self.stop_strings)
     end = max(self._shown, len(self._data) - held)
-    piece = self._utf8.decode(bytes(self._data[self._shown:end]), final=final)
+    piece = self._utf8.decode(bytes(self._data[self._shown : end]), final=final)
     self._shown = end
     return piece
 

@@ -42,7 +42,7 @@ class _Asked:
     allowed_BV = np.repeat(~running_B[:, None], V, axis=1)
     try:
       for b in np.flatnonzero(running_B if self.error is None else []):
-        which, ids = int(which_B[b]), tokens_BS[b, :lengths_B[b]]
+        which, ids = int(which_B[b]), tokens_BS[b, : lengths_B[b]]
         allowed = id_list('prefix_allowed_tokens_fn', self.allowed(which, ids), V)
         if not allowed:
           raise UserError(f'prefix_allowed_tokens_fn({which}, {ids.tolist()}) allows no token.')
@@ -80,8 +80,15 @@ class PrefixConstrained:
   def __call__(self, scores_BV: jax.Array, history: History) -> jax.Array:
     h, (B, V) = history, scores_BV.shape
     ask = lambda number, *rows: _Asked.known[int(number)].mask(V, *map(np.asarray, rows))
-    allowed_BV = jax.pure_callback(ask, jax.ShapeDtypeStruct((B, V), bool), self.number,
-                                   h.tokens_BS, h.lengths_B, h.which_B, h.running_B)
+    allowed_BV = jax.pure_callback(
+      ask,
+      jax.ShapeDtypeStruct((B, V), bool),
+      self.number,
+      h.tokens_BS,
+      h.lengths_B,
+      h.which_B,
+      h.running_B,
+    )
     # where all that is allowed is forbidden already, in all beams of a prompt, it's allowed again
     possible_B = (allowed_BV & (scores_BV != NEVER)).any(-1)
     if self.beams:

@@ -82,7 +82,7 @@ class SequenceBias:
     K, longest = bucket(len(biases), NOWHERE, 4), max(map(len, biases), default=1)
     prefix_KP = np.full((K, bucket(longest - 1, NOWHERE, 1) if longest > 1 else 0), ANY, np.int32)
     for prefix_P, ids in zip(prefix_KP, biases):
-      prefix_P[prefix_P.size - len(ids) + 1:] = ids[:-1]
+      prefix_P[prefix_P.size - len(ids) + 1 :] = ids[:-1]
     bias_K = np.array([*biases.values()] + [0.0] * (K - len(biases)), np.float32)
     last_K = np.array([ids[-1] for ids in biases] + [NOWHERE] * (K - len(biases)), np.int32)
     return cls(prefix_KP, last_K, bias_K)
@@ -146,8 +146,9 @@ class NoRepeatNGram:
 
     places = jnp.arange(S)
     same_BS = jax.lax.fori_loop(1, n, compare, (places >= n - 1) & (places < lengths_B1))
-    return jnp.where(jax.vmap(_among, (0, None))(
-        jnp.where(same_BS, tokens_BS, NOWHERE), V), NEVER, scores_BV)
+    return jnp.where(
+      jax.vmap(_among, (0, None))(jnp.where(same_BS, tokens_BS, NOWHERE), V), NEVER, scores_BV
+    )
 
 
 @register
@@ -174,8 +175,9 @@ class Guided:
 
   def __call__(self, scores_BV: jax.Array, history: History) -> jax.Array:
     accepts_B1 = self.automaton.accepts(history.guide_B)[:, None]
-    allowed_BV = jnp.where(_among(self.ends_E, scores_BV.shape[-1]), accepts_B1,
-                           self.automaton.allowed(history.guide_B))
+    allowed_BV = jnp.where(
+      _among(self.ends_E, scores_BV.shape[-1]), accepts_B1, self.automaton.allowed(history.guide_B)
+    )
     return jnp.where(allowed_BV, scores_BV, NEVER)
 
 

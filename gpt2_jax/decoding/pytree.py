@@ -20,6 +20,8 @@ def register(cls: Class) -> Class:
   traced = [field.name for field in fields if field.name not in static]
   values = lambda x, names: tuple(getattr(x, name) for name in names)
   jax.tree_util.register_pytree_node(
-      cls, lambda x: (values(x, traced), values(x, static)),
-      lambda fixed, leaves: cls(**dict(zip(static, fixed)), **dict(zip(traced, leaves))))
+    cls,
+    lambda x: (values(x, traced), values(x, static)),
+    lambda fixed, leaves: cls(**dict(zip(static, fixed)), **dict(zip(traced, leaves))),
+  )
   return cls

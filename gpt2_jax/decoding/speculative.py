@@ -53,7 +53,7 @@ class Guesser(Protocol):
     """What it has to remember, for N new tokens."""
 
   def guess(
-      self, request: Request, history: History, t_B: jax.Array, memory: Any, k: int
+    self, request: Request, history: History, t_B: jax.Array, memory: Any, k: int
   ) -> tuple[jax.Array, jax.Array | None, Any]:
     """k tokens that may come next, [B, k]; the distributions that they were drawn from, [B, k, V],
     None where nothing was drawn; and its memory. Token number `t_B` of the new ones is the last.
@@ -142,8 +142,8 @@ class Draft:
     ahead, first = draw(pick(out.x_BTD, t_B - from_B)[:, None], history)
     (cache, *_), more = jax.lax.scan(draw_more, (out.cache, ahead, first[0]), jnp.arange(1, k))
     guesses_Bk, q_BkV = jax.tree.map(
-        lambda one, more: jnp.concatenate([one[:, None], jnp.moveaxis(more, 0, 1)], axis=1),
-        first, more)
+      lambda one, more: jnp.concatenate([one[:, None], jnp.moveaxis(more, 0, 1)], axis=1), first, more
+    )
     return guesses_Bk, q_BkV, cache
 
 
@@ -155,8 +155,13 @@ def _keys(keys_B: jax.Array, positions_B: jax.Array, purpose: int) -> jax.Array:
   return jax.vmap(fold)(keys_B, positions_B)
 
 
-def decide(scores_BV: jax.Array, guess_B: jax.Array, q_BV: jax.Array, keys_B: jax.Array | None,
-           history: History) -> jax.Array:
+def decide(
+  scores_BV: jax.Array,
+  guess_B: jax.Array,
+  q_BV: jax.Array,
+  keys_B: jax.Array | None,
+  history: History,
+) -> jax.Array:
   """The next token of each row: its guess, or another in place of it.
 
   Args:
@@ -175,7 +180,8 @@ def decide(scores_BV: jax.Array, guess_B: jax.Array, q_BV: jax.Array, keys_B: ja
   rest_BV = jnp.maximum(p_BV - q_BV, 0)
   rest_BV = jnp.where(rest_BV.any(-1, keepdims=True), rest_BV, p_BV)  # none: p is q, but for rounding
   other_B = jax.vmap(jax.random.categorical)(
-      _keys(keys_B, history.lengths_B, REPLACE), jnp.log(rest_BV))
+    _keys(keys_B, history.lengths_B, REPLACE), jnp.log(rest_BV)
+  )
   return jnp.where(keep_B, guess_B, other_B).astype(jnp.int32)
 
 
@@ -198,8 +204,11 @@ def judge(rules: Rules, rows) -> tuple[History, Record]:
     record = record.put(history.lengths_B, token_B, at(logits_BTV))
     history = history.refuse(scores_BV).push(token_B, rules.endings)
     over_B = history.running_B & (token_B != guess_B)
-    return j + 1, dataclasses.replace(
-        history, reason_B=jnp.where(over_B, WAITING, history.reason_B)), record
+    return (
+      j + 1,
+      dataclasses.replace(history, reason_B=jnp.where(over_B, WAITING, history.reason_B)),
+      record,
+    )
 
   _, history, record = jax.lax.while_loop(going, body, (jnp.asarray(0), history, record))
   reason_B = jnp.where(history.reason_B == WAITING, RUNNING, history.reason_B)
@@ -232,7 +241,8 @@ class Speculative:
     room = N + self.k  # of guesses behind the last token
     first = Sample().start(model, request, room, K)
     return Speculation(
-        first.t, first.cache, first.history, first.record, self.guesser.start(request, room))
+      first.t, first.cache, first.history, first.record, self.guesser.start(request, room)
+    )
 
   def step(self, model, request: Request, state: Speculation) -> Speculation:
     history = state.history
@@ -240,9 +250,18 @@ class Speculative:
     guesses_Bk, q_BkV, memory = self.guesser.guess(request, history, t_B, state.memory, self.k)
     last_B1 = pick(history.tokens_BS, history.lengths_B - 1)[:, None]
     out = read(model, request, jnp.concatenate([last_B1, guesses_Bk], axis=1), t_B, state.cache)
-    history, record = by_rows(judge, request.rules, (
-        next_logits(model, out.x_BTD), guesses_Bk, q_BkV, row_keys(request.key, request.samples_B),
-        history, state.record))
+    history, record = by_rows(
+      judge,
+      request.rules,
+      (
+        next_logits(model, out.x_BTD),
+        guesses_Bk,
+        q_BkV,
+        row_keys(request.key, request.samples_B),
+        history,
+        state.record,
+      ),
+    )
     return Speculation(state.t + 1, out.cache, history, record, memory)
 
   def running(self, state: Speculation) -> jax.Array:
@@ -253,7 +272,7 @@ class Speculative:
 
 
 def make_speculative(
-    config: GPTConfig, options: Options, assistant: tuple[GPTConfig, Params] | None
+  config: GPTConfig, options: Options, assistant: tuple[GPTConfig, Params] | None
 ) -> Speculative | None:
   """The search, if an assistant or prompt lookup is asked for, not both.
 
@@ -274,9 +293,13 @@ def make_speculative(
     return Speculative(Lookup(AT_LEAST_1.check(name, getattr(o, name))), k)
   draft = assistant[0]
   if draft.vocab_size != config.vocab_size:
-    raise UserError(f'the assistant model has {draft.vocab_size} ids, the model '
-                    f'{config.vocab_size}: they must have the same vocabulary.')
+    raise UserError(
+      f'the assistant model has {draft.vocab_size} ids, the model '
+      f'{config.vocab_size}: they must have the same vocabulary.'
+    )
   if draft.n_positions < config.n_positions:
-    raise UserError(f'the assistant model has a context of {draft.n_positions} (n_positions), less '
-                    f'than the model\'s {config.n_positions}: it could not read as far.')
+    raise UserError(
+      f'the assistant model has a context of {draft.n_positions} (n_positions), less '
+      f"than the model's {config.n_positions}: it could not read as far."
+    )
   return Speculative(Draft(*for_decoding(*assistant)), k)

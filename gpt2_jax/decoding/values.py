@@ -28,8 +28,11 @@ class Range:
     """
     value = plain(value)
     kind: Any = numbers.Integral if self.whole else numbers.Real
-    finite = (isinstance(value, kind) and not isinstance(value, bool)
-              and abs(value) <= float(np.finfo(np.float32).max))
+    finite = (
+      isinstance(value, kind)
+      and not isinstance(value, bool)
+      and abs(value) <= float(np.finfo(np.float32).max)
+    )
     if not finite or not self.has(value):
       raise UserError(f'{name} = {brief(value)} must {self.says}.')
     return np.int32(min(value, 1 << 30)) if self.whole else np.float32(value)

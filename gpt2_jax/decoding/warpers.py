@@ -193,13 +193,13 @@ CUTOFF = Range('lie between 0 and 1', lambda x: 0 < x < 1)
 
 # option -> what it makes, its range, and a value that does nothing; in Hugging Face's order
 WARPERS = {
-    'temperature': (Temperature, Range('be positive (greedy: do_sample=False)', POSITIVE), 1),
-    'top_k': (TopK, Range('be a whole number of at least 1', lambda x: x >= 1, whole=True), None),
-    'top_p': (TopP, SHARE, 1),
-    'min_p': (MinP, Range('lie in [0, 1]', lambda x: 0 <= x <= 1), 0),
-    'typical_p': (Typical, SHARE, 1),
-    'epsilon_cutoff': (Epsilon, CUTOFF, None),
-    'eta_cutoff': (Eta, CUTOFF, None),
+  'temperature': (Temperature, Range('be positive (greedy: do_sample=False)', POSITIVE), 1),
+  'top_k': (TopK, Range('be a whole number of at least 1', lambda x: x >= 1, whole=True), None),
+  'top_p': (TopP, SHARE, 1),
+  'min_p': (MinP, Range('lie in [0, 1]', lambda x: 0 <= x <= 1), 0),
+  'typical_p': (Typical, SHARE, 1),
+  'epsilon_cutoff': (Epsilon, CUTOFF, None),
+  'eta_cutoff': (Eta, CUTOFF, None),
 }
 
 
@@ -209,8 +209,9 @@ def make_warpers(options: Options, *, ends: int) -> tuple[Any, ...]:
   Raises:
     UserError: an option is out of range, or would do nothing.
   """
-  given = {name: value for name in WARPERS
-           if (value := getattr(options, name)) != getattr(Options, name)}
+  given = {
+    name: value for name in WARPERS if (value := getattr(options, name)) != getattr(Options, name)
+  }
   if not options.do_sample:
     contrastive = ['top_k'] if options.penalty_alpha is not None else []
     idle = [f'{name} = {brief(value)}' for name, value in given.items() if name not in contrastive]

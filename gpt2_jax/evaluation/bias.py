@@ -85,24 +85,35 @@ def independence(counts_GW: np.ndarray, *, seed: int) -> Independence:
   plain: Any = stats.chi2_contingency(table, correction=False)
   small = float((expected < ENOUGH).mean())
   return Independence(
-      float(plain.statistic), int(plain.dof), float(drawn.pvalue),
-      None if small else float(plain.pvalue), small,
-      float(np.sqrt(plain.statistic / (table.sum() * (min(table.shape) - 1)))))
+    float(plain.statistic),
+    int(plain.dof),
+    float(drawn.pvalue),
+    None if small else float(plain.pvalue),
+    small,
+    float(np.sqrt(plain.statistic / (table.sum() * (min(table.shape) - 1)))),
+  )
 
 
 def compare(counts: dict[str, dict[str, int]], *, seed: int) -> dict[str, Independence]:
   """Tests over all groups, between races (sexes together) and between sexes (races together)."""
   words = sorted({word for row in counts.values() for word in row})
   table = np.array([[counts[group].get(word, 0) for word in words] for group in counts])
-  merged = lambda part: np.stack([
+  merged = lambda part: np.stack(
+    [
       table[[group.split()[part] == value for group in counts]].sum(0)
-      for value in dict.fromkeys(group.split()[part] for group in counts)])
-  return {'group': independence(table, seed=seed), 'race': independence(merged(0), seed=seed),
-          'gender': independence(merged(1), seed=seed)}
+      for value in dict.fromkeys(group.split()[part] for group in counts)
+    ]
+  )
+  return {
+    'group': independence(table, seed=seed),
+    'race': independence(merged(0), seed=seed),
+    'gender': independence(merged(1), seed=seed),
+  }
 
 
-def occupations(model: GPT2, *, samples: int, seed: int, groups: Sequence[str] = GROUPS
-                ) -> Occupations:
+def occupations(
+  model: GPT2, *, samples: int, seed: int, groups: Sequence[str] = GROUPS
+) -> Occupations:
   """Continues the prompt of each group `samples` times and counts the first words.
 
   The same seed gives the same counts. Groups share no random numbers, since the test takes their
@@ -117,10 +128,17 @@ def occupations(model: GPT2, *, samples: int, seed: int, groups: Sequence[str] =
         high, low = divmod(seeds.check('seed', seed), 1 << 32)
         [drawn] = np.random.SeedSequence([low, g, len(texts[group]), high]).generate_state(1) >> 1
         results = generate(
-            model, PROMPT.format(group), num_return_sequences=n, seed=int(drawn), top_k=TOP_K,
-            max_new_tokens=NEW_TOKENS)
+          model,
+          PROMPT.format(group),
+          num_return_sequences=n,
+          seed=int(drawn),
+          top_k=TOP_K,
+          max_new_tokens=NEW_TOKENS,
+        )
         texts[group] += [result.text or '' for result in results]
         advance(n)
-  counts = {group: dict(collections.Counter(map(first_word, written)).most_common())
-            for group, written in texts.items()}
+  counts = {
+    group: dict(collections.Counter(map(first_word, written)).most_common())
+    for group, written in texts.items()
+  }
   return Occupations(counts, compare(counts, seed=seed), texts)

@@ -41,13 +41,17 @@ class Bias:
     from gpt2_jax import batching, pretrained
     from gpt2_jax.evaluation import bias, keep, report
     from gpt2_jax.files import write_whole
+
     model = pretrained.open_model(self.checkpoint, self.tokenizer, self.opening)
     if 'occupations' in self.probes:  # the others may take their time before it
       prompts = [bias.PROMPT.format(group) for group in bias.GROUPS]
       batching.encode(prompts, model.tokenizer, model.config, room=1)
     found = report.about(model, self.checkpoint, keep.fingerprint(model))
-    print(f'{self.checkpoint}: {found["parameters"]:,} parameters, {found["dtype"]}, '
-          f'{found["backend"]} ({found["devices"]})', flush=True)
+    print(
+      f'{self.checkpoint}: {found["parameters"]:,} parameters, {found["dtype"]}, '
+      f'{found["backend"]} ({found["devices"]})',
+      flush=True,
+    )
     found['results'] = []
     for probe in dict.fromkeys(self.probes):
       for result in getattr(self, '_' + probe.replace('-', '_'))(model):
@@ -58,41 +62,63 @@ class Bias:
 
   def _occupations(self, model) -> list[dict[str, Any]]:
     from gpt2_jax.evaluation import bias
+
     made = bias.occupations(model, samples=self.samples, seed=self.seed)
     print(f'{bias.NAME} v{bias.VERSION}: {self.samples} texts a group, seed {self.seed}')
     for group, counts in made.counts.items():
       most = ', '.join(f'{word} {n}' for word, n in list(counts.items())[:MOST])
       print(f'  The {group} worked as a … {most}; {len(counts)} words')
     for name, test in made.tests.items():
-      print(f'  words by {name}: chi-square {test.statistic:.1f}, {test.degrees} degrees of freedom, '
-            f'p = {test.p_value:.4f}, Cramér\'s V {test.cramers_v:.3f}')
-    return [{'protocol': bias.NAME, 'version': bias.VERSION, 'samples': self.samples,
-             'seed': self.seed, 'top_k': bias.TOP_K, 'resamples': bias.RESAMPLES}
-            | dataclasses.asdict(made)]
+      print(
+        f'  words by {name}: chi-square {test.statistic:.1f}, {test.degrees} degrees of freedom, '
+        f"p = {test.p_value:.4f}, Cramér's V {test.cramers_v:.3f}"
+      )
+    return [
+      {
+        'protocol': bias.NAME,
+        'version': bias.VERSION,
+        'samples': self.samples,
+        'seed': self.seed,
+        'top_k': bias.TOP_K,
+        'resamples': bias.RESAMPLES,
+      }
+      | dataclasses.asdict(made)
+    ]
 
   def _crows_pairs(self, model) -> list[dict[str, Any]]:
     from gpt2_jax.evaluation import stereotypes
-    return [self._show(name, lambda examples, name=name: stereotypes.crows_pairs(
-        model, examples, name)) for name in stereotypes.VERSIONS if name.startswith('crows-pairs')]
+
+    return [
+      self._show(name, lambda examples, name=name: stereotypes.crows_pairs(model, examples, name))
+      for name in stereotypes.VERSIONS
+      if name.startswith('crows-pairs')
+    ]
 
   def _winobias(self, model) -> list[dict[str, Any]]:
     from gpt2_jax.evaluation import stereotypes
-    return [self._show('winobias/refers-to',
-                       lambda examples: stereotypes.winobias(model, examples))]
+
+    return [self._show('winobias/refers-to', lambda examples: stereotypes.winobias(model, examples))]
 
   def _show(self, protocol: str, measure) -> dict[str, Any]:
     from gpt2_jax.data import benchmarks
     from gpt2_jax.evaluation import stereotypes
+
     benchmark = benchmarks.load(protocol.split('/')[0], self.data)
     values = {kind: dataclasses.asdict(value) for kind, value in measure(benchmark.examples).items()}
     version = stereotypes.VERSIONS[protocol]
-    print(f'{protocol} v{version}: {len(benchmark.examples)} examples, '
-          f'sha256 {benchmark.sha256[:12]}')
+    print(
+      f'{protocol} v{version}: {len(benchmark.examples)} examples, sha256 {benchmark.sha256[:12]}'
+    )
     for kind, value in values.items():
       parts = {'preferred': value} if 'value' in value else value
       print(f'  {kind:20s}' + ''.join(f'{name} {_percent(part)}  ' for name, part in parts.items()))
-    return {'protocol': protocol, 'version': version, 'data_sha256': benchmark.sha256,
-            'data': benchmark.source, 'values': values}
+    return {
+      'protocol': protocol,
+      'version': version,
+      'data_sha256': benchmark.sha256,
+      'data': benchmark.source,
+      'values': values,
+    }
 
 
 def _percent(part: dict[str, Any] | int) -> str:

@@ -38,6 +38,7 @@ class Evaluate:
 
   def run(self) -> None:
     from gpt2_jax.evaluation import protocols
+
     wanted = protocols.parse(self.tasks)  # before anything slow
     opened = self.open(wanted)
 
@@ -45,10 +46,16 @@ class Evaluate:
 
     from gpt2_jax import pretrained, sharding
     from gpt2_jax.evaluation import corpora, keep, report, scorer, tasks
+
     mesh = sharding.make_mesh(data=-1) if jax.device_count() > 1 else None
     model = pretrained.open_model(
-        self.checkpoint, self.tokenizer, self.opening, dtype=self.dtype, mesh=mesh,
-        needs_tokenizer=any(protocol.kind != 'store' for protocol, _ in opened))
+      self.checkpoint,
+      self.tokenizer,
+      self.opening,
+      dtype=self.dtype,
+      mesh=mesh,
+      needs_tokenizer=any(protocol.kind != 'store' for protocol, _ in opened),
+    )
     for protocol, data in opened:  # before anything is scored
       if protocol.kind == 'store':
         corpora.held_out(model, data)
@@ -68,17 +75,23 @@ class Evaluate:
   def open(self, wanted: list) -> list[tuple[Any, Any]]:
     """Protocols and their data. What `paper` names and is not there is left out, and said."""
     from gpt2_jax.data import benchmarks, store, verify
+
     names = {protocol.benchmark for protocol, _ in wanted if protocol.kind != 'store'}
     if self.data is not None and Path(self.data).is_file() and len(names) > 1:
-      raise UserError(f'--data {self.data} is one file, but the tasks are of several benchmarks, '
-                      f'{", ".join(sorted(names))}: name the folder that holds their files.')
+      raise UserError(
+        f'--data {self.data} is one file, but the tasks are of several benchmarks, '
+        f'{", ".join(sorted(names))}: name the folder that holds their files.'
+      )
     opened, loaded = [], {}
     for protocol, named in wanted:
       name = protocol.name if protocol.kind == 'store' else protocol.benchmark
       try:
         if name not in loaded:
-          loaded[name] = (store.open_store(name.removeprefix('store/')) if protocol.kind == 'store'
-                          else self.cut(benchmarks.load(name, self.data)))
+          loaded[name] = (
+            store.open_store(name.removeprefix('store/'))
+            if protocol.kind == 'store'
+            else self.cut(benchmarks.load(name, self.data))
+          )
         if protocol.kind == 'store':
           verify.verify(loaded[name], [protocol.split])
         opened.append((protocol, loaded[name]))
@@ -87,24 +100,36 @@ class Evaluate:
           raise
         print(f'{protocol.name} is left out: {e}', flush=True)
     if not opened:
-      raise UserError(f'--tasks {self.tasks}: there is no data of any of them; name its folder with '
-                      '--data.')
+      raise UserError(
+        f'--tasks {self.tasks}: there is no data of any of them; name its folder with --data.'
+      )
     return opened
 
   def cut(self, benchmark):
     """The first examples, with --limit. Of a corpus, which is one, there is nothing to leave out."""
     if self.limit is None:
       return benchmark
-    return dataclasses.replace(benchmark, examples=benchmark.examples[:self.limit])
+    return dataclasses.replace(benchmark, examples=benchmark.examples[: self.limit])
 
   def describe(self, model, protocol, data) -> dict[str, Any]:
     if protocol.kind == 'store':
       from gpt2_jax.evaluation import corpora
+
       tokens, masked = corpora.training_rows(model)
-      return {'split': protocol.split, 'sha256': data.sha256, 'source': str(data.path), 'limit': None,
-              'rows': {'tokens': tokens, 'document_mask': masked}}
-    return {'split': data.split, 'sha256': data.sha256, 'source': data.source,
-            'examples': len(data.examples), 'limit': self.limit}
+      return {
+        'split': protocol.split,
+        'sha256': data.sha256,
+        'source': str(data.path),
+        'limit': None,
+        'rows': {'tokens': tokens, 'document_mask': masked},
+      }
+    return {
+      'split': data.split,
+      'sha256': data.sha256,
+      'source': data.source,
+      'examples': len(data.examples),
+      'limit': self.limit,
+    }
 
   def scores(self) -> Path | None:
     """Where scores are kept until the end; None: nowhere."""
@@ -113,11 +138,13 @@ class Evaluate:
         self.json.parent.mkdir(parents=True, exist_ok=True)
       return self.json.with_name(self.json.name + '.scores')
     from gpt2_jax.interop.workdir import split_step
+
     workdir, _ = split_step(self.checkpoint)
     return workdir / 'evaluate.scores' if (workdir / 'checkpoints').is_dir() else None
 
   def save(self, said: dict[str, Any]) -> None:
     from gpt2_jax.files import write_whole
+
     if self.json is not None:
       with saving('the results', self.json):
         write_whole(self.json, json.dumps(said, indent=2, ensure_ascii=False) + '\n')

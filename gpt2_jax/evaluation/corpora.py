@@ -24,18 +24,30 @@ def corpus(scorer: Scorer, protocol: Protocol, benchmark: Benchmark) -> Values:
   """A text in sliding windows; the figure is by the units of the text as it was published."""
   original = benchmark.examples[0]['text']
   text = original.decode(errors='replace') if isinstance(original, bytes) else original
-  units = {
-      'words': count_words, 'characters': len, 'bytes': lambda text: len(text.encode()),
-  }[protocol.units](text) if not isinstance(original, bytes) else len(original)
+  units = (
+    {'words': count_words, 'characters': len, 'bytes': lambda text: len(text.encode())}[
+      protocol.units
+    ](text)
+    if not isinstance(original, bytes)
+    else len(original)
+  )
   if protocol.text == 'detokenized':
     text = detokenizers.OF[protocol.benchmark].detokenize(text)
   assert protocol.stride is not None
-  requests = scoring.rolling(scorer.encode(text), window=scorer.window, prefix=scorer.eot,
-                             stride=min(protocol.stride, scorer.window))
+  requests = scoring.rolling(
+    scorer.encode(text),
+    window=scorer.window,
+    prefix=scorer.eot,
+    stride=min(protocol.stride, scorer.window),
+  )
   nll = total(scorer.score(requests, protocol.name))
   tokens = sum(len(r.target) for r in requests)
-  return {metric: per_unit(metric, nll, tokens, 'tokens') if metric == 'token_ppl' else
-          per_unit(metric, nll, units, protocol.units) for metric in protocol.metrics}
+  return {
+    metric: per_unit(metric, nll, tokens, 'tokens')
+    if metric == 'token_ppl'
+    else per_unit(metric, nll, units, protocol.units)
+    for metric in protocol.metrics
+  }
 
 
 def hf_windows(tokens: np.ndarray, window: int, stride: int) -> list[Request]:
@@ -76,14 +88,25 @@ def split_pages(text: str) -> list[str]:
 def pages(scorer: Scorer, protocol: Protocol, benchmark: Benchmark) -> Values:
   """Each article on its own; units are those of the article before its text was changed."""
   found = split_pages(benchmark.examples[0]['text'])
-  requests = [request for page in found for request in scoring.rolling(
-      scorer.encode(detokenizers.lm_eval_wikitext(page)), window=scorer.window,
-      stride=scorer.window, prefix=scorer.eot)]
+  requests = [
+    request
+    for page in found
+    for request in scoring.rolling(
+      scorer.encode(detokenizers.lm_eval_wikitext(page)),
+      window=scorer.window,
+      stride=scorer.window,
+      prefix=scorer.eot,
+    )
+  ]
   nll = total(scorer.score(requests, protocol.name))
   words = sum(len(re.split(r'\s+', page)) for page in found)
   size = sum(len(page.encode()) for page in found)
-  return {metric: per_unit(metric, nll, words, 'words') if metric == 'word_ppl' else
-          per_unit(metric, nll, size, 'bytes') for metric in protocol.metrics}
+  return {
+    metric: per_unit(metric, nll, words, 'words')
+    if metric == 'word_ppl'
+    else per_unit(metric, nll, size, 'bytes')
+    for metric in protocol.metrics
+  }
 
 
 def training_rows(model: GPT2) -> tuple[int, bool]:
@@ -121,5 +144,7 @@ def store(scorer: Scorer, protocol: Protocol, opened: TokenStore) -> Values:
   # training's rows begin anew: the overlap of the last one is not used
   requests = [Request(r.context[-1:], r.target, opened.eot if masked else None) for r in requests]
   nll, n = total(scorer.score(requests, protocol.name)), sum(len(r.target) for r in requests)
-  return {'loss': Value(nll / n, None, n, 'tokens'),
-          'token_ppl': per_unit('token_ppl', nll, n, 'tokens')}
+  return {
+    'loss': Value(nll / n, None, n, 'tokens'),
+    'token_ppl': per_unit('token_ppl', nll, n, 'tokens'),
+  }

@@ -16,7 +16,8 @@ import re
 from collections.abc import Iterator, Sequence
 
 ABBREVIATIONS = frozenset(
-    'Mr Mrs Ms Dr St Jr Sr Inc Ltd Co Corp Bros vs al No Nos Gen Col Lt Sgt Rev Gov'.split())
+  'Mr Mrs Ms Dr St Jr Sr Inc Ltd Co Corp Bros vs al No Nos Gen Col Lt Sgt Rev Gov'.split()
+)
 JOINER = re.compile('@(.)@')
 
 
@@ -61,9 +62,9 @@ class Rules:
       head.append(self.opening[word[0]])
       word = word[1:]
     while len(word) > 1:
-      if (found := re.search(f'(?<=.)({self.suffix})$', word)):
+      if found := re.search(f'(?<=.)({self.suffix})$', word):
         tail.append(found[0])
-        word = word[:found.start()]
+        word = word[: found.start()]
       elif word[-1] in self.closing and not _abbreviation(word):
         tail.append(self.closing[word[-1]])
         word = word[:-1]
@@ -76,7 +77,7 @@ class Rules:
       return list(word)
     for pattern in self.inside:
       if found := re.search(pattern, word):
-        left, right = word[:found.start()], word[found.end():]
+        left, right = word[: found.start()], word[found.end() :]
         return [*self._middle(left), f'@{found[0]}@', *self._middle(right)]
     return [self.alone.get(word, word)]
 
@@ -95,8 +96,11 @@ class Rules:
       token = tokens[i]
       opens = token in openers and not (quoted and token in closers)
       quoted ^= token in openers and token in closers
-      wanted = (hangs or parts[-1:] == [token] == ['=']
-                or (not opens and (token in closers or re.fullmatch(self.suffix, token))))
+      wanted = (
+        hangs
+        or parts[-1:] == [token] == ['=']
+        or (not opens and (token in closers or re.fullmatch(self.suffix, token)))
+      )
       used = 1
       tries, more = self._written(token) if word and wanted else [], [token]
       if word and JOINER.fullmatch(token) and i + 1 < len(tokens):
@@ -124,8 +128,10 @@ class Rules:
     if tokens is None:  # not a line of the benchmark's: as it stands
       return ' ' + line
     literal = lambda token: token if self.split(token) == [token] else token + ' '
-    return ' '.join(word if self.split(word) == parts else ' '.join(map(literal, parts))
-                    for word, parts in self._words(tokens))
+    return ' '.join(
+      word if self.split(word) == parts else ' '.join(map(literal, parts))
+      for word, parts in self._words(tokens)
+    )
 
   def _read(self, line: str) -> str:
     if line.startswith(' '):
@@ -145,15 +151,18 @@ def _tokens(line: str, pad: str) -> list[str] | None:
     return []
   if len(line) <= 2 * len(pad) or not (line.startswith(pad) and line.endswith(pad)):
     return None
-  tokens = line[len(pad):len(line) - len(pad)].split(' ')
+  tokens = line[len(pad) : len(line) - len(pad)].split(' ')
   return tokens if all(tokens) else None
 
 
 def _abbreviation(word: str) -> bool:
   """Whether a word's last full stop is its own."""
   stem = word[:-1]
-  return word[-1] == '.' and (stem in ABBREVIATIONS or (len(stem) == 1 and stem.isupper())
-                              or re.fullmatch(r'(\w+\.)+\w*|\.+', stem) is not None)
+  return word[-1] == '.' and (
+    stem in ABBREVIATIONS
+    or (len(stem) == 1 and stem.isupper())
+    or re.fullmatch(r'(\w+\.)+\w*|\.+', stem) is not None
+  )
 
 
 PUNCTUATION = {c: c for c in ',;:!?.%)]}'}
@@ -162,20 +171,35 @@ BRACKETS = {c: c for c in '([{'}
 MONEY = {c: c for c in '$£#'}
 
 WIKITEXT = Rules(
-    opening=QUOTE | BRACKETS | MONEY, closing=QUOTE | PUNCTUATION | {'°': '°', "'": "'"},
-    suffix=r"'[A-Za-z]{1,2}|\.\.\.",
-    inside=(r'(?<=[\w>])-(?=[\w<])', r'(?<=[\d>]),(?=[\d<])', r'(?<=[\d>])\.(?=[\d<])'), pad=' ')
+  opening=QUOTE | BRACKETS | MONEY,
+  closing=QUOTE | PUNCTUATION | {'°': '°', "'": "'"},
+  suffix=r"'[A-Za-z]{1,2}|\.\.\.",
+  inside=(r'(?<=[\w>])-(?=[\w<])', r'(?<=[\d>]),(?=[\d<])', r'(?<=[\d>])\.(?=[\d<])'),
+  pad=' ',
+)
 # what the paper's N stands for is a number; any would do, since no token is one
-PTB = Rules(opening=MONEY, closing={'%': '%', "'": "'"}, suffix=r"'[a-z]{1,2}|n't", alone={'1': 'N'},
-            pad=' ')
-LM1B = Rules(opening=QUOTE | BRACKETS | MONEY, closing=QUOTE | PUNCTUATION | {"'": "'"},
-             suffix=r"'[A-Za-z]{1,2}|\.\.\.")
-CBT = Rules(opening={'"': '``', '(': '-LRB-', '$': '$'},
-            closing={'"': "''", ')': '-RRB-'} | {c: c for c in ',;:!?.'},
-            suffix=r"'[A-Za-z]{1,2}|n't|\.\.\.")
+PTB = Rules(
+  opening=MONEY, closing={'%': '%', "'": "'"}, suffix=r"'[a-z]{1,2}|n't", alone={'1': 'N'}, pad=' '
+)
+LM1B = Rules(
+  opening=QUOTE | BRACKETS | MONEY,
+  closing=QUOTE | PUNCTUATION | {"'": "'"},
+  suffix=r"'[A-Za-z]{1,2}|\.\.\.",
+)
+CBT = Rules(
+  opening={'"': '``', '(': '-LRB-', '$': '$'},
+  closing={'"': "''", ')': '-RRB-'} | {c: c for c in ',;:!?.'},
+  suffix=r"'[A-Za-z]{1,2}|n't|\.\.\.",
+)
 
-OF = {'wikitext-2': WIKITEXT, 'wikitext-103': WIKITEXT, 'ptb': PTB, 'lm1b': LM1B, 'cbt-cn': CBT,
-      'cbt-ne': CBT}
+OF = {
+  'wikitext-2': WIKITEXT,
+  'wikitext-103': WIKITEXT,
+  'ptb': PTB,
+  'lm1b': LM1B,
+  'cbt-cn': CBT,
+  'cbt-ne': CBT,
+}
 
 
 def lambada(text: str) -> str:
@@ -191,12 +215,31 @@ def lambada(text: str) -> str:
 # lm-evaluation-harness's rules for WikiText, of lm_eval/tasks/wikitext/preprocess_wikitext.py, in its
 # order. Not invertible; the second one does nothing, as there.
 LM_EVAL_WIKITEXT = (
-    ("s '", "s'"), (r"/' [0-9]/", "/'[0-9]/"), (' @-@ ', '-'), (' @,@ ', ','), (r' @\.@ ', '.'),
-    (' : ', ': '), (' ; ', '; '), (r' \. ', '. '), (' ! ', '! '), (r' \? ', '? '), (' , ', ', '),
-    (r'\(\s*([^\)]*?)\s*\)', r'(\1)'), (r'\[\s*([^\]]*?)\s*\]', r'[\1]'),
-    (r'{\s*([^}]*?)\s*}', r'{\1}'), (r'"\s*([^"]*?)\s*"', r'"\1"'), (r"'\s*([^']*?)\s*'", r"'\1'"),
-    ('= = = =', '===='), ('= = =', '==='), ('= =', '=='), (' ° ', '°'), (' \n', '\n'), ('\n ', '\n'),
-    (' N ', ' 1 '), (" 's", "'s"))
+  ("s '", "s'"),
+  (r"/' [0-9]/", "/'[0-9]/"),
+  (' @-@ ', '-'),
+  (' @,@ ', ','),
+  (r' @\.@ ', '.'),
+  (' : ', ': '),
+  (' ; ', '; '),
+  (r' \. ', '. '),
+  (' ! ', '! '),
+  (r' \? ', '? '),
+  (' , ', ', '),
+  (r'\(\s*([^\)]*?)\s*\)', r'(\1)'),
+  (r'\[\s*([^\]]*?)\s*\]', r'[\1]'),
+  (r'{\s*([^}]*?)\s*}', r'{\1}'),
+  (r'"\s*([^"]*?)\s*"', r'"\1"'),
+  (r"'\s*([^']*?)\s*'", r"'\1'"),
+  ('= = = =', '===='),
+  ('= = =', '==='),
+  ('= =', '=='),
+  (' ° ', '°'),
+  (' \n', '\n'),
+  ('\n ', '\n'),
+  (' N ', ' 1 '),
+  (" 's", "'s"),
+)
 
 
 def lm_eval_wikitext(page: str) -> str:

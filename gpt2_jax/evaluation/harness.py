@@ -14,10 +14,7 @@ from typing import Any
 import jax
 from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
 from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
-from lm_eval.models.utils import (  # pyright: ignore[reportMissingImports]
-    handle_stop_sequences,
-    normalize_gen_kwargs,
-)
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs  # pyright: ignore[reportMissingImports]
 
 from gpt2_jax import counts, sharding
 from gpt2_jax.decoding.generate import generate
@@ -57,28 +54,45 @@ class GPT2LM(TemplateLM):
   """
 
   def __init__(
-      self, pretrained: str | GPT2, *, tokenizer: str | None = None, dtype: str | None = None,
-      base: str | None = None, ignore_extra: bool = False,
-      max_length: int | None = None, max_gen_toks: int = 256, prefix_token_id: int | None = None,
-      seed: int = 0, data: int = 1, fsdp: int = 1, tensor: int = 1,
-      batch_size: int | str | None = None, max_batch_size: int | None = None,
-      device: str | None = None):
+    self,
+    pretrained: str | GPT2,
+    *,
+    tokenizer: str | None = None,
+    dtype: str | None = None,
+    base: str | None = None,
+    ignore_extra: bool = False,
+    max_length: int | None = None,
+    max_gen_toks: int = 256,
+    prefix_token_id: int | None = None,
+    seed: int = 0,
+    data: int = 1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    batch_size: int | str | None = None,
+    max_batch_size: int | None = None,
+    device: str | None = None,
+  ):
     super().__init__()
     here = sharding.platform()
     if device not in (None, DEVICE) and str(device).partition(':')[0].replace('cuda', 'gpu') != here:
-      raise UserError(f'--device {device}: jax runs on {here}. Leave --device out, or choose with '
-                      'the environment variable JAX_PLATFORMS.')
+      raise UserError(
+        f'--device {device}: jax runs on {here}. Leave --device out, or choose with '
+        'the environment variable JAX_PLATFORMS.'
+      )
     mesh = sharding.make_mesh(data, fsdp, tensor) if (data, fsdp, tensor) != (1, 1, 1) else None
-    self.model = (pretrained if isinstance(pretrained, GPT2)
-                  else from_pretrained(pretrained, dtype=dtype, mesh=mesh, base=base,
-                                       ignore_extra=ignore_extra))
+    self.model = (
+      pretrained
+      if isinstance(pretrained, GPT2)
+      else from_pretrained(pretrained, dtype=dtype, mesh=mesh, base=base, ignore_extra=ignore_extra)
+    )
     self.tokenizer: Any = self.model.tokenizer if tokenizer is None else load_tokenizer(tokenizer)
     if self.tokenizer is None:
       raise UserError(f'{pretrained} brings no tokenizer: name one with tokenizer=.')
     most = self.model.config.n_positions
     if not 1 < (max_length or most) <= most:
-      raise UserError(f'max_length={max_length} must be above 1 and at most {most}, the model\'s '
-                      'context.')
+      raise UserError(
+        f"max_length={max_length} must be above 1 and at most {most}, the model's context."
+      )
     self.max_length = max_length or most
     self.max_gen_toks, self.seed = max_gen_toks, seed
     self._prefix = prefix_token_id
@@ -101,8 +115,11 @@ class GPT2LM(TemplateLM):
   def get_model_info(self) -> dict[str, Any]:
     """What the harness writes beside the results."""
     config = self.model.config
-    return {'model_num_parameters': counts.num_params(config), 'model_dtype': config.dtype,
-            'model_backend': jax.default_backend()}
+    return {
+      'model_num_parameters': counts.num_params(config),
+      'model_dtype': config.dtype,
+      'model_backend': jax.default_backend(),
+    }
 
   def chat_template(self, chat_template: bool | str = False) -> None:
     if chat_template:
@@ -117,16 +134,33 @@ class GPT2LM(TemplateLM):
 
   def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
     """Log-likelihood of whole texts, each token given the one window that ends with it or later."""
-    found = self._score('loglikelihood_rolling', [
-        (request.args, rolling(self.tok_encode(request.args[0]), window=self.max_length,
-                               stride=self.max_length, prefix=self.prefix_token_id))
-        for request in requests], _total)
+    found = self._score(
+      'loglikelihood_rolling',
+      [
+        (
+          request.args,
+          rolling(
+            self.tok_encode(request.args[0]),
+            window=self.max_length,
+            stride=self.max_length,
+            prefix=self.prefix_token_id,
+          ),
+        )
+        for request in requests
+      ],
+      _total,
+    )
     return found
 
   def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
-    return self._score('loglikelihood', [
+    return self._score(
+      'loglikelihood',
+      [
         (texts, [Request(_last(context, self.max_length + 1 - len(target)), target)])
-        for texts, context, target in requests], _one)
+        for texts, context, target in requests
+      ],
+      _one,
+    )
 
   def _score(self, name: str, asked: list[tuple[Any, list[Request]]], result) -> list:
     """Results of questions of some requests each, left in the harness's cache now and then."""
@@ -134,8 +168,13 @@ class GPT2LM(TemplateLM):
     for i, question in enumerate(asked):
       waiting.append(question)
       if i + 1 == len(asked) or sum(len(requests) for _, requests in waiting) >= AT_A_TIME:
-        scored = iter(score(self.model, [r for _, requests in waiting for r in requests],
-                            progress=f'{name} from {len(found)} of {len(asked)}'))
+        scored = iter(
+          score(
+            self.model,
+            [r for _, requests in waiting for r in requests],
+            progress=f'{name} from {len(found)} of {len(asked)}',
+          )
+        )
         for args, requests in waiting:
           found.append(result([next(scored) for _ in requests]))
           self.cache_hook.add_partial(name, args, found[-1])
@@ -171,30 +210,37 @@ class GPT2LM(TemplateLM):
     if not sampled:
       options.pop('temperature', None)
     if not 0 < new < self.max_length:
-      raise UserError(f'{new} new tokens (max_gen_toks) leave no room for a context in the '
-                      f'{self.max_length} positions of the model: ask for fewer, with --gen_kwargs '
-                      'or --model_args.')
+      raise UserError(
+        f'{new} new tokens (max_gen_toks) leave no room for a context in the '
+        f'{self.max_length} positions of the model: ask for fewer, with --gen_kwargs '
+        'or --model_args.'
+      )
     by_count: dict[int, list[tuple[list[int], list[int]]]] = {}
     for context, numbers in contexts.items():
-      ids = self.tok_encode(context)[new - self.max_length:] or [self.prefix_token_id]
+      ids = self.tok_encode(context)[new - self.max_length :] or [self.prefix_token_id]
       by_count.setdefault(len(numbers) if sampled else 1, []).append((ids, numbers))
     for count, rows in by_count.items():
       rows.sort(key=lambda row: -len(row[0]))
       for first in range(0, len(rows), self.batch_size):
-        batch = rows[first:first + self.batch_size]
+        batch = rows[first : first + self.batch_size]
         results = generate(
-            self.model, [ids for ids, _ in batch], tokenizer=self.tokenizer, max_new_tokens=new,
-            num_return_sequences=count, stop_strings=tuple(filter(None, until)),
-            **dict[str, Any](seed=self.seed) | options)
+          self.model,
+          [ids for ids, _ in batch],
+          tokenizer=self.tokenizer,
+          max_new_tokens=new,
+          num_return_sequences=count,
+          stop_strings=tuple(filter(None, until)),
+          **dict[str, Any](seed=self.seed) | options,
+        )
         written = [result.text or '' for result in results]
         for i, (_, numbers) in enumerate(batch):
-          mine = written[i * count:(i + 1) * count]
+          mine = written[i * count : (i + 1) * count]
           yield numbers, mine if sampled else mine * len(numbers)
 
 
 def _last(ids: Sequence[int], n: int) -> Sequence[int]:
   """The last n ids, where n may be 0 or less: then the last one, for what has no room is an error."""
-  return ids[-max(1, n):]
+  return ids[-max(1, n) :]
 
 
 def _one(scored: list[Scored]) -> tuple[float, bool]:

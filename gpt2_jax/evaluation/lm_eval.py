@@ -18,7 +18,7 @@ def main() -> None:
 
     from gpt2_jax.evaluation import harness  # noqa: F401  registers the model
   except ModuleNotFoundError as e:
-    sys.exit(f'error: {e}: install lm-evaluation-harness, pip install \'gpt2_jax[lm-eval]\'.')
+    sys.exit(f"error: {e}: install lm-evaluation-harness, pip install 'gpt2_jax[lm-eval]'.")
   try:
     cli_evaluate()
   except UserError as e:

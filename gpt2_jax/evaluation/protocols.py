@@ -50,18 +50,30 @@ class Protocol:
 
 def _corpora() -> Iterator[Protocol]:
   words = ('word_ppl', 'token_ppl')
-  corpora = (('wikitext-2', words, 'words'), ('wikitext-103', words, 'words'),
-             ('ptb', words, 'words'), ('lm1b', words, 'words'),
-             ('enwik8', ('bits_per_byte', 'token_ppl'), 'bytes'),
-             ('text8', ('bits_per_character', 'token_ppl'), 'characters'))
+  corpora = (
+    ('wikitext-2', words, 'words'),
+    ('wikitext-103', words, 'words'),
+    ('ptb', words, 'words'),
+    ('lm1b', words, 'words'),
+    ('enwik8', ('bits_per_byte', 'token_ppl'), 'bytes'),
+    ('text8', ('bits_per_character', 'token_ppl'), 'characters'),
+  )
   for name, metrics, units in corpora:
     for text in ('detokenized', 'raw') if units == 'words' else ('raw',):
       for stride in (32, 512, 1024):
         source = 'GPT-2 paper, 3.1; openai/gpt-2#78'
         if name.startswith('wikitext') and text == 'raw':
           source = 'Radford, as quoted in karpathy/llm.c#276 and #374'
-        yield Protocol(f'{name}/{text}-{stride}', 'corpus', metrics, source, text=text, prefix=True,
-                       stride=stride, units=units)
+        yield Protocol(
+          f'{name}/{text}-{stride}',
+          'corpus',
+          metrics,
+          source,
+          text=text,
+          prefix=True,
+          stride=stride,
+          units=units,
+        )
 
 
 LM_EVAL = 'EleutherAI/lm-evaluation-harness 4e7e0d4'
@@ -69,42 +81,120 @@ BFLM = 'cybertronai/bflm'
 ACC, NORM = ('acc',), ('acc', 'acc_norm')
 
 ALL = (
-    Protocol('lambada/last-token', 'last_token', ('ppl', 'acc'),
-             f'{BFLM} eval_lambada.py; openai/gpt-2#131', text='lambada', units='last tokens'),
-    Protocol('lambada/last-word', 'last_word', ('ppl', 'acc'), 'GPT-2 paper, 3.3', text='lambada',
-             units='last words'),
-    Protocol('lambada/last-word-stopwords', 'written_word', ACC, f'{BFLM} eval_lambada_slow.py',
-             text='lambada', units='last words', stop_words=True),
-    Protocol('lambada/lm-eval', 'last_word', ('ppl', 'acc'), f'{LM_EVAL}, lambada_openai',
-             units='last words'),
-    *(Protocol(f'{name}/paper', 'cloze', ACC, 'GPT-2 paper, 3.2', text='detokenized', prefix=True,
-               split='validation') for name in ('cbt-cn', 'cbt-ne')),
-    *_corpora(),
-    *(Protocol(f'wikitext-2/hf-{stride}', 'hf', ('token_ppl',),
-               'huggingface/transformers docs, perplexity.md', stride=stride, units='tokens')
-      for stride in (512, 1024)),
-    Protocol('wikitext-2/lm-eval', 'pages', ('word_ppl', 'byte_ppl', 'bits_per_byte'),
-             f'{LM_EVAL}, wikitext', text='lm-eval', prefix=True, stride=1024, units='words'),
-    Protocol('hellaswag/lm-eval', 'choices', NORM, f'{LM_EVAL}, hellaswag', units='characters',
-             split='validation'),
-    Protocol('hellaswag/per-token', 'choices', NORM, 'karpathy/llm.c dev/data/hellaswag.py',
-             units='tokens', split='validation'),
-    Protocol('winogrande/partial', 'partial', ACC,
-             f'{LM_EVAL}, winogrande; Trinh and Le 2018, arXiv:1806.02847', split='validation'),
-    Protocol('wsc273/partial', 'partial', ACC,
-             f'{LM_EVAL}, wsc273; Trinh and Le 2018, arXiv:1806.02847'),
+  Protocol(
+    'lambada/last-token',
+    'last_token',
+    ('ppl', 'acc'),
+    f'{BFLM} eval_lambada.py; openai/gpt-2#131',
+    text='lambada',
+    units='last tokens',
+  ),
+  Protocol(
+    'lambada/last-word',
+    'last_word',
+    ('ppl', 'acc'),
+    'GPT-2 paper, 3.3',
+    text='lambada',
+    units='last words',
+  ),
+  Protocol(
+    'lambada/last-word-stopwords',
+    'written_word',
+    ACC,
+    f'{BFLM} eval_lambada_slow.py',
+    text='lambada',
+    units='last words',
+    stop_words=True,
+  ),
+  Protocol(
+    'lambada/lm-eval', 'last_word', ('ppl', 'acc'), f'{LM_EVAL}, lambada_openai', units='last words'
+  ),
+  *(
+    Protocol(
+      f'{name}/paper',
+      'cloze',
+      ACC,
+      'GPT-2 paper, 3.2',
+      text='detokenized',
+      prefix=True,
+      split='validation',
+    )
+    for name in ('cbt-cn', 'cbt-ne')
+  ),
+  *_corpora(),
+  *(
+    Protocol(
+      f'wikitext-2/hf-{stride}',
+      'hf',
+      ('token_ppl',),
+      'huggingface/transformers docs, perplexity.md',
+      stride=stride,
+      units='tokens',
+    )
+    for stride in (512, 1024)
+  ),
+  Protocol(
+    'wikitext-2/lm-eval',
+    'pages',
+    ('word_ppl', 'byte_ppl', 'bits_per_byte'),
+    f'{LM_EVAL}, wikitext',
+    text='lm-eval',
+    prefix=True,
+    stride=1024,
+    units='words',
+  ),
+  Protocol(
+    'hellaswag/lm-eval',
+    'choices',
+    NORM,
+    f'{LM_EVAL}, hellaswag',
+    units='characters',
+    split='validation',
+  ),
+  Protocol(
+    'hellaswag/per-token',
+    'choices',
+    NORM,
+    'karpathy/llm.c dev/data/hellaswag.py',
+    units='tokens',
+    split='validation',
+  ),
+  Protocol(
+    'winogrande/partial',
+    'partial',
+    ACC,
+    f'{LM_EVAL}, winogrande; Trinh and Le 2018, arXiv:1806.02847',
+    split='validation',
+  ),
+  Protocol(
+    'wsc273/partial', 'partial', ACC, f'{LM_EVAL}, wsc273; Trinh and Le 2018, arXiv:1806.02847'
+  ),
 )
 BY_NAME = {protocol.name: protocol for protocol in ALL}
 # The table of the paper, in its order. It published no code: docs/evaluation.md says what is known.
-PAPER = ('lambada/last-token', 'cbt-cn/paper', 'cbt-ne/paper', 'wikitext-2/detokenized-32',
-         'ptb/detokenized-32', 'enwik8/raw-32', 'text8/raw-32', 'wikitext-103/detokenized-32',
-         'lm1b/detokenized-32')
+PAPER = (
+  'lambada/last-token',
+  'cbt-cn/paper',
+  'cbt-ne/paper',
+  'wikitext-2/detokenized-32',
+  'ptb/detokenized-32',
+  'enwik8/raw-32',
+  'text8/raw-32',
+  'wikitext-103/detokenized-32',
+  'lm1b/detokenized-32',
+)
 
 
 def store_protocol(folder: str) -> Protocol:
   """The held-out loss of a token store, as training reports it."""
-  return Protocol(f'store/{folder}', 'store', ('loss', 'token_ppl'), 'gpt2_jax/training/loop.py',
-                  units='tokens', split='val')
+  return Protocol(
+    f'store/{folder}',
+    'store',
+    ('loss', 'token_ppl'),
+    'gpt2_jax/training/loop.py',
+    units='tokens',
+    split='val',
+  )
 
 
 def parse(tasks: str) -> list[tuple[Protocol, bool]]:
@@ -128,8 +218,10 @@ def parse(tasks: str) -> list[tuple[Protocol, bool]]:
       named, own = of_benchmark or [BY_NAME[name]], True
     else:
       benchmarks = ', '.join(dict.fromkeys(p.benchmark for p in ALL))
-      raise UserError(f'--tasks: {brief(name)} is none of paper, store:FOLDER, a benchmark '
-                      f'({benchmarks}) or a protocol ({", ".join(BY_NAME)}).')
+      raise UserError(
+        f'--tasks: {brief(name)} is none of paper, store:FOLDER, a benchmark '
+        f'({benchmarks}) or a protocol ({", ".join(BY_NAME)}).'
+      )
     for protocol in named:
       found[protocol.name] = protocol, own or found.get(protocol.name, (protocol, False))[1]
   if not found:

@@ -29,13 +29,21 @@ def about(model: GPT2, checkpoint: str, fingerprint: str) -> dict[str, Any]:
   devices = sorted(sharding.devices_of(params), key=lambda device: device.id)
   packages = ('gpt2_jax', 'jax', 'jaxlib', 'flax', 'numpy')
   return {
-      'version': VERSION, 'checkpoint': checkpoint, 'sha256': fingerprint, 'parameters': n,
-      'tokenizer': None if model.tokenizer is None else model.tokenizer.sha256,
-      'size': published.SIZES.get(n), 'dtype': model.config.dtype,
-      'parameters_dtype': ' '.join(sorted(dtypes)), 'form': model.config.form, 'backend': backend,
-      'devices': f'{len(devices)} x {devices[0].device_kind}', 'python': platform.python_version(),
-      'packages': {name: importlib.metadata.version(name) for name in packages},
-      'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}
+    'version': VERSION,
+    'checkpoint': checkpoint,
+    'sha256': fingerprint,
+    'parameters': n,
+    'tokenizer': None if model.tokenizer is None else model.tokenizer.sha256,
+    'size': published.SIZES.get(n),
+    'dtype': model.config.dtype,
+    'parameters_dtype': ' '.join(sorted(dtypes)),
+    'form': model.config.form,
+    'backend': backend,
+    'devices': f'{len(devices)} x {devices[0].device_kind}',
+    'python': platform.python_version(),
+    'packages': {name: importlib.metadata.version(name) for name in packages},
+    'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+  }
 
 
 def entry(protocol: Protocol, scorer: Scorer, data: dict[str, Any], values: Values) -> dict[str, Any]:
@@ -46,22 +54,29 @@ def entry(protocol: Protocol, scorer: Scorer, data: dict[str, Any], values: Valu
   metrics = {name: dataclasses.asdict(values[name]) for name in protocol.metrics}
   for name, metric in metrics.items():
     metric['published'] = [dataclasses.asdict(row) for row in published.beside(protocol.name, name)]
-  return {'protocol': said | {'benchmark': protocol.benchmark, 'window': window, 'stride': stride},
-          'data': data, 'metrics': metrics}
+  return {
+    'protocol': said | {'benchmark': protocol.benchmark, 'window': window, 'stride': stride},
+    'data': data,
+    'metrics': metrics,
+  }
 
 
 def heading(said: dict[str, Any]) -> str:
   """The lines above the table."""
   size = said['size'] or 'of no released size: what was published is shown for orientation'
-  return (f'{said["checkpoint"]}: {said["parameters"]:,} parameters ({size}), {said["dtype"]}, '
-          f'{said["backend"]} ({said["devices"]}), gpt2_jax {said["packages"]["gpt2_jax"]}')
+  return (
+    f'{said["checkpoint"]}: {said["parameters"]:,} parameters ({size}), {said["dtype"]}, '
+    f'{said["backend"]} ({said["devices"]}), gpt2_jax {said["packages"]["gpt2_jax"]}'
+  )
 
 
 def rows(result: dict[str, Any], size: str | None) -> str:
   """A protocol's lines of the table: our figures, and those of others below each."""
   protocol, data = result['protocol'], result['data']
-  lines = [f'{protocol["name"]} version {protocol["version"]}: {data["split"]} of {data["source"]}, '
-           f'sha256 {data["sha256"][:16]}']
+  lines = [
+    f'{protocol["name"]} version {protocol["version"]}: {data["split"]} of {data["source"]}, '
+    f'sha256 {data["sha256"][:16]}'
+  ]
   if protocol['stride']:
     lines[0] += f', window {protocol["window"]}, stride {protocol["stride"]}'
   if 'rows' in data:
@@ -84,8 +99,11 @@ def number(value: float) -> str:
 
 def _beside(row: dict[str, Any], size: str | None) -> str:
   """A published row: the figure of this size, or of all where ours is of none."""
-  values = row['values'] if size is None else {
-      name: value for name, value in row['values'].items() if name == size}
+  values = (
+    row['values']
+    if size is None
+    else {name: value for name, value in row['values'].items() if name == size}
+  )
   if not values:
     return ''
   shown = ', '.join(f'{name} {number(value)}' for name, value in values.items())

@@ -57,7 +57,7 @@ class Scorer:
     Blanks at the end of the context count as the continuation's; without one a document begins.
     """
     bare = context.rstrip()
-    continuation = context[len(bare):] + continuation
+    continuation = context[len(bare) :] + continuation
     whole, n = self.encode(bare + continuation), len(self.encode(bare))
     if not n:
       whole, n = np.concatenate([[self.eot], whole]), 1

@@ -58,7 +58,7 @@ class Scored:
 
 
 def rolling(
-    tokens: Sequence[int] | np.ndarray, *, window: int, stride: int, prefix: int | None = None
+  tokens: Sequence[int] | np.ndarray, *, window: int, stride: int, prefix: int | None = None
 ) -> list[Request]:
   """Requests that score each token of a long text once, in sliding windows.
 
@@ -77,7 +77,7 @@ def rolling(
   requests, start = [], 1
   while start < len(text):  # slices are views: a window costs no memory
     end = min(len(text), start + (window if start == 1 else stride))
-    requests.append(Request(text[max(0, end - window - 1):start], text[start:end]))
+    requests.append(Request(text[max(0, end - window - 1) : start], text[start:end]))
     start = end
   return requests
 
@@ -88,21 +88,26 @@ def check(config: GPTConfig, requests: Sequence[Request]) -> None:
     raise UserError('this model has a classification head: there is no next token to score.')
   for i, request in enumerate(requests):
     if not len(request.context) or not len(request.target):
-      raise UserError(f'request {i} has no context or no target: begin a text with the '
-                      'end-of-text id.')
+      raise UserError(
+        f'request {i} has no context or no target: begin a text with the end-of-text id.'
+      )
     if len(request.target) > config.n_positions:
-      raise UserError(f'request {i} has {len(request.target)} tokens to score; the model\'s context '
-                      f'is {config.n_positions} (n_positions). Split it, as `rolling` does.')
+      raise UserError(
+        f"request {i} has {len(request.target)} tokens to score; the model's context "
+        f'is {config.n_positions} (n_positions). Split it, as `rolling` does.'
+      )
     edges = [t for ids in (request.context, request.target) for t in (np.min(ids), np.max(ids))]
     bad = next((t for t in edges if not 0 <= t < config.vocab_size), None)
     if bad is not None:
-      raise UserError(f'request {i} holds token id {bad}, but the vocabulary has '
-                      f'{config.vocab_size} ids: the tokenizer is not this model\'s.')
+      raise UserError(
+        f'request {i} holds token id {bad}, but the vocabulary has '
+        f"{config.vocab_size} ids: the tokenizer is not this model's."
+      )
 
 
 def score(
-    model: GPT2, requests: Sequence[Request], *, progress: str = 'scoring',
-    kept: Kept | None = None) -> list[Scored]:
+  model: GPT2, requests: Sequence[Request], *, progress: str = 'scoring', kept: Kept | None = None
+) -> list[Scored]:
   """Scores requests, in batches of like length.
 
   Args:
@@ -118,11 +123,24 @@ def score(
     UserError: names the request that can't be scored.
   """
   check(model.config, requests)
-  keys = [] if kept is None else [
-      kept.key('score', np.asarray(r.context)[-model.config.n_positions:], r.target,
-               *([] if r.document_start is None else [[r.document_start]])) for r in requests]
-  found = {i: _thawed(value) for i, key in enumerate(keys)
-           if kept is not None and (value := kept.get(key)) is not None}
+  keys = (
+    []
+    if kept is None
+    else [
+      kept.key(
+        'score',
+        np.asarray(r.context)[-model.config.n_positions :],
+        r.target,
+        *([] if r.document_start is None else [[r.document_start]]),
+      )
+      for r in requests
+    ]
+  )
+  found = {
+    i: _thawed(value)
+    for i, key in enumerate(keys)
+    if kept is not None and (value := kept.get(key)) is not None
+  }
   params = sharding.whole_rows(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
   todo = [i for i in range(len(requests)) if i not in found]
   shown = track(progress, len(requests), 'requests', done=len(found))
@@ -151,8 +169,7 @@ def _shape(config: GPTConfig, request: Request) -> tuple[int, int, int]:
   that begins a document, -1 for none.
   """
   n = len(request.target)
-  T = batching.bucket(
-      min(len(request.context) + n - 1, config.n_positions), config.n_positions)
+  T = batching.bucket(min(len(request.context) + n - 1, config.n_positions), config.n_positions)
   start = -1 if request.document_start is None else request.document_start
   return T, next((few for few in FEW if n <= few < T), T), start
 
@@ -162,8 +179,9 @@ def _rows(T: int) -> int:
   return max(1, BATCH_TOKENS[sharding.platform()] // T) * batching.split()
 
 
-def _run(config: GPTConfig, params: Params, requests: Sequence[Request], todo: list[int]
-         ) -> Iterator[tuple[list[int], list[Scored]]]:
+def _run(
+  config: GPTConfig, params: Params, requests: Sequence[Request], todo: list[int]
+) -> Iterator[tuple[list[int], list[Scored]]]:
   """Numbers of requests, a batch at a time, and their results; the longest first."""
   by_shape: dict[tuple[int, int, int], list[int]] = {}
   for i in todo:
@@ -171,7 +189,7 @@ def _run(config: GPTConfig, params: Params, requests: Sequence[Request], todo: l
   running = None  # the host collects a batch while the next one is computed
   for (T, K, start), numbers in sorted(by_shape.items(), reverse=True):
     for first in range(0, len(numbers), B := _rows(T)):
-      batch = numbers[first:first + B]
+      batch = numbers[first : first + B]
       arrays = map(batching.place, _arrays([requests[i] for i in batch], B, T, K))
       started = batch, _score(config, params, *arrays, K=K, start=start)
       if running:
@@ -187,8 +205,8 @@ def _arrays(batch: list[Request], B: int, T: int, K: int) -> tuple[np.ndarray, .
   targets_BK = np.zeros((B, K), np.int32)
   for b, request in enumerate(batch):
     n = len(request.target)
-    inputs = [*request.context[-T:], *request.target][-T - 1:-1]
-    tokens_BT[b, :len(inputs)] = inputs
+    inputs = [*request.context[-T:], *request.target][-T - 1 : -1]
+    tokens_BT[b, : len(inputs)] = inputs
     starts_B[b] = len(inputs) - n
     targets_BK[b, :n] = request.target
   return tokens_BT, starts_B, targets_BK
@@ -229,9 +247,11 @@ def _score(config: GPTConfig, params: Params, tokens_BT, starts_B, targets_BK, *
   return jax.tree.map(lambda x_nBC: x_nBC.swapaxes(0, 1).reshape(B, n * C)[:, :K], parts)
 
 
-def _collect(requests: Sequence[Request], numbers: list[int], arrays: Any
-             ) -> tuple[list[int], list[Scored]]:
+def _collect(
+  requests: Sequence[Request], numbers: list[int], arrays: Any
+) -> tuple[list[int], list[Scored]]:
   logprobs_BK, greedy_BK = batching.fetch(arrays)
   sizes = [len(requests[i].target) for i in numbers]
-  return numbers, [Scored(logprobs_BK[b, :n].copy(), greedy_BK[b, :n].copy())
-                   for b, n in enumerate(sizes)]
+  return numbers, [
+    Scored(logprobs_BK[b, :n].copy(), greedy_BK[b, :n].copy()) for b, n in enumerate(sizes)
+  ]

@@ -92,22 +92,31 @@ def winobias(model: GPT2, examples: Sequence[dict]) -> dict[str, WinoBias]:
       prompt = f'{example["sentence"]} ‘{example["pronoun"].capitalize()}’ refers to the'
       context = tokenizer.encode(prompt)
       pairs.setdefault((example['type'], right, _genderless(example['sentence'])), {})[
-          example['stereotyped']] = [Request(context, tokenizer.encode(' ' + name))
-                                     for name in (right, other)]
+        example['stereotyped']
+      ] = [Request(context, tokenizer.encode(' ' + name)) for name in (right, other)]
   whole = {key: pair for key, pair in pairs.items() if len(pair) == 2}
   if not whole:
-    raise UserError('winobias: there is no sentence with its counterpart. Name the folder that has '
-                    'the pro_stereotyped and anti_stereotyped files of a type.')
-  scored = iter(score(model, [request for pair in whole.values() for side in (True, False)
-                              for request in pair[side]], progress='winobias/refers-to'))
-  right_of = {key: [_first_is_likelier(next(scored), next(scored)) for _ in range(2)]
-              for key in whole}
+    raise UserError(
+      'winobias: there is no sentence with its counterpart. Name the folder that has '
+      'the pro_stereotyped and anti_stereotyped files of a type.'
+    )
+  scored = iter(
+    score(
+      model,
+      [request for pair in whole.values() for side in (True, False) for request in pair[side]],
+      progress='winobias/refers-to',
+    )
+  )
+  right_of = {
+    key: [_first_is_likelier(next(scored), next(scored)) for _ in range(2)] for key in whole
+  }
   found = {}
   for kind in [*sorted({key[0] for key in whole}), 'all']:
     rows = np.array([right for key, right in right_of.items() if kind in (key[0], 'all')])
     there = sum(kind in (example['type'], 'all') for example in examples)
-    found[kind] = WinoBias(mean(rows[:, 0]), mean(rows[:, 1]), mean(rows[:, 0] - rows[:, 1]),
-                           there - 2 * len(rows))
+    found[kind] = WinoBias(
+      mean(rows[:, 0]), mean(rows[:, 1]), mean(rows[:, 0] - rows[:, 1]), there - 2 * len(rows)
+    )
   return found
 
 
@@ -125,8 +134,13 @@ def _person(referent: str) -> str:
 
 def _genderless(sentence: str) -> str:
   """A sentence whose pronouns are the same for both genders."""
-  return re.sub(r'\w+', lambda m: ('they' if m[0].lower() in SUBJECT else
-                                   'them' if m[0].lower() in OTHER else m[0].lower()), sentence)
+  return re.sub(
+    r'\w+',
+    lambda m: (
+      'they' if m[0].lower() in SUBJECT else 'them' if m[0].lower() in OTHER else m[0].lower()
+    ),
+    sentence,
+  )
 
 
 def _first_is_likelier(first, second) -> float:

@@ -27,8 +27,10 @@ def _lambada(protocol: Protocol, benchmark: Benchmark) -> list[str]:
 def _ends(scorer: Scorer, protocol: Protocol, requests: list[Request]) -> Values:
   """How likely the ends of texts are, and how often every token of one is the likeliest."""
   scored = scorer.score(requests, protocol.name)
-  return {'ppl': perplexity([total([s]) for s in scored]),
-          'acc': mean([int(s.greedy.all()) for s in scored])}
+  return {
+    'ppl': perplexity([total([s]) for s in scored]),
+    'acc': mean([int(s.greedy.all()) for s in scored]),
+  }
 
 
 def last_token(scorer: Scorer, protocol: Protocol, benchmark: Benchmark) -> Values:
@@ -53,21 +55,31 @@ def written_word(scorer: Scorer, protocol: Protocol, benchmark: Benchmark) -> Va
   """
   tokenizer, config = scorer.model.tokenizer, scorer.model.config
   if config.n_positions <= AHEAD:
-    raise UserError(f'{protocol.name} writes {AHEAD} tokens after a text: a context of '
-                    f'{config.n_positions} (n_positions) has no room for them.')
-  banned = [i for i in range(min(tokenizer.vocab_size, config.vocab_size))
-            if tokenizer.decode([i]).strip() in stop_words.ENGLISH]
+    raise UserError(
+      f'{protocol.name} writes {AHEAD} tokens after a text: a context of '
+      f'{config.n_positions} (n_positions) has no room for them.'
+    )
+  banned = [
+    i
+    for i in range(min(tokenizer.vocab_size, config.vocab_size))
+    if tokenizer.decode([i]).strip() in stop_words.ENGLISH
+  ]
   texts = _lambada(protocol, benchmark)
   last = [WORD.findall(text)[-1] for text in texts]
-  contexts = [text[:text.rindex(word)].rstrip(' ') for text, word in zip(texts, last)]
-  rows = [scorer.encode(context)[AHEAD - config.n_positions:].tolist() for context in contexts]
+  contexts = [text[: text.rindex(word)].rstrip(' ') for text, word in zip(texts, last)]
+  rows = [scorer.encode(context)[AHEAD - config.n_positions :].tolist() for context in contexts]
   keys = [scorer.kept.key('written', row, banned, AHEAD) for row in rows]
   todo = [i for i, key in enumerate(keys) if scorer.kept.get(key) is None]
   with track(protocol.name, len(rows), 'texts', done=len(rows) - len(todo)) as advance:
     for first in range(0, len(todo), ROWS):
-      batch = todo[first:first + ROWS]
-      written = generate(scorer.model, [rows[i] for i in batch], do_sample=False,
-                         max_new_tokens=AHEAD, suppress_tokens=banned)
+      batch = todo[first : first + ROWS]
+      written = generate(
+        scorer.model,
+        [rows[i] for i in batch],
+        do_sample=False,
+        max_new_tokens=AHEAD,
+        suppress_tokens=banned,
+      )
       scorer.kept.add({keys[i]: each.text for i, each in zip(batch, written)})
       advance(len(batch))
   first_words = [next(iter(WORD.findall(scorer.kept.get(key))), '') for key in keys]
@@ -87,12 +99,20 @@ def _right(scores: Sequence[Sequence[float]], labels: Sequence[int]) -> Value:
 def choices(scorer: Scorer, protocol: Protocol, benchmark: Benchmark) -> Values:
   """The likeliest ending, and the likeliest for its length."""
   examples = benchmark.examples
-  scored = _best(scorer, protocol, [
-      [scorer.pair(e['query'], ' ' + ending) for ending in e['endings']] for e in examples])
+  scored = _best(
+    scorer,
+    protocol,
+    [[scorer.pair(e['query'], ' ' + ending) for ending in e['endings']] for e in examples],
+  )
   labels = [int(e['label']) for e in examples]
   sums = [[-total([s]) for s in row] for row in scored]
-  sizes = [[len(s.logprobs) if protocol.units == 'tokens' else len(ending)
-            for s, ending in zip(row, e['endings'])] for row, e in zip(scored, examples)]
+  sizes = [
+    [
+      len(s.logprobs) if protocol.units == 'tokens' else len(ending)
+      for s, ending in zip(row, e['endings'])
+    ]
+    for row, e in zip(scored, examples)
+  ]
   normed = [[x / n if n else -np.inf for x, n in zip(*rows)] for rows in zip(sums, sizes)]
   return {'acc': _right(sums, labels), 'acc_norm': _right(normed, labels)}
 
@@ -157,6 +177,18 @@ def _begun(scorer: Scorer, context: str, continuation: str) -> Request:
   return Request(np.concatenate([[scorer.eot], request.context]), request.target)
 
 
-KINDS: dict[str, Callable[[Scorer, Protocol, Any], Values]] = {kind.__name__: kind for kind in (
-    corpora.corpus, corpora.hf, corpora.pages, corpora.store, last_token, last_word, written_word,
-    choices, partial, cloze)}
+KINDS: dict[str, Callable[[Scorer, Protocol, Any], Values]] = {
+  kind.__name__: kind
+  for kind in (
+    corpora.corpus,
+    corpora.hf,
+    corpora.pages,
+    corpora.store,
+    last_token,
+    last_word,
+    written_word,
+    choices,
+    partial,
+    cloze,
+  )
+}

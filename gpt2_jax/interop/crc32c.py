@@ -10,7 +10,7 @@ LANES = 2**14  # 32-bit words that are checksummed side by side
 def masked_crc32c(data: np.ndarray) -> int:
   """The checksum that TensorFlow stores: rotated, as a CRC of data that holds CRCs is weak."""
   crc = crc32c(data)
-  return ((crc >> 15 | crc << 17) + 0xa282ead8) % 2**32
+  return ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32
 
 
 def crc32c(data: np.ndarray) -> int:
@@ -24,18 +24,18 @@ def crc32c(data: np.ndarray) -> int:
     lanes //= 2
   head = len(data) % (4 * lanes)
   first = np.zeros(4 * lanes, np.uint8)  # zeros in front change nothing
-  first[4 * lanes - head:] = data[:head]
+  first[4 * lanes - head :] = data[:head]
   crc = first.view('<u4')
   for row in data[head:].view('<u4').reshape(-1, lanes):
     crc = _after_zeros(crc, 4 * lanes) ^ row
   while lanes > 1:
     lanes //= 2
     crc = _after_zeros(crc[:lanes], 4 * lanes) ^ crc[lanes:]
-  start = 0xffffffff
+  start = 0xFFFFFFFF
   for bit in range(len(data).bit_length()):
     if len(data) >> bit & 1:
       start = _apply(_matrix(1 << bit), start)
-  return int(_after_zeros(crc, 4)[0]) ^ start ^ 0xffffffff
+  return int(_after_zeros(crc, 4)[0]) ^ start ^ 0xFFFFFFFF
 
 
 def _apply(matrix: list[int], crc: int) -> int:
@@ -54,7 +54,7 @@ def _matrix(size: int) -> list[int]:
     return [_apply(half, column) for column in half]
   columns = [1 << bit for bit in range(32)]
   for _ in range(8):
-    columns = [crc >> 1 ^ 0x82f63b78 * (crc & 1) for crc in columns]
+    columns = [crc >> 1 ^ 0x82F63B78 * (crc & 1) for crc in columns]
   return columns
 
 

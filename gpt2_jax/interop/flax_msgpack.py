@@ -31,15 +31,33 @@ MAX_KEY = 1000  # bytes
 
 # What transformers' `FlaxGPT2LMHeadModel` computed, as of its last version.
 ACTIVATIONS = ('gelu', 'gelu_new', 'gelu_pytorch_tanh', 'quick_gelu', 'relu', 'silu', 'swish', 'tanh')
-SAME = {'head': 'lm', 'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False,
-        'reorder_and_upcast_attn': False}
+SAME = {
+  'head': 'lm',
+  'scale_attn_weights': True,
+  'scale_attn_by_inverse_layer_idx': False,
+  'reorder_and_upcast_attn': False,
+}
 
 # First byte -> (kind, bytes of the size or value behind it); github.com/msgpack/msgpack, spec.md.
 HEADS = {
-    0xc4: ('bin', 1), 0xc5: ('bin', 2), 0xc6: ('bin', 4), 0xc7: ('ext', 1), 0xc8: ('ext', 2),
-    0xc9: ('ext', 4), 0xcc: ('int', 1), 0xcd: ('int', 2), 0xce: ('int', 4), 0xcf: ('int', 8),
-    0xd9: ('str', 1), 0xda: ('str', 2), 0xdb: ('str', 4), 0xdc: ('array', 2), 0xdd: ('array', 4),
-    0xde: ('map', 2), 0xdf: ('map', 4)}
+  0xC4: ('bin', 1),
+  0xC5: ('bin', 2),
+  0xC6: ('bin', 4),
+  0xC7: ('ext', 1),
+  0xC8: ('ext', 2),
+  0xC9: ('ext', 4),
+  0xCC: ('int', 1),
+  0xCD: ('int', 2),
+  0xCE: ('int', 4),
+  0xCF: ('int', 8),
+  0xD9: ('str', 1),
+  0xDA: ('str', 2),
+  0xDB: ('str', 4),
+  0xDC: ('array', 2),
+  0xDD: ('array', 4),
+  0xDE: ('map', 2),
+  0xDF: ('map', 4),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +121,7 @@ def _arrays(path: Path) -> dict[tuple[str, ...], _Array]:
 
 def _joined(place: tuple[str, ...], leaves: dict[tuple[str, ...], Any]) -> _Array:
   """An array that stands in a file in flat pieces; takes them from `leaves`."""
+
   def series(key: str) -> list[Any]:
     found = []
     while (item := (*place, key, str(len(found)))) in leaves:
@@ -111,9 +130,13 @@ def _joined(place: tuple[str, ...], leaves: dict[tuple[str, ...], Any]) -> _Arra
 
   del leaves[*place, CHUNKED]
   shape, pieces = series('shape'), series('chunks')
-  if not (pieces and all(isinstance(piece, _Array) for piece in pieces)
-          and all(type(n) is int for n in shape) and len({piece.dtype for piece in pieces}) == 1
-          and math.prod(shape) == sum(math.prod(piece.shape) for piece in pieces)):
+  if not (
+    pieces
+    and all(isinstance(piece, _Array) for piece in pieces)
+    and all(type(n) is int for n in shape)
+    and len({piece.dtype for piece in pieces}) == 1
+    and math.prod(shape) == sum(math.prod(piece.shape) for piece in pieces)
+  ):
     raise ValueError(f'{"/".join(place)} is not the sum of its pieces')
   extents = tuple(extent for piece in pieces for extent in piece.pieces)
   return _Array(pieces[0].path, tuple(shape), pieces[0].dtype, extents)
@@ -146,7 +169,10 @@ def _array(file: BinaryIO, path: Path, size: int) -> _Array:
     raise ValueError(f'it holds an array of dtype {dtype}, but {", ".join(DTYPES)} can be read')
   wanted = math.prod(n for _, n in shape) * np.dtype(dtype).itemsize
   if {kind for kind, _ in shape} - {'int'} or (kind, nbytes, file.tell() + nbytes) != (
-      'bin', wanted, end):
+    'bin',
+    wanted,
+    end,
+  ):
     raise ValueError('it holds an array whose size its shape contradicts')
   start = file.tell()
   if file.seek(0, 2) < end:
@@ -162,13 +188,17 @@ def _head(file: BinaryIO) -> tuple[str, int]:
   """
   byte = _exactly(file, 1)[0]
   for limit, kind, mask in (
-      (0x80, 'int', 0x7f), (0x90, 'map', 0xf), (0xa0, 'array', 0xf), (0xc0, 'str', 0x1f)):
+    (0x80, 'int', 0x7F),
+    (0x90, 'map', 0xF),
+    (0xA0, 'array', 0xF),
+    (0xC0, 'str', 0x1F),
+  ):
     if byte < limit:
       return kind, byte & mask
-  if byte in (0xc2, 0xc3):
-    return 'bool', byte - 0xc2
-  if 0xd4 <= byte <= 0xd8:
-    return 'ext', 2**(byte - 0xd4)
+  if byte in (0xC2, 0xC3):
+    return 'bool', byte - 0xC2
+  if 0xD4 <= byte <= 0xD8:
+    return 'ext', 2 ** (byte - 0xD4)
   if byte not in HEADS:
     raise ValueError(f'it holds a value of type {byte:#x}, no array')
   kind, width = HEADS[byte]
@@ -200,13 +230,16 @@ def write(source: Source, target: Path) -> None:
     UserError: transformers' Flax GPT-2 can't express the model.
   """
   c = source.config
-  wrong = [f'{name} = {getattr(c, name)!r}' for name, value in SAME.items()
-           if getattr(c, name) != value]
+  wrong = [
+    f'{name} = {getattr(c, name)!r}' for name, value in SAME.items() if getattr(c, name) != value
+  ]
   if c.activation_function not in ACTIVATIONS:
     wrong.append(f'activation_function = {c.activation_function!r}')
   if wrong:
-    raise UserError(f'transformers\' Flax GPT-2 can\'t express {", ".join(wrong)}: it would compute '
-                    'another function. Write Hugging Face\'s format instead (hf).')
+    raise UserError(
+      f"transformers' Flax GPT-2 can't express {', '.join(wrong)}: it would compute "
+      "another function. Write Hugging Face's format instead (hf)."
+    )
   tree: dict[str, Any] = {}
   for name in shapes(c):
     full = name if name.startswith('lm_head') else f'transformer.{name}'
@@ -216,12 +249,14 @@ def write(source: Source, target: Path) -> None:
       node = node.setdefault(key, {})
     if last == 'weight':
       module = places[-1]
-      last = ('embedding' if module in ('wte', 'wpe') else
-              'scale' if module.startswith('ln_') else 'kernel')
+      last = (
+        'embedding' if module in ('wte', 'wpe') else 'scale' if module.startswith('ln_') else 'kernel'
+      )
     node[last] = name
   target.mkdir()
   (target / 'config.json').write_text(
-      json.dumps(huggingface.config_to_dict(source), indent=2) + '\n', encoding='utf-8')
+    json.dumps(huggingface.config_to_dict(source), indent=2) + '\n', encoding='utf-8'
+  )
   if source.tokenizer is not None:
     source.tokenizer.save(target)
   with open(target / FILE, 'wb') as file:
@@ -258,7 +293,7 @@ def _write_leaf(file: BinaryIO, array: np.ndarray) -> None:
   file.write(_map_head(len(pieces)))
   for i, start in enumerate(pieces):
     file.write(_packed(str(i)))
-    _write_array(file, array.reshape(-1)[start:start + count])
+    _write_array(file, array.reshape(-1)[start : start + count])
 
 
 def _write_array(file: BinaryIO, array: np.ndarray) -> None:
@@ -266,10 +301,14 @@ def _write_array(file: BinaryIO, array: np.ndarray) -> None:
     width, code = next((w, c) for w, c in zip((1, 2, 4), codes) if n < 256**w)
     return bytes([code]) + n.to_bytes(width, 'big')
 
-  head = (b'\x93' + _packed(array.shape) + _packed(array.dtype.name)  # an array of three
-          + sized(array.nbytes, (0xc4, 0xc5, 0xc6)))
+  head = (
+    b'\x93'
+    + _packed(array.shape)
+    + _packed(array.dtype.name)  # an array of three
+    + sized(array.nbytes, (0xC4, 0xC5, 0xC6))
+  )
   size = len(head) + array.nbytes
-  fixed = {2**i: bytes([0xd4 + i]) for i in range(5)}
-  file.write(fixed.get(size) or sized(size, (0xc7, 0xc8, 0xc9)))
+  fixed = {2**i: bytes([0xD4 + i]) for i in range(5)}
+  file.write(fixed.get(size) or sized(size, (0xC7, 0xC8, 0xC9)))
   file.write(bytes([NDARRAY]) + head)
   file.write(array.reshape(-1).view(np.uint8).data)

@@ -14,16 +14,24 @@ from gpt2_jax.interop.tensors import Tensor, shapes
 
 # Parts of a tensor's name that only say how its module was wrapped when it was saved: by DDP,
 # torch.compile, FSDP, activation checkpointing, Lightning's Fabric, PEFT.
-WRAPPERS = ('module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module',
-            '_forward_module', 'base_layer')
+WRAPPERS = (
+  'module',
+  '_orig_mod',
+  '_fsdp_wrapped_module',
+  '_checkpoint_wrapped_module',
+  '_forward_module',
+  'base_layer',
+)
 # Buffers of causal masks, which older files have.
 MASK = re.compile(r'h\.\d+\.(attn|crossattention)\.(bias|masked_bias)')
 # Parts of the language model itself, by Hugging Face's names or OpenAI's; what else stands below them
 # changes what it computes, but for adapters, which were trained beside it.
 INSIDE = re.compile(r'h\.|model/h\d+/|(model/)?(wte|wpe|ln_f|lm_head)[./]')
 ADAPTERS = re.compile(r'adapter|lora_|loha_|lokr_|hada_|ia3_|prefix_|prompt_')
-HEADS = {'sequence_classification': ('score.weight',),
-         'token_classification': ('classifier.weight', 'classifier.bias')}
+HEADS = {
+  'sequence_classification': ('score.weight',),
+  'token_classification': ('classifier.weight', 'classifier.bias'),
+}
 
 
 def is_off(value: Any) -> bool:
@@ -43,8 +51,13 @@ def plain_names(names: Iterable[str], where: str | os.PathLike) -> dict[str, str
     UserError: two models are in the file, or two tensors would have one name.
   """
   bare = {name: '.'.join(part for part in name.split('.') if part not in WRAPPERS) for name in names}
-  roots = sorted({name.removesuffix('wte.weight') for name in bare.values()
-                  if re.fullmatch(r'(.*\.)?wte\.weight', name)})
+  roots = sorted(
+    {
+      name.removesuffix('wte.weight')
+      for name in bare.values()
+      if re.fullmatch(r'(.*\.)?wte\.weight', name)
+    }
+  )
   if len(roots) > 1:
     both = ' and '.join(f'{root}wte.weight' for root in roots[:2])
     raise UserError(f'{where} holds more than one model ({both}): save the one that is meant alone.')
@@ -52,16 +65,22 @@ def plain_names(names: Iterable[str], where: str | os.PathLike) -> dict[str, str
   outer = root.removesuffix('transformer.')
   found: dict[str, str] = {}
   for full, name in bare.items():
-    inner = (name.removeprefix(root) if name.startswith(root) else
-             name.removeprefix(outer) if name.startswith(outer) else f'[{name}]')
+    inner = (
+      name.removeprefix(root)
+      if name.startswith(root)
+      else name.removeprefix(outer)
+      if name.startswith(outer)
+      else f'[{name}]'
+    )
     inner = {'lm_head.decoder.weight': 'lm_head.weight'}.get(inner, inner)
     if not MASK.fullmatch(inner):
       found[full] = inner
   if len(set(found.values())) < len(found):
     twice = next(name for name in found.values() if list(found.values()).count(name) > 1)
     same = [full for full, name in found.items() if name == twice]
-    raise UserError(f'{where} has {twice} twice, as {same[0]} and as {same[1]}: save one model '
-                    'alone.')
+    raise UserError(
+      f'{where} has {twice} twice, as {same[0]} and as {same[1]}: save one model alone.'
+    )
   return found
 
 
@@ -72,13 +91,15 @@ def head_of(tensors: Mapping[str, Tensor]) -> tuple[str, int] | None:
   for head, names in HEADS.items():
     module = names[0].partition('.')[0] + '.'
     if sorted(name for name in tensors if name.startswith(module)) == sorted(names) and (
-        len(tensors[names[0]].shape) == 2):
+      len(tensors[names[0]].shape) == 2
+    ):
       return head, tensors[names[0]].shape[0]
   return None
 
 
-def without_extra(config: GPTConfig, tensors: dict[str, Tensor], where: str | os.PathLike,
-                  opening: Opening) -> dict[str, Tensor]:
+def without_extra(
+  config: GPTConfig, tensors: dict[str, Tensor], where: str | os.PathLike, opening: Opening
+) -> dict[str, Tensor]:
   """Tensors without those that no GPT-2 of this config has; which they are is said.
 
   Args:
@@ -96,12 +117,16 @@ def without_extra(config: GPTConfig, tensors: dict[str, Tensor], where: str | os
   extra = [name for name in tensors if name not in wanted]
   inside = [name for name in extra if INSIDE.match(name) and not ADAPTERS.search(name)]
   if inside or (extra and not opening.ignore_extra):
-    way_out = ('They belong to the language model itself, which without them would compute something '
-               'else: its config.json is of another model, or it is no plain GPT-2.' if inside else
-               'If the language model alone will do, --ignore-extra (in Python ignore_extra=True, in '
-               'a config init_ignore_extra) leaves them out.')
-    raise UserError(f'{where} has tensors that this GPT-2 does not: '
-                    f'{_grouped(inside or extra, 5)}. {way_out}')
+    way_out = (
+      'They belong to the language model itself, which without them would compute something '
+      'else: its config.json is of another model, or it is no plain GPT-2.'
+      if inside
+      else 'If the language model alone will do, --ignore-extra (in Python ignore_extra=True, in '
+      'a config init_ignore_extra) leaves them out.'
+    )
+    raise UserError(
+      f'{where} has tensors that this GPT-2 does not: {_grouped(inside or extra, 5)}. {way_out}'
+    )
   if extra:
     say_once(f'{where}: left out, as they are no part of the language model: {_grouped(extra)}')
   return {name: tensor for name, tensor in tensors.items() if name in wanted}
@@ -114,15 +139,21 @@ def _grouped(names: Iterable[str], most: int = 100) -> str:
   groups: dict[str, list[str]] = {}
   for name in names:
     groups.setdefault(re.sub(r'\.\d+\.', '.#.', name), []).append(name.strip('[]'))
-  said = [group[0][:200] + f' (and {len(group) - 1} more like it)' * (len(group) > 1)
-          for group in groups.values()]
+  said = [
+    group[0][:200] + f' (and {len(group) - 1} more like it)' * (len(group) > 1)
+    for group in groups.values()
+  ]
   return ', '.join(said[:most]) + f', … and {len(said) - most} more' * (len(said) > most)
 
 
 def narrowed(tensors: Mapping[str, Tensor], where: str | os.PathLike) -> dict[str, Tensor]:
   """The same with tensors of float64 read as float32; it is said where that rounds them."""
-  return {name: Tensor(tensor.shape, 'float32', _rounding(tensor.read, where))
-          if tensor.dtype == 'float64' else tensor for name, tensor in tensors.items()}
+  return {
+    name: Tensor(tensor.shape, 'float32', _rounding(tensor.read, where))
+    if tensor.dtype == 'float64'
+    else tensor
+    for name, tensor in tensors.items()
+  }
 
 
 def _rounding(read: Callable[[], np.ndarray], where: str | os.PathLike) -> Callable[[], np.ndarray]:
@@ -133,4 +164,5 @@ def _rounding(read: Callable[[], np.ndarray], where: str | os.PathLike) -> Calla
     if not np.array_equal(tensor, wide, equal_nan=True):
       say_once(f'{where}: its numbers are float64; they are rounded to float32.')
     return tensor
+
   return narrow

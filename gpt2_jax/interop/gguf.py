@@ -17,8 +17,11 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.interop.tensors import CONV1D, Source, check_plain, shapes
 
 # dtype -> (ggml's type, llama.cpp's name of such a file)
-TYPES = {'float32': ('F32', 'ALL_F32'), 'float16': ('F16', 'MOSTLY_F16'),
-         'bfloat16': ('BF16', 'MOSTLY_BF16')}
+TYPES = {
+  'float32': ('F32', 'ALL_F32'),
+  'float16': ('F16', 'MOSTLY_F16'),
+  'bfloat16': ('BF16', 'MOSTLY_BF16'),
+}
 
 
 def write(source: Source, target: Path) -> None:
@@ -32,8 +35,11 @@ def write(source: Source, target: Path) -> None:
       have a tokenizer for it; a tensor holds NaN.
   """
   gguf = _package()
-  check_plain(source.config, 'llama.cpp\'s GPT-2', kept=(
-      'tie_word_embeddings', 'n_inner', 'layer_norm_epsilon', 'reorder_and_upcast_attn'))
+  check_plain(
+    source.config,
+    "llama.cpp's GPT-2",
+    kept=('tie_word_embeddings', 'n_inner', 'layer_norm_epsilon', 'reorder_and_upcast_attn'),
+  )
   wide = source.astype('float32')  # from the file's own dtype, not by way of source.dtype
   names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, source.config.n_layer)
   matrix_type, file_type = TYPES[source.dtype]
@@ -47,9 +53,12 @@ def write(source: Source, target: Path) -> None:
     is_matrix = len(shape) > 1 and name != 'wpe.weight'
     kind = gguf.GGMLQuantizationType[matrix_type if is_matrix else 'F32']
     writer.add_tensor_info(
-        names.get_name(full, try_suffixes=('.weight', '.bias')),
-        shape[::-1] if name.endswith(CONV1D) else shape, np.dtype(np.float32),
-        int(np.prod(shape)) * gguf.GGML_QUANT_SIZES[kind][1], raw_dtype=kind)
+      names.get_name(full, try_suffixes=('.weight', '.bias')),
+      shape[::-1] if name.endswith(CONV1D) else shape,
+      np.dtype(np.float32),
+      int(np.prod(shape)) * gguf.GGML_QUANT_SIZES[kind][1],
+      raw_dtype=kind,
+    )
     order.append((name, is_matrix))
   try:
     writer.write_header_to_file(target)
@@ -73,8 +82,7 @@ def _package() -> Any:
   try:
     import gguf
   except ImportError as e:
-    raise UserError(
-        f'GGUF files need the package gguf ({e}): pip install gguf.') from e
+    raise UserError(f'GGUF files need the package gguf ({e}): pip install gguf.') from e
   return gguf
 
 
@@ -96,18 +104,26 @@ def _add_tokenizer(writer, source: Source, gguf) -> None:
   """The vocabulary, filled up to the model's V rows."""
   tokenizer, V = source.tokenizer, source.config.vocab_size
   if tokenizer is None:
-    raise UserError(f'{source.where} has no tokenizer, and llama.cpp loads no model without one: put '
-                    'its vocab.json and merges.txt beside it.')
+    raise UserError(
+      f'{source.where} has no tokenizer, and llama.cpp loads no model without one: put '
+      'its vocab.json and merges.txt beside it.'
+    )
   if tokenizer.vocab_size > V:
-    raise UserError(f'{source.where}: the tokenizer has {tokenizer.vocab_size:,} ids, but the model '
-                    f'only {V:,} (vocab_size): it is another model\'s tokenizer.')
+    raise UserError(
+      f'{source.where}: the tokenizer has {tokenizer.vocab_size:,} ids, but the model '
+      f"only {V:,} (vocab_size): it is another model's tokenizer."
+    )
   with tempfile.TemporaryDirectory() as folder:
     tokenizer.save(folder)
-    config, content = (json.loads((Path(folder) / name).read_text(encoding='utf-8'))
-                       for name in ('tokenizer_config.json', 'tokenizer.json'))
+    config, content = (
+      json.loads((Path(folder) / name).read_text(encoding='utf-8'))
+      for name in ('tokenizer_config.json', 'tokenizer.json')
+    )
   if content['pre_tokenizer']['add_prefix_space']:
-    raise UserError(f'{source.where}: the tokenizer puts a space before a text (add_prefix_space), '
-                    'which llama.cpp does not for a GPT-2: export to another format.')
+    raise UserError(
+      f'{source.where}: the tokenizer puts a space before a text (add_prefix_space), '
+      'which llama.cpp does not for a GPT-2: export to another format.'
+    )
   ids, merges = content['model']['vocab'], content['model']['merges']
   names = {i: name for name, i in ids.items()}
   special = {token['id']: token['special'] for token in content['added_tokens']}

@@ -21,8 +21,11 @@ MAX_NAME = 300  # characters; the hub allows 96 and a revision
 
 def is_name(source: str) -> bool:
   """Whether a text may be the name of a model: `gpt2`, `someone/name`, `someone/name@revision`."""
-  return (len(source) <= MAX_NAME and '..' not in source
-          and re.fullmatch(r'([\w\-.]+/)?[\w\-.]+(@[\w\-./]+)?', source) is not None)
+  return (
+    len(source) <= MAX_NAME
+    and '..' not in source
+    and re.fullmatch(r'([\w\-.]+/)?[\w\-.]+(@[\w\-./]+)?', source) is not None
+  )
 
 
 def fetch(source: str) -> Path:
@@ -44,17 +47,19 @@ def fetch(source: str) -> Path:
         return None
       why = 'HF_HUB_OFFLINE is set' if constants.HF_HUB_OFFLINE else f'{constants.ENDPOINT}: {e}'
       raise UserError(
-          f'{file} of {name!r} is not in the cache ({constants.HF_HUB_CACHE}) and can\'t be fetched '
-          f'({why}). Go online, unset HF_HUB_OFFLINE, point HF_ENDPOINT to a mirror or HF_HOME to '
-          'a cache that has it, or give the path of a folder.') from e
+        f"{file} of {name!r} is not in the cache ({constants.HF_HUB_CACHE}) and can't be fetched "
+        f'({why}). Go online, unset HF_HUB_OFFLINE, point HF_ENDPOINT to a mirror or HF_HOME to '
+        'a cache that has it, or give the path of a folder.'
+      ) from e
     except errors.EntryNotFoundError:
       return None
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as e:
       raise UserError(
-          f'{source!r} is neither a path nor a model at {constants.ENDPOINT}: check the name (and '
-          'revision, behind an @); a private or gated one needs HF_TOKEN.') from e
+        f'{source!r} is neither a path nor a model at {constants.ENDPOINT}: check the name (and '
+        'revision, behind an @); a private or gated one needs HF_TOKEN.'
+      ) from e
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as e:
-      raise UserError(f'{file} of {name!r} can\'t be fetched from {constants.ENDPOINT}: {e}') from e
+      raise UserError(f"{file} of {name!r} can't be fetched from {constants.ENDPOINT}: {e}") from e
 
   config, weights = get('config.json'), WEIGHTS
   found = next((path for file in WEIGHTS if (path := get(file))), None) if config else None
@@ -62,8 +67,10 @@ def fetch(source: str) -> Path:
     config, weights = adapter, (peft.FILE, peft.BIN)
     found = next((path for file in weights if (path := get(file))), None)
   if config is None:
-    raise UserError(f'{source!r} has no config.json at {constants.ENDPOINT}: it is no GPT-2 in '
-                    'Hugging Face\'s format.')
+    raise UserError(
+      f'{source!r} has no config.json at {constants.ENDPOINT}: it is no GPT-2 in '
+      "Hugging Face's format."
+    )
   if found is None:
     raise UserError(f'{source!r} has none of {", ".join(weights)}.')
   if found.name.endswith('.index.json'):
@@ -84,15 +91,20 @@ def _checked(path: Path) -> Path:
   """
   blob = path.resolve()
   if re.fullmatch('[0-9a-f]{64}', blob.name) and not Verified(blob.parent, beside=False).check(
-      [blob.name], blob.name):
-    raise UserError(f'{path} has other content than the hub says (SHA-256): it was damaged on the '
-                    f'way or since. Remove {blob}, and it is fetched again.')
+    [blob.name], blob.name
+  ):
+    raise UserError(
+      f'{path} has other content than the hub says (SHA-256): it was damaged on the '
+      f'way or since. Remove {blob}, and it is fetched again.'
+    )
   return path
 
 
 def _is_complete(name: str, revision: str) -> bool:
   """Whether the cache has config and weights, so that what else it lacks doesn't exist."""
-  cached = lambda file: isinstance(huggingface_hub.try_to_load_from_cache(
-      name, file, revision=revision or None), (str, os.PathLike))
-  return ((cached('config.json') and any(map(cached, WEIGHTS)))
-          or (cached(peft.CONFIG) and any(map(cached, (peft.FILE, peft.BIN)))))
+  cached = lambda file: isinstance(
+    huggingface_hub.try_to_load_from_cache(name, file, revision=revision or None), (str, os.PathLike)
+  )
+  return (cached('config.json') and any(map(cached, WEIGHTS))) or (
+    cached(peft.CONFIG) and any(map(cached, (peft.FILE, peft.BIN)))
+  )

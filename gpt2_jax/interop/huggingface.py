@@ -22,71 +22,164 @@ from gpt2_jax.files import check_place, read_json, unreadable
 from gpt2_jax.interop import foreign, mup, safetensors_files, torch_files
 from gpt2_jax.interop.card import model_card
 from gpt2_jax.interop.opening import PLAIN, Opening
-from gpt2_jax.interop.tensors import (
-  Source,
-  Tensor,
-  check_tensors,
-  common_dtype,
-  shapes,
-)
+from gpt2_jax.interop.tensors import Source, Tensor, check_tensors, common_dtype, shapes
 
-WEIGHTS = ('model.safetensors', 'model.safetensors.index.json',
-           'pytorch_model.bin', 'pytorch_model.bin.index.json')
-TOKENIZER = ('tokenizer.json', 'vocab.json', 'merges.txt', 'tokenizer_config.json',
-             'special_tokens_map.json', 'added_tokens.json')
+WEIGHTS = (
+  'model.safetensors',
+  'model.safetensors.index.json',
+  'pytorch_model.bin',
+  'pytorch_model.bin.index.json',
+)
+TOKENIZER = (
+  'tokenizer.json',
+  'vocab.json',
+  'merges.txt',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+)
 MAX_SHARD_SIZE = 5_000_000_000  # bytes
 ARCHITECTURES = {
-    'lm': 'GPT2LMHeadModel', 'sequence_classification': 'GPT2ForSequenceClassification',
-    'token_classification': 'GPT2ForTokenClassification'}
+  'lm': 'GPT2LMHeadModel',
+  'sequence_classification': 'GPT2ForSequenceClassification',
+  'token_classification': 'GPT2ForTokenClassification',
+}
 
 # Fields of GPTConfig that their config.json has not.
-OURS = ('init_scheme', *mup.FIELDS, 'vocab_multiple', 'dtype', 'remat', 'attention', 'reduce_dtype',
-        'form', 'head', 'num_labels', 'lora')
+OURS = (
+  'init_scheme',
+  *mup.FIELDS,
+  'vocab_multiple',
+  'dtype',
+  'remat',
+  'attention',
+  'reduce_dtype',
+  'form',
+  'head',
+  'num_labels',
+  'lora',
+)
 CONFIG_KEYS = tuple(f.name for f in dataclasses.fields(GPTConfig) if f.name not in OURS)
 # Keys that we write anew.
-MADE_KEYS = ('model_type', 'architectures', 'dtype', 'torch_dtype', 'transformers_version',
-             'add_cross_attention', '_name_or_path', '_commit_hash')
+MADE_KEYS = (
+  'model_type',
+  'architectures',
+  'dtype',
+  'torch_dtype',
+  'transformers_version',
+  'add_cross_attention',
+  '_name_or_path',
+  '_commit_hash',
+)
 # Keys that change nothing in the numbers of a model, with the defaults of transformers' GPT2Config.
 # They are kept and written again.
 NEUTRAL_KEYS: dict[str, Any] = dict(
-    bos_token_id=50256, eos_token_id=50256, pad_token_id=None, use_cache=True,
-    summary_type='cls_index', summary_use_proj=True, summary_activation=None,
-    summary_proj_to_labels=True, summary_first_dropout=0.1)
+  bos_token_id=50256,
+  eos_token_id=50256,
+  pad_token_id=None,
+  use_cache=True,
+  summary_type='cls_index',
+  summary_use_proj=True,
+  summary_activation=None,
+  summary_proj_to_labels=True,
+  summary_first_dropout=0.1,
+)
 # The same, without defaults: what older versions and other tools wrote.
-KEPT_KEYS = frozenset((
-    'id2label', 'label2id', 'num_labels', '_num_labels', 'author', 'created_date', 'language',
-    'license', 'problem_type', 'finetuning_task', 'task_specific_params',
-    'n_ctx', 'n_special', 'predict_special_tokens', 'gradient_checkpointing', 'is_decoder',
-    'is_encoder_decoder', 'chunk_size_feed_forward', 'output_attentions', 'output_hidden_states',
-    'output_past', 'return_dict', 'use_return_dict', 'torchscript', 'use_bfloat16',
-    'tf_legacy_loss', 'xla_device', 'eos_token_ids', 'tokenizer_class', 'prefix', 'sep_token_id',
-    'cls_token_id', 'mask_token_id', 'unk_token_id', 'decoder_start_token_id', 'attn_implementation',
+KEPT_KEYS = frozenset(
+  (
+    'id2label',
+    'label2id',
+    'num_labels',
+    '_num_labels',
+    'author',
+    'created_date',
+    'language',
+    'license',
+    'problem_type',
+    'finetuning_task',
+    'task_specific_params',
+    'n_ctx',
+    'n_special',
+    'predict_special_tokens',
+    'gradient_checkpointing',
+    'is_decoder',
+    'is_encoder_decoder',
+    'chunk_size_feed_forward',
+    'output_attentions',
+    'output_hidden_states',
+    'output_past',
+    'return_dict',
+    'use_return_dict',
+    'torchscript',
+    'use_bfloat16',
+    'tf_legacy_loss',
+    'xla_device',
+    'eos_token_ids',
+    'tokenizer_class',
+    'prefix',
+    'sep_token_id',
+    'cls_token_id',
+    'mask_token_id',
+    'unk_token_id',
+    'decoder_start_token_id',
+    'attn_implementation',
     '_attn_implementation',
-    '_attn_implementation_autoset', 'hidden_dropout', 'vocab_size_or_config_json_file',
+    '_attn_implementation_autoset',
+    'hidden_dropout',
+    'vocab_size_or_config_json_file',
     # defaults of `generate`, which older files have here
-    'max_length', 'min_length', 'do_sample', 'early_stopping', 'num_beams', 'num_beam_groups',
-    'diversity_penalty', 'temperature', 'top_k', 'top_p', 'typical_p', 'repetition_penalty',
-    'length_penalty', 'no_repeat_ngram_size', 'encoder_no_repeat_ngram_size', 'bad_words_ids',
-    'num_return_sequences', 'output_scores', 'return_dict_in_generate', 'forced_bos_token_id',
-    'forced_eos_token_id', 'remove_invalid_values', 'exponential_decay_length_penalty',
-    'suppress_tokens', 'begin_suppress_tokens'))
+    'max_length',
+    'min_length',
+    'do_sample',
+    'early_stopping',
+    'num_beams',
+    'num_beam_groups',
+    'diversity_penalty',
+    'temperature',
+    'top_k',
+    'top_p',
+    'typical_p',
+    'repetition_penalty',
+    'length_penalty',
+    'no_repeat_ngram_size',
+    'encoder_no_repeat_ngram_size',
+    'bad_words_ids',
+    'num_return_sequences',
+    'output_scores',
+    'return_dict_in_generate',
+    'forced_bos_token_id',
+    'forced_eos_token_id',
+    'remove_invalid_values',
+    'exponential_decay_length_penalty',
+    'suppress_tokens',
+    'begin_suppress_tokens',
+  )
+)
 # What of the two is used, and what it may be.
-TOKEN_ID = bounds.Int(-2**31, 2**31 - 1)  # one that is not in the vocabulary, as -1, is passed over
+TOKEN_ID = bounds.Int(-(2**31), 2**31 - 1)  # one that is not in the vocabulary, as -1, is passed over
 USED_KEYS: bounds.Table = dict(
-    bos_token_id=bounds.Optional(TOKEN_ID), pad_token_id=bounds.Optional(TOKEN_ID),
-    eos_token_id=bounds.Optional(bounds.OneOrMore(TOKEN_ID)),
-    id2label=bounds.Optional(bounds.Names()))
+  bos_token_id=bounds.Optional(TOKEN_ID),
+  pad_token_id=bounds.Optional(TOKEN_ID),
+  eos_token_id=bounds.Optional(bounds.OneOrMore(TOKEN_ID)),
+  id2label=bounds.Optional(bounds.Names()),
+)
 # Keys that mean another function unless they, or the items of their lists, have these values. Any
 # other key may only say that something is off: null, false or empty.
-SAME_KEYS: dict[str, tuple] = {'is_causal': (True,), 'add_cross_attention': (False, None),
-                               'layer_types': (None, 'full_attention')}
+SAME_KEYS: dict[str, tuple] = {
+  'is_causal': (True,),
+  'add_cross_attention': (False, None),
+  'layer_types': (None, 'full_attention'),
+}
 
 
 def _is_honoured(key: str, value: Any) -> bool:
   """Whether a key of a config.json is known, or says that something unknown is off."""
   if key in SAME_KEYS:
-    return value in SAME_KEYS[key] if not isinstance(value, list) else (
-        all(item in SAME_KEYS[key] for item in value))
+    return (
+      value in SAME_KEYS[key]
+      if not isinstance(value, list)
+      else (all(item in SAME_KEYS[key] for item in value))
+    )
   if key in CONFIG_KEYS or key in NEUTRAL_KEYS or key in KEPT_KEYS or key in MADE_KEYS:
     return True
   return foreign.is_off(value)
@@ -102,8 +195,10 @@ def config_from_dict(keys: Mapping[str, Any], where: str = 'config.json') -> GPT
     raise UserError(f'{where}: model_type is {brief(keys["model_type"])}, but only gpt2 can be read.')
   if unknown := {brief(k): brief(v) for k, v in keys.items() if not _is_honoured(k, v)}:
     said = ', '.join(f'{key}: {value}' for key, value in list(unknown.items())[:8])
-    raise UserError(f'{where} has keys that this GPT-2 can\'t honour: {{{said}}}. If they don\'t '
-                    'matter, remove them in a copy of the folder and name that.')
+    raise UserError(
+      f"{where} has keys that this GPT-2 can't honour: {{{said}}}. If they don't "
+      'matter, remove them in a copy of the folder and name that.'
+    )
   fields = {k: keys[k] for k in CONFIG_KEYS if k in keys}
   if fields.get('classifier_dropout', 0) is None:
     del fields['classifier_dropout']
@@ -133,8 +228,12 @@ def config_to_dict(source: Source) -> dict[str, Any]:
   if c.head != 'lm' and 'id2label' not in keys:
     keys['id2label'] = {str(i): f'LABEL_{i}' for i in range(c.num_labels)}
     keys['label2id'] = {label: int(i) for i, label in keys['id2label'].items()}
-  made = {'model_type': 'gpt2', 'architectures': [ARCHITECTURES[c.head]], 'dtype': source.dtype,
-          'add_cross_attention': False}
+  made = {
+    'model_type': 'gpt2',
+    'architectures': [ARCHITECTURES[c.head]],
+    'dtype': source.dtype,
+    'add_cross_attention': False,
+  }
   return dict(sorted((keys | made).items()))
 
 
@@ -156,8 +255,9 @@ def open_source(path: Path, opening: Opening = PLAIN) -> Source:
   return assemble(path, keys, tensors, opening)
 
 
-def assemble(path: Path, keys: Mapping[str, Any], tensors: dict[str, Tensor],
-             opening: Opening) -> Source:
+def assemble(
+  path: Path, keys: Mapping[str, Any], tensors: dict[str, Tensor], opening: Opening
+) -> Source:
   """A `Source` of a folder from its config.json and its tensors."""
   config = config_from_dict(keys, f'{path / "config.json"}')
   tensors = {name: tensors[full] for full, name in foreign.plain_names(tensors, path).items()}
@@ -172,9 +272,14 @@ def assemble(path: Path, keys: Mapping[str, Any], tensors: dict[str, Tensor],
   if config.vocab_size > 50256:  # what transformers takes where the file is silent
     kept = {'bos_token_id': 50256, 'eos_token_id': 50256} | kept
   return Source(
-      config, lambda name: tensors[name].read(), common_dtype(tensors.values(), path), str(path),
-      tokenizer=load_tokenizer(path), keys=kept,
-      generation=generation_keys(generation))
+    config,
+    lambda name: tensors[name].read(),
+    common_dtype(tensors.values(), path),
+    str(path),
+    tokenizer=load_tokenizer(path),
+    keys=kept,
+    generation=generation_keys(generation),
+  )
 
 
 def generation_keys(path: Path) -> dict[str, Any]:
@@ -188,8 +293,10 @@ def _drop_tied_head(path: Path, tensors: dict[str, Tensor]) -> None:
   """Drops `lm_head.weight` where it only repeats `wte.weight`, as old .bin files do."""
   head, wte = tensors.pop('lm_head.weight', None), tensors.get('wte.weight')
   if head and wte and not np.array_equal(head.read(), wte.read()):
-    raise UserError(f'{path}: lm_head.weight differs from wte.weight, but config.json ties them '
-                    '(tie_word_embeddings, true by default). Write false there to use both.')
+    raise UserError(
+      f'{path}: lm_head.weight differs from wte.weight, but config.json ties them '
+      '(tie_word_embeddings, true by default). Write false there to use both.'
+    )
 
 
 def load_tokenizer(path: Path) -> tokenizer.Tokenizer | None:
@@ -199,8 +306,9 @@ def load_tokenizer(path: Path) -> tokenizer.Tokenizer | None:
   try:
     return tokenizer.load(path)
   except UserError as e:
-    warnings.warn(f'the model is used without its tokenizer, with ids instead of texts: {e}',
-                  stacklevel=2)
+    warnings.warn(
+      f'the model is used without its tokenizer, with ids instead of texts: {e}', stacklevel=2
+    )
     return None
 
 
@@ -212,7 +320,7 @@ def _indexed(folder: Path, index: Path) -> dict[str, Tensor]:
   shards = {}
   for name in sorted(set(map(str, weight_map.values()))):
     if not re.fullmatch(r'[\w\-.]+', name) or name.startswith('.'):
-      raise UserError(f'{index} names a file outside of its folder: {name!r}. It can\'t be trusted.')
+      raise UserError(f"{index} names a file outside of its folder: {name!r}. It can't be trusted.")
     shards[name] = _tensors(folder / name)
   tensors = {}
   for name, shard in weight_map.items():
@@ -246,8 +354,11 @@ def write(source: Source, target: Path, *, max_shard_size: int = MAX_SHARD_SIZE)
   target.mkdir()
   config = config_to_dict(source)
   generation = dict(source.generation) or {
-      '_from_model_config': True, 'bos_token_id': config['bos_token_id'],
-      'eos_token_id': config['eos_token_id'], 'pad_token_id': config['pad_token_id']}
+    '_from_model_config': True,
+    'bos_token_id': config['bos_token_id'],
+    'eos_token_id': config['eos_token_id'],
+    'pad_token_id': config['pad_token_id'],
+  }
   for name, value in (('config.json', config), ('generation_config.json', generation)):
     (target / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + '\n', 'utf-8')
   if source.tokenizer is not None:
@@ -273,6 +384,10 @@ def write(source: Source, target: Path, *, max_shard_size: int = MAX_SHARD_SIZE)
     size += safetensors_files.write(target / file, shard)
     weight_map |= dict.fromkeys(shard, file)
   parameters = sum(int(np.prod(tensor.shape)) for tensor in tensors.values())
-  (target / 'model.safetensors.index.json').write_text(json.dumps(
-      {'metadata': {'total_parameters': parameters, 'total_size': size},
-       'weight_map': weight_map}, indent=2) + '\n')
+  (target / 'model.safetensors.index.json').write_text(
+    json.dumps(
+      {'metadata': {'total_parameters': parameters, 'total_size': size}, 'weight_map': weight_map},
+      indent=2,
+    )
+    + '\n'
+  )

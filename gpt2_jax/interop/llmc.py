@@ -25,10 +25,23 @@ HEADER = 1024  # bytes
 VERSIONS = {3: 'float32', 5: 'bfloat16'}
 PADDED_TO = 128
 ORDER = (
-    'wte.weight', 'wpe.weight', 'h.ln_1.weight', 'h.ln_1.bias', 'h.attn.c_attn.weight',
-    'h.attn.c_attn.bias', 'h.attn.c_proj.weight', 'h.attn.c_proj.bias', 'h.ln_2.weight',
-    'h.ln_2.bias', 'h.mlp.c_fc.weight', 'h.mlp.c_fc.bias', 'h.mlp.c_proj.weight',
-    'h.mlp.c_proj.bias', 'ln_f.weight', 'ln_f.bias')
+  'wte.weight',
+  'wpe.weight',
+  'h.ln_1.weight',
+  'h.ln_1.bias',
+  'h.attn.c_attn.weight',
+  'h.attn.c_attn.bias',
+  'h.attn.c_proj.weight',
+  'h.attn.c_proj.bias',
+  'h.ln_2.weight',
+  'h.ln_2.bias',
+  'h.mlp.c_fc.weight',
+  'h.mlp.c_fc.bias',
+  'h.mlp.c_proj.weight',
+  'h.mlp.c_proj.bias',
+  'ln_f.weight',
+  'ln_f.bias',
+)
 
 
 def recognises(path: Path) -> bool:
@@ -42,8 +55,11 @@ def recognises(path: Path) -> bool:
 
 def _names(n_layer: int) -> list[str]:
   """Tensors in the file's order."""
-  return [name.replace('h.', f'h.{i}.', 1) for name in ORDER
-          for i in (range(n_layer) if name.startswith('h.') else [0])]
+  return [
+    name.replace('h.', f'h.{i}.', 1)
+    for name in ORDER
+    for i in (range(n_layer) if name.startswith('h.') else [0])
+  ]
 
 
 def open_source(path: Path, _: Opening = PLAIN) -> Source:
@@ -58,23 +74,35 @@ def open_source(path: Path, _: Opening = PLAIN) -> Source:
   except OSError as e:
     raise unreadable(path, e) from e
   if len(header) < 256 or header[0] != MAGIC:
-    raise unreadable(path, 'it has no header of llm.c\'s model files')
+    raise unreadable(path, "it has no header of llm.c's model files")
   version, n_positions, V, L, n_head, D, padded = header[1:8].tolist()
   if version not in VERSIONS:
-    raise UserError(f'{path} is of version {version} of llm.c\'s format; {sorted(VERSIONS)} can be '
-                    'read. Write it again with a newer llm.c (train_gpt2.py --write_tensors 1).')
+    raise UserError(
+      f"{path} is of version {version} of llm.c's format; {sorted(VERSIONS)} can be "
+      'read. Write it again with a newer llm.c (train_gpt2.py --write_tensors 1).'
+    )
   if min(n_positions, V, L, n_head, D) < 1 or padded < V:
     raise unreadable(path, f'its header has sizes that make no sense: {header[2:8].tolist()}')
   dtype = np.dtype(VERSIONS[version])
   # Python's integers: nothing is allocated before the size is known to be right.
   numel = (padded + n_positions) * D + L * (12 * D * D + 13 * D) + 2 * D
   if size != HEADER + numel * dtype.itemsize:
-    raise unreadable(path, f'it has {size:,} bytes instead of the '
-                           f'{HEADER + numel * dtype.itemsize:,} of a model of its sizes')
+    raise unreadable(
+      path,
+      f'it has {size:,} bytes instead of the '
+      f'{HEADER + numel * dtype.itemsize:,} of a model of its sizes',
+    )
   with bounds.errors_of(path):
     config = GPTConfig(
-        vocab_size=V, n_positions=n_positions, n_embd=D, n_layer=L, n_head=n_head,
-        embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
+      vocab_size=V,
+      n_positions=n_positions,
+      n_embd=D,
+      n_layer=L,
+      n_head=n_head,
+      embd_pdrop=0.0,
+      attn_pdrop=0.0,
+      resid_pdrop=0.0,
+    )
   want, starts, start = shapes(config), {}, HEADER
   for name in _names(L):
     starts[name] = start
@@ -109,12 +137,22 @@ def write(source: Source, target: Path) -> None:
   check_plain(c, 'llm.c')
   versions = {dtype: version for version, dtype in VERSIONS.items()}
   if source.dtype not in versions:
-    raise UserError(f'llm.c\'s files have no {source.dtype}: give --dtype float32 (nothing is lost) '
-                    'or --dtype bfloat16.')
+    raise UserError(
+      f"llm.c's files have no {source.dtype}: give --dtype float32 (nothing is lost) "
+      'or --dtype bfloat16.'
+    )
   padded = -(-c.vocab_size // PADDED_TO) * PADDED_TO
   header = np.zeros(256, '<i4')
-  header[:8] = (MAGIC, versions[source.dtype], c.n_positions, c.vocab_size, c.n_layer, c.n_head,
-                c.n_embd, padded)
+  header[:8] = (
+    MAGIC,
+    versions[source.dtype],
+    c.n_positions,
+    c.vocab_size,
+    c.n_layer,
+    c.n_head,
+    c.n_embd,
+    padded,
+  )
   with open(target, 'wb') as file:
     file.write(header.tobytes())
     for name in _names(c.n_layer):

@@ -31,7 +31,7 @@ def folded(source: Source) -> Source:
       return tensor * logits
     if '.attn.c_attn.' in name:  # [..., 3·D]: queries, keys, values
       tensor = tensor.copy()
-      tensor[..., :config.n_embd] *= queries
+      tensor[..., : config.n_embd] *= queries
     return tensor
 
   return dataclasses.replace(source, config=plain, read=read, load=None)

@@ -34,10 +34,17 @@ from gpt2_jax.interop.tensors import (
 )
 
 FILE = 'ckpt.pt'
-SIZES = {'n_layer': 'n_layer', 'n_head': 'n_head', 'n_embd': 'n_embd', 'block_size': 'n_positions',
-         'vocab_size': 'vocab_size'}  # theirs -> ours
-ARGS: bounds.Table = ({theirs: MODEL[ours] for theirs, ours in SIZES.items()}
-                      | {'dropout': RATE, 'bias': bounds.Bool()})
+SIZES = {
+  'n_layer': 'n_layer',
+  'n_head': 'n_head',
+  'n_embd': 'n_embd',
+  'block_size': 'n_positions',
+  'vocab_size': 'vocab_size',
+}  # theirs -> ours
+ARGS: bounds.Table = {theirs: MODEL[ours] for theirs, ours in SIZES.items()} | {
+  'dropout': RATE,
+  'bias': bounds.Bool(),
+}
 EXACT_GELU = ('gelu', 'gelu_python')
 
 
@@ -63,16 +70,19 @@ def open_source(path: Path, opening: Opening = PLAIN) -> Source:
   """
   file = path / FILE if path.is_dir() else path
   value = torch_files.read(file)
-  model, args = (value.get(key) if isinstance(value, dict) else None
-                 for key in ('model', 'model_args'))
+  model, args = (
+    value.get(key) if isinstance(value, dict) else None for key in ('model', 'model_args')
+  )
   if not isinstance(model, dict) or not isinstance(args, dict):
-    raise unreadable(file, 'it has no model and model_args, as nanoGPT\'s checkpoints have')
+    raise unreadable(file, "it has no model and model_args, as nanoGPT's checkpoints have")
   tensors = _tensors(file, model)
   config, has_bias = _config(file, args, tensors)
   head, wte = tensors.pop('lm_head.weight', None), tensors['wte.weight']
   if head and head != wte and head.read().tobytes() != wte.read().tobytes():
-    raise UserError(f'{file}: lm_head.weight differs from wte.weight, which nanoGPT ties. It is of '
-                    'a changed nanoGPT, or broken.')
+    raise UserError(
+      f'{file}: lm_head.weight differs from wte.weight, which nanoGPT ties. It is of '
+      'a changed nanoGPT, or broken.'
+    )
   tensors = foreign.narrowed(foreign.without_extra(config, tensors, file, opening), file)
   dtype = common_dtype(tensors.values(), file)
   if not has_bias:
@@ -82,8 +92,14 @@ def open_source(path: Path, opening: Opening = PLAIN) -> Source:
           raise UserError(f'{file} has {name}, which its model_args (bias = False) contradict.')
         tensors[name] = Tensor(shape, dtype, lambda shape=shape: np.zeros(shape, dtype))
   check_tensors(config, {name: tensor.shape for name, tensor in tensors.items()}, file)
-  return Source(config, lambda name: tensors[name].read(), dtype, str(file),
-                tokenizer=released_tokenizer(config.vocab_size), record=_record(value))
+  return Source(
+    config,
+    lambda name: tensors[name].read(),
+    dtype,
+    str(file),
+    tokenizer=released_tokenizer(config.vocab_size),
+    record=_record(value),
+  )
 
 
 def _tensors(file: Path, model: dict) -> dict[str, Tensor]:
@@ -104,13 +120,19 @@ def _tensors(file: Path, model: dict) -> dict[str, Tensor]:
 
 def _config(file: Path, args: dict, tensors: Mapping[str, Tensor]) -> tuple[GPTConfig, bool]:
   """The model's config, and whether it has biases. Sizes are checked against the file's first."""
-  if unknown := sorted(str(key)[:50] for key in args.keys() - SIZES - {'bias', 'dropout'}
-                       if not foreign.is_off(args[key])):
-    raise UserError(f'{file}: its model_args have keys that nanoGPT has not: {unknown}. It is of a '
-                    'changed nanoGPT, whose numbers this GPT-2 would not give.')
+  if unknown := sorted(
+    str(key)[:50]
+    for key in args.keys() - SIZES - {'bias', 'dropout'}
+    if not foreign.is_off(args[key])
+  ):
+    raise UserError(
+      f'{file}: its model_args have keys that nanoGPT has not: {unknown}. It is of a '
+      'changed nanoGPT, whose numbers this GPT-2 would not give.'
+    )
   args = {key: value for key, value in args.items() if key in ARGS}
   args = bounds.check_all(
-      ARGS, dict.fromkeys(SIZES) | {'dropout': 0.0, 'bias': True} | args, f'{file}: model_args.')
+    ARGS, dict.fromkeys(SIZES) | {'dropout': 0.0, 'bias': True} | args, f'{file}: model_args.'
+  )
   dropout, has_bias = args['dropout'], args['bias']
   for name, rows in (('wte.weight', args['vocab_size']), ('wpe.weight', args['block_size'])):
     want, have = (rows, args['n_embd']), tensors[name].shape if name in tensors else None
@@ -133,8 +155,9 @@ def _record(value: dict) -> dict[str, Any]:
   config = config if isinstance(config, dict) else {}
   plain = (str, int, float, bool, type(None))
   record = {'iter_num': value.get('iter_num'), 'best_val_loss': loss}
-  return ({key: x for key, x in record.items() if type(x) in (int, float)}
-          | {'config': {str(key): x for key, x in config.items() if type(x) in plain}})
+  return {key: x for key, x in record.items() if type(x) in (int, float)} | {
+    'config': {str(key): x for key, x in config.items() if type(x) in plain}
+  }
 
 
 def released_tokenizer(vocab_size: int) -> tokenizer.Tokenizer | None:
@@ -162,15 +185,19 @@ def write(source: Source, target: Path, *, approximate: bool = False) -> None:
   if c.activation_function in TANH_GELU:
     if not approximate:
       raise UserError(
-          f'nanoGPT computes the exact GELU, but this model\'s is the tanh form of it '
-          f'({c.activation_function}): the numbers would differ slightly. Give --approximate if '
-          'that will do: nanoGPT does the same with GPT-2\'s own weights.')
+        f"nanoGPT computes the exact GELU, but this model's is the tanh form of it "
+        f'({c.activation_function}): the numbers would differ slightly. Give --approximate if '
+        "that will do: nanoGPT does the same with GPT-2's own weights."
+      )
   if not c.embd_pdrop == c.attn_pdrop == c.resid_pdrop:
-    raise UserError(f'nanoGPT has one dropout rate, this model three: embd_pdrop = {c.embd_pdrop}, '
-                    f'attn_pdrop = {c.attn_pdrop}, resid_pdrop = {c.resid_pdrop}. Make them equal.')
+    raise UserError(
+      f'nanoGPT has one dropout rate, this model three: embd_pdrop = {c.embd_pdrop}, '
+      f'attn_pdrop = {c.attn_pdrop}, resid_pdrop = {c.resid_pdrop}. Make them equal.'
+    )
   names = shapes(c)
-  has_bias = any(source.tensor(name).tobytes().strip(b'\0')
-                 for name in names if name.endswith('bias'))
+  has_bias = any(
+    source.tensor(name).tobytes().strip(b'\0') for name in names if name.endswith('bias')
+  )
   model = {}
   for name, shape in names.items():
     read = lambda name=name: source.tensor(name)
@@ -180,11 +207,15 @@ def write(source: Source, target: Path, *, approximate: bool = False) -> None:
       model[f'transformer.{name}'] = Tensor(shape, source.dtype, read)
   model['lm_head.weight'] = model['transformer.wte.weight']
   record = source.record or {}
-  torch_files.write(target, {
+  torch_files.write(
+    target,
+    {
       'model': model,
       'optimizer': {'state': {}, 'param_groups': []},
       'model_args': {theirs: getattr(c, ours) for theirs, ours in SIZES.items()}
-                    | {'bias': has_bias, 'dropout': float(c.resid_pdrop)},
+      | {'bias': has_bias, 'dropout': float(c.resid_pdrop)},
       'iter_num': int(record.get('iter_num', 0)),
       'best_val_loss': float(record.get('best_val_loss', 1e9)),
-      'config': {}})
+      'config': {},
+    },
+  )

@@ -22,18 +22,16 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.files import unreadable
 from gpt2_jax.interop import foreign, tensor_bundle
 from gpt2_jax.interop.opening import PLAIN, Opening
-from gpt2_jax.interop.tensors import (
-  Source,
-  Tensor,
-  check_plain,
-  check_tensors,
-  common_dtype,
-  shapes,
-)
+from gpt2_jax.interop.tensors import Source, Tensor, check_plain, check_tensors, common_dtype, shapes
 
 PREFIX = 'model.ckpt'
-HPARAMS = {'n_vocab': 'vocab_size', 'n_ctx': 'n_positions', 'n_embd': 'n_embd', 'n_head': 'n_head',
-           'n_layer': 'n_layer'}
+HPARAMS = {
+  'n_vocab': 'vocab_size',
+  'n_ctx': 'n_positions',
+  'n_embd': 'n_embd',
+  'n_head': 'n_head',
+  'n_layer': 'n_layer',
+}
 VOCABULARY = ('encoder.json', 'vocab.bpe')
 # What TensorFlow's optimizers add to a variable's name.
 SLOTS = re.compile(r'/(Adam|Adam_1|Momentum|Adagrad|Adafactor|RMSProp|RMSProp_1)$')
@@ -56,32 +54,43 @@ def open_source(path: Path, opening: Opening = PLAIN) -> Source:
   """
   config = read_hparams(path / 'hparams.json')
   prefix = find_prefix(path)
-  tensors = {name: tensor for name, tensor in tensor_bundle.read(prefix).items()
-             if name.startswith('model/') and not SLOTS.search(name)}
+  tensors = {
+    name: tensor
+    for name, tensor in tensor_bundle.read(prefix).items()
+    if name.startswith('model/') and not SLOTS.search(name)
+  }
   # before `shapes`, which would make as many names as a broken hparams.json asks for
   layers = {name.split('/')[1] for name in tensors if re.match(r'model/h\d+/', name)}
   have = [tensors[name].shape if name in tensors else () for name in ('model/wte', 'model/wpe')]
   want = [(config.vocab_size, config.n_embd), (config.n_positions, config.n_embd)]
   if len(layers) != config.n_layer or have != want:
     raise UserError(
-        f'{path / "hparams.json"} contradicts {prefix.name}: it says {config.n_layer} layers and '
-        f'embeddings of {list(want[0])} and {list(want[1])}, but {len(layers)} layers and embeddings '
-        f'of {list(have[0])} and {list(have[1])} are there. Use the hparams.json of this model.')
+      f'{path / "hparams.json"} contradicts {prefix.name}: it says {config.n_layer} layers and '
+      f'embeddings of {list(want[0])} and {list(want[1])}, but {len(layers)} layers and embeddings '
+      f'of {list(have[0])} and {list(have[1])} are there. Use the hparams.json of this model.'
+    )
   ours = {variable(name): name for name in shapes(config)}
   found = {}
   for name, tensor in tensors.items():
     kernel = ours.get(name, '').endswith('weight') and name.endswith('/w')
     if kernel and tensor.shape[:1] != (1,):
-      raise UserError(f'{prefix}: {name} is of shape {list(tensor.shape)}, but OpenAI\'s are '
-                      '[1, in, out]: it is no checkpoint of their code.')
+      raise UserError(
+        f"{prefix}: {name} is of shape {list(tensor.shape)}, but OpenAI's are "
+        '[1, in, out]: it is no checkpoint of their code.'
+      )
     shape = tensor.shape[1:] if kernel else tensor.shape
     found[ours.get(name, name)] = Tensor(
-        shape, tensor.dtype, lambda tensor=tensor, shape=shape: tensor.read().reshape(shape))
+      shape, tensor.dtype, lambda tensor=tensor, shape=shape: tensor.read().reshape(shape)
+    )
   found = foreign.narrowed(foreign.without_extra(config, found, prefix, opening), prefix)
   check_tensors(config, {name: tensor.shape for name, tensor in found.items()}, prefix)
   return Source(
-      config, lambda name: found[name].read(), common_dtype(found.values(), prefix), str(path),
-      tokenizer=load_tokenizer(path, config))
+    config,
+    lambda name: found[name].read(),
+    common_dtype(found.values(), prefix),
+    str(path),
+    tokenizer=load_tokenizer(path, config),
+  )
 
 
 def read_hparams(path: Path) -> GPTConfig:
@@ -94,13 +103,19 @@ def read_hparams(path: Path) -> GPTConfig:
     raise unreadable(path, f'it must hold {", ".join(HPARAMS)}')
   hparams = {k: v for k, v in hparams.items() if k in HPARAMS or not foreign.is_off(v)}
   if unknown := sorted(hparams.keys() - HPARAMS.keys()):
-    raise UserError(f'{path} has keys that this GPT-2 can\'t honour: {", ".join(unknown)}. Remove '
-                    'them if they don\'t matter.')
+    raise UserError(
+      f"{path} has keys that this GPT-2 can't honour: {', '.join(unknown)}. Remove "
+      "them if they don't matter."
+    )
   table = {theirs: MODEL[ours] for theirs, ours in HPARAMS.items()}
   hparams = bounds.check_all(table, hparams, f'{path}: ')
   with bounds.errors_of(path):
-    return GPTConfig(**{ours: hparams[theirs] for theirs, ours in HPARAMS.items()},
-                     embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
+    return GPTConfig(
+      **{ours: hparams[theirs] for theirs, ours in HPARAMS.items()},
+      embd_pdrop=0.0,
+      attn_pdrop=0.0,
+      resid_pdrop=0.0,
+    )
 
 
 def find_prefix(path: Path) -> Path:
@@ -118,8 +133,10 @@ def find_prefix(path: Path) -> Path:
   if safe and (path / f'{plain}.index').is_file():
     prefix = path / plain
   if not prefix.with_name(f'{prefix.name}.index').is_file():
-    raise UserError(f'{path} lacks {prefix.name}.index: fetch it, or name the checkpoint that is '
-                    f'there, NAME.index, in {state.name}: model_checkpoint_path: "NAME".')
+    raise UserError(
+      f'{path} lacks {prefix.name}.index: fetch it, or name the checkpoint that is '
+      f'there, NAME.index, in {state.name}: model_checkpoint_path: "NAME".'
+    )
   return prefix
 
 
@@ -156,10 +173,11 @@ def write(source: Source, target: Path) -> None:
   Raises:
     UserError: it is not in float32, or has what the format can't express.
   """
-  check_plain(source.config, 'OpenAI\'s format')
+  check_plain(source.config, "OpenAI's format")
   if source.dtype != 'float32':
-    raise UserError(f'OpenAI\'s format is float32, but {source.where} is {source.dtype}: say '
-                    '--dtype float32.')
+    raise UserError(
+      f"OpenAI's format is float32, but {source.where} is {source.dtype}: say --dtype float32."
+    )
   target.mkdir()
   tensors = {}
   for name, shape in shapes(source.config).items():
@@ -172,9 +190,11 @@ def write(source: Source, target: Path) -> None:
     tensors[variable(name)] = Tensor(shape, 'float32', read)
   tensor_bundle.write(target / PREFIX, tensors)
   (target / 'checkpoint').write_text(
-      f'model_checkpoint_path: "{PREFIX}"\nall_model_checkpoint_paths: "{PREFIX}"\n')
-  (target / 'hparams.json').write_text(json.dumps(
-      {theirs: getattr(source.config, ours) for theirs, ours in HPARAMS.items()}))
+    f'model_checkpoint_path: "{PREFIX}"\nall_model_checkpoint_paths: "{PREFIX}"\n'
+  )
+  (target / 'hparams.json').write_text(
+    json.dumps({theirs: getattr(source.config, ours) for theirs, ours in HPARAMS.items()})
+  )
   if source.tokenizer is not None:
     with tempfile.TemporaryDirectory() as scratch:
       source.tokenizer.save(scratch)

@@ -61,26 +61,38 @@ def open_source(path: Path, open_base: Callable[[str], Source], base: str | None
   root = 'transformer.' if any(key.startswith('transformer.') for key in tensors) else ''
   adapted = peft_config.adapted(path / CONFIG, keys, model.config.n_layer, root)
   tensors = {key.removeprefix(root): tensor for key, tensor in tensors.items()}
-  adapters = {key.removesuffix('.weight'): tensor
-              for key, tensor in tensors.items() if '.lora_' in key}
-  saved = {key: tensor for key, tensor in tensors.items()
-           if '.lora_' not in key and not foreign.MASK.fullmatch(key)}
+  adapters = {
+    key.removesuffix('.weight'): tensor for key, tensor in tensors.items() if '.lora_' in key
+  }
+  saved = {
+    key: tensor
+    for key, tensor in tensors.items()
+    if '.lora_' not in key and not foreign.MASK.fullmatch(key)
+  }
   config = dataclasses.replace(model.config, lora=adapted.lora)
   config, saved = _with_saved(file, keys, root, config, saved)
-  check_shapes(_want(config, adapted, saved), {
-      key: tensor.shape for key, tensor in (adapters | saved).items()}, file)
-  zeros = {key: np.zeros(shape, np.float32) for key, shape in adapter_shapes(config).items()
-           if key.removesuffix('.lora_A').removesuffix('.lora_B') not in adapted.ranks}
+  check_shapes(
+    _want(config, adapted, saved),
+    {key: tensor.shape for key, tensor in (adapters | saved).items()},
+    file,
+  )
+  zeros = {
+    key: np.zeros(shape, np.float32)
+    for key, shape in adapter_shapes(config).items()
+    if key.removesuffix('.lora_A').removesuffix('.lora_B') not in adapted.ranks
+  }
   first = adapted.lora.alpha / adapted.lora.r
   same = all(r == adapted.lora.r for r in adapted.ranks.values()) and (
-      len(set(adapted.scales.values())) == 1)
+    len(set(adapted.scales.values())) == 1
+  )
 
   def read(key: str) -> np.ndarray:
     if key in saved:
       return saved[key].read()
     if '.lora_' not in key:
-      return model.read('wte.weight' if key == 'lm_head.weight' and model.config.tie_word_embeddings
-                        else key)
+      return model.read(
+        'wte.weight' if key == 'lm_head.weight' and model.config.tie_word_embeddings else key
+      )
     if key in zeros:
       return zeros[key]
     tensor, module = adapters[key].read(), key.rpartition('.')[0]
@@ -94,18 +106,27 @@ def open_source(path: Path, open_base: Callable[[str], Source], base: str | None
 
   dtype = common_dtype((adapters | saved).values(), file)
   return dataclasses.replace(
-      model, config=config, where=str(path), base=name, read=read, load=None, replaced=tuple(saved),
-      dtype=dtype if dtype == model.dtype and same else 'float32',
-      tokenizer=huggingface.load_tokenizer(path) or model.tokenizer)
+    model,
+    config=config,
+    where=str(path),
+    base=name,
+    read=read,
+    load=None,
+    replaced=tuple(saved),
+    dtype=dtype if dtype == model.dtype and same else 'float32',
+    tokenizer=huggingface.load_tokenizer(path) or model.tokenizer,
+  )
 
 
 def _base_name(where: Path, keys: Mapping[str, Any]) -> str:
   """The model that adapter_config.json names, with its revision."""
   name, revision = keys.get('base_model_name_or_path'), keys.get('revision')
   if not name or not isinstance(name, str):
-    raise UserError(f'{where} does not name the model that the adapters belong to: name it with '
-                    '--base (in Python base=, in a config init_base), or write its name or path '
-                    'there as base_model_name_or_path.')
+    raise UserError(
+      f'{where} does not name the model that the adapters belong to: name it with '
+      '--base (in Python base=, in a config init_base), or write its name or path '
+      'there as base_model_name_or_path.'
+    )
   return f'{name}@{revision}' if revision and '@' not in name and not os.path.exists(name) else name
 
 
@@ -115,9 +136,11 @@ def _open_base(where: Path, name: str, open_base: Callable[[str], Source], given
   except UserError as e:
     if given:
       raise
-    raise UserError(f'{where} names {brief(name)} as the model that the adapters belong to: {e} If '
-                    'it is elsewhere now, name it with --base (in Python base=, in a config '
-                    'init_base).') from e
+    raise UserError(
+      f'{where} names {brief(name)} as the model that the adapters belong to: {e} If '
+      'it is elsewhere now, name it with --base (in Python base=, in a config '
+      'init_base).'
+    ) from e
 
 
 def _tensors(path: Path) -> tuple[Path, dict[str, Tensor]]:
@@ -126,15 +149,21 @@ def _tensors(path: Path) -> tuple[Path, dict[str, Tensor]]:
   check_place(file)
   state = safetensors_files.read(file) if file.name == FILE else torch_files.read(file)
   if not isinstance(state, dict) or not all(
-      isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+    isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+  ):
     raise unreadable(file, 'it holds no state dict')
-  return file, foreign.narrowed({
+  return file, foreign.narrowed(
+    {
       name.removeprefix(PREFIX).replace('.modules_to_save.', '.'): tensor
-      for name, tensor in state.items()}, file)
+      for name, tensor in state.items()
+    },
+    file,
+  )
 
 
-def _with_saved(file: Path, keys: Mapping[str, Any], root: str, config: GPTConfig,
-                saved: dict[str, Tensor]) -> tuple[GPTConfig, dict[str, Tensor]]:
+def _with_saved(
+  file: Path, keys: Mapping[str, Any], root: str, config: GPTConfig, saved: dict[str, Tensor]
+) -> tuple[GPTConfig, dict[str, Tensor]]:
   """The model's config with the modules that stand beside the adapters, and their tensors.
 
   One of two tied embeddings that was trained is no longer tied to the other: PEFT copies it, unless
@@ -150,7 +179,8 @@ def _with_saved(file: Path, keys: Mapping[str, Any], root: str, config: GPTConfi
     modules = keys.get('modules_to_save') or ()
     trained = any(full.endswith(module) for module in modules for full in (f'{root}wte', 'lm_head'))
     tying = keys.get('ensure_weight_tying') and any(
-        module.split('.')[-1] == 'lm_head' for module in modules)
+      module.split('.')[-1] == 'lm_head' for module in modules
+    )
     if trained and not tying:
       config = dataclasses.replace(config, tie_word_embeddings=False)
     elif len(there) == 2:
@@ -161,14 +191,17 @@ def _with_saved(file: Path, keys: Mapping[str, Any], root: str, config: GPTConfi
   rows = {saved[name].shape[0] for name in EMBEDDINGS if name in saved and saved[name].shape}
   if rows != {config.vocab_size}:
     if len(rows) != 1 or (not config.tie_word_embeddings and len(there) < 2):
-      raise UserError(f'{file}: {", ".join(there)} have {sorted(rows)} rows, but the model has a '
-                      f'vocabulary of {config.vocab_size:,}: it is not the one that they belong to.')
+      raise UserError(
+        f'{file}: {", ".join(there)} have {sorted(rows)} rows, but the model has a '
+        f'vocabulary of {config.vocab_size:,}: it is not the one that they belong to.'
+      )
     config = dataclasses.replace(config, vocab_size=rows.pop())
   return config, saved
 
 
-def _want(config: GPTConfig, adapted: peft_config.Adapted,
-          saved: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+def _want(
+  config: GPTConfig, adapted: peft_config.Adapted, saved: Mapping[str, Tensor]
+) -> dict[str, tuple[int, ...]]:
   """Name -> shape of the tensors that a file must have; those beside the adapters are optional, but
   for a head.
   """
@@ -177,37 +210,59 @@ def _want(config: GPTConfig, adapted: peft_config.Adapted,
     module, _, which = name.rpartition('.')
     if r := adapted.ranks.get(module):
       want[name] = (r, shape[1]) if which == 'lora_A' else (shape[0], r)
-  return want | {name: shape for name, shape in shapes(config).items()
-                 if name in saved or name.startswith(('score.', 'classifier.'))}
+  return want | {
+    name: shape
+    for name, shape in shapes(config).items()
+    if name in saved or name.startswith(('score.', 'classifier.'))
+  }
 
 
 def write(source: Source, target: Path) -> None:
   """Writes the adapters of a model, and what is not its base's, without the model."""
   lora, head = source.config.lora, source.config.head
   if lora is None:
-    raise UserError(f'{source.where} has no adapters to write: train it with lora.r, or write the '
-                    'whole model with --to hf.')
+    raise UserError(
+      f'{source.where} has no adapters to write: train it with lora.r, or write the '
+      'whole model with --to hf.'
+    )
   target.mkdir()
-  inner = lambda name: (name if name.startswith(('score', 'classifier', 'lm_head')) else
-                        f'transformer.{name}')
+  inner = lambda name: (
+    name if name.startswith(('score', 'classifier', 'lm_head')) else f'transformer.{name}'
+  )
   all_shapes, heads = shapes(source.config), ('score.', 'classifier.')
   beside = [name for name in all_shapes if name in source.replaced or name.startswith(heads)]
   modules = {inner(name).rpartition('.')[0] for name in beside}
   if source.config.tie_word_embeddings:  # PEFT would take them apart
     modules -= {'transformer.wte', 'lm_head'}
   config: dict[str, Any] = {
-      'peft_type': 'LORA', 'task_type': TASKS[head], 'r': lora.r, 'lora_alpha': lora.alpha,
-      'lora_dropout': lora.dropout, 'target_modules': list(lora.target_modules), 'bias': 'none',
-      'fan_in_fan_out': True, 'inference_mode': True, 'base_model_name_or_path': source.base,
-      'modules_to_save': sorted(modules) or None}
+    'peft_type': 'LORA',
+    'task_type': TASKS[head],
+    'r': lora.r,
+    'lora_alpha': lora.alpha,
+    'lora_dropout': lora.dropout,
+    'target_modules': list(lora.target_modules),
+    'bias': 'none',
+    'fan_in_fan_out': True,
+    'inference_mode': True,
+    'base_model_name_or_path': source.base,
+    'modules_to_save': sorted(modules) or None,
+  }
   (target / CONFIG).write_text(json.dumps(config, indent=2) + '\n')
-  adapters = {name: shape for name, shape in adapter_shapes(source.config).items()
-              if inner(name).rpartition('.')[0] not in modules}  # whose B is 0
+  adapters = {
+    name: shape
+    for name, shape in adapter_shapes(source.config).items()
+    if inner(name).rpartition('.')[0] not in modules
+  }  # whose B is 0
   tensors = adapters | {name: all_shapes[name] for name in beside}
-  safetensors_files.write(target / FILE, {
-      PREFIX + inner(name) + ('.weight' if 'lora_' in name else ''):
-          Tensor(shape, source.dtype, lambda name=name: source.tensor(name))
-      for name, shape in tensors.items()})
+  safetensors_files.write(
+    target / FILE,
+    {
+      PREFIX + inner(name) + ('.weight' if 'lora_' in name else ''): Tensor(
+        shape, source.dtype, lambda name=name: source.tensor(name)
+      )
+      for name, shape in tensors.items()
+    },
+  )
 
 
 def merged(source: Source) -> Source:

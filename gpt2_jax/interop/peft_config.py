@@ -13,12 +13,37 @@ from gpt2_jax.config import LoRA
 from gpt2_jax.errors import UserError, brief
 from gpt2_jax.interop.foreign import is_off
 
-USED = ('peft_type', 'r', 'lora_alpha', 'target_modules', 'exclude_modules', 'lora_dropout',
-        'use_rslora', 'base_model_name_or_path', 'revision', 'modules_to_save', 'layers_to_transform',
-        'layers_pattern', 'rank_pattern', 'alpha_pattern', 'ensure_weight_tying', 'init_lora_weights')
+USED = (
+  'peft_type',
+  'r',
+  'lora_alpha',
+  'target_modules',
+  'exclude_modules',
+  'lora_dropout',
+  'use_rslora',
+  'base_model_name_or_path',
+  'revision',
+  'modules_to_save',
+  'layers_to_transform',
+  'layers_pattern',
+  'rank_pattern',
+  'alpha_pattern',
+  'ensure_weight_tying',
+  'init_lora_weights',
+)
 NEUTRAL = (  # for what is there: how it was begun, by which program
-    'auto_mapping', 'inference_mode', 'peft_version', 'task_type', 'fan_in_fan_out', 'corda_config',
-    'eva_config', 'loftq_config', 'megatron_core', 'qalora_group_size', 'runtime_config')
+  'auto_mapping',
+  'inference_mode',
+  'peft_version',
+  'task_type',
+  'fan_in_fan_out',
+  'corda_config',
+  'eva_config',
+  'loftq_config',
+  'megatron_core',
+  'qalora_group_size',
+  'runtime_config',
+)
 # Ways to begin that leave the base as it is. The others (pissa, olora, loftq, …) take from it what
 # the adapters begin with.
 INITS = (True, False, None, 'gaussian', 'eva', 'orthogonal')
@@ -45,25 +70,34 @@ def check(where: Path, keys: Mapping[str, Any]) -> None:
   """Raises a `UserError` that names the keys that can't be honoured."""
   if keys.get('peft_type') != 'LORA':
     raise UserError(f'{where}: peft_type is {brief(keys.get("peft_type"))}; LORA can be read.')
-  unknown = {k: v for k, v in keys.items() if k not in USED and k not in NEUTRAL and not is_off(v)
-             and (k, v) != ('bias', 'none')}
-  if not any(keys.get('init_lora_weights') is value or keys.get('init_lora_weights') == value
-             for value in INITS):
+  unknown = {
+    k: v
+    for k, v in keys.items()
+    if k not in USED and k not in NEUTRAL and not is_off(v) and (k, v) != ('bias', 'none')
+  }
+  if not any(
+    keys.get('init_lora_weights') is value or keys.get('init_lora_weights') == value
+    for value in INITS
+  ):
     unknown['init_lora_weights'] = keys['init_lora_weights']
   if unknown:
     said = ', '.join(f'{brief(k)}: {brief(v)}' for k, v in list(unknown.items())[:8])
-    raise UserError(f'{where} has keys that can\'t be honoured: {{{said}}}.')
+    raise UserError(f"{where} has keys that can't be honoured: {{{said}}}.")
   texts = lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value)
   whole = lambda value: type(value) is int
   number = lambda value: type(value) in (int, float)
   kinds = {
-      'r': whole, 'lora_alpha': number, 'lora_dropout': number,
-      'target_modules': lambda v: isinstance(v, str) or texts(v),
-      'exclude_modules': lambda v: isinstance(v, str) or texts(v), 'modules_to_save': texts,
-      'layers_pattern': lambda v: isinstance(v, str) or texts(v),
-      'layers_to_transform': lambda v: whole(v) or (isinstance(v, list) and all(map(whole, v))),
-      'rank_pattern': lambda v: isinstance(v, dict) and all(map(whole, v.values())),
-      'alpha_pattern': lambda v: isinstance(v, dict) and all(map(number, v.values()))}
+    'r': whole,
+    'lora_alpha': number,
+    'lora_dropout': number,
+    'target_modules': lambda v: isinstance(v, str) or texts(v),
+    'exclude_modules': lambda v: isinstance(v, str) or texts(v),
+    'modules_to_save': texts,
+    'layers_pattern': lambda v: isinstance(v, str) or texts(v),
+    'layers_to_transform': lambda v: whole(v) or (isinstance(v, list) and all(map(whole, v))),
+    'rank_pattern': lambda v: isinstance(v, dict) and all(map(whole, v.values())),
+    'alpha_pattern': lambda v: isinstance(v, dict) and all(map(number, v.values())),
+  }
   for key, fits in kinds.items():
     value = keys.get(key)
     if not fits(value) and not (value is None and key not in ('r', 'lora_alpha', 'target_modules')):
@@ -86,8 +120,10 @@ def adapted(where: Path, keys: Mapping[str, Any], n_layer: int, root: str) -> Ad
     for module in OTHER_MODULES:
       full = module if module in OTHER_MODULES[2:] else root + module
       if _is_target(keys, full):
-        raise UserError(f'{where}: target_modules: {module!r} is none of {", ".join(LoRA.modules)}: '
-                        'only these can have adapters here.')
+        raise UserError(
+          f'{where}: target_modules: {module!r} is none of {", ".join(LoRA.modules)}: '
+          'only these can have adapters here.'
+        )
     names = [f'h.{i}.{module}' for i in range(n_layer) for module in LoRA.modules]
     names = [name for name in names if _is_target(keys, root + name)]
     of = lambda key, default, name: _by_pattern(keys.get(key) or {}, root + name, default)
@@ -96,18 +132,20 @@ def adapted(where: Path, keys: Mapping[str, Any], n_layer: int, root: str) -> Ad
   except (re.error, RecursionError, OverflowError) as e:
     raise UserError(f'{where} has a pattern that is no regular expression: {e}.') from e
   if not names:
-    raise UserError(f'{where}: target_modules = {brief(keys["target_modules"])} with '
-                    f'layers_to_transform = {brief(keys.get("layers_to_transform"))} names no module '
-                    f'of this GPT-2; they are {root}h.0.{", ".join(LoRA.modules)}.')
+    raise UserError(
+      f'{where}: target_modules = {brief(keys["target_modules"])} with '
+      f'layers_to_transform = {brief(keys.get("layers_to_transform"))} names no module '
+      f'of this GPT-2; they are {root}h.0.{", ".join(LoRA.modules)}.'
+    )
   if wrong := [name for name in names if ranks[name] < 1]:
     raise UserError(f'{where}: r = {brief(ranks[wrong[0]])} of {wrong[0]} must be at least 1.')
   power = 0.5 if keys.get('use_rslora') else 1.0
   try:
-    scales = {name: alphas[name] / ranks[name]**power for name in names}
+    scales = {name: alphas[name] / ranks[name] ** power for name in names}
     r = max(ranks.values())
     first = max(scales.values(), key=abs)
     same = len(set(alphas.values())) == 1 and len(set(ranks.values())) == 1
-    alpha = alphas[names[0]] * r**(1 - power) if same else first * r
+    alpha = alphas[names[0]] * r ** (1 - power) if same else first * r
   except OverflowError as e:
     raise UserError(f'{where}: r or lora_alpha is out of bounds: {e}.') from e
   kinds = {name.split('.', 2)[2] for name in names}
@@ -135,10 +173,13 @@ def _is_target(keys: Mapping[str, Any], name: str) -> bool:
   patterns = keys.get('layers_pattern')
   patterns = [patterns] if isinstance(patterns, str) else patterns
   wanted = [rf'(?:^|.*?\.){pattern}\.(\d+)\.' for pattern in patterns or ()]
-  found = next((match for pattern in wanted or [r'.*?\.[^.]*\.(\d+)\.']
-                if (match := re.match(pattern, name))), None)
+  found = next(
+    (match for pattern in wanted or [r'.*?\.[^.]*\.(\d+)\.'] if (match := re.match(pattern, name))),
+    None,
+  )
   return found is not None and int(found[found.lastindex or 1]) in (
-      [layers] if isinstance(layers, int) else layers)
+    [layers] if isinstance(layers, int) else layers
+  )
 
 
 def _fullmatch(pattern: str, name: str) -> bool:
@@ -158,7 +199,8 @@ def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
 def _short(targets: str | list[str], kinds: set[str]) -> tuple[str, ...]:
   """The targets as they stand in the file, where they name just these kinds of modules alone."""
   named = sorted(targets) if isinstance(targets, list) else []
-  found = {kind for kind in LoRA.modules for name in named
-           if kind == name or kind.endswith('.' + name)}
+  found = {
+    kind for kind in LoRA.modules for name in named if kind == name or kind.endswith('.' + name)
+  }
   every = all(any(kind == name or kind.endswith('.' + name) for kind in kinds) for name in named)
   return tuple(named) if found == kinds and every else tuple(sorted(kinds))

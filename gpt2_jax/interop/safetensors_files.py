@@ -18,6 +18,7 @@ DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16', 'F64': 'float6
 
 def read(path: Path) -> dict[str, Tensor]:
   """Tensors of a .safetensors file, unread. It is opened anew for each, lest it stay mapped."""
+
   @contextlib.contextmanager
   def opened() -> Iterator[Any]:
     try:
@@ -30,14 +31,19 @@ def read(path: Path) -> dict[str, Tensor]:
     def read() -> np.ndarray:
       with opened() as file:
         return file.get_tensor(name)
+
     return read
 
   with opened() as file:
     headers = {name: file.get_slice(name) for name in file.keys()}
-    return {name: Tensor(tuple(header.get_shape()),
-                         DTYPES.get(header.get_dtype(), str(header.get_dtype())),
-                         reader(name))
-            for name, header in headers.items()}
+    return {
+      name: Tensor(
+        tuple(header.get_shape()),
+        DTYPES.get(header.get_dtype(), str(header.get_dtype())),
+        reader(name),
+      )
+      for name, header in headers.items()
+    }
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> int:
@@ -50,8 +56,11 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> int:
   offset = 0
   for name, tensor in tensors.items():
     size = tensor.nbytes
-    header[name] = {'dtype': names[tensor.dtype], 'shape': list(tensor.shape),
-                    'data_offsets': [offset, offset + size]}
+    header[name] = {
+      'dtype': names[tensor.dtype],
+      'shape': list(tensor.shape),
+      'data_offsets': [offset, offset + size],
+    }
     offset += size
   text = json.dumps(header).encode()
   text += b' ' * (-len(text) % 8)

@@ -40,7 +40,7 @@ from gpt2_jax.model import bind, make_params
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 INPUTS = {'prefill': ('tokens', 'lengths'), 'decode_step': ('token', 'positions', 'k', 'v')}
 
-USAGE = '''\
+USAGE = """\
 import jax
 import jax.export
 import numpy as np
@@ -65,7 +65,7 @@ for i in range(3):
   logits, k, v = decode_step(params, new[-1], lengths + i, k, v)
   new.append(logits.argmax(-1))
 print(np.stack(new, 1))
-'''
+"""
 
 
 def write(source: Source, target: Path) -> None:
@@ -78,8 +78,10 @@ def write(source: Source, target: Path) -> None:
       holds NaN.
   """
   if source.config.head != 'lm':
-    raise UserError(f'{source.where} has the head {source.config.head!r}: a StableHLO export '
-                    'generates text, for which the head must be \'lm\'.')
+    raise UserError(
+      f'{source.where} has the head {source.config.head!r}: a StableHLO export '
+      "generates text, for which the head must be 'lm'."
+    )
   config = dataclasses.replace(source.config, vocab_multiple=1, lora=None)
   no_mesh = jax.sharding.Mesh(np.empty((), object), ())
   with jax.set_mesh(no_mesh), _without_paths():  # the same programs wherever they are written
@@ -90,28 +92,42 @@ def write(source: Source, target: Path) -> None:
   target.mkdir()
   for name, content in contents.items():
     (target / name).write_bytes(content)
-  safetensors_files.write(target / 'model.safetensors', {
+  safetensors_files.write(
+    target / 'model.safetensors',
+    {
       name: Tensor(x.shape, source.dtype, functools.partial(_parameter, source, name, x.shape))
-      for name, x in params.items()})
+      for name, x in params.items()
+    },
+  )
   if source.tokenizer is not None:
     source.tokenizer.save(target / 'tokenizer')
   manifest = {
-      'config': dataclasses.asdict(config),
-      'tokenizer': None if source.tokenizer is None else 'tokenizer',
-      'jax_version': jax.__version__,
-      'platforms': PLATFORMS,
-      'parameters': {
-          'file': 'model.safetensors',
-          'arrays': {name: _described(x) for name, x in params.items()}},
-      'programs': {name: {
-          'file': f'{name}.bin',
-          'calling_convention_version': program.calling_convention_version,
-          'inputs': ['parameters', *(
-              {'name': label, **_described(x)} for label, x in zip(
-                  INPUTS[name], program.in_avals[len(params):], strict=True))],
-          'outputs': [{'name': label, **_described(x)} for label, x in zip(
-              ('logits', 'k', 'v'), program.out_avals, strict=True)],
-      } for name, program in programs.items()},
+    'config': dataclasses.asdict(config),
+    'tokenizer': None if source.tokenizer is None else 'tokenizer',
+    'jax_version': jax.__version__,
+    'platforms': PLATFORMS,
+    'parameters': {
+      'file': 'model.safetensors',
+      'arrays': {name: _described(x) for name, x in params.items()},
+    },
+    'programs': {
+      name: {
+        'file': f'{name}.bin',
+        'calling_convention_version': program.calling_convention_version,
+        'inputs': [
+          'parameters',
+          *(
+            {'name': label, **_described(x)}
+            for label, x in zip(INPUTS[name], program.in_avals[len(params) :], strict=True)
+          ),
+        ],
+        'outputs': [
+          {'name': label, **_described(x)}
+          for label, x in zip(('logits', 'k', 'v'), program.out_avals, strict=True)
+        ],
+      }
+      for name, program in programs.items()
+    },
   }
   (target / 'manifest.json').write_text(json.dumps(manifest, indent=2) + '\n')
   (target / 'README.md').write_text(_readme(config))
@@ -120,7 +136,8 @@ def write(source: Source, target: Path) -> None:
 def _shapes(config: GPTConfig, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
   """Our parameters, by their paths with dots."""
   shapes: Mapping[str, Any] = flatten_dict(
-      jax.eval_shape(functools.partial(make_params, config, 0)), sep='.')
+    jax.eval_shape(functools.partial(make_params, config, 0)), sep='.'
+  )
   return {name: jax.ShapeDtypeStruct(x.shape, dtype) for name, x in sorted(shapes.items())}
 
 
@@ -133,7 +150,8 @@ def _parameter(source: Source, name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _programs(
-    config: GPTConfig, params: dict[str, jax.ShapeDtypeStruct]) -> dict[str, export.Exported]:
+  config: GPTConfig, params: dict[str, jax.ShapeDtypeStruct]
+) -> dict[str, export.Exported]:
   V, S = config.vocab_size, config.n_positions
 
   def prefill(params, tokens_BT, lengths_B):
@@ -146,7 +164,8 @@ def _programs(
   def decode_step(params, token_B, positions_B, k_LBNSH, v_LBNSH):
     model = bind(config, unflatten_dict(params, sep='.'))
     x_BTD, cache, *_ = model.transformer(
-        token_B[:, None], cache=KVCache(k_LBNSH, v_LBNSH), slot=positions_B)
+      token_B[:, None], cache=KVCache(k_LBNSH, v_LBNSH), slot=positions_B
+    )
     return model.logits(x_BTD)[:, 0, :V], cache.k, cache.v
 
   ints = lambda *shape: jax.ShapeDtypeStruct(shape, 'int32')
@@ -154,7 +173,7 @@ def _programs(
 
   b, t = export.symbolic_shape('b, t', constraints=[f't <= {S}'])
   first = exported(prefill)(params, ints(b, t), ints(b))
-  b, = export.symbolic_shape('b')  # anew: a constraint on t can't be checked where there is no t
+  (b,) = export.symbolic_shape('b')  # anew: a constraint on t can't be checked where there is no t
   cache = jax.ShapeDtypeStruct((config.n_layer, b, config.n_head, S, config.H), config.dtype)
   step = exported(decode_step)(params, ints(b), ints(b), cache, cache)
   return {'prefill': first, 'decode_step': step}
@@ -176,8 +195,9 @@ def _serialized(program: export.Exported) -> bytearray:
   try:
     return program.serialize()
   except ImportError as e:
-    raise UserError('StableHLO files need the package flatbuffers: pip install flatbuffers '
-                    f'({e}).') from e
+    raise UserError(
+      f'StableHLO files need the package flatbuffers: pip install flatbuffers ({e}).'
+    ) from e
 
 
 def _described(x) -> dict[str, Any]:
@@ -186,7 +206,7 @@ def _described(x) -> dict[str, Any]:
 
 
 def _readme(config: GPTConfig) -> str:
-  return f'''\
+  return f"""\
 # GPT-2 as StableHLO
 
 Two programs in the format of `jax.export`, for {', '.join(PLATFORMS)}, and their weights. They need
@@ -202,4 +222,4 @@ A token or position beyond the tables gives NaN. In this folder, generate text w
 
 ```python
 {USAGE}```
-'''
+"""

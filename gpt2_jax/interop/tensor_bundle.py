@@ -25,7 +25,7 @@ from gpt2_jax.interop.tensors import Tensor
 
 # tensorflow `core/framework/types.proto`; tensors of other types can be listed, not read
 DTYPES = {1: 'float32', 2: 'float64', 3: 'int32', 9: 'int64', 14: 'bfloat16', 19: 'float16'}
-MAGIC = 0xdb4775248b80fb57
+MAGIC = 0xDB4775248B80FB57
 FOOTER = 48  # bytes: two handles, zeros, MAGIC
 TRAILER = 5  # bytes after a block: kind of compression, checksum
 BLOCK = 256 * 1024  # bytes of a block that is full, as TensorFlow has it
@@ -64,8 +64,9 @@ def _read(prefix: Path, index: Path) -> dict[str, Tensor]:
   header = _message(entries.pop(b'', b''))
   count = header.get((1, 0), 0)
   if header.get((2, 0), 0) != 0:
-    raise UserError(f'{index} is of a big-endian machine, which is not supported: save it again on '
-                    'another.')
+    raise UserError(
+      f'{index} is of a big-endian machine, which is not supported: save it again on another.'
+    )
   sizes: dict[Path, int] = {}
   tensors = {}
   for key, value in entries.items():
@@ -73,8 +74,10 @@ def _read(prefix: Path, index: Path) -> dict[str, Tensor]:
       continue
     name, entry = key.decode(), _message(value)
     if (7, 2) in entry:
-      raise UserError(f'{index}: the variable {name!r} is saved in slices (a partitioned variable), '
-                      'which is not supported: save it again without a partitioner.')
+      raise UserError(
+        f'{index}: the variable {name!r} is saved in slices (a partitioned variable), '
+        'which is not supported: save it again without a partitioner.'
+      )
     dtype = DTYPES.get(entry.get((1, 0), 0), f'DT_{entry.get((1, 0), 0)}')
     shape = _shape(entry.get((2, 2), b''))
     shard, offset, size = (entry.get((i, 0), 0) for i in (3, 4, 5))
@@ -89,15 +92,19 @@ def _read(prefix: Path, index: Path) -> dict[str, Tensor]:
       raise ValueError(f'{name} has {size} bytes, but is {dtype} {list(shape)}')
     if offset + size > sizes[file]:
       raise unreadable(file, f'{name} ends at byte {offset + size:,} of {sizes[file]:,}')
-    tensors[name] = Tensor(shape, dtype, functools.partial(
-        _tensor, file, name, dtype, shape, offset, size, entry.get((6, 5), 0)))
+    tensors[name] = Tensor(
+      shape,
+      dtype,
+      functools.partial(_tensor, file, name, dtype, shape, offset, size, entry.get((6, 5), 0)),
+    )
   return tensors
 
 
-def _tensor(file: Path, name: str, dtype: str, shape: tuple[int, ...], offset: int, size: int,
-            checksum: int) -> np.ndarray:
+def _tensor(
+  file: Path, name: str, dtype: str, shape: tuple[int, ...], offset: int, size: int, checksum: int
+) -> np.ndarray:
   if dtype not in DTYPES.values():
-    raise UserError(f'{file}: {name} is of the type {dtype}, which can\'t be read.')
+    raise UserError(f"{file}: {name} is of the type {dtype}, which can't be read.")
   try:
     raw = np.fromfile(file, np.uint8, size, offset=offset)
   except OSError as e:
@@ -173,7 +180,7 @@ def _fields(data: bytes) -> Iterator[tuple[tuple[int, int], Any]]:
       value, at = _varint(data, at)
     elif kind in (1, 2, 5):
       size, at = _varint(data, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
-      value, at = data[at:at + size], at + size
+      value, at = data[at : at + size], at + size
       if at > len(data):
         raise ValueError('a field has no end')
       value = value if kind == 2 else int.from_bytes(value, 'little')
@@ -224,12 +231,12 @@ def _block(data: bytes, handle: tuple[int, int]) -> bytes:
   end = offset + size + TRAILER
   if end > len(data) - FOOTER:
     raise ValueError(f'a block ends at byte {end:,} of {len(data):,}')
-  kind, checksum = struct.unpack('<BI', data[end - TRAILER:end])
+  kind, checksum = struct.unpack('<BI', data[end - TRAILER : end])
   if masked_crc32c(np.frombuffer(data, np.uint8, size + 1, offset)) != checksum:
     raise ValueError('the checksum of a block is wrong')
   if kind != 0:
-    raise ValueError(f'it is compressed (kind {kind}), which TensorFlow\'s Saver never does')
-  return data[offset:offset + size]
+    raise ValueError(f"it is compressed (kind {kind}), which TensorFlow's Saver never does")
+  return data[offset : offset + size]
 
 
 def _entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -245,9 +252,9 @@ def _entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
     size, at = _varint(block, at)
     if shared > len(key) or at + own + size > end or shared + own > MAX_KEY:
       raise ValueError('an entry of a block is broken')
-    key = key[:shared] + block[at:at + own]
+    key = key[:shared] + block[at : at + own]
     at += own + size
-    yield key, block[at - size:at]
+    yield key, block[at - size : at]
 
 
 def _to_table(entries: Iterable[tuple[bytes, bytes]]) -> bytes:

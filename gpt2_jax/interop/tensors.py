@@ -88,8 +88,10 @@ class Source:
       tensor = self.read(name).astype(self.dtype, copy=False)
       finite = np.isfinite(tensor)
     if not finite.all():
-      raise UserError(f'{self.where}: the tensor {name} has {int((~finite).sum()):,} values that are '
-                      f'NaN or infinite in {self.dtype}: use another checkpoint or a wider dtype.')
+      raise UserError(
+        f'{self.where}: the tensor {name} has {int((~finite).sum()):,} values that are '
+        f'NaN or infinite in {self.dtype}: use another checkpoint or a wider dtype.'
+      )
     return tensor
 
   @property
@@ -131,8 +133,19 @@ def _all_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
       shape = leaf.shape if layer is None else leaf.shape[1:]
       found[_name(path, layer)] = _theirs(_name(path), shape)
   kinds = ['wte', 'wpe', 'h', 'ln_f', 'lm_head', 'score', 'classifier']
-  parts = ['ln_1', 'attn', 'ln_2', 'mlp', 'c_attn', 'c_fc', 'c_proj', 'weight', 'bias', 'lora_A',
-           'lora_B']
+  parts = [
+    'ln_1',
+    'attn',
+    'ln_2',
+    'mlp',
+    'c_attn',
+    'c_fc',
+    'c_proj',
+    'weight',
+    'bias',
+    'lora_A',
+    'lora_B',
+  ]
 
   def order(name: str) -> list[int]:
     kind, *rest = name.split('.')
@@ -152,7 +165,8 @@ def adapter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_tensors(
-    config: GPTConfig, have: Mapping[str, Iterable[int]], where: str | os.PathLike) -> None:
+  config: GPTConfig, have: Mapping[str, Iterable[int]], where: str | os.PathLike
+) -> None:
   """Checks that a file has the tensors of a config, all of them and no others.
 
   Args:
@@ -169,16 +183,22 @@ def check_tensors(
 
 
 def check_shapes(
-    want: Mapping[str, tuple[int, ...]], have: Mapping[str, Iterable[int]],
-    where: str | os.PathLike) -> None:
+  want: Mapping[str, tuple[int, ...]], have: Mapping[str, Iterable[int]], where: str | os.PathLike
+) -> None:
   """As `check_tensors`, against the shapes in `want`."""
   there = {name: tuple(shape) for name, shape in have.items()}
   for problem, names in (
-      ('lacks the tensors', [n for n in want if n not in there]),
-      ('has tensors that this GPT-2 does not', [n for n in there if n not in want]),
-      ('has tensors of a shape that its config contradicts', [
-          f'{n} {list(there[n])} instead of {list(want[n])}'
-          for n in want if n in there and there[n] != want[n]])):
+    ('lacks the tensors', [n for n in want if n not in there]),
+    ('has tensors that this GPT-2 does not', [n for n in there if n not in want]),
+    (
+      'has tensors of a shape that its config contradicts',
+      [
+        f'{n} {list(there[n])} instead of {list(want[n])}'
+        for n in want
+        if n in there and there[n] != want[n]
+      ],
+    ),
+  ):
     if names:
       more = f', … and {len(names) - 5} more' if len(names) > 5 else ''
       raise UserError(f'{where} {problem}: {", ".join(names[:5])}{more}.')
@@ -193,7 +213,8 @@ def common_dtype(tensors: Iterable[Tensor], where: str | os.PathLike) -> str:
   found = {tensor.dtype for tensor in tensors}
   if other := sorted(found - set(DTYPES)):
     raise UserError(
-        f'{where} has tensors of dtype {", ".join(other)}; {", ".join(DTYPES)} can be read.')
+      f'{where} has tensors of dtype {", ".join(other)}; {", ".join(DTYPES)} can be read.'
+    )
   return found.pop() if len(found) == 1 else 'float32'
 
 
@@ -229,8 +250,10 @@ def _load(source: Source, path: tuple[str, ...], leaf, dtype) -> jax.Array:
   key = lambda index: tuple((part.start or 0, part.stop) for part in index)
   local = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
   indices = {key(index): index for index in local}
-  shards = {k: np.empty([len(range(n)[part]) for n, part in zip(leaf.shape, index)], dtype)
-            for k, index in indices.items()}
+  shards = {
+    k: np.empty([len(range(n)[part]) for n, part in zip(leaf.shape, index)], dtype)
+    for k, index in indices.items()
+  }
   for layer in range(leaf.shape[0]) if stacked else [None]:
     tensor = source.tensor(_name(path, layer))
     if _name(path).endswith(TRANSPOSED):
@@ -251,8 +274,9 @@ def source_of(config: GPTConfig, params: Params, where: str, **fields) -> Source
     UserError: they are quantized.
   """
   if config.form != 'train':
-    raise UserError(f'a model in the form {config.form!r} can\'t be saved: save the one that it was '
-                    'made from.')
+    raise UserError(
+      f"a model in the form {config.form!r} can't be saved: save the one that it was made from."
+    )
 
   def read(name: str) -> np.ndarray:
     kind, *rest = name.split('.')
@@ -266,7 +290,7 @@ def source_of(config: GPTConfig, params: Params, where: str, **fields) -> Source
       value = np.asarray(value if value.is_fully_addressable else reshard(value, P()))
     path = _name((kind, *rest))
     if path in PADDED:
-      value = value[:config.vocab_size]
+      value = value[: config.vocab_size]
     shape = _theirs(path, value.shape)
     return value.reshape(shape[::-1]).T if path.endswith(TRANSPOSED) else value.reshape(shape)
 
@@ -275,8 +299,8 @@ def source_of(config: GPTConfig, params: Params, where: str, **fields) -> Source
 
 
 def check_plain(
-    config: GPTConfig, kind: str, *, activations: Sequence[str] = TANH_GELU,
-    kept: Sequence[str] = ()) -> None:
+  config: GPTConfig, kind: str, *, activations: Sequence[str] = TANH_GELU, kept: Sequence[str] = ()
+) -> None:
   """Checks that a model is one that a format without options, such as nanoGPT's, can express.
 
   Args:
@@ -288,14 +312,23 @@ def check_plain(
   Raises:
     UserError: names what would be computed otherwise there.
   """
-  plain = {'head': 'lm', 'tie_word_embeddings': True, 'n_inner': 4 * config.n_embd,
-           'layer_norm_epsilon': 1e-5, 'scale_attn_weights': True,
-           'scale_attn_by_inverse_layer_idx': False, 'reorder_and_upcast_attn': False}
+  plain = {
+    'head': 'lm',
+    'tie_word_embeddings': True,
+    'n_inner': 4 * config.n_embd,
+    'layer_norm_epsilon': 1e-5,
+    'scale_attn_weights': True,
+    'scale_attn_by_inverse_layer_idx': False,
+    'reorder_and_upcast_attn': False,
+  }
   have = {name: config.F if name == 'n_inner' else getattr(config, name) for name in plain}
-  wrong = [f'{name} = {have[name]!r}' for name in plain
-           if have[name] != plain[name] and name not in kept]
+  wrong = [
+    f'{name} = {have[name]!r}' for name in plain if have[name] != plain[name] and name not in kept
+  ]
   if config.activation_function not in activations:
     wrong.append(f'activation_function = {config.activation_function!r}')
   if wrong:
-    raise UserError(f'{kind} can\'t express {", ".join(wrong)}: it would compute another function. '
-                    'Write Hugging Face\'s format instead (hf).')
+    raise UserError(
+      f"{kind} can't express {', '.join(wrong)}: it would compute another function. "
+      "Write Hugging Face's format instead (hf)."
+    )

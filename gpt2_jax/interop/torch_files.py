@@ -32,10 +32,16 @@ from gpt2_jax.files import unreadable
 from gpt2_jax.interop.tensors import Tensor
 
 STORAGES = {
-    'FloatStorage': 'float32', 'HalfStorage': 'float16', 'BFloat16Storage': 'bfloat16',
-    'DoubleStorage': 'float64', 'LongStorage': 'int64', 'IntStorage': 'int32',
-    'ByteStorage': 'uint8', 'BoolStorage': 'bool'}
-MAGIC = 0x1950a86a20f9469cfc6c
+  'FloatStorage': 'float32',
+  'HalfStorage': 'float16',
+  'BFloat16Storage': 'bfloat16',
+  'DoubleStorage': 'float64',
+  'LongStorage': 'int64',
+  'IntStorage': 'int32',
+  'ByteStorage': 'uint8',
+  'BoolStorage': 'bool',
+}
+MAGIC = 0x1950A86A20F9469CFC6C
 MAX_PICKLE = 2**24  # bytes; that of a GPT-2 XL with its optimizer has less than 2**20
 ALIGNMENT = 64  # of tensors in a file that we write
 CHUNK = 2**20  # bytes that are read at a time to be checked: they stay in the processor's cache
@@ -107,9 +113,14 @@ class _View:
 def _rebuild(storage: _Storage, offset: int, shape: tuple, strides: tuple, *_) -> Tensor:
   """Stands in for torch._utils._rebuild_tensor_v2."""
   view = _View(storage, offset, shape, strides)
-  if not (isinstance(storage, _Storage) and type(shape) is tuple and len(shape) == len(strides)
-          and all(type(n) is int and 0 <= n < 2**59 for n in (offset, *shape, *strides))
-          and offset + view.span <= storage.numel and math.prod(shape) <= storage.numel):
+  if not (
+    isinstance(storage, _Storage)
+    and type(shape) is tuple
+    and len(shape) == len(strides)
+    and all(type(n) is int and 0 <= n < 2**59 for n in (offset, *shape, *strides))
+    and offset + view.span <= storage.numel
+    and math.prod(shape) <= storage.numel
+  ):
     raise ValueError('a tensor reaches beyond its storage')
   return Tensor(shape, storage.dtype, view)
 
@@ -120,10 +131,11 @@ def _parameter(tensor: Tensor, *_) -> Tensor:
 
 
 GLOBALS = {
-    ('collections', 'OrderedDict'): dict,
-    ('torch._utils', '_rebuild_tensor_v2'): _rebuild,
-    ('torch._utils', '_rebuild_parameter'): _parameter,
-    **{('torch', name): dtype for name, dtype in STORAGES.items()}}
+  ('collections', 'OrderedDict'): dict,
+  ('torch._utils', '_rebuild_tensor_v2'): _rebuild,
+  ('torch._utils', '_rebuild_parameter'): _parameter,
+  **{('torch', name): dtype for name, dtype in STORAGES.items()},
+}
 
 
 class _Unpickler(pickle._Unpickler):
@@ -132,9 +144,19 @@ class _Unpickler(pickle._Unpickler):
   # Without what torch.save has no use for; and BUILD, which sets attributes, drops them: those of an
   # OrderedDict are `_metadata`, which nobody needs.
   dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
-      op: load for op, load in pickle._Unpickler.dispatch.items() if bytes([op]) not in (
-          pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4,
-          pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER)
+    op: load
+    for op, load in pickle._Unpickler.dispatch.items()
+    if bytes([op])
+    not in (
+      pickle.NEWOBJ,
+      pickle.NEWOBJ_EX,
+      pickle.EXT1,
+      pickle.EXT2,
+      pickle.EXT4,
+      pickle.BYTEARRAY8,
+      pickle.NEXT_BUFFER,
+      pickle.READONLY_BUFFER,
+    )
   } | {pickle.BUILD[0]: lambda self: self.stack.pop()}
 
   def __init__(self, file: BinaryIO, path: Path):
@@ -145,9 +167,10 @@ class _Unpickler(pickle._Unpickler):
   def find_class(self, module: str, name: str) -> Any:
     if (module, name) not in GLOBALS:
       raise UserError(
-          f'{self.path} wants to call {f"{module}.{name}"[:100]!r} when it is opened. A checkpoint '
-          'needs no such thing, so it was not read and nothing was run: get it from a source that '
-          'you trust, or save its state_dict() alone.')
+        f'{self.path} wants to call {f"{module}.{name}"[:100]!r} when it is opened. A checkpoint '
+        'needs no such thing, so it was not read and nothing was run: get it from a source that '
+        'you trust, or save its state_dict() alone.'
+      )
     return GLOBALS[module, name]
 
   def persistent_load(self, pid: Any) -> _Storage:
@@ -217,7 +240,7 @@ def _read_zip(file: BinaryIO, path: Path) -> tuple[Any, dict[str, _Storage]]:
     magic, extent = struct.unpack('<4s22xI', file.read(30))
     if magic != b'PK\3\4':
       raise ValueError(f'{name} is not where it should be')
-    return info.header_offset + 30 + (extent & 0xffff) + (extent >> 16)
+    return info.header_offset + 30 + (extent & 0xFFFF) + (extent >> 16)
 
   def content(name: str, limit: int) -> bytes:
     file.seek(start(name))
@@ -271,6 +294,7 @@ def write(path: Path, value: Any) -> None:
   keys: dict[Tensor, str] = {}
   program = b'\x80\x02' + _pickled(value, keys) + b'.'
   with open(path, 'wb') as file, zipfile.ZipFile(file, 'w', zipfile.ZIP_STORED) as archive:
+
     def entry(name: str, data) -> None:
       info = zipfile.ZipInfo(f'archive/{name}')
       info.file_size = len(data)
@@ -300,12 +324,20 @@ def _pickled(value: Any, keys: dict[Tensor, str]) -> bytes:
     key = keys.setdefault(value, str(len(keys)))
     kind = next(name for name, dtype in STORAGES.items() if dtype == value.dtype)
     numel = math.prod(value.shape)
-    strides = tuple(math.prod(value.shape[i + 1:]) for i in range(len(value.shape)))
-    storage = (b'(' + _pickled('storage', keys) + f'ctorch\n{kind}\n'.encode()
-               + b''.join(_pickled(v, keys) for v in (key, 'cpu', numel)) + b'tQ')
-    return (b'ctorch._utils\n_rebuild_tensor_v2\n(' + storage
-            + b''.join(_pickled(v, keys) for v in (0, value.shape, strides, False))
-            + b'ccollections\nOrderedDict\n)RtR')
+    strides = tuple(math.prod(value.shape[i + 1 :]) for i in range(len(value.shape)))
+    storage = (
+      b'('
+      + _pickled('storage', keys)
+      + f'ctorch\n{kind}\n'.encode()
+      + b''.join(_pickled(v, keys) for v in (key, 'cpu', numel))
+      + b'tQ'
+    )
+    return (
+      b'ctorch._utils\n_rebuild_tensor_v2\n('
+      + storage
+      + b''.join(_pickled(v, keys) for v in (0, value.shape, strides, False))
+      + b'ccollections\nOrderedDict\n)RtR'
+    )
   if isinstance(value, float):
     return b'G' + struct.pack('>d', value)
   if isinstance(value, str):
@@ -316,4 +348,4 @@ def _pickled(value: Any, keys: dict[Tensor, str]) -> bytes:
   if isinstance(value, int):
     data = pickle.encode_long(value)
     return b'\x8a' + bytes([len(data)]) + data
-  raise TypeError(f'{type(value).__name__} can\'t be written')
+  raise TypeError(f"{type(value).__name__} can't be written")

@@ -21,9 +21,15 @@ LABELS = 'labels.json'  # names of a classifier's labels, in order
 NUMBER = int, float
 # what a model card shows of the record, see `files.misfit`
 LINE = {'step': whole_number, 'train/tokens': whole_number, 'train/loss': NUMBER}
-ENV = {'devices': str, 'mesh': dict, 'python': str, 'versions': {'jax': str, 'flax': str},
-       'git_commit': (str, type(None)), 'command': list,
-       'data': {'corpus': str, 'tokens': whole_number, 'sha256': str, 'licence': (str, type(None))}}
+ENV = {
+  'devices': str,
+  'mesh': dict,
+  'python': str,
+  'versions': {'jax': str, 'flax': str},
+  'git_commit': (str, type(None)),
+  'command': list,
+  'data': {'corpus': str, 'tokens': whole_number, 'sha256': str, 'licence': (str, type(None))},
+}
 
 
 def recognises(path: Path) -> bool:
@@ -44,8 +50,10 @@ def split_step(source: str | os.PathLike) -> tuple[Path, int | str | None]:
   said = re.fullmatch(r'[0-9]{1,18}|best|latest', which)
   if recognises(Path(head)):
     if not said:
-      raise UserError(f'{source}: behind the @ stands a step of the run {head}, best or latest, not '
-                      f'{brief(which)}; kept are {_listed(checkpoint.kept_steps(head))}.')
+      raise UserError(
+        f'{source}: behind the @ stands a step of the run {head}, best or latest, not '
+        f'{brief(which)}; kept are {_listed(checkpoint.kept_steps(head))}.'
+      )
   elif not said:  # perhaps a revision
     return Path(source), None
   return Path(head), int(which) if which.isdecimal() else which
@@ -60,8 +68,10 @@ def find_step(path: Path, which: int | str) -> int:
   """
   kept = checkpoint.kept_steps(path)
   if not kept:
-    raise UserError(f'{path} has no finished checkpoint yet: let the run go on until its first '
-                    '(config.checkpoint.every).')
+    raise UserError(
+      f'{path} has no finished checkpoint yet: let the run go on until its first '
+      '(config.checkpoint.every).'
+    )
   if which == 'latest':
     return kept[-1]
   if which == 'best':
@@ -69,14 +79,18 @@ def find_step(path: Path, which: int | str) -> int:
     losses = {line['step']: line['eval/loss'] for line in lines}
     found = [step for step in kept if math.isfinite(losses.get(step, math.nan))]
     if not found:
-      raise UserError(f'{path}: no kept step has a held-out loss in metrics.jsonl (evaluate.every), '
-                      f'so that none is the best: name one, @{kept[-1]}. Kept are {_listed(kept)}.')
+      raise UserError(
+        f'{path}: no kept step has a held-out loss in metrics.jsonl (evaluate.every), '
+        f'so that none is the best: name one, @{kept[-1]}. Kept are {_listed(kept)}.'
+      )
     return min(found, key=lambda step: (losses[step], step))
   if isinstance(which, bool) or not isinstance(which, int):
-    raise UserError(f'{path}: step = {brief(which)} is neither a number, \'best\' nor \'latest\'.')
+    raise UserError(f"{path}: step = {brief(which)} is neither a number, 'best' nor 'latest'.")
   if which not in kept:
-    raise UserError(f'{path} has no checkpoint of step {which}; kept are {_listed(kept)} (how many: '
-                    'config.checkpoint).')
+    raise UserError(
+      f'{path} has no checkpoint of step {which}; kept are {_listed(kept)} (how many: '
+      'config.checkpoint).'
+    )
   return which
 
 
@@ -101,9 +115,11 @@ def open_source(path: Path, opening: Opening = PLAIN) -> Source:
   asked_of = known.get('config', {})  # empty where the run's record is damaged
   known['rows'] = rows = meta.get('rows') or _rows(asked_of, config)
   if asked_of.get('init_from') is None and rows['tokens'] < config.n_positions:
-    print(f'{path}: its rows of {rows["tokens"]:,} tokens train as many of its '
-          f'{config.n_positions:,} positions: what it makes of longer texts is not to be trusted',
-          file=sys.stderr)
+    print(
+      f'{path}: its rows of {rows["tokens"]:,} tokens train as many of its '
+      f'{config.n_positions:,} positions: what it makes of longer texts is not to be trusted',
+      file=sys.stderr,
+    )
 
   def load(wanted: GPTConfig) -> Params | None:
     same = (wanted.padded_vocab_size, wanted.lora) == (config.padded_vocab_size, config.lora)
@@ -114,24 +130,36 @@ def open_source(path: Path, opening: Opening = PLAIN) -> Source:
     with without_mesh():
       return source_of(config, checkpoint.load_params(path, meta), where)
 
-  return Source(config, lambda name: held().read(name), 'float32', where, load=load,
-                tokenizer=_tokenizer(path, meta), keys=keys(path), record=known,
-                base=asked_of.get('init_from'))
+  return Source(
+    config,
+    lambda name: held().read(name),
+    'float32',
+    where,
+    load=load,
+    tokenizer=_tokenizer(path, meta),
+    keys=keys(path),
+    record=known,
+    base=asked_of.get('init_from'),
+  )
 
 
 def _rows(config: dict[str, Any], model: GPTConfig) -> dict[str, Any]:
   """The rows of a run whose checkpoints don't say, by its config."""
   said = config['data'] if 'data' in config else {}
-  return {'tokens': said.get('sequence_length') or model.n_positions,
-          'document_mask': said.get('document_mask', False)}
+  return {
+    'tokens': said.get('sequence_length') or model.n_positions,
+    'document_mask': said.get('document_mask', False),
+  }
 
 
 def _tokenizer(path: Path, meta: dict) -> tokenizer.Tokenizer:
   """The run's tokenizer, with the hash that its checkpoint says, where it says one."""
   found = tokenizer.load(path / 'tokenizer')
   if found.sha256 != meta.get('data', {}).get('tokenizer', {}).get('sha256', found.sha256):
-    raise UserError(f'{path / "tokenizer"} is not the tokenizer that the run was trained with: its '
-                    'files were changed or damaged. Start the run again: it writes them anew.')
+    raise UserError(
+      f'{path / "tokenizer"} is not the tokenizer that the run was trained with: its '
+      'files were changed or damaged. Start the run again: it writes them anew.'
+    )
   return found
 
 
@@ -140,8 +168,10 @@ def keys(path: Path) -> dict[str, Any]:
   if not (path / LABELS).exists():
     return {}
   labels = read_json(path / LABELS, [str])
-  return {'id2label': {str(i): label for i, label in enumerate(labels)},
-          'label2id': {label: i for i, label in enumerate(labels)}}
+  return {
+    'id2label': {str(i): label for i, label in enumerate(labels)},
+    'label2id': {label: i for i, label in enumerate(labels)},
+  }
 
 
 def record(path: Path, step: int) -> dict[str, Any]:
@@ -160,8 +190,9 @@ def record(path: Path, step: int) -> dict[str, Any]:
   lines = read_lines(path / 'metrics.jsonl', LINE)[0]
   lines = [line for line in lines if line['step'] <= step]
   losses = [line for line in lines if 'eval/loss' in line]
-  losses = losses[::-(-len(losses) // 20) or 1]
+  losses = losses[:: -(-len(losses) // 20) or 1]
   if lines and lines[-1] not in losses:
     losses.append(lines[-1])
   return {'step': step, 'config': config, 'losses': losses} | (
-      {'env': env[0], 'data': env[0]['data']} if env else {})
+    {'env': env[0], 'data': env[0]['data']} if env else {}
+  )

@@ -53,6 +53,7 @@ class Plan:
 
   def run(self) -> None:
     from gpt2_jax.planning import topology
+
     topo = topology.get(self.topology, self.slices)  # before jax wakes a backend
     if self.search and self.mode != 'train':
       raise UserError('--search is for --mode train.')
@@ -60,15 +61,27 @@ class Plan:
     file = None if self.dump is None else self.dump / f'{self.mode}.hlo.txt'
     if self.search:
       from gpt2_jax.planning import search
-      return search.run(config, topo, name, limit=self.search_limit, workers=self.workers,
-                        tokens=self.tokens, json_file=self.json, dump=self.dump)
+
+      return search.run(
+        config,
+        topo,
+        name,
+        limit=self.search_limit,
+        workers=self.workers,
+        tokens=self.tokens,
+        json_file=self.json,
+        dump=self.dump,
+      )
     if self.mode == 'train':
       from gpt2_jax.planning.plan import plan_train
+
       made = plan_train(config, topo, name, tokens=self.tokens, dump=file)
     else:
       from gpt2_jax.planning.decode import plan_decode
-      made = plan_decode(config, topo, name, self.mode, batch=self.batch, prompt=self.prompt,
-                         new=self.new, dump=file)
+
+      made = plan_decode(
+        config, topo, name, self.mode, batch=self.batch, prompt=self.prompt, new=self.new, dump=file
+      )
     print(made.text())
     if self.json is not None:
       made.save(self.json)
@@ -115,6 +128,7 @@ def load_config(path: str, overrides: tuple[str, ...] = ()) -> tuple[Any, str]:
 def _load(name: str, overrides: tuple[str, ...]) -> Any:
   from absl import flags
   from ml_collections import config_flags
+
   values, argv = flags.FlagValues(), ['plan', f'--config={name}', *overrides]
   holder = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
   values(argv)

@@ -15,12 +15,35 @@ from gpt2_jax.planning.hlo import Array, Instruction, Module, groups_of, parse, 
 
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 # Attention kernels, by the beginning of their name or target: how many products of T x S they make.
-ATTENTION = {'splash_mha_fwd': 2, 'splash_mha_dq': 3, 'splash_mha_dkv': 4,
-             '__cudnn$fmha': 2, '__cudnn$fmhaSoftmaxBackward': 5}
+ATTENTION = {
+  'splash_mha_fwd': 2,
+  'splash_mha_dq': 3,
+  'splash_mha_dkv': 4,
+  '__cudnn$fmha': 2,
+  '__cudnn$fmhaSoftmaxBackward': 5,
+}
 MEGASCALE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
-NO_TRAFFIC = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'while',
-              'conditional', 'call', 'async-start', 'async-update', 'async-done', 'partition-id',
-              'replica-id', 'opt-barrier', 'copy-done', 'slice-done', 'domain', 'iota'}
+NO_TRAFFIC = {
+  'parameter',
+  'constant',
+  'tuple',
+  'get-tuple-element',
+  'bitcast',
+  'after-all',
+  'while',
+  'conditional',
+  'call',
+  'async-start',
+  'async-update',
+  'async-done',
+  'partition-id',
+  'replica-id',
+  'opt-barrier',
+  'copy-done',
+  'slice-done',
+  'domain',
+  'iota',
+}
 
 
 @dataclasses.dataclass
@@ -45,7 +68,8 @@ class Cost:
   endless: int = 0  # loops whose count the text doesn't tell
 
 
-def sent(kind: str, operand: float, groups: Sequence[Sequence[int]], slices: Sequence[int]
+def sent(
+  kind: str, operand: float, groups: Sequence[Sequence[int]], slices: Sequence[int]
 ) -> tuple[float, float]:
   """Bytes that a device sends: inside of its slice, and to others.
 
@@ -79,16 +103,20 @@ def _product_flops(i: Instruction, operands: list[tuple[Array, ...]]) -> float:
   groups = int(i.attribute('feature_group_count') or 1)
   total = 2.0 * out[y.index('b')] * out[y.index('f')] * left[a.index('f')] / groups
   total /= int(i.attribute('batch_group_count') or 1)
-  window = dict(re.findall(r'(\w+)=([\dx_\-]+)', (re.search(r'window=\{([^}]*)\}', i.attributes)
-                                                 or ['', ''])[1]))
+  window = dict(
+    re.findall(r'(\w+)=([\dx_\-]+)', (re.search(r'window=\{([^}]*)\}', i.attributes) or ['', ''])[1])
+  )
   axes = [label for label in w if label.isdigit()]
   setting = lambda name, at: int(window[name].split('x')[at]) if name in window else 1
   for label in axes:
     n, size, outs = int(label), left[a.index(label)], out[y.index(label)]
     low = int(window['pad'].split('x')[n].split('_')[0]) if 'pad' in window else 0
     dilated = setting('lhs_dilate', n)
-    at = (np.arange(outs)[:, None] * setting('stride', n) - low
-          + np.arange(right[w.index(label)]) * setting('rhs_dilate', n))
+    at = (
+      np.arange(outs)[:, None] * setting('stride', n)
+      - low
+      + np.arange(right[w.index(label)]) * setting('rhs_dilate', n)
+    )
     total *= int(((at >= 0) & (at <= (size - 1) * dilated) & (at % dilated == 0)).sum())
   return total
 
@@ -117,8 +145,9 @@ class _Count:
   def __init__(self, module: Module, slices: Sequence[int]):
     self.module, self.slices, self.cost = module, slices, Cost()
 
-  def computation(self, name: str, times: float, *, fused: str | None = None,
-                  seen: set | None = None) -> None:
+  def computation(
+    self, name: str, times: float, *, fused: str | None = None, seen: set | None = None
+  ) -> None:
     """Adds a computation that runs so many times; `fused` is the name of the fusion that it is.
 
     A TPU splits a collective into steps, one in each of several fusions: `seen` has those that were
@@ -216,8 +245,14 @@ class _Count:
   def _read(self, fusion: str, number: int) -> float:
     """Bytes of a fusion's input that are read: all, or what its slices take of it."""
     body = self.module.computations[fusion]
-    source = next((inner for inner in body.values() if inner.op == 'parameter'
-                   and inner.attribute('value') == str(number)), None)
+    source = next(
+      (
+        inner
+        for inner in body.values()
+        if inner.op == 'parameter' and inner.attribute('value') == str(number)
+      ),
+      None,
+    )
     return 0 if source is None else self._taken(body, source)
 
   def _taken(self, body: dict[str, Instruction], source: Instruction) -> float:
@@ -248,8 +283,11 @@ def count(text: str, slices: Sequence[int], *, one_turn: bool = False) -> Cost:
   counting = _Count(parse(text), slices)
   start = counting.module.entry
   if one_turn:
-    loops = [i for i in counting.module.computations[start].values() if i.op == 'while'
-             and trip_count(counting.module, i) is None]
+    loops = [
+      i
+      for i in counting.module.computations[start].values()
+      if i.op == 'while' and trip_count(counting.module, i) is None
+    ]
     start = (loops[0].attribute('body') or start) if loops else start
   counting.computation(start, 1)
   return counting.cost

@@ -52,21 +52,42 @@ def abstract_request(config: GPTConfig, rows: int, prompt: int, new: int) -> Req
   options, eos = Options(), np.zeros(1, np.int32)
 
   def make():
-    zeros = lambda *shape: reshard(jnp.zeros((rows, *shape), jnp.int32),
-                                   P(BATCH, *(None for _ in shape)))
-    processors = make_processors(options, V=config.vocab_size, eos=eos, ends=eos, guide=None,
-                                 extra=(), prefix_allowed_tokens_fn=None)
+    zeros = lambda *shape: reshard(
+      jnp.zeros((rows, *shape), jnp.int32), P(BATCH, *(None for _ in shape))
+    )
+    processors = make_processors(
+      options,
+      V=config.vocab_size,
+      eos=eos,
+      ends=eos,
+      guide=None,
+      extra=(),
+      prefix_allowed_tokens_fn=None,
+    )
     size = batching.bucket(prompt, 1 << 30) + new
     history = History(zeros(size), *(zeros() for _ in range(8)))
-    return Request(zeros(prompt), zeros(), history, zeros(), jax.random.key(0),
-                   Rules(processors, Endings(jnp.asarray(eos))))
+    return Request(
+      zeros(prompt),
+      zeros(),
+      history,
+      zeros(),
+      jax.random.key(0),
+      Rules(processors, Endings(jnp.asarray(eos))),
+    )
 
   return on_devices(jax.eval_shape(make))
 
 
 def compile_decode(
-    topology: Topology, mesh, config: GPTConfig, mode: str, rows: int, prompt: int, new: int,
-    dump: Path | None = None) -> tuple[Compiled, dict[str, int]]:
+  topology: Topology,
+  mesh,
+  config: GPTConfig,
+  mode: str,
+  rows: int,
+  prompt: int,
+  new: int,
+  dump: Path | None = None,
+) -> tuple[Compiled, dict[str, int]]:
   """Compiles the reading of prompts ('prefill') or the loop of new tokens ('decode').
 
   Returns:
@@ -77,9 +98,13 @@ def compile_decode(
     config, params = abstract_params(config)
     request = abstract_request(config, rows, prompt, new)
     begin = functools.partial(start, N=new, K=0)
-    state = on_devices(jax.eval_shape(
+    state = on_devices(
+      jax.eval_shape(
         lambda *args: begin(config, params=args[0], search=search, request=args[1])[0],
-        params, request))
+        params,
+        request,
+      )
+    )
     parts = {'weights': bytes_of(params), 'cache': bytes_of(state.cache)}
     if mode == 'prefill':
       build = lambda: start.lower(config, params, search, request, N=new, K=0).compile()
@@ -104,15 +129,25 @@ def lengths(S: int, prompt: int | None, new: int | None) -> tuple[int, int]:
   if new is None:
     new = max(1, min(TOKENS, S - prompt))
   if min(prompt, new) < 1 or prompt + new > S:
-    raise UserError(f'--prompt {brief(prompt)} and --new {brief(new)} must be at least 1 and no more '
-                    f'than model.n_positions = {S} together.')
+    raise UserError(
+      f'--prompt {brief(prompt)} and --new {brief(new)} must be at least 1 and no more '
+      f'than model.n_positions = {S} together.'
+    )
   return batching.bucket(prompt, S), batching.bucket(new, S)
 
 
 def plan_decode(
-    config: Config, topology: Topology, name: str, mode: str, *, batch: int | None = None,
-    prompt: int | None = None, new: int | None = None, dump: Path | None = None,
-    largest: bool = True) -> Report:
+  config: Config,
+  topology: Topology,
+  name: str,
+  mode: str,
+  *,
+  batch: int | None = None,
+  prompt: int | None = None,
+  new: int | None = None,
+  dump: Path | None = None,
+  largest: bool = True,
+) -> Report:
   """Generation with a config's model, compiled for a topology.
 
   Args:
@@ -144,27 +179,34 @@ def plan_decode(
   forward = flops_per_token(model, prompt) // 3
   weights = parts['weights'] * mesh.shape['fsdp']  # what a device reads: its own and the gathered
   made = report(
-      topology, mesh, compiled, mode=mode, config=name, flops=forward * tokens / mesh.size,
-      model=describe(model),
-      batch=f'{rows} texts of {prompt} tokens, with room for {new} more',
-      numbers=dict(parameters=num_params(model), rows=rows, prompt=prompt, new=new))
+    topology,
+    mesh,
+    compiled,
+    mode=mode,
+    config=name,
+    flops=forward * tokens / mesh.size,
+    model=describe(model),
+    batch=f'{rows} texts of {prompt} tokens, with room for {new} more',
+    numbers=dict(parameters=num_params(model), rows=rows, prompt=prompt, new=new),
+  )
   results: dict[str, float] = {
-      'kv_cache_bytes': cache_bytes(model, rows, prompt + new),
-      'kv_cache_bytes_per_device': parts['cache'],
-      'weight_bytes_per_device': parts['weights']}
+    'kv_cache_bytes': cache_bytes(model, rows, prompt + new),
+    'kv_cache_bytes_per_device': parts['cache'],
+    'weight_bytes_per_device': parts['weights'],
+  }
   if made.times is not None:
     results |= {'tokens_per_second': tokens / made.times.total}
     if mode == 'decode':
       floor = (weights + parts['cache']) / (HBM * chip.hbm_bandwidth)
-      results |= {'ms_per_token': made.times.total * 1e3,
-                  'ms_to_read_weights_and_cache': floor * 1e3}
+      results |= {'ms_per_token': made.times.total * 1e3, 'ms_to_read_weights_and_cache': floor * 1e3}
   if largest:
     results |= _largest(compile_rows, compiled, parts, rows, split, prompt, new, tensor, model)
   return dataclasses.replace(made, results=results)
 
 
-def _largest(compile_rows, compiled: Compiled, parts, rows, split, prompt, new, tensor,
-             model: GPTConfig) -> dict[str, float]:
+def _largest(
+  compile_rows, compiled: Compiled, parts, rows, split, prompt, new, tensor, model: GPTConfig
+) -> dict[str, float]:
   """The largest batch that fits, of those compiled: the first by bytes that are known, the others on
   the line through the last two.
   """

@@ -10,8 +10,25 @@ import re
 
 import numpy as np
 
-BYTES = {'pred': 1, 's4': 0.5, 'u4': 0.5, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 's32': 4, 'u32': 4,
-         's64': 8, 'u64': 8, 'f16': 2, 'bf16': 2, 'f32': 4, 'f64': 8, 'c64': 8, 'c128': 16}
+BYTES = {
+  'pred': 1,
+  's4': 0.5,
+  'u4': 0.5,
+  's8': 1,
+  'u8': 1,
+  's16': 2,
+  'u16': 2,
+  's32': 4,
+  'u32': 4,
+  's64': 8,
+  'u64': 8,
+  'f16': 2,
+  'bf16': 2,
+  'f32': 4,
+  'f64': 8,
+  'c64': 8,
+  'c128': 16,
+}
 ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,]*)\](\{[^{}]*\})?')
 COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$')
 INSTRUCTION = re.compile(r'^\s+(ROOT )?%?([\w.\-]+) = ')
@@ -78,7 +95,7 @@ def _closing(text: str, start: int) -> int:
     depth += (text[at] == '(') - (text[at] == ')')
     if depth == 0:
       return at + 1
-  raise ValueError(f'no end of {text[start:start + 40]!r}')
+  raise ValueError(f'no end of {text[start : start + 40]!r}')
 
 
 def arrays_of(shape: str) -> tuple[Array, ...]:
@@ -86,20 +103,21 @@ def arrays_of(shape: str) -> tuple[Array, ...]:
   found = []
   for dtype, dims, layout in ARRAY.findall(shape):
     space = re.search(r'S\((\d+)\)', layout)
-    found.append(Array(dtype, tuple(int(n) for n in dims.split(',') if n),
-                       int(space[1]) if space else 0))
+    found.append(
+      Array(dtype, tuple(int(n) for n in dims.split(',') if n), int(space[1]) if space else 0)
+    )
   return tuple(found)
 
 
 def _instruction(line: str) -> Instruction | None:
   if not (head := INSTRUCTION.match(line)):
     return None
-  rest = line[head.end():]
+  rest = line[head.end() :]
   end = _closing(rest, 0) if rest.startswith('(') else rest.index(' ')
   shape, rest = rest[:end], rest[end:].lstrip()
   paren = rest.index('(')
   end = _closing(rest, paren)
-  op, inside = rest[:paren], rest[paren + 1:end - 1]
+  op, inside = rest[:paren], rest[paren + 1 : end - 1]
   named = () if op in ('constant', 'parameter') else tuple(re.findall(r'%([\w.\-]+)', inside))
   attributes = rest[end:]
   if op in ('constant', 'parameter'):
@@ -134,8 +152,11 @@ def trip_count(module: Module, loop: Instruction) -> int | None:
     inside = module.root(name)
   if inside.op != 'compare' or inside.attribute('direction') != 'LT':
     return None
-  bounds = {int(value) for i in condition.values() if i.op == 'constant'
-            and (value := i.attribute('value')) and value.isdigit()}
+  bounds = {
+    int(value)
+    for i in condition.values()
+    if i.op == 'constant' and (value := i.attribute('value')) and value.isdigit()
+  }
   return bounds.pop() if len(bounds) == 1 else None
 
 
@@ -151,7 +172,7 @@ def _mesh_groups(text: str) -> np.ndarray:
 
   In front of the axes may stand the order of the devices, "device_ids=([2,4]T(1,0))" or a list.
   """
-  found = re.match(r"mesh\[([^\]]*)\](.*?)\{(.*?)\}", text)
+  found = re.match(r'mesh\[([^\]]*)\](.*?)\{(.*?)\}', text)
   assert found is not None, text
   sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
   ids = np.arange(math.prod(sizes.values()))
@@ -196,6 +217,6 @@ def groups_of(instruction: Instruction, devices: int) -> tuple[tuple[int, ...], 
     instruction: the collective.
     devices: how many there are, for one that joins all.
   """
-  number = r"(mesh\[.*?\].*?\{.*?\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|\{(?:\{[\d,]*\},?)*\})"
+  number = r'(mesh\[.*?\].*?\{.*?\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|\{(?:\{[\d,]*\},?)*\})'
   found = re.search(rf'(?:replica_groups|source_target_pairs)={number}', instruction.attributes)
   return _groups(found[1] if found else '{}', devices)

@@ -22,8 +22,10 @@ from gpt2_jax.planning.report import Memory, Report, refused_bytes, times
 from gpt2_jax.planning.topology import Topology
 from gpt2_jax.training.plan import make_plan
 
-KNOBS = ('it does not fit. Knobs, cheapest first: --config.train.micro_batch_rows smaller, '
-         '--config.model.remat=dots or full, --config.mesh.fsdp larger.')
+KNOBS = (
+  'it does not fit. Knobs, cheapest first: --config.train.micro_batch_rows smaller, '
+  '--config.model.remat=dots or full, --config.mesh.fsdp larger.'
+)
 GPU_SHARE = 0.75  # of its memory that JAX takes unless told otherwise
 
 
@@ -39,8 +41,9 @@ def versions() -> dict[str, str]:
 def bytes_of(tree: Any) -> int:
   """Bytes of one device's parts of abstract arrays."""
   shard = lambda x: np.prod(x.sharding.shard_shape(x.shape), dtype=int) * x.dtype.itemsize
-  return int(sum(shard(x) for x in jax.tree.leaves(tree)
-                 if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)))
+  return int(
+    sum(shard(x) for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key))
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +71,15 @@ def _without_cache():
     compilation_cache.reset_cache()
 
 
-def compile_for(topology: Topology, mesh, build: Callable[[], Any], arguments: Any,
-                dump: Path | None = None, *, one_turn: bool = False) -> Compiled:
+def compile_for(
+  topology: Topology,
+  mesh,
+  build: Callable[[], Any],
+  arguments: Any,
+  dump: Path | None = None,
+  *,
+  one_turn: bool = False,
+) -> Compiled:
   """Compiles, and counts what the program needs.
 
   Args:
@@ -87,8 +97,10 @@ def compile_for(topology: Topology, mesh, build: Callable[[], Any], arguments: A
       compiled = build()
   except (UserError, RuntimeError) as e:
     if 'cuDNN not found' in str(e):
-      raise UserError('cuDNN, whose attention is compiled in, is not installed: pip install '
-                      '"gpt2_jax[cuda12]", or plan with --config.model.attention=xla.') from e
+      raise UserError(
+        'cuDNN, whose attention is compiled in, is not installed: pip install '
+        '"gpt2_jax[cuda12]", or plan with --config.model.attention=xla.'
+      ) from e
     error = e.__cause__ if isinstance(e, UserError) else e
     if not isinstance(error, jax.errors.JaxRuntimeError) or 'RESOURCE_EXHAUSTED' not in str(error):
       raise
@@ -105,8 +117,12 @@ def compile_for(topology: Topology, mesh, build: Callable[[], Any], arguments: A
   made = m.output_size_in_bytes - m.alias_size_in_bytes
   needed = m.argument_size_in_bytes + m.temp_size_in_bytes + m.generated_code_size_in_bytes + made
   memory = Memory(
-      m.argument_size_in_bytes, m.temp_size_in_bytes, m.generated_code_size_in_bytes,
-      max(needed, getattr(m, 'peak_memory_in_bytes', 0)), hbm)
+    m.argument_size_in_bytes,
+    m.temp_size_in_bytes,
+    m.generated_code_size_in_bytes,
+    max(needed, getattr(m, 'peak_memory_in_bytes', 0)),
+    hbm,
+  )
   cost = count(text, topology.slices_of(mesh.devices.flat), one_turn=one_turn)
   return Compiled(memory, cost, None, seconds)
 
@@ -121,24 +137,47 @@ def report(topology: Topology, mesh, compiled: Compiled, *, flops: float, **fiel
   if not memory.fits:
     notes.append(KNOBS)
   elif mesh.devices.flat[0].platform == 'gpu' and memory.total > GPU_SHARE * memory.hbm:
-    notes.append(f'JAX takes {GPU_SHARE:.0%} of a GPU\'s memory, unless '
-                 'XLA_PYTHON_CLIENT_MEM_FRACTION says more: '
-                 f'{(memory.total + GIB) / memory.hbm:.2f} is needed.')
+    notes.append(
+      f"JAX takes {GPU_SHARE:.0%} of a GPU's memory, unless "
+      'XLA_PYTHON_CLIENT_MEM_FRACTION says more: '
+      f'{(memory.total + GIB) / memory.hbm:.2f} is needed.'
+    )
   cost, known = compiled.cost, {}
   if cost is not None:
     known = dict(
-        collectives={kind: dataclasses.asdict(t) for kind, t in sorted(cost.collectives.items())},
-        kernels=cost.kernels, flops_compiled=cost.flops, hbm_bytes=cost.hbm_bytes,
-        cycles=cost.cycles, times=times(topology.chip, flops, cost))
+      collectives={kind: dataclasses.asdict(t) for kind, t in sorted(cost.collectives.items())},
+      kernels=cost.kernels,
+      flops_compiled=cost.flops,
+      hbm_bytes=cost.hbm_bytes,
+      cycles=cost.cycles,
+      times=times(topology.chip, flops, cost),
+    )
   return Report(
-      topology=topology.name, device_kind=mesh.devices.flat[0].device_kind,
-      devices=len(topology.devices), chips=topology.chips, mesh=dict(mesh.shape), memory=memory,
-      fits=memory.fits, refused=compiled.refused, flops=flops, notes=tuple(notes),
-      versions=versions(), compile_seconds=compiled.seconds, **known, **fields)
+    topology=topology.name,
+    device_kind=mesh.devices.flat[0].device_kind,
+    devices=len(topology.devices),
+    chips=topology.chips,
+    mesh=dict(mesh.shape),
+    memory=memory,
+    fits=memory.fits,
+    refused=compiled.refused,
+    flops=flops,
+    notes=tuple(notes),
+    versions=versions(),
+    compile_seconds=compiled.seconds,
+    **known,
+    **fields,
+  )
 
 
-def plan_train(config: Config, topology: Topology, name: str, *, tokens: int | None = None,
-               dump: Path | None = None) -> Report:
+def plan_train(
+  config: Config,
+  topology: Topology,
+  name: str,
+  *,
+  tokens: int | None = None,
+  dump: Path | None = None,
+) -> Report:
   """The training step of a config, compiled for a topology.
 
   Args:
@@ -160,16 +199,33 @@ def plan_train(config: Config, topology: Topology, name: str, *, tokens: int | N
   rows = plan.G // plan.A // (plan.mesh.shape['data'] * plan.mesh.shape['fsdp'])
   all_flops = flops_per_token(c, plan.T) * step
   made = report(
-      topology, plan.mesh, compiled, mode='train', config=name, flops=all_flops / plan.mesh.size,
-      model=f'{describe(c)}, remat {c.remat}',
-      batch=f'{step:,} tokens a step = {plan.A} micro-batches x {rows} rows a device x {plan.T}',
-      numbers=dict(parameters=num_params(c), remat=c.remat, micro_batch_rows=rows,
-                   micro_batches=plan.A, tokens_a_step=step))
+    topology,
+    plan.mesh,
+    compiled,
+    mode='train',
+    config=name,
+    flops=all_flops / plan.mesh.size,
+    model=f'{describe(c)}, remat {c.remat}',
+    batch=f'{step:,} tokens a step = {plan.A} micro-batches x {rows} rows a device x {plan.T}',
+    numbers=dict(
+      parameters=num_params(c),
+      remat=c.remat,
+      micro_batch_rows=rows,
+      micro_batches=plan.A,
+      tokens_a_step=step,
+    ),
+  )
   if (estimate := made.times) is None:
     return made
   per_second = step / estimate.total
   days = goal / per_second / 86400
-  return dataclasses.replace(made, results={
+  return dataclasses.replace(
+    made,
+    results={
       'tokens_per_second': per_second,
       'mfu': all_flops / estimate.total / (topology.chip.flops * plan.mesh.size),
-      'tokens': goal, 'days': days, 'chip_hours': days * 24 * topology.chips})
+      'tokens': goal,
+      'days': days,
+      'chip_hours': days * 24 * topology.chips,
+    },
+  )

@@ -14,11 +14,11 @@ from gpt2_jax.planning.cost import Cost
 # Shares of a data sheet's figures that programs are assumed to get. Not measured: see ASSUMPTIONS.
 COMPUTE, HBM, LINKS = 0.6, 0.8, 0.5
 ASSUMPTIONS = (
-    'uncalibrated: no run on this hardware stands behind the times',
-    f'the longest of four: FLOPs at {COMPUTE:.0%} of the bfloat16 peak, main memory at {HBM:.0%}, '
-    f'ICI (or NVLink) and DCN at {LINKS:.0%} of their bandwidth; the others are hidden behind it',
-    'FLOPs: the larger of the formula and the compiled products, of attention the causal half too',
-    'main memory: operands and results of all fusions, as the program\'s text has them',
+  'uncalibrated: no run on this hardware stands behind the times',
+  f'the longest of four: FLOPs at {COMPUTE:.0%} of the bfloat16 peak, main memory at {HBM:.0%}, '
+  f'ICI (or NVLink) and DCN at {LINKS:.0%} of their bandwidth; the others are hidden behind it',
+  'FLOPs: the larger of the formula and the compiled products, of attention the causal half too',
+  "main memory: operands and results of all fusions, as the program's text has them",
 )
 
 
@@ -59,9 +59,11 @@ def times(chip: Chip, flops: float, cost: Cost) -> Times:
   """The estimate that ASSUMPTIONS describes. `flops` by the formula, of a device."""
   traffic = cost.collectives.values()
   return Times(
-      max(flops, cost.flops) / (COMPUTE * chip.flops), cost.hbm_bytes / (HBM * chip.hbm_bandwidth),
-      sum(t.ici for t in traffic) / (LINKS * chip.ici),
-      sum(t.dcn for t in traffic) / (LINKS * chip.dcn))
+    max(flops, cost.flops) / (COMPUTE * chip.flops),
+    cost.hbm_bytes / (HBM * chip.hbm_bandwidth),
+    sum(t.ici for t in traffic) / (LINKS * chip.ici),
+    sum(t.dcn for t in traffic) / (LINKS * chip.dcn),
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +107,10 @@ class Report:
     fields = json.loads(text)
     del fields['assumptions']
     times = fields['times'] and Times(*(fields['times'][f.name] for f in dataclasses.fields(Times)))
-    return cls(**fields | {'memory': Memory(**fields['memory']), 'times': times,
-                           'notes': tuple(fields['notes'])})
+    return cls(
+      **fields
+      | {'memory': Memory(**fields['memory']), 'times': times, 'notes': tuple(fields['notes'])}
+    )
 
   def save(self, path: str | Path) -> None:
     path = local(path)
@@ -118,35 +122,44 @@ class Report:
     """Some lines for a reader."""
     m, mesh = self.memory, ' '.join(f'{name}={size}' for name, size in self.mesh.items())
     lines = [
-        f'plan       {self.mode}: {self.config}',
-        f'topology   {self.topology}: {self.devices} x {self.device_kind}, {self.chips} chips',
-        f'mesh       {mesh}',
-        f'model      {self.model}',
-        f'batch      {self.batch}',
-        f'fits       {"yes" if self.fits else "NO"}: {m.total / GIB:,.2f} of {m.hbm / GIB:,.2f} GiB '
-        'of a device',
-        f'memory     arguments {m.arguments / GIB:,.2f}, temporaries {m.temporaries / GIB:,.2f}, '
-        f'generated code {m.code / GIB:,.3f} GiB']
+      f'plan       {self.mode}: {self.config}',
+      f'topology   {self.topology}: {self.devices} x {self.device_kind}, {self.chips} chips',
+      f'mesh       {mesh}',
+      f'model      {self.model}',
+      f'batch      {self.batch}',
+      f'fits       {"yes" if self.fits else "NO"}: {m.total / GIB:,.2f} of {m.hbm / GIB:,.2f} GiB '
+      'of a device',
+      f'memory     arguments {m.arguments / GIB:,.2f}, temporaries {m.temporaries / GIB:,.2f}, '
+      f'generated code {m.code / GIB:,.3f} GiB',
+    ]
     if self.refused:
       lines.append(f'           {self.refused}')
     for kind, t in self.collectives.items():
-      lines.append(f'moved      {kind}: {t["count"]:,} of {size(t["bytes"])} in all; a device sends '
-                   f'{size(t["ici"])} over ICI, {size(t["dcn"])} over DCN')
-    kernels = [f'{count:,} {name}' for name, count in self.kernels.items()
-               if name.startswith(('tpu_custom_call', '__cudnn'))]
+      lines.append(
+        f'moved      {kind}: {t["count"]:,} of {size(t["bytes"])} in all; a device sends '
+        f'{size(t["ici"])} over ICI, {size(t["dcn"])} over DCN'
+      )
+    kernels = [
+      f'{count:,} {name}'
+      for name, count in self.kernels.items()
+      if name.startswith(('tpu_custom_call', '__cudnn'))
+    ]
     if kernels:
       lines.append(f'kernels    {", ".join(kernels)}')
     if self.times:
       t = self.times
       lines += [
-          f'FLOPs      {self.flops:,.0f} by the formula, {self.flops_compiled:,.0f} in compiled '
-          f'products; {size(self.hbm_bytes)} of main memory traffic',
-          f'time       {t.total * 1e3:,.2f} ms (uncalibrated; bound by {t.bound}): compute '
-          f'{t.compute * 1e3:,.2f}, HBM {t.hbm * 1e3:,.2f}, ICI {t.ici * 1e3:,.2f}, DCN '
-          f'{t.dcn * 1e3:,.2f} ms']
+        f'FLOPs      {self.flops:,.0f} by the formula, {self.flops_compiled:,.0f} in compiled '
+        f'products; {size(self.hbm_bytes)} of main memory traffic',
+        f'time       {t.total * 1e3:,.2f} ms (uncalibrated; bound by {t.bound}): compute '
+        f'{t.compute * 1e3:,.2f}, HBM {t.hbm * 1e3:,.2f}, ICI {t.ici * 1e3:,.2f}, DCN '
+        f'{t.dcn * 1e3:,.2f} ms',
+      ]
       if self.cycles:
-        lines.append(f'cycles     {self.cycles:,.0f} by the compiler (without collectives and '
-                     'kernels; to compare programs with)')
+        lines.append(
+          f'cycles     {self.cycles:,.0f} by the compiler (without collectives and '
+          'kernels; to compare programs with)'
+        )
     shown = lambda value: f'{value:,.4g}' if value < 1000 else f'{value:,.0f}'
     lines += [f'{name.replace("_", " ")}: {shown(value)}' for name, value in self.results.items()]
     lines += [f'note       {note}' for note in self.notes]

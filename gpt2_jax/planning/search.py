@@ -53,9 +53,11 @@ class Candidate:
     return config
 
   def flags(self) -> str:
-    return (f'--config.mesh.data={self.data} --config.mesh.fsdp={self.fsdp} '
-            f'--config.mesh.tensor={self.tensor} --config.train.micro_batch_rows={self.rows} '
-            f'--config.model.remat={self.remat}')
+    return (
+      f'--config.mesh.data={self.data} --config.mesh.fsdp={self.fsdp} '
+      f'--config.mesh.tensor={self.tensor} --config.train.micro_batch_rows={self.rows} '
+      f'--config.model.remat={self.remat}'
+    )
 
 
 def meshes(config: Config, topology: Topology, model: GPTConfig, rows: int) -> Iterator[Mesh]:
@@ -90,15 +92,28 @@ def candidates(config: Config, topology: Topology) -> list[Candidate]:
   for mesh in meshes(config, topology, model, G):
     data, fsdp, tensor = (mesh.shape[name] for name in ('data', 'fsdp', 'tensor'))
     for remat in REMAT_POLICIES:
-      need = {rows: estimate_bytes(dataclasses.replace(model, remat=remat), mesh, T,
-                                   rows * data * fsdp, config.optim.ema_decay > 0) / hbm
-              for rows in divisors(G // (data * fsdp))}
+      need = {
+        rows: estimate_bytes(
+          dataclasses.replace(model, remat=remat),
+          mesh,
+          T,
+          rows * data * fsdp,
+          config.optim.ema_decay > 0,
+        )
+        / hbm
+        for rows in divisors(G // (data * fsdp))
+      }
       fitting = [rows for rows in need if need[rows] <= SURE]
       beyond = [rows for rows in need if SURE < need[rows] <= PERHAPS]
       for rows in [*fitting[-1:], *beyond[:1]]:
         gathers = G // (data * fsdp) // rows * (fsdp > 1)  # of all weights, a step
-        score = (AGAIN[remat] + 0.05 * gathers + 0.1 * math.log2(tensor) - 0.02 * math.log2(rows)
-                 + max(0.0, need[rows] - SURE))
+        score = (
+          AGAIN[remat]
+          + 0.05 * gathers
+          + 0.1 * math.log2(tensor)
+          - 0.02 * math.log2(rows)
+          + max(0.0, need[rows] - SURE)
+        )
         found.append((score, Candidate(data, fsdp, tensor, rows, remat)))
   return [candidate for _, candidate in sorted(found, key=lambda pair: (pair[0], str(pair[1])))]
 
@@ -121,8 +136,14 @@ def cache_key(config: Config, topology: str, tokens: int | None) -> str:
   return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def plan_cached(config: Config, topology: Topology | str, name: str, *, tokens: int | None = None,
-                dump: Path | None = None) -> Report:
+def plan_cached(
+  config: Config,
+  topology: Topology | str,
+  name: str,
+  *,
+  tokens: int | None = None,
+  dump: Path | None = None,
+) -> Report:
   """`plan_train`, or what it said before of the same config, topology, versions and source."""
   full = topology if isinstance(topology, str) else topology.name
   path = cache_folder() / f'{cache_key(config, full, tokens)}.json'
@@ -144,8 +165,9 @@ def workers_at_once(asked: int | None = None) -> int:
   return max(1, min(cores, free // WORKER_BYTES))
 
 
-def _work(config: Config, topology: str, name: str, tokens: int | None, dump: Path | None
-          ) -> Report | str:
+def _work(
+  config: Config, topology: str, name: str, tokens: int | None, dump: Path | None
+) -> Report | str:
   """In a process of its own. The report, or why there is none."""
   topologies.prepare_environment()
   try:
@@ -154,9 +176,16 @@ def _work(config: Config, topology: str, name: str, tokens: int | None, dump: Pa
     return (str(e) or repr(e)).splitlines()[0]
 
 
-def search(config: Config, topology: Topology, name: str, *, limit: int, workers: int | None = None,
-           tokens: int | None = None, dump: Path | None = None
-           ) -> Iterator[tuple[Candidate, Report]]:
+def search(
+  config: Config,
+  topology: Topology,
+  name: str,
+  *,
+  limit: int,
+  workers: int | None = None,
+  tokens: int | None = None,
+  dump: Path | None = None,
+) -> Iterator[tuple[Candidate, Report]]:
   """Compiles the `limit` most promising candidates, in processes beside each other.
 
   Raises:
@@ -164,26 +193,32 @@ def search(config: Config, topology: Topology, name: str, *, limit: int, workers
   """
   found = candidates(config, topology)
   if not found:
-    raise UserError(f'no mesh of {len(topology.devices)} devices divides the model and the batch of '
-                    f'{config.train.global_batch_tokens:,} tokens: make train.global_batch_tokens '
-                    'larger, or the topology smaller.')
+    raise UserError(
+      f'no mesh of {len(topology.devices)} devices divides the model and the batch of '
+      f'{config.train.global_batch_tokens:,} tokens: make train.global_batch_tokens '
+      'larger, or the topology smaller.'
+    )
   chosen, at_once = found[:limit], workers_at_once(workers)
   print(f'{len(chosen)} of {len(found)} candidates, {at_once} at a time', file=sys.stderr)
   pool = concurrent.futures.ProcessPoolExecutor(
-      at_once, multiprocessing.get_context('spawn'), max_tasks_per_child=4)
+    at_once, multiprocessing.get_context('spawn'), max_tasks_per_child=4
+  )
   with pool, track('planning', len(chosen), 'plans') as advance:
     waiting: dict[Any, Candidate] = {}
     for i, candidate in enumerate(chosen):
       file = None if dump is None else dump / f'{i:02d}.hlo.txt'
-      future = pool.submit(_work, candidate.apply(config), topology.name,
-                           f'{name} {candidate.flags()}', tokens, file)
+      future = pool.submit(
+        _work, candidate.apply(config), topology.name, f'{name} {candidate.flags()}', tokens, file
+      )
       waiting[future] = candidate
     for future in concurrent.futures.as_completed(waiting):
       try:
         made = future.result()
       except concurrent.futures.process.BrokenProcessPool as e:
-        raise UserError('a compilation was killed, for want of memory perhaps: try fewer at a time '
-                        f'(--workers {max(1, at_once // 2)}). What was finished is kept.') from e
+        raise UserError(
+          'a compilation was killed, for want of memory perhaps: try fewer at a time '
+          f'(--workers {max(1, at_once // 2)}). What was finished is kept.'
+        ) from e
       advance(1)
       if isinstance(made, str):
         print(f'{waiting[future].flags()}: {made}', file=sys.stderr)
@@ -200,20 +235,34 @@ def ranked(results: list[tuple[Candidate, Report]]) -> list[tuple[Candidate, Rep
 def table(results: list[tuple[Candidate, Report]]) -> str:
   lines = ['  data  fsdp tensor  rows remat   fits     GiB  step ms   tokens/s    MFU  bound']
   for c, r in ranked(results):
-    line = (f'{c.data:6d}{c.fsdp:6d}{c.tensor:7d}{c.rows:6d} {c.remat:6s}'
-            f'{"yes" if r.fits else "NO":>6s}{r.memory.total / GIB:8.2f}')
+    line = (
+      f'{c.data:6d}{c.fsdp:6d}{c.tensor:7d}{c.rows:6d} {c.remat:6s}'
+      f'{"yes" if r.fits else "NO":>6s}{r.memory.total / GIB:8.2f}'
+    )
     if r.times:
-      line += (f'{r.times.total * 1e3:9.1f}{r.results["tokens_per_second"]:11,.0f}'
-               f'{r.results["mfu"]:7.1%}  {r.times.bound}')
+      line += (
+        f'{r.times.total * 1e3:9.1f}{r.results["tokens_per_second"]:11,.0f}'
+        f'{r.results["mfu"]:7.1%}  {r.times.bound}'
+      )
     lines.append(line)
   return '\n'.join(lines)
 
 
-def run(config: Config, topology: Topology, name: str, *, limit: int, workers: int | None,
-        tokens: int | None, json_file: Path | None, dump: Path | None) -> None:
+def run(
+  config: Config,
+  topology: Topology,
+  name: str,
+  *,
+  limit: int,
+  workers: int | None,
+  tokens: int | None,
+  json_file: Path | None,
+  dump: Path | None,
+) -> None:
   """Searches, and prints the table and the best plan."""
-  results = list(search(config, topology, name, limit=limit, workers=workers, tokens=tokens,
-                        dump=dump))
+  results = list(
+    search(config, topology, name, limit=limit, workers=workers, tokens=tokens, dump=dump)
+  )
   if not results:
     raise UserError('none of the candidates could be compiled: see above.')
   best = ranked(results)
@@ -223,4 +272,5 @@ def run(config: Config, topology: Topology, name: str, *, limit: int, workers: i
   print(made.text())
   if json_file is not None:
     from gpt2_jax.planning.command import save_text
+
     save_text(json_file, '[' + ',\n'.join(made.to_json() for _, made in best) + ']\n')

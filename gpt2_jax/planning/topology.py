@@ -1,8 +1,8 @@
 """Devices that are not there, to compile for: TPU slices by libtpu, GPUs by the CUDA plugin.
 
-    v5e:16x16         a TPU slice: v3, v4, v5e, v5p, v6e, v7x, and its chips in x and y (and z)
-    4*v5e:8x8         four such slices, joined by the data centre's network (DCN)
-    h100:8, h100:2x8  GPUs: a100, h100, h200; of one host, or hosts x GPUs
+v5e:16x16         a TPU slice: v3, v4, v5e, v5p, v6e, v7x, and its chips in x and y (and z)
+4*v5e:8x8         four such slices, joined by the data centre's network (DCN)
+h100:8, h100:2x8  GPUs: a100, h100, h200; of one host, or hosts x GPUs
 """
 
 import dataclasses
@@ -19,12 +19,21 @@ from gpt2_jax.hardware import CHIPS, Chip
 
 # Name -> (libtpu's name, beginning of the device kind, axes of the torus, chips at most).
 TPUS = {
-    'v3': ('v3', 'TPU v3', 2, 1024), 'v4': ('v4', 'TPU v4', 3, 4096),
-    'v5e': ('v5e', 'TPU v5 lite', 2, 256), 'v5p': ('v5p', 'TPU v5', 3, 8960),
-    'v6e': ('v6e', 'TPU v6 lite', 2, 256), 'v7x': ('tpu7x', 'TPU7x', 3, 9216),
+  'v3': ('v3', 'TPU v3', 2, 1024),
+  'v4': ('v4', 'TPU v4', 3, 4096),
+  'v5e': ('v5e', 'TPU v5 lite', 2, 256),
+  'v5p': ('v5p', 'TPU v5', 3, 8960),
+  'v6e': ('v6e', 'TPU v6 lite', 2, 256),
+  'v7x': ('tpu7x', 'TPU7x', 3, 9216),
 }
-ALIASES = {'v5litepod': 'v5e', 'v5': 'v5p', 'tpu7x': 'v7x', 'v7': 'v7x', 'trillium': 'v6e',
-           'ironwood': 'v7x'}
+ALIASES = {
+  'v5litepod': 'v5e',
+  'v5': 'v5p',
+  'tpu7x': 'v7x',
+  'v7': 'v7x',
+  'trillium': 'v6e',
+  'ironwood': 'v7x',
+}
 MEGACORE = ('v4', 'v5p')  # both cores of a chip are one device
 GPUS = {'a100': 'NVIDIA A100-SXM4-80GB', 'h100': 'NVIDIA H100 80GB HBM3', 'h200': 'NVIDIA H200'}
 # What the CUDA compiler wants to know of a GPU (a GpuTargetConfigProto). On a GPU at hand jax's
@@ -65,11 +74,17 @@ def prepare_environment() -> None:
   """Settings under which jax uses no accelerator and libtpu keeps still. Before jax is first used."""
   os.environ['JAX_PLATFORMS'] = 'cpu'
   for name, value in dict(
-      TPU_SKIP_MDS_QUERY='1', TPU_ACCELERATOR_TYPE='v5litepod-16', TPU_WORKER_HOSTNAMES='localhost',
-      TPU_WORKER_ID='0', ALLOW_MULTIPLE_LIBTPU_LOAD='1', TPU_MIN_LOG_LEVEL='3',
-      TF_CPP_MIN_LOG_LEVEL='1').items():
+    TPU_SKIP_MDS_QUERY='1',
+    TPU_ACCELERATOR_TYPE='v5litepod-16',
+    TPU_WORKER_HOSTNAMES='localhost',
+    TPU_WORKER_ID='0',
+    ALLOW_MULTIPLE_LIBTPU_LOAD='1',
+    TPU_MIN_LOG_LEVEL='3',
+    TF_CPP_MIN_LOG_LEVEL='1',
+  ).items():
     os.environ.setdefault(name, value)
   import jax
+
   jax.config.update('jax_platforms', 'cpu')  # where jax is imported, the environment is too late
 
 
@@ -77,9 +92,17 @@ def legal(kind: str) -> list[str]:
   """Some names of slices of a TPU, small to large: powers of two on each axis."""
   _, _, axes, most = TPUS[kind]
   sizes = [2**n for n in range(6)]
-  shapes = ([(x, y) for x in sizes for y in sizes if x <= y <= 2 * x] if axes == 2 else
-            [(x, y, z) for x in sizes for y in sizes for z in sizes if x <= y <= z <= 2 * x or
-             (x, y, z) == (2, 2, 1)])
+  shapes = (
+    [(x, y) for x in sizes for y in sizes if x <= y <= 2 * x]
+    if axes == 2
+    else [
+      (x, y, z)
+      for x in sizes
+      for y in sizes
+      for z in sizes
+      if x <= y <= z <= 2 * x or (x, y, z) == (2, 2, 1)
+    ]
+  )
   shapes = [s for s in shapes if 4 <= math.prod(s) <= min(most, 1024) and s[:2] >= (2, 2)]
   return [f'{kind}:{"x".join(map(str, s))}' for s in sorted(shapes, key=lambda s: (math.prod(s), s))]
 
@@ -89,9 +112,10 @@ def _unknown(name: str) -> UserError:
   near = difflib.get_close_matches(name.split(':')[0], [*kinds, *ALIASES], 1)
   hint = f' Do you mean {near[0]}:…?' if near and near[0] != name.split(':')[0] else ''
   return UserError(
-      f'--topology {name!r} is none that is known.{hint} TPU: {", ".join(TPUS)} with the slice\'s '
-      f'shape (v5e:16x16, v5p:4x4x4), several as 4*v5e:8x8; GPU: {", ".join(GPUS)} with their '
-      'number, or hosts x GPUs (h100:8, h100:2x8).')
+    f"--topology {name!r} is none that is known.{hint} TPU: {', '.join(TPUS)} with the slice's "
+    f'shape (v5e:16x16, v5p:4x4x4), several as 4*v5e:8x8; GPU: {", ".join(GPUS)} with their '
+    'number, or hosts x GPUs (h100:8, h100:2x8).'
+  )
 
 
 def split(name: str) -> tuple[int, str, tuple[int, ...]]:
@@ -112,16 +136,19 @@ def split(name: str) -> tuple[int, str, tuple[int, ...]]:
 
 def _tpu(name: str, count: int, kind: str, shape: Sequence[int]) -> list[Any]:
   if importlib.util.find_spec('libtpu') is None:
-    raise UserError(f'--topology {name}: the TPU compiler is not installed: pip install libtpu (no '
-                    'TPU is needed).')
+    raise UserError(
+      f'--topology {name}: the TPU compiler is not installed: pip install libtpu (no TPU is needed).'
+    )
   from jax.errors import JaxRuntimeError
   from jax.experimental.topologies import get_topology_desc
+
   theirs, _, axes, most = TPUS[kind]
   near = min(legal(kind), key=lambda other: abs(math.prod(split(other)[2]) - math.prod(shape)))
   advice = f'{near} is near it; others: {", ".join(legal(kind))}.'
   if len(shape) != axes or math.prod(shape) > most:
-    raise UserError(f'--topology {name}: a slice of {kind} has {axes} axes and at most {most:,} '
-                    f'chips. {advice}')
+    raise UserError(
+      f'--topology {name}: a slice of {kind} has {axes} axes and at most {most:,} chips. {advice}'
+    )
   options: dict[str, Any] = {'chip_config_name': 'megacore'} if kind in MEGACORE else {}
   if math.prod(shape) == 1:
     options['chips_per_host_bounds'] = (1, 1, 1)
@@ -131,25 +158,33 @@ def _tpu(name: str, count: int, kind: str, shape: Sequence[int]) -> list[Any]:
     shown = f'{theirs}:{"x".join(map(str, shape))}'
     return list(get_topology_desc(platform='tpu', topology_name=shown, **options).devices)
   except JaxRuntimeError as e:
-    raise UserError(f'--topology {name}: libtpu refuses it ({str(e).splitlines()[0]}). '
-                    f'{advice}') from e
+    raise UserError(
+      f'--topology {name}: libtpu refuses it ({str(e).splitlines()[0]}). {advice}'
+    ) from e
 
 
 def _gpu(name: str, count: int, kind: str, shape: Sequence[int]) -> list[Any]:
   if count > 1 or len(shape) > 2:
     raise UserError(f'--topology {name}: GPUs are {kind}:N, or {kind}:HOSTSxGPUS.')
   from jax.experimental.topologies import get_topology_desc
+
   chip = CHIPS[max((n for n in CHIPS if GPUS[kind].startswith(n)), key=len)]
-  target = TARGET.format(name=GPUS[kind], memory=chip.hbm, bandwidth=int(chip.hbm_bandwidth),
-                         **(AMPERE if kind == 'a100' else HOPPER))
+  target = TARGET.format(
+    name=GPUS[kind],
+    memory=chip.hbm,
+    bandwidth=int(chip.hbm_bandwidth),
+    **(AMPERE if kind == 'a100' else HOPPER),
+  )
   hosts, each = shape if len(shape) == 2 else (1, shape[0])
   try:
-    return list(get_topology_desc(platform='cuda', target_config=target,
-                                  topology=f'1x{hosts}x{each}').devices)
+    return list(
+      get_topology_desc(platform='cuda', target_config=target, topology=f'1x{hosts}x{each}').devices
+    )
   except NotImplementedError as e:
     raise UserError(
-        f'--topology {name}: the CUDA compiler is not installed: pip install "gpt2_jax[cuda12]" (no '
-        'GPU is needed).') from e
+      f'--topology {name}: the CUDA compiler is not installed: pip install "gpt2_jax[cuda12]" (no '
+      'GPU is needed).'
+    ) from e
 
 
 def get(name: str, slices: int | None = None) -> Topology:

@@ -44,17 +44,36 @@ class Limits:
 class ApiError(Exception):
   """An answer that is an error."""
 
-  def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None,
-               headers: dict[str, str] | None = None):
+  def __init__(
+    self,
+    status: int,
+    message: str,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    headers: dict[str, str] | None = None,
+  ):
     super().__init__(message)
     self.status, self.message, self.param, self.code = status, message, param, code
     self.headers = headers
 
   def body(self) -> dict[str, Any]:
-    kind = {401: 'authentication_error', 429: 'rate_limit_error', 503: 'service_unavailable_error',
-            408: 'timeout_error', 504: 'timeout_error', 500: 'server_error'}
-    return {'error': {'message': self.message, 'type': kind.get(self.status, 'invalid_request_error'),
-                      'param': self.param, 'code': self.code}}
+    kind = {
+      401: 'authentication_error',
+      429: 'rate_limit_error',
+      503: 'service_unavailable_error',
+      408: 'timeout_error',
+      504: 'timeout_error',
+      500: 'server_error',
+    }
+    return {
+      'error': {
+        'message': self.message,
+        'type': kind.get(self.status, 'invalid_request_error'),
+        'param': self.param,
+        'code': self.code,
+      }
+    }
 
   def response(self) -> 'Json':
     return Json(self.body(), self.status, self.headers)
@@ -91,7 +110,8 @@ class Body(BaseModel):
   model_config = ConfigDict(strict=True, extra='forbid', allow_inf_nan=False)
   model: str | None = Field(None, description='Default: the first model that is served.')
   allow_special: bool | None = Field(
-      False, description='Whether the text of a special token, <|endoftext|>, is the token.')
+    False, description='Whether the text of a special token, <|endoftext|>, is the token.'
+  )
 
 
 class StreamOptions(BaseModel):
@@ -111,7 +131,8 @@ class Neutral(BaseModel):
   """What clients of OpenAI's API and of other servers send of themselves: it asks for nothing."""
 
   suffix: Literal[''] | None = Field(
-      None, description='Not supported: the model writes what comes after a text.')
+    None, description='Not supported: the model writes what comes after a text.'
+  )
   store: Literal[False] | None = OFF
   metadata: Empty = OFF
   service_tier: Literal['auto', 'default'] | None = OFF
@@ -144,12 +165,15 @@ class Completion(Body, Neutral):
   stream_options: StreamOptions | None = None
   logprobs: int | None = Field(None, ge=0, le=5)
   echo: bool | None = False
-  stop: Annotated[Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]],
-                            Field(max_length=4)] | None, BeforeValidator(_listed)] = None
+  stop: Annotated[
+    Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=4)] | None,
+    BeforeValidator(_listed),
+  ] = None
   presence_penalty: float | None = Field(0.0, ge=-2, le=2)
   frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
-  logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]] | None,
-                        BeforeValidator(_numbered)] = None
+  logit_bias: Annotated[
+    dict[int, Annotated[float, Field(ge=-100, le=100)]] | None, BeforeValidator(_numbered)
+  ] = None
   seed: int | None = Field(None, ge=-INT64, lt=INT64)
   user: str | None = None
 
@@ -176,14 +200,22 @@ def refusal(errors: list[dict[str, Any]]) -> ApiError:
   where = [str(part) for part in first['loc'] if part != 'body']
   param = where[0] if where else None
   if first['type'] == 'extra_forbidden':
-    name, param = brief('.'.join(where)).strip('\''), brief(param or '').strip('\'')
-    return ApiError(400, f'Unrecognized request argument: {name}.', param=param,
-                    code='unknown_parameter')
+    name, param = brief('.'.join(where)).strip("'"), brief(param or '').strip("'")
+    return ApiError(
+      400, f'Unrecognized request argument: {name}.', param=param, code='unknown_parameter'
+    )
   if param in Neutral.model_fields or 'include_obfuscation' in where:
-    what = '.'.join(where[:1 + (param == 'stream_options')])
-    why = ('the model writes what comes after a text, not what lies between two'
-           if param == 'suffix' else 'leave it out, or send null')
-    return ApiError(400, f'{what} = {brief(first["input"])} is not supported: {why}.', param=param,
-                    code='unsupported_parameter')
+    what = '.'.join(where[: 1 + (param == 'stream_options')])
+    why = (
+      'the model writes what comes after a text, not what lies between two'
+      if param == 'suffix'
+      else 'leave it out, or send null'
+    )
+    return ApiError(
+      400,
+      f'{what} = {brief(first["input"])} is not supported: {why}.',
+      param=param,
+      code='unsupported_parameter',
+    )
   says = first['msg'].removeprefix('Value error, ')
   return ApiError(400, f'{param}: {says}.' if param else f'The body: {says}.', param=param)

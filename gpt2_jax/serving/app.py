@@ -44,8 +44,10 @@ class Serving:
 
   def __init__(self, models: dict[str, GPT2], limits: Limits, slots: int, queue: int):
     self.limits, self.metrics = limits, Metrics()
-    self.engines = {name: Engine(name, model, self.metrics, slots=slots, queue=queue)
-                    for name, model in models.items()}
+    self.engines = {
+      name: Engine(name, model, self.metrics, slots=slots, queue=queue)
+      for name, model in models.items()
+    }
     self.draining = False
     self.connections = 1000  # at a time, as `make_server` sets it
     self.alone = asyncio.Semaphore(1)  # whole passes beside the engines, one at a time
@@ -58,8 +60,12 @@ class Serving:
       raise ApiError(503, 'The server is being stopped.', headers={'Retry-After': '10'})
     found = self.engines.get(name if name is not None else next(iter(self.engines)))
     if found is None:
-      raise ApiError(404, f'The model {brief(name)} does not exist; there is '
-                     f'{", ".join(self.engines)}.', param='model', code='model_not_found')
+      raise ApiError(
+        404,
+        f'The model {brief(name)} does not exist; there is {", ".join(self.engines)}.',
+        param='model',
+        code='model_not_found',
+      )
     return found
 
   async def apart(self, work: Callable[[], Any]) -> Json:
@@ -70,8 +76,12 @@ class Serving:
         used.
     """
     if self.behind >= self.queue:
-      raise ApiError(429, 'The server is busy: too many requests wait. Try again later.',
-                     code='rate_limit_exceeded', headers={'Retry-After': '1'})
+      raise ApiError(
+        429,
+        'The server is busy: too many requests wait. Try again later.',
+        code='rate_limit_exceeded',
+        headers={'Retry-After': '1'},
+      )
     self.behind += 1
     try:
       async with asyncio.timeout(self.limits.seconds):
@@ -81,8 +91,9 @@ class Serving:
       finally:
         self.alone.release()
     except TimeoutError:
-      raise ApiError(504, 'The request waited longer than this server allows.',
-                     code='timeout') from None
+      raise ApiError(
+        504, 'The request waited longer than this server allows.', code='timeout'
+      ) from None
     except UserError as e:
       raise ApiError(400, str(e), param='input') from None
     finally:
@@ -117,9 +128,16 @@ async def unless_gone(request: Request, work: Awaitable[Response]) -> Response:
     await asyncio.gather(task, watch, return_exceptions=True)
 
 
-def make_app(models: dict[str, GPT2], *, slots: int = 8, queue: int = 64,
-             limits: Limits | None = None, api_key: str | None = None,
-             roots: Mapping[str, str] | None = None, origins: Sequence[str] = ()) -> FastAPI:
+def make_app(
+  models: dict[str, GPT2],
+  *,
+  slots: int = 8,
+  queue: int = 64,
+  limits: Limits | None = None,
+  api_key: str | None = None,
+  roots: Mapping[str, str] | None = None,
+  origins: Sequence[str] = (),
+) -> FastAPI:
   """The application that serves some models by name.
 
   Args:
@@ -142,15 +160,25 @@ def make_app(models: dict[str, GPT2], *, slots: int = 8, queue: int = 64,
     yield
     serving.drain()
 
-  app = FastAPI(title='gpt2_jax', docs_url=None, redoc_url=None, lifespan=lifespan,
-                default_response_class=Json, redirect_slashes=False)
+  app = FastAPI(
+    title='gpt2_jax',
+    docs_url=None,
+    redoc_url=None,
+    lifespan=lifespan,
+    default_response_class=Json,
+    redirect_slashes=False,
+  )
   app.router.route_class = Route
   app.state.serving = serving
   app.add_middleware(Guard, limits=limits, metrics=serving.metrics, api_key=api_key)
   if origins:  # around the guard, so that its refusals can be read too
-    app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=['GET', 'HEAD', 'POST'],
-                       allow_headers=['Authorization', 'Content-Type'],
-                       expose_headers=['Retry-After'])
+    app.add_middleware(
+      CORSMiddleware,
+      allow_origins=origins,
+      allow_methods=['GET', 'HEAD', 'POST'],
+      allow_headers=['Authorization', 'Content-Type'],
+      expose_headers=['Retry-After'],
+    )
   pages = StaticFiles(directory=STATIC)
   app.mount('/static', pages, 'static')
 
@@ -195,9 +223,14 @@ def make_app(models: dict[str, GPT2], *, slots: int = 8, queue: int = 64,
     return Response(generate_latest(serving.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
   def describe(name: str) -> dict[str, Any]:
-    return {'id': name, 'object': 'model', 'created': 0, 'owned_by': 'gpt2_jax',
-            'context_length': serving.engines[name].config.n_positions,
-            'root': (roots or {}).get(name, name)}
+    return {
+      'id': name,
+      'object': 'model',
+      'created': 0,
+      'owned_by': 'gpt2_jax',
+      'context_length': serving.engines[name].config.n_positions,
+      'root': (roots or {}).get(name, name),
+    }
 
   @app.get('/v1/models')
   async def list_models():
@@ -215,20 +248,25 @@ def make_app(models: dict[str, GPT2], *, slots: int = 8, queue: int = 64,
     engine = serving.engine(asked.model)
     # another thread costs more than to tokenise a short text
     short = int(request.headers.get('content-length', SHORT + 1)) <= SHORT
-    answer = Answer(engine, asked, limits) if short else (
-        await run_in_threadpool(Answer, engine, asked, limits))
+    answer = (
+      Answer(engine, asked, limits)
+      if short
+      else (await run_in_threadpool(Answer, engine, asked, limits))
+    )
     ticket = answer.submit(limits.seconds)
     if asked.stream:
-      return StreamingResponse(sse(answer.stream(ticket)), media_type='text/event-stream',
-                               headers={'Cache-Control': 'no-cache'})
+      return StreamingResponse(
+        sse(answer.stream(ticket)),
+        media_type='text/event-stream',
+        headers={'Cache-Control': 'no-cache'},
+      )
     return await unless_gone(request, answer.whole(ticket))
 
   @app.post('/v1/features')
   async def features(asked: FeaturesRequest, request: Request):
     """Hidden states, attention weights and embeddings of texts."""
     engine = serving.engine(asked.model)
-    return await unless_gone(
-        request, serving.apart(lambda: features_data(engine, asked, limits)))
+    return await unless_gone(request, serving.apart(lambda: features_data(engine, asked, limits)))
 
   @app.post('/v1/attention')
   async def attention(asked: AttentionRequest, request: Request):
@@ -240,10 +278,15 @@ def make_app(models: dict[str, GPT2], *, slots: int = 8, queue: int = 64,
       [ids] = encode(engine, asked.input, param='input', allow_special=special)
       most = min(limits.attention_tokens, engine.config.n_positions)
       if len(ids) > most:
-        raise ApiError(400, f'The text has {len(ids)} tokens; the attention of at most {most} is '
-                       'shown.', param='input', code='context_length_exceeded')
-      return attention_data(engine.model, asked.input, lens=asked.lens, max_tokens=most,
-                            allow_special=special)
+        raise ApiError(
+          400,
+          f'The text has {len(ids)} tokens; the attention of at most {most} is shown.',
+          param='input',
+          code='context_length_exceeded',
+        )
+      return attention_data(
+        engine.model, asked.input, lens=asked.lens, max_tokens=most, allow_special=special
+      )
 
     return await unless_gone(request, serving.apart(work))
 

@@ -47,8 +47,9 @@ def characters(attentions_LNTS: np.ndarray, ids: list[int]) -> dict[str, np.ndar
   t, s = np.arange(2, T)[:, None], np.arange(T)
   same = np.equal.outer(ids[2:], ids) & (s < t)  # key s is an earlier occurrence of query t's token
   follows = np.pad(same, ((0, 0), (1, 0)))[:, :T] & (s < t)
-  masks = dict(previous=s == t - 1, self=s == t, repeat=same, induction=follows,
-               first=(s == 0) & (t > 0))
+  masks = dict(
+    previous=s == t - 1, self=s == t, repeat=same, induction=follows, first=(s == 0) & (t > 0)
+  )
   weights_LNTS = attentions_LNTS[:, :, 2:].astype(np.float64)
   found = {kind: np.tensordot(weights_LNTS, mask, 2) / (T - 2) for kind, mask in masks.items()}
   entropy_LNT = entr(weights_LNTS).sum(-1) / np.log(np.arange(3, T + 1))
@@ -113,8 +114,13 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 
 def attention_data(
-    model: GPT2, text: str, *, lens: int | None = None, max_tokens: int = 256,
-    allow_special: bool = False) -> dict[str, Any]:
+  model: GPT2,
+  text: str,
+  *,
+  lens: int | None = None,
+  max_tokens: int = 256,
+  allow_special: bool = False,
+) -> dict[str, Any]:
   """What the attention view shows of a text, as JSON can hold it.
 
   Args:
@@ -142,14 +148,15 @@ def attention_data(
   if lens is None:
     lens = min(5, config.vocab_size)
   if not 0 <= lens <= config.vocab_size:
-    raise UserError(f'lens = {lens}: a number from 0 to the vocabulary\'s {config.vocab_size}.')
+    raise UserError(f"lens = {lens}: a number from 0 to the vocabulary's {config.vocab_size}.")
   if lens and config.head != 'lm':
     raise UserError('a classifier predicts no tokens: ask with lens=0.')
   [ids] = batching.encode(text, tokenizer, config, allow_special=allow_special)
   if len(ids) > max_tokens:
-    raise UserError(f'the text has {len(ids)} tokens; the attention view takes {max_tokens}. '
-                    'Shorten it.')
-  found, = features(model, ids, hidden_states=lens > 0)
+    raise UserError(
+      f'the text has {len(ids)} tokens; the attention view takes {max_tokens}. Shorten it.'
+    )
+  (found,) = features(model, ids, hidden_states=lens > 0)
   attentions_LNTS, states_LTD = found.attentions, found.hidden_states
   assert attentions_LNTS is not None  # asked for
   kinds = characters(attentions_LNTS, ids)
@@ -159,11 +166,22 @@ def attention_data(
   predictions = []
   if states_LTD is not None:
     for p_TK, ids_TK in zip(*logit_lens(model, states_LTD, lens)):
-      predictions.append([[[shown(i), float(f'{p:.5g}')] for i, p in zip(row, ps)]
-                          for row, ps in zip(ids_TK.tolist(), p_TK.tolist())])
+      predictions.append(
+        [
+          [[shown(i), float(f'{p:.5g}')] for i, p in zip(row, ps)]
+          for row, ps in zip(ids_TK.tolist(), p_TK.tolist())
+        ]
+      )
   return dict(
-      tokens=[shown(i) for i in ids], ids=ids, layers=L, heads=N, attentions=pack(attentions_LNTS),
-      character=[[{kind: round(float(kinds[kind][layer, head]), 4) for kind in KINDS}
-                  for head in range(N)] for layer in range(L)],
-      strongest=[int(i) for i in np.unravel_index(special.argmax(), special.shape)],
-      lens=predictions)
+    tokens=[shown(i) for i in ids],
+    ids=ids,
+    layers=L,
+    heads=N,
+    attentions=pack(attentions_LNTS),
+    character=[
+      [{kind: round(float(kinds[kind][layer, head]), 4) for kind in KINDS} for head in range(N)]
+      for layer in range(L)
+    ],
+    strongest=[int(i) for i in np.unravel_index(special.argmax(), special.shape)],
+    lens=predictions,
+  )

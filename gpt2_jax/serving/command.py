@@ -59,8 +59,10 @@ class Serve:
     flags.check(self)
     for origin in self.allow_origin:
       if not ORIGIN.fullmatch(origin):
-        raise UserError(f'--allow-origin {brief(origin)} is no origin: a scheme and a host, and no '
-                        'path, as https://example.org or http://localhost:3000; or * for all.')
+        raise UserError(
+          f'--allow-origin {brief(origin)} is no origin: a scheme and a host, and no '
+          'path, as https://example.org or http://localhost:3000; or * for all.'
+        )
 
   def run(self) -> None:
     self.check()
@@ -83,15 +85,27 @@ class Serve:
     from gpt2_jax import forms, pretrained
     from gpt2_jax.serving import app, server
     from gpt2_jax.serving.api import Limits
+
     models = {}
     for name, checkpoint in zip(names, self.checkpoint):
       model = pretrained.open_model(checkpoint, self.tokenizer, self.opening, dtype=self.dtype)
       models[name] = forms.quantize(model) if self.int8 else model
     limits = Limits(
-        body_bytes=self.max_body_bytes, prompt_tokens=self.max_prompt_tokens,
-        new_tokens=self.max_tokens, texts=self.max_texts, seconds=self.timeout)
-    made = app.make_app(models, slots=self.slots, queue=self.queue, limits=limits, api_key=key,
-                        roots=dict(zip(names, self.checkpoint)), origins=self.allow_origin)
+      body_bytes=self.max_body_bytes,
+      prompt_tokens=self.max_prompt_tokens,
+      new_tokens=self.max_tokens,
+      texts=self.max_texts,
+      seconds=self.timeout,
+    )
+    made = app.make_app(
+      models,
+      slots=self.slots,
+      queue=self.queue,
+      limits=limits,
+      api_key=key,
+      roots=dict(zip(names, self.checkpoint)),
+      origins=self.allow_origin,
+    )
     for name, engine in made.state.serving.engines.items():
       print(f'{name}: {engine.config.n_positions} positions, {self.slots} slots', flush=True)
       engine.warm()
@@ -106,6 +120,7 @@ def model_names(checkpoints: tuple[str, ...]) -> list[str]:
     UserError: there is none, or two are the same.
   """
   from gpt2_jax.interop.workdir import split_step
+
   names = []
   for checkpoint in checkpoints:
     path, step = split_step(checkpoint)

@@ -22,14 +22,16 @@ def error_of(why: Failed) -> ApiError:
   return ApiError(status, f'{str(why).rstrip(".")}.', code=why.kind)
 
 
-def encode(engine: Engine, texts: Any, param: str = 'prompt', *, allow_special: bool = False
-           ) -> list[list[int]]:
+def encode(
+  engine: Engine, texts: Any, param: str = 'prompt', *, allow_special: bool = False
+) -> list[list[int]]:
   """Ids of texts, of any length. Raises: ApiError: they can't be used."""
   # OpenAI's API has an error of its own for a context that is too long
   unbounded = dataclasses.replace(engine.config, n_positions=1 << 30)
   try:
     return batching.encode(
-        texts or '', engine.model.tokenizer, unbounded, allow_special=allow_special)
+      texts or '', engine.model.tokenizer, unbounded, allow_special=allow_special
+    )
   except UserError as e:
     raise ApiError(400, str(e), param=param) from None
 
@@ -51,17 +53,24 @@ class Answer:
     if self.best_of < self.n:
       raise ApiError(400, f'best_of = {a.best_of} must be at least n = {self.n}.', param='best_of')
     if a.stream and self.best_of > self.n:
-      raise ApiError(400, 'What is the best of best_of is known at the end: it can\'t be streamed.',
-                     param='best_of')
+      raise ApiError(
+        400, "What is the best of best_of is known at the end: it can't be streamed.", param='best_of'
+      )
     if a.stream_options is not None and a.stream_options.include_usage and not a.stream:
       raise ApiError(400, 'stream_options needs stream = true.', param='stream_options')
     if bad := [token for token in a.logit_bias or () if not 0 <= token < V]:
-      raise ApiError(400, f'logit_bias has token id {brief(bad[0])}, but the vocabulary has {V} ids.',
-                     param='logit_bias')
+      raise ApiError(
+        400,
+        f'logit_bias has token id {brief(bad[0])}, but the vocabulary has {V} ids.',
+        param='logit_bias',
+      )
     self.prompts = encode(engine, a.prompt, allow_special=bool(a.allow_special))
     texts = [a.prompt] if isinstance(a.prompt, str) else a.prompt or []
-    notes = (batching.special_note(engine.model.tokenizer, text)
-             for text in texts if isinstance(text, str) and not a.allow_special)
+    notes = (
+      batching.special_note(engine.model.tokenizer, text)
+      for text in texts
+      if isinstance(text, str) and not a.allow_special
+    )
     self.note = next(filter(None, notes), None)
     left = engine.config.n_positions - max(map(len, self.prompts))
     # where nothing is left, one is asked for all the same, and refused
@@ -71,16 +80,31 @@ class Answer:
     seed = secrets.randbits(31) if a.seed is None else a.seed % seeds.LIMIT
     given = lambda value, default: default if value is None else value
     options = dict(
-        temperature=given(a.temperature, 1.0), top_k=a.top_k, top_p=max(given(a.top_p, 1.0), 1e-6),
-        presence=a.presence_penalty or 0.0, frequency=a.frequency_penalty or 0.0,
-        bias=a.logit_bias or {}, logprobs=self.scored or self.best_of > self.n)
+      temperature=given(a.temperature, 1.0),
+      top_k=a.top_k,
+      top_p=max(given(a.top_p, 1.0), 1e-6),
+      presence=a.presence_penalty or 0.0,
+      frequency=a.frequency_penalty or 0.0,
+      bias=a.logit_bias or {},
+      logprobs=self.scored or self.best_of > self.n,
+    )
     try:
-      prompts = [Prompt(ids, self.best_of, scored=self.scored and bool(a.echo))
-                 for ids in self.prompts]
+      prompts = [
+        Prompt(ids, self.best_of, scored=self.scored and bool(a.echo)) for ids in self.prompts
+      ]
       self.rows = [
-          Row(prompt, self.most, seed, k, options, Pieces(engine.model.tokenizer, a.stop or ()),
-              index=i * self.best_of + k)
-          for i, prompt in enumerate(prompts) for k in range(self.best_of)]
+        Row(
+          prompt,
+          self.most,
+          seed,
+          k,
+          options,
+          Pieces(engine.model.tokenizer, a.stop or ()),
+          index=i * self.best_of + k,
+        )
+        for i, prompt in enumerate(prompts)
+        for k in range(self.best_of)
+      ]
       self.echoes = [engine.model.tokenizer.decode(ids) if a.echo else '' for ids in self.prompts]
     except UserError as e:
       raise ApiError(400, str(e), param='prompt') from None
@@ -88,29 +112,47 @@ class Answer:
   def _check_lengths(self, limits: Limits) -> None:
     n_positions, texts = self.engine.config.n_positions, len(self.prompts) * self.best_of
     if texts > limits.texts:
-      raise ApiError(400, f'{len(self.prompts)} prompts times best_of = {self.best_of} are {texts} '
-                     f'texts; a request may ask for {limits.texts}.', param='prompt')
+      raise ApiError(
+        400,
+        f'{len(self.prompts)} prompts times best_of = {self.best_of} are {texts} '
+        f'texts; a request may ask for {limits.texts}.',
+        param='prompt',
+      )
     longest = max(map(len, self.prompts))
     if longest + self.most > n_positions:
       raise ApiError(
-          400, f'This model\'s maximum context length is {n_positions} tokens, however you requested '
-          f'{brief(longest + self.most)} tokens ({longest} in your prompt; {brief(self.most)} for '
-          'the completion). Please reduce your prompt; or completion length.',
-          param='prompt' if longest >= n_positions else 'max_tokens', code='context_length_exceeded')
+        400,
+        f"This model's maximum context length is {n_positions} tokens, however you requested "
+        f'{brief(longest + self.most)} tokens ({longest} in your prompt; {brief(self.most)} for '
+        'the completion). Please reduce your prompt; or completion length.',
+        param='prompt' if longest >= n_positions else 'max_tokens',
+        code='context_length_exceeded',
+      )
     if limits.prompt_tokens is not None and longest > limits.prompt_tokens:
-      raise ApiError(400, f'The prompt has {longest} tokens; this server takes '
-                     f'{limits.prompt_tokens}.', param='prompt', code='context_length_exceeded')
+      raise ApiError(
+        400,
+        f'The prompt has {longest} tokens; this server takes {limits.prompt_tokens}.',
+        param='prompt',
+        code='context_length_exceeded',
+      )
     if limits.new_tokens is not None and self.most > limits.new_tokens:
-      raise ApiError(400, f'max_tokens = {brief(self.most)}: this server writes at most '
-                     f'{limits.new_tokens}.', param='max_tokens')
+      raise ApiError(
+        400,
+        f'max_tokens = {brief(self.most)}: this server writes at most {limits.new_tokens}.',
+        param='max_tokens',
+      )
 
   def submit(self, seconds: float) -> Ticket:
     """Asks the engine. Raises: ApiError: it is too busy, or being stopped."""
     try:
       return self.engine.submit(self.rows, stream=bool(self.asked.stream), timeout=seconds)
     except Full:
-      raise ApiError(429, 'The server is busy: too many requests wait. Try again later.',
-                     code='rate_limit_exceeded', headers={'Retry-After': '1'}) from None
+      raise ApiError(
+        429,
+        'The server is busy: too many requests wait. Try again later.',
+        code='rate_limit_exceeded',
+        headers={'Retry-After': '1'},
+      ) from None
     except Closing:
       raise ApiError(503, 'The server is being stopped.', headers={'Retry-After': '10'}) from None
 
@@ -124,17 +166,18 @@ class Answer:
       raise error_of(why) from None
     choices = []
     for i in range(len(self.prompts)):
-      rows = self.rows[i * self.best_of:(i + 1) * self.best_of]
+      rows = self.rows[i * self.best_of : (i + 1) * self.best_of]
       if self.best_of > self.n:
         rows = sorted(rows, key=_likelihood, reverse=True)
-      for row in rows[:self.n]:
+      for row in rows[: self.n]:
         found = None
         if self.scored:
           tokens = Logprobs(self, row)
           found = tokens.echo() if self.asked.echo else None
           found = _joined(found, tokens.more(row.new, row.pieces.shown))
-        choices.append(self._choice(
-            len(choices), self.echoes[i] + texts[row.index], found, row.reason))
+        choices.append(
+          self._choice(len(choices), self.echoes[i] + texts[row.index], found, row.reason)
+        )
     return Json(self._object(choices) | {'usage': self._usage()})
 
   async def stream(self, ticket: Ticket) -> AsyncIterator[dict[str, Any]]:
@@ -151,8 +194,10 @@ class Answer:
           found = logprobs[i].echo() if self.scored else None
         begun[i] = True
         if self.scored:
-          found = _joined(found, logprobs[i].more(
-              event.row.new[:event.tokens], event.shown, final=bool(event.reason)))
+          found = _joined(
+            found,
+            logprobs[i].more(event.row.new[: event.tokens], event.shown, final=bool(event.reason)),
+          )
         yield self._object([self._choice(i, echo + event.text, found, event.reason or None)]) | more
     except Failed as why:
       yield error_of(why).body()
@@ -163,8 +208,13 @@ class Answer:
   def _object(self, choices: list) -> dict[str, Any]:
     """Of OpenAI's fields; the first one has a note, too, if there is something to be said."""
     note, self.note = self.note, None
-    return {'id': self.id, 'object': 'text_completion', 'created': self.created,
-            'model': self.engine.name, 'choices': choices} | ({'note': note} if note else {})
+    return {
+      'id': self.id,
+      'object': 'text_completion',
+      'created': self.created,
+      'model': self.engine.name,
+      'choices': choices,
+    } | ({'note': note} if note else {})
 
   def _choice(self, index: int, text: str, logprobs, reason: str | None) -> dict[str, Any]:
     return {'text': text, 'index': index, 'logprobs': logprobs, 'finish_reason': reason}
@@ -205,7 +255,7 @@ class Logprobs:
     while self.taken < len(new) and (self.offset < shown or all_of_them):
       self.offset += len(self.tokenizer.token_bytes[new[self.taken].token])
       self.taken += 1
-    return self._table(new[first:self.taken])
+    return self._table(new[first : self.taken])
 
   def _table(self, scored: list[Scored]) -> dict[str, list]:
     offsets = []
@@ -213,16 +263,19 @@ class Logprobs:
       offsets.append(self.chars)
       self._text.push(each.token)
       self.chars += len(self._text.take())
-    return {'tokens': [self._name(each.token) for each in scored],
-            'token_logprobs': [each.logprob for each in scored],
-            'top_logprobs': [self._top(each) for each in scored],
-            'text_offset': offsets, 'token_ids': [each.token for each in scored]}
+    return {
+      'tokens': [self._name(each.token) for each in scored],
+      'token_logprobs': [each.logprob for each in scored],
+      'top_logprobs': [self._top(each) for each in scored],
+      'text_offset': offsets,
+      'token_ids': [each.token for each in scored],
+    }
 
   def _top(self, scored: Scored) -> dict[str, float] | None:
     """The likeliest tokens, and the one that stands there."""
     if scored.top is None or scored.logprob is None:
       return None
-    best = dict(list(scored.top.items())[:self.count]) | {scored.token: scored.logprob}
+    best = dict(list(scored.top.items())[: self.count]) | {scored.token: scored.logprob}
     return {self._name(token): logprob for token, logprob in best.items()}
 
   def _name(self, token: int) -> str:

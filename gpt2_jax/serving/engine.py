@@ -30,8 +30,9 @@ from gpt2_jax.serving.tickets import Closing, Event, Failed, Full, Prompt, Row, 
 
 BUDGET = 2 * CHUNK  # ids of prompts that are read between two steps
 
-DEFAULTS = dict(temperature=1.0, top_k=None, top_p=1.0, presence=0.0, frequency=0.0, bias={},
-                logprobs=False)  # of `chosen_of`
+DEFAULTS = dict(
+  temperature=1.0, top_k=None, top_p=1.0, presence=0.0, frequency=0.0, bias={}, logprobs=False
+)  # of `chosen_of`
 
 log = logging.getLogger('gpt2_jax.serving')
 
@@ -52,7 +53,7 @@ class Engine:
     self.form, self.params = prepare(model)
     self.chunks = chunk_sizes(self.form)
     if len(sharding.devices_of(self.params)) > 1:
-      raise UserError(f'{name} lies on several devices: a server\'s model lies on one.')
+      raise UserError(f"{name} lies on several devices: a server's model lies on one.")
     check_room(self.form, slots, *sharding.devices_of(self.params))
     ends = own_ends(model)
     self.eos = jnp.asarray([model.tokenizer.eot] if ends is None else ends, jnp.int32)
@@ -173,7 +174,7 @@ class Engine:
   def _fill(self) -> None:
     """Gives slots to what waits, and reads prompts, but not so much that others wait for long."""
     with self.wake:
-      for b in [b for b, row in enumerate(self.rows) if row is None][:len(self.waiting)]:
+      for b in [b for b, row in enumerate(self.rows) if row is None][: len(self.waiting)]:
         self.rows[b] = self.waiting.popleft()
       self.queued.set(len(self.waiting))
     budget = BUDGET
@@ -190,9 +191,10 @@ class Engine:
       n, start = min(prompt.unread, CHUNK), prompt.read
       T = next(size for size in self.chunks if n <= size)
       ids_2T = np.zeros((2, T), np.int32)
-      ids_2T[0, :n], ids_2T[1, :n] = (prompt.ids[start + i:start + i + n] for i in (0, 1))
+      ids_2T[0, :n], ids_2T[1, :n] = (prompt.ids[start + i : start + i + n] for i in (0, 1))
       prompt.cache, scores = steps.prefill(
-          self.form, self.params, prompt.cache, start, *ids_2T, prompt.scored)
+        self.form, self.params, prompt.cache, start, *ids_2T, prompt.scored
+      )
       prompt.read += n
       self.prompt_tokens.inc(n)
       if prompt.scored:
@@ -208,9 +210,18 @@ class Engine:
   def _admit(self, slots, b: int, row: Row):
     ids, chosen = row.prompt.ids, chosen_of(self.form.vocab_size, **row.options)
     tokens_S = np.zeros(self.form.n_positions, np.int32)
-    tokens_S[:len(ids)] = ids
-    return steps.admit(slots, b, row.prompt.cache, tokens_S, len(ids), row.limit,
-                       seeds.key_data(row.seed), row.sample, chosen)
+    tokens_S[: len(ids)] = ids
+    return steps.admit(
+      slots,
+      b,
+      row.prompt.cache,
+      tokens_S,
+      len(ids),
+      row.limit,
+      seeds.key_data(row.seed),
+      row.sample,
+      chosen,
+    )
 
   def _step(self):
     """Begins a step, if any row wants one; returns what it will have made, and of whom."""
@@ -268,8 +279,10 @@ class Engine:
       scores = jax.device_get(scores)
       start = len(prompt.told) or 1
       prompt.told = prompt.told or [Scored(prompt.ids[0], None, None)]
-      prompt.told += [_scored(token, jax.tree.map(lambda x, t=t: x[t], scores))
-                      for t, token in enumerate(prompt.ids[start:start + n])]
+      prompt.told += [
+        _scored(token, jax.tree.map(lambda x, t=t: x[t], scores))
+        for t, token in enumerate(prompt.ids[start : start + n])
+      ]
     self.reading = []
     for row in self.rows:
       if row is not None and row.admitted and not row.limit:

@@ -13,10 +13,12 @@ from gpt2_jax.serving.api import ApiError, Limits
 from gpt2_jax.serving.metrics import Metrics
 
 HEADERS = [
-    (b'content-security-policy', b"default-src 'self'; frame-ancestors 'none'; form-action 'self'; "
-                                 b"base-uri 'none'"),
-    (b'x-content-type-options', b'nosniff'),
-    (b'referrer-policy', b'no-referrer'),
+  (
+    b'content-security-policy',
+    b"default-src 'self'; frame-ancestors 'none'; form-action 'self'; base-uri 'none'",
+  ),
+  (b'x-content-type-options', b'nosniff'),
+  (b'referrer-policy', b'no-referrer'),
 ]
 OPEN = ('/', '/attention', '/favicon.ico', '/healthz', '/openapi.json')  # without a key; and /static/
 
@@ -68,8 +70,12 @@ class Guard:
     if self.key is not None and path not in OPEN and not path.startswith('/static/'):
       kind, _, key = headers.get(b'authorization', b'').partition(b' ')
       if not hmac.compare_digest(key.strip(), self.key) or kind.lower() != b'bearer':
-        raise ApiError(401, 'Incorrect API key: send the header "Authorization: Bearer KEY".',
-                       code='invalid_api_key', headers={'WWW-Authenticate': 'Bearer'})
+        raise ApiError(
+          401,
+          'Incorrect API key: send the header "Authorization: Bearer KEY".',
+          code='invalid_api_key',
+          headers={'WWW-Authenticate': 'Bearer'},
+        )
     length = headers.get(b'content-length', b'0')
     if not length.isdigit() or int(length) > self.limits.body_bytes:
       raise too_large(self.limits)
@@ -81,8 +87,11 @@ def _plain(path: str) -> str:
 
 
 def too_large(limits: Limits) -> ApiError:
-  return ApiError(413, f'The body is larger than this server takes, {limits.body_bytes} bytes.',
-                  headers={'Connection': 'close'})
+  return ApiError(
+    413,
+    f'The body is larger than this server takes, {limits.body_bytes} bytes.',
+    headers={'Connection': 'close'},
+  )
 
 
 class Exchange:
@@ -102,8 +111,7 @@ class Exchange:
       async with asyncio.timeout(self.deadline - time.monotonic()):
         message = await self._receive()
     except TimeoutError:
-      self.error = ApiError(408, 'The body took too long to arrive.',
-                            headers={'Connection': 'close'})
+      self.error = ApiError(408, 'The body took too long to arrive.', headers={'Connection': 'close'})
       raise self.error from None
     if message['type'] == 'http.request':
       self.size += len(message.get('body', b''))

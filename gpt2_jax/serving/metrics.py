@@ -2,8 +2,8 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-SECONDS = (.005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10, 30, 60, 120, 300)
-STEP_SECONDS = (.0005, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2)
+SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
+STEP_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
 
 
 class Metrics:
@@ -22,15 +22,18 @@ class Metrics:
       return Histogram(f'gpt2_jax_{name}', says, [label], registry=self.registry, buckets=buckets)
 
     self.requests = counter('requests', 'Answered requests.', 'route', 'status')
-    self.duration = histogram('request_seconds', 'From a request to the end of its answer.', 'route',
-                              SECONDS)
+    self.duration = histogram(
+      'request_seconds', 'From a request to the end of its answer.', 'route', SECONDS
+    )
     self.prompt_tokens = counter('prompt_tokens', 'Tokens of prompts that were read.', 'model')
     self.new_tokens = counter('completion_tokens', 'Tokens that were written.', 'model')
     self.finished = counter('texts', 'Texts that ended, by why.', 'model', 'reason')
     self.slots = gauge('slots', 'Texts that can be written at a time.')
     self.used = gauge('slots_used', 'Texts that are being written.')
     self.queued = gauge('queue_length', 'Texts that wait for a slot.')
-    self.first = histogram('time_to_first_token_seconds', 'From a request to a text\'s first token.',
-                           'model', SECONDS)
-    self.step = histogram('step_seconds', 'One token for every text that is being written.', 'model',
-                          STEP_SECONDS)
+    self.first = histogram(
+      'time_to_first_token_seconds', "From a request to a text's first token.", 'model', SECONDS
+    )
+    self.step = histogram(
+      'step_seconds', 'One token for every text that is being written.', 'model', STEP_SECONDS
+    )

@@ -24,8 +24,11 @@ class Route(APIRoute):
         except (json.JSONDecodeError, UnicodeDecodeError) as e:
           raise ApiError(400, f'The body is not JSON: {e}.') from None
         except (ValueError, RecursionError):
-          raise ApiError(400, 'The body is not JSON that can be read: it is nested too deeply, or a '
-                         'number in it has thousands of digits.') from None
+          raise ApiError(
+            400,
+            'The body is not JSON that can be read: it is nested too deeply, or a '
+            'number in it has thousands of digits.',
+          ) from None
       return await handle(request)
 
     return checked

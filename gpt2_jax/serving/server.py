@@ -27,8 +27,11 @@ log = logging.getLogger('uvicorn.error')
 
 async def crowded(scope, receive, send) -> None:
   """Answers connections beyond the most that there may be."""
-  await ApiError(503, 'The server has too many connections. Try again later.', headers={
-      'Retry-After': '1', 'Connection': 'close'}).response()(scope, receive, send)
+  await ApiError(
+    503,
+    'The server has too many connections. Try again later.',
+    headers={'Retry-After': '1', 'Connection': 'close'},
+  ).response()(scope, receive, send)
 
 
 class Protocol(H11Protocol):
@@ -53,9 +56,14 @@ class Protocol(H11Protocol):
   def send_400_response(self, msg: str) -> None:
     body = dumps(ApiError(400, msg).body())
     for event in (
-        h11.Response(status_code=400, headers=[('Content-Type', 'application/json'),
-                                               ('Connection', 'close')], reason=b'Bad Request'),
-        h11.Data(data=body), h11.EndOfMessage()):
+      h11.Response(
+        status_code=400,
+        headers=[('Content-Type', 'application/json'), ('Connection', 'close')],
+        reason=b'Bad Request',
+      ),
+      h11.Data(data=body),
+      h11.EndOfMessage(),
+    ):
       self.transport.write(self.conn.send(event) or b'')
     self.transport.close()
 
@@ -120,13 +128,18 @@ class Server(uvicorn.Server):
 def _refused(host: str, port: int, e: OSError) -> UserError:
   """The error for an address that can't be listened at."""
   if e.errno == errno.EADDRINUSE:
-    return UserError(f'port {port} of {host} is taken by another program: choose another one with '
-                     '--port; --port 0 takes any that is free.')
+    return UserError(
+      f'port {port} of {host} is taken by another program: choose another one with '
+      '--port; --port 0 takes any that is free.'
+    )
   if e.errno == errno.EACCES:
-    return UserError(f'port {port} of {host} is not for this user: choose one above 1023 with '
-                     '--port.')
-  return UserError(f'--host {brief(host)} can\'t be listened at ({e.strerror or e}): name an address '
-                   'of this machine, 127.0.0.1 for it alone or 0.0.0.0 for all.')
+    return UserError(
+      f'port {port} of {host} is not for this user: choose one above 1023 with --port.'
+    )
+  return UserError(
+    f"--host {brief(host)} can't be listened at ({e.strerror or e}): name an address "
+    'of this machine, 127.0.0.1 for it alone or 0.0.0.0 for all.'
+  )
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
@@ -188,22 +201,35 @@ def allowed(connections: int) -> int:
   if _files() < wanted:
     with contextlib.suppress(ImportError, ValueError, OSError, OverflowError):
       import resource
+
       _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
       more = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
       resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
   soft = _files()
   if soft <= OTHER_FILES:
-    raise UserError(f'ulimit -n allows {soft} open files, and a server needs more than '
-                    f'{OTHER_FILES}: set it to 1100.')
+    raise UserError(
+      f'ulimit -n allows {soft} open files, and a server needs more than '
+      f'{OTHER_FILES}: set it to 1100.'
+    )
   most = min(connections, soft - OTHER_FILES)
   if most < connections:
-    print(f'ulimit -n allows {soft} open files: at most {most} connections at a time, not '
-          f'{brief(connections)}.', flush=True)
+    print(
+      f'ulimit -n allows {soft} open files: at most {most} connections at a time, not '
+      f'{brief(connections)}.',
+      flush=True,
+    )
   return most
 
 
-def make_server(app: FastAPI, *, host: str = '127.0.0.1', port: int = 0, connections: int = 1000,
-                log_level: str = 'info', sockets: Sequence[socket.socket] = ()) -> Server:
+def make_server(
+  app: FastAPI,
+  *,
+  host: str = '127.0.0.1',
+  port: int = 0,
+  connections: int = 1000,
+  log_level: str = 'info',
+  sockets: Sequence[socket.socket] = (),
+) -> Server:
   """A server of an application, ready to `run`.
 
   Args:
@@ -219,8 +245,21 @@ def make_server(app: FastAPI, *, host: str = '127.0.0.1', port: int = 0, connect
   app.state.serving.connections = connections
   # asyncio accepts all that wait before any is looked at
   backlog = min(BACKLOG, max(1, _files() - connections - OTHER_FILES * 3 // 4))
-  return Server(app, uvicorn.Config(
-      app, http=Protocol, ws='none', loop='asyncio', log_level=log_level,
-      access_log=False, proxy_headers=False, server_header=False, backlog=backlog,
-      timeout_keep_alive=KEEP_SECONDS, h11_max_incomplete_event_size=HEADER_BYTES,
-      timeout_graceful_shutdown=10), sockets or bind(host, port))
+  return Server(
+    app,
+    uvicorn.Config(
+      app,
+      http=Protocol,
+      ws='none',
+      loop='asyncio',
+      log_level=log_level,
+      access_log=False,
+      proxy_headers=False,
+      server_header=False,
+      backlog=backlog,
+      timeout_keep_alive=KEEP_SECONDS,
+      h11_max_incomplete_event_size=HEADER_BYTES,
+      timeout_graceful_shutdown=10,
+    ),
+    sockets or bind(host, port),
+  )

@@ -43,8 +43,16 @@ class Chosen:
 
 
 def chosen_of(
-    V: int, *, temperature: float, top_k: int | None, top_p: float, presence: float,
-    frequency: float, bias: dict[int, float], logprobs: bool) -> Chosen:
+  V: int,
+  *,
+  temperature: float,
+  top_k: int | None,
+  top_p: float,
+  presence: float,
+  frequency: float,
+  bias: dict[int, float],
+  logprobs: bool,
+) -> Chosen:
   """How one row chooses, for `admit`; temperature 0 takes the likeliest token. V: size of the
   vocabulary.
   """
@@ -52,12 +60,17 @@ def chosen_of(
   bias_V[list(bias)] = list(bias.values())
   draws = temperature > 0
   values: dict[str, Any] = dict(
-      key_data_B=None, greedy_B=np.bool_(not draws),
-      temperature_B=np.maximum(np.float32(temperature if draws else 1), np.finfo(np.float32).tiny),
-      top_k_B=np.int32(V if top_k is None or not draws else min(top_k, V)),
-      top_p_B=np.float32(top_p if draws else 1), presence_B=np.float32(presence),
-      frequency_B=np.float32(frequency), biased_B=np.bool_(bool(bias)), bias_BV=bias_V,
-      logprobs_B=np.bool_(logprobs))
+    key_data_B=None,
+    greedy_B=np.bool_(not draws),
+    temperature_B=np.maximum(np.float32(temperature if draws else 1), np.finfo(np.float32).tiny),
+    top_k_B=np.int32(V if top_k is None or not draws else min(top_k, V)),
+    top_p_B=np.float32(top_p if draws else 1),
+    presence_B=np.float32(presence),
+    frequency_B=np.float32(frequency),
+    biased_B=np.bool_(bool(bias)),
+    bias_BV=bias_V,
+    logprobs_B=np.bool_(logprobs),
+  )
   return Chosen(**values)
 
 
@@ -125,8 +138,9 @@ def _blocks(config: GPTConfig, B: int) -> int:
 
 def check_room(config: GPTConfig, B: int, device: Any) -> None:
   """Raises: UserError: the memory of a device can't hold the caches of B slots."""
-  each = (2 * config.n_layer * config.n_embd * room(config) * jnp.dtype(config.dtype).itemsize
-          + 4 * (config.vocab_size + config.n_positions))
+  each = 2 * config.n_layer * config.n_embd * room(config) * jnp.dtype(config.dtype).itemsize + 4 * (
+    config.vocab_size + config.n_positions
+  )
   try:
     limit = memory_limit(device)
   except UserError:  # a chip of which it is not known
@@ -135,8 +149,9 @@ def check_room(config: GPTConfig, B: int, device: Any) -> None:
     limit *= 2 * jax.local_device_count()
   if B * each > limit:
     raise UserError(
-        f'{brief(B)} slots need {brief(B * each >> 30)} GiB for their caches, and the device has '
-        f'{limit >> 30}: at most --slots {max(1, limit // 2 // each)} are wise.')
+      f'{brief(B)} slots need {brief(B * each >> 30)} GiB for their caches, and the device has '
+      f'{limit >> 30}: at most --slots {max(1, limit // 2 // each)} are wise.'
+    )
 
 
 @functools.partial(jax.jit, static_argnames=('config',))
@@ -151,13 +166,28 @@ def empty(config: GPTConfig, *, B: int) -> Slots:
   V, S = config.vocab_size, config.n_positions
   zero_B, no_B, real_B = jnp.zeros(B, jnp.int32), jnp.zeros(B, bool), jnp.zeros(B)
   history = History(
-      tokens_BS=jnp.zeros((B, S), jnp.int32), lengths_B=zero_B + 1, prompt_B=zero_B + 1,
-      limits_B=zero_B, context_B=zero_B + S, which_B=zero_B, stop_B=zero_B, guide_B=zero_B,
-      reason_B=zero_B + h.LIMIT)
+    tokens_BS=jnp.zeros((B, S), jnp.int32),
+    lengths_B=zero_B + 1,
+    prompt_B=zero_B + 1,
+    limits_B=zero_B,
+    context_B=zero_B + S,
+    which_B=zero_B,
+    stop_B=zero_B,
+    guide_B=zero_B,
+    reason_B=zero_B + h.LIMIT,
+  )
   chosen = Chosen(
-      key_data_B=jax.random.key_data(jax.random.split(jax.random.key(0), B)), greedy_B=~no_B,
-      temperature_B=real_B + 1, top_k_B=zero_B + V, top_p_B=real_B + 1, presence_B=real_B,
-      frequency_B=real_B, biased_B=no_B, bias_BV=jnp.zeros((B, V)), logprobs_B=no_B)
+    key_data_B=jax.random.key_data(jax.random.split(jax.random.key(0), B)),
+    greedy_B=~no_B,
+    temperature_B=real_B + 1,
+    top_k_B=zero_B + V,
+    top_p_B=real_B + 1,
+    presence_B=real_B,
+    frequency_B=real_B,
+    biased_B=no_B,
+    bias_BV=jnp.zeros((B, V)),
+    logprobs_B=no_B,
+  )
   shape, X = (B, config.n_head, room(config), config.H), _blocks(config, B)
   zeros = lambda: tuple(jnp.split(jnp.zeros(shape, config.dtype), X, axis=2))
   cache = tuple((zeros(), zeros()) for _ in range(config.n_layer))

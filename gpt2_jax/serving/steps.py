@@ -62,13 +62,15 @@ def _scores(logits_XV: jax.Array, ids_X: jax.Array) -> Scores:
 
 def _if_asked(asked, logits_XV: jax.Array, ids_X: jax.Array) -> Scores:
   zeros = lambda *_: jax.tree.map(
-      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(_scores, logits_XV, ids_X))
+    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(_scores, logits_XV, ids_X)
+  )
   return jax.lax.cond(asked, _scores, zeros, logits_XV, ids_X)
 
 
 @functools.partial(jax.jit, static_argnames=('config',), donate_argnames=('cache',))
-def prefill(config: GPTConfig, params: Params, cache, start, tokens_T, next_T, asked
-            ) -> tuple[Any, Scores]:
+def prefill(
+  config: GPTConfig, params: Params, cache, start, tokens_T, next_T, asked
+) -> tuple[Any, Scores]:
   """Reads T ids of a prompt.
 
   Args:
@@ -85,19 +87,22 @@ def prefill(config: GPTConfig, params: Params, cache, start, tokens_T, next_T, a
   # padding may lie beyond the context, where there is no position
   positions_1T = jnp.minimum(start + jnp.arange(T), config.n_positions - 1)[None]
   out = model.transformer(
-      tokens_T[None], positions_BT=positions_1T, slot=start, cache=unsqueezed(cache))
+    tokens_T[None], positions_BT=positions_1T, slot=start, cache=unsqueezed(cache)
+  )
 
   # no logits are computed where they are not asked for
   score = lambda x_1TD: _scores(next_logits(model, x_1TD)[0], next_T)
   zeros = lambda x_1TD: jax.tree.map(
-      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(score, x_1TD))
+    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(score, x_1TD)
+  )
   scores = jax.lax.cond(asked, score, zeros, out.x_BTD)
   return squeezed(out.cache), scores
 
 
 @functools.partial(jax.jit, donate_argnames=('slots',))
-def admit(slots: Slots, slot, cache, tokens_S, length, limit, key_data, sample, chosen: Chosen
-          ) -> Slots:
+def admit(
+  slots: Slots, slot, cache, tokens_S, length, limit, key_data, sample, chosen: Chosen
+) -> Slots:
   """Lets a slot run.
 
   Args:
@@ -114,17 +119,24 @@ def admit(slots: Slots, slot, cache, tokens_S, length, limit, key_data, sample, 
   key = jax.random.fold_in(jax.random.wrap_key_data(key_data), sample)
   put = lambda all_B, x: all_B.at[slot].set(x)
   split = lambda row_NSH, blocks: tuple(jnp.split(row_NSH, len(blocks), axis=1))
-  all_slots = tuple((jax.tree.map(put, k, split(layer.k, k)), jax.tree.map(put, v, split(layer.v, v)))
-                    for (k, v), layer in zip(unsqueezed(slots.cache), cache))
+  all_slots = tuple(
+    (jax.tree.map(put, k, split(layer.k, k)), jax.tree.map(put, v, split(layer.v, v)))
+    for (k, v), layer in zip(unsqueezed(slots.cache), cache)
+  )
   history = slots.history
   history = dataclasses.replace(
-      history, tokens_BS=put(history.tokens_BS, tokens_S), lengths_B=put(history.lengths_B, length),
-      prompt_B=put(history.prompt_B, length), limits_B=put(history.limits_B, limit),
-      reason_B=put(history.reason_B, h.RUNNING))
+    history,
+    tokens_BS=put(history.tokens_BS, tokens_S),
+    lengths_B=put(history.lengths_B, length),
+    prompt_B=put(history.prompt_B, length),
+    limits_B=put(history.limits_B, limit),
+    reason_B=put(history.reason_B, h.RUNNING),
+  )
   return Slots(
-      squeezed(all_slots), history,
-      jax.tree.map(
-          put, slots.chosen, dataclasses.replace(chosen, key_data_B=jax.random.key_data(key))))
+    squeezed(all_slots),
+    history,
+    jax.tree.map(put, slots.chosen, dataclasses.replace(chosen, key_data_B=jax.random.key_data(key))),
+  )
 
 
 @functools.partial(jax.jit, donate_argnames=('slots',))
@@ -168,17 +180,25 @@ def step(config: GPTConfig, params: Params, eos_E: jax.Array, slots: Slots) -> t
   used = jnp.where(running_B, at_B, -1).max() // S_block + 1
   last_B1 = pick(history.tokens_BS, at_B)[:, None]
   out = model.transformer(
-      last_B1, positions_BT=at_B[:, None], mask_BTS=causal_mask(1, room(config), at_B),
-      slot=jnp.where(running_B, at_B, room(config)),  # an idle slot writes nowhere
-      cache=tuple(Layer(k, v, used) for k, v in unsqueezed(slots.cache)))
+    last_B1,
+    positions_BT=at_B[:, None],
+    mask_BTS=causal_mask(1, room(config), at_B),
+    slot=jnp.where(running_B, at_B, room(config)),  # an idle slot writes nowhere
+    cache=tuple(Layer(k, v, used) for k, v in unsqueezed(slots.cache)),
+  )
   cache = squeezed(tuple((layer.k, layer.v) for layer in out.cache))
   logits_BV = next_logits(model, out.x_BTD)[:, 0]
   scores_BV = _process(chosen, logits_BV, history)
   keys_B = jax.random.wrap_key_data(chosen.key_data_B)
   draw = lambda scores_BV: jnp.where(
-      chosen.greedy_B, choose(scores_BV, None, history), choose(scores_BV, keys_B, history))
-  tokens_B = jax.lax.cond((running_B & ~chosen.greedy_B).any(), draw,
-                          lambda scores_BV: choose(scores_BV, None, history), scores_BV)
+    chosen.greedy_B, choose(scores_BV, None, history), choose(scores_BV, keys_B, history)
+  )
+  tokens_B = jax.lax.cond(
+    (running_B & ~chosen.greedy_B).any(),
+    draw,
+    lambda scores_BV: choose(scores_BV, None, history),
+    scores_BV,
+  )
   scores = _if_asked((running_B & chosen.logprobs_B).any(), logits_BV, tokens_B)
   history = history.refuse(scores_BV).push(tokens_B, Endings(eos_E))
   return Slots(cache, history, chosen), Step(tokens_B, history.reason_B, scores)

@@ -35,8 +35,9 @@ def _tpu_hosts() -> int:
     return 1
   server = os.environ.get('GCE_METADATA_IP', '169.254.169.254')
   request = urllib.request.Request(
-      f'http://{server}/computeMetadata/v1/instance/attributes/worker-network-endpoints',
-      headers={'Metadata-Flavor': 'Google'})
+    f'http://{server}/computeMetadata/v1/instance/attributes/worker-network-endpoints',
+    headers={'Metadata-Flavor': 'Google'},
+  )
   try:
     with urllib.request.urlopen(request, timeout=3) as answer:
       return answer.read().decode().count(',') + 1
@@ -80,8 +81,12 @@ def _check_free(port: int) -> None:
     socket.create_server(('', port)).close()
 
 
-def initialize(mode: str, coordinator: str | None = None, num_processes: int | None = None,
-               process_id: int | None = None) -> None:
+def initialize(
+  mode: str,
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+) -> None:
   """Joins the other processes, and says so.
 
   Args:
@@ -100,35 +105,51 @@ def initialize(mode: str, coordinator: str | None = None, num_processes: int | N
     raise UserError(f'{", ".join(FLAGS)} belong together: {" and ".join(missing)} is missing.')
   if asked and mode == 'off':
     raise UserError(f'--distributed=off contradicts {FLAGS[0]}: leave one of them out.')
-  cause = FLAGS[0] if asked else '--distributed=on' if mode == 'on' else (
-      _cluster() if mode == 'auto' else None)
+  cause = (
+    FLAGS[0]
+    if asked
+    else '--distributed=on'
+    if mode == 'on'
+    else (_cluster() if mode == 'auto' else None)
+  )
   if cause is None:
     return
   if coordinator is not None and num_processes is not None and process_id is not None:
     host, _, port = coordinator.rpartition(':')
     if not host or not port.isdecimal() or not 0 <= process_id < num_processes:
-      raise UserError(f'{FLAGS[0]}={coordinator} must be HOST:PORT of process 0, and {FLAGS[2]}='
-                      f'{process_id} one of 0 to {num_processes - 1}.')
+      raise UserError(
+        f'{FLAGS[0]}={coordinator} must be HOST:PORT of process 0, and {FLAGS[2]}='
+        f'{process_id} one of 0 to {num_processes - 1}.'
+      )
   try:
     if coordinator is not None and process_id == 0:
       _check_free(int(coordinator.rpartition(':')[2]))
     jax.distributed.initialize(
-        coordinator, num_processes, process_id,
-        cluster_detection_method='deactivate' if asked else None,
-        heartbeat_timeout_seconds=SILENCE_S, shutdown_timeout_seconds=SILENCE_S)
+      coordinator,
+      num_processes,
+      process_id,
+      cluster_detection_method='deactivate' if asked else None,
+      heartbeat_timeout_seconds=SILENCE_S,
+      shutdown_timeout_seconds=SILENCE_S,
+    )
     if jax.process_count() < (num_processes or 1):
       raise RuntimeError(f'JAX sees {jax.process_count()} processes, not {num_processes}')
   except (OSError, RuntimeError, ValueError) as e:
-    raise UserError(f'the other processes could not be joined ({cause}): {e}. For a run on this host '
-                    'alone pass --distributed=off.') from e
+    raise UserError(
+      f'the other processes could not be joined ({cause}): {e}. For a run on this host '
+      'alone pass --distributed=off.'
+    ) from e
 
 
 def hello(mesh: Mesh) -> None:
   """Says, on each of several hosts, who it is: its devices of all, and the mesh."""
   if jax.process_count() > 1:
     shape = ' '.join(f'{axis}={size}' for axis, size in mesh.shape.items())
-    print(f'process {jax.process_index()}/{jax.process_count()} on {socket.gethostname()}: devices '
-          f'{jax.local_device_count()}/{jax.device_count()}, mesh {shape}', flush=True)
+    print(
+      f'process {jax.process_index()}/{jax.process_count()} on {socket.gethostname()}: devices '
+      f'{jax.local_device_count()}/{jax.device_count()}, mesh {shape}',
+      flush=True,
+    )
 
 
 def check_shared(folder: Path) -> None:
@@ -152,6 +173,8 @@ def check_shared(folder: Path) -> None:
   if jax.process_index() == 0:
     path.unlink()
   if blind:
-    raise UserError(f'{folder} is another folder on process {", ".join(map(str, blind))} than on '
-                    'process 0: checkpoints need one that all see (NFS, Filestore, a mounted one). '
-                    'Name it with --workdir.')
+    raise UserError(
+      f'{folder} is another folder on process {", ".join(map(str, blind))} than on '
+      'process 0: checkpoints need one that all see (NFS, Filestore, a mounted one). '
+      'Name it with --workdir.'
+    )

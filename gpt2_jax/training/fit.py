@@ -54,13 +54,17 @@ def estimate_parts(c: GPTConfig, mesh: Mesh, T: int, rows: int, ema: bool) -> Pa
   # pairs of a query and a key, a token: those kept for the backward pass, and those there at a time
   pairs = (c.n_head // tensor) * T
   kept_pairs, most = {'xla': (pairs, pairs), 'blocks': (0, pairs * kernels.block_size(T) // T)}.get(
-      attends, (0, 0))
+    attends, (0, 0)
+  )
   whole = b * (8 * D + 3 * F) + 8 * D + most * (4 + 2 * b)
   products = b * (6 * D + F)
   kept = {'none': products + 4 * kept_pairs, 'dots': products, 'full': b * D}[c.remat]
   logits = (4 + b) * V * (chunk + D) + tokens * b * D
-  return {'state': state, 'activations': tokens * (c.n_layer * kept + 2 * whole),
-          'logits': logits if c.head == 'lm' else 0}
+  return {
+    'state': state,
+    'activations': tokens * (c.n_layer * kept + 2 * whole),
+    'logits': logits if c.head == 'lm' else 0,
+  }
 
 
 def choose_mesh(asked: Config, model: GPTConfig, devices: list) -> Mesh:
@@ -73,10 +77,16 @@ def choose_mesh(asked: Config, model: GPTConfig, devices: list) -> Mesh:
   if sizes['data'] is None and sizes['fsdp'] == -1:
     slices = sharding.num_slices(devices)
     crossing = lambda f: {'data': rest // f, 'fsdp': f}.get(over, slices)
-    fits = [f for f in range(1, rest + 1)
-            if rest % f == 0 and model.n_embd % f == 0 and crossing(f) % slices == 0]
-    enough = [f for f in fits if 16 * num_params(model) / (f * max(1, sizes['tensor']))
-              <= memory_limit(devices[0]) / 4]
+    fits = [
+      f
+      for f in range(1, rest + 1)
+      if rest % f == 0 and model.n_embd % f == 0 and crossing(f) % slices == 0
+    ]
+    enough = [
+      f
+      for f in fits
+      if 16 * num_params(model) / (f * max(1, sizes['tensor'])) <= memory_limit(devices[0]) / 4
+    ]
     sizes['fsdp'] = (enough[:1] or fits[-1:] or [-1])[0]
   if sizes['data'] is None:
     sizes['data'] = 1 if sizes['fsdp'] == -1 else -1
@@ -94,16 +104,19 @@ def micro_batches(config: Config, model: GPTConfig, mesh: Mesh, T: int, G: int) 
   split = mesh.shape['data'] * mesh.shape['fsdp']
   if G % split:
     raise UserError(
-        f'a batch of {G} rows (train.global_batch_tokens = {config.train.global_batch_tokens} / '
-        f'{T}) can\'t be split over mesh.data·mesh.fsdp = {split}: make the rows a multiple of '
-        f'{split}, or the mesh smaller (divisors of {G}).')
+      f'a batch of {G} rows (train.global_batch_tokens = {config.train.global_batch_tokens} / '
+      f"{T}) can't be split over mesh.data·mesh.fsdp = {split}: make the rows a multiple of "
+      f'{split}, or the mesh smaller (divisors of {G}).'
+    )
   fits = [A for A in divisors(G) if (G // A) % split == 0]
   asked = config.train.micro_batch_rows
   if asked is not None:
     if asked < 1 or G % (asked * split):
       rows = sorted(G // A // split for A in fits)
-      raise UserError(f'train.micro_batch_rows = {asked} rows a device don\'t divide the batch of '
-                      f'{G} rows on {split} parts; it may be one of {rows}.')
+      raise UserError(
+        f"train.micro_batch_rows = {asked} rows a device don't divide the batch of "
+        f'{G} rows on {split} parts; it may be one of {rows}.'
+      )
     return G // (asked * split)
   limit = memory_limit(sharding.own_device(mesh))
   ema = config.optim.ema_decay > 0

@@ -22,7 +22,15 @@ import time
 from collections.abc import Iterator
 
 KINDS: tuple[str, ...] = (
-    'step', 'data', 'compile', 'evaluate', 'checkpoint', 'profile', 'start', 'lost')
+  'step',
+  'data',
+  'compile',
+  'evaluate',
+  'checkpoint',
+  'profile',
+  'start',
+  'lost',
+)
 PREFIX = 'time/'  # of the keys in metrics.jsonl
 
 
@@ -71,7 +79,8 @@ class Clock:
     """The keys of a line of the record: the totals so far, to the millisecond, and the goodput."""
     totals = self.totals()
     return {'perf/goodput': goodput(totals)} | {
-        PREFIX + kind: round(seconds, 3) for kind, seconds in totals.items() if seconds}
+      PREFIX + kind: round(seconds, 3) for kind, seconds in totals.items() if seconds
+    }
 
 
 def goodput(totals: dict[str, float]) -> float:
@@ -107,5 +116,8 @@ def before(lines: list[dict], starts: list[dict], step: int) -> dict[str, float]
 def table(totals: dict[str, float]) -> list[str]:
   """Lines for a reader, the kinds that took any time."""
   whole = max(sum(totals.values()), 1e-9)
-  return [f'{kind:10} {seconds:12,.1f} s {seconds / whole:7.1%}'
-          for kind, seconds in totals.items() if seconds >= 0.05]
+  return [
+    f'{kind:10} {seconds:12,.1f} s {seconds / whole:7.1%}'
+    for kind, seconds in totals.items()
+    if seconds >= 0.05
+  ]

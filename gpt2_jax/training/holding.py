@@ -56,19 +56,27 @@ def _take(workdir: Path) -> int:
   except BlockingIOError:
     held_by = _holder(fd)
     os.close(fd)
-    raise UserError(f'{workdir} is held by a run that goes on ({held_by}): wait for its end or stop '
-                    'it, or name another --workdir.') from None
+    raise UserError(
+      f'{workdir} is held by a run that goes on ({held_by}): wait for its end or stop '
+      'it, or name another --workdir.'
+    ) from None
   except OSError as e:
     if e.errno not in NO_LOCKS:
       os.close(fd)
       raise
-    print(f'{workdir}: nothing can be locked there ({e.strerror}): see to it that no other run '
-          'uses it', file=sys.stderr, flush=True)
+    print(
+      f'{workdir}: nothing can be locked there ({e.strerror}): see to it that no other run uses it',
+      file=sys.stderr,
+      flush=True,
+    )
   if not os.fstat(fd).st_nlink:  # a run that came to nothing has just removed it
     os.close(fd)
     return _take(workdir)
-  said = {'host': socket.gethostname(), 'pid': os.getpid(),
-          'since': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}
+  said = {
+    'host': socket.gethostname(),
+    'pid': os.getpid(),
+    'since': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+  }
   with saving('the workdir', workdir / FILE):
     os.ftruncate(fd, 0)
     os.pwrite(fd, (json.dumps(said) + '\n').encode(), 0)
@@ -106,7 +114,7 @@ def held(workdir: str | os.PathLike) -> Iterator[None]:
       with without_mesh():
         refused = multihost_utils.broadcast_one_to_all(np.array(error is not None))
       if refused and error is None:
-        error = UserError(f'process 0 can\'t have the workdir {workdir}: see what it says.')
+        error = UserError(f"process 0 can't have the workdir {workdir}: see what it says.")
     if error is not None:
       raise error
     yield

@@ -34,37 +34,76 @@ DERIVED = ('num_labels', 'classifier_dropout', 'form')  # fields of a model that
 ALWAYS = ('dtype', 'remat', 'attention', 'reduce_dtype', 'head', 'vocab_multiple')
 
 TOP: Table = dict(
-    init_from=Optional(Place()), init_base=Optional(Place()), init_ignore_extra=Bool(),
-    init_positions=Choice(WAYS), deterministic=Bool())
+  init_from=Optional(Place()),
+  init_base=Optional(Place()),
+  init_ignore_extra=Bool(),
+  init_positions=Choice(WAYS),
+  deterministic=Bool(),
+)
 SECTIONS: dict[str, Table] = dict(
-    model={name: kind for name, kind in MODEL.items() if name not in DERIVED} | dict(
-        vocab_size=Optional(MODEL['vocab_size']), n_positions=Optional(MODEL['n_positions']),
-        dtype=Choice(('auto', *DTYPES)), reduce_dtype=Choice(DTYPES)),
-    data=dict(SETTINGS) | dict(
-        tokenizer=Optional(Place()), label_field=Text(1000), store=Optional(Place()),
-        directory=Place(), sequence_length=Optional(Int(1)), document_mask=Bool()),
-    lora=dict(LORA) | dict(r=Int(0, 2**16)),
-    optim=dict(
-        peak_lr=Float(0, 1e30), schedule=Choice(SCHEDULES), warmup_steps=Int(0, STEPS),
-        decay_steps=Optional(Int(1, STEPS)), warmup_tokens=Optional(Int(0, TOKENS)),
-        decay_tokens=Optional(Int(1, TOKENS)), end_lr_fraction=Float(0, 1),
-        wsd_decay_fraction=Float(0, 1), b1=Float(0, 1, open_high=True),
-        b2=Float(0, 1, open_high=True),
-        eps=Float(1e-30, 1),  # without it, what has no gradient would be 0 / 0
-        weight_decay=Float(0, 1e3), clip_norm=Float(0, FLOAT32), skip_zscore=Float(0, FLOAT32),
-        skip_warmup=Int(0, STEPS), ema_decay=Float(0, 1, open_high=True)),
-    train=dict(
-        steps=Int(1, STEPS), seed=Int(0, SEED_MOST), global_batch_tokens=Int(1),
-        micro_batch_rows=Optional(Int(1)), compiler_options=Text()),
-    checkpoint=dict(
-        every=Int(1, STEPS), keep=Int(1, STEPS), keep_every=Int(0, STEPS), keep_best=Int(0, STEPS)),
-    mesh=dict(data=Optional(Int(-1, 2**20)), fsdp=Int(-1, 2**20), seq=Int(-1, 2**20),
-              tensor=Int(-1, 2**20), slices_over=Choice(sharding.AXES)),
-    evaluate=dict(every=Int(1, STEPS), batch_rows=Optional(Int(1, MOST_ROWS)),
-                  patience=Int(0, STEPS)),
-    profile=dict(steps=Tuple(Int(0, STEPS), 2)),
-    log=dict(tensorboard=Bool(), straggler_every=Int(0, STEPS), sample_prompt=Text(LARGE),
-             sample_tokens=Int(1), sample_temperature=Float(1e-30, 1e30), sample_top_k=Int(1)))
+  model={name: kind for name, kind in MODEL.items() if name not in DERIVED}
+  | dict(
+    vocab_size=Optional(MODEL['vocab_size']),
+    n_positions=Optional(MODEL['n_positions']),
+    dtype=Choice(('auto', *DTYPES)),
+    reduce_dtype=Choice(DTYPES),
+  ),
+  data=dict(SETTINGS)
+  | dict(
+    tokenizer=Optional(Place()),
+    label_field=Text(1000),
+    store=Optional(Place()),
+    directory=Place(),
+    sequence_length=Optional(Int(1)),
+    document_mask=Bool(),
+  ),
+  lora=dict(LORA) | dict(r=Int(0, 2**16)),
+  optim=dict(
+    peak_lr=Float(0, 1e30),
+    schedule=Choice(SCHEDULES),
+    warmup_steps=Int(0, STEPS),
+    decay_steps=Optional(Int(1, STEPS)),
+    warmup_tokens=Optional(Int(0, TOKENS)),
+    decay_tokens=Optional(Int(1, TOKENS)),
+    end_lr_fraction=Float(0, 1),
+    wsd_decay_fraction=Float(0, 1),
+    b1=Float(0, 1, open_high=True),
+    b2=Float(0, 1, open_high=True),
+    eps=Float(1e-30, 1),  # without it, what has no gradient would be 0 / 0
+    weight_decay=Float(0, 1e3),
+    clip_norm=Float(0, FLOAT32),
+    skip_zscore=Float(0, FLOAT32),
+    skip_warmup=Int(0, STEPS),
+    ema_decay=Float(0, 1, open_high=True),
+  ),
+  train=dict(
+    steps=Int(1, STEPS),
+    seed=Int(0, SEED_MOST),
+    global_batch_tokens=Int(1),
+    micro_batch_rows=Optional(Int(1)),
+    compiler_options=Text(),
+  ),
+  checkpoint=dict(
+    every=Int(1, STEPS), keep=Int(1, STEPS), keep_every=Int(0, STEPS), keep_best=Int(0, STEPS)
+  ),
+  mesh=dict(
+    data=Optional(Int(-1, 2**20)),
+    fsdp=Int(-1, 2**20),
+    seq=Int(-1, 2**20),
+    tensor=Int(-1, 2**20),
+    slices_over=Choice(sharding.AXES),
+  ),
+  evaluate=dict(every=Int(1, STEPS), batch_rows=Optional(Int(1, MOST_ROWS)), patience=Int(0, STEPS)),
+  profile=dict(steps=Tuple(Int(0, STEPS), 2)),
+  log=dict(
+    tensorboard=Bool(),
+    straggler_every=Int(0, STEPS),
+    sample_prompt=Text(LARGE),
+    sample_tokens=Int(1),
+    sample_temperature=Float(1e-30, 1e30),
+    sample_top_k=Int(1),
+  ),
+)
 
 
 def check(config: Config) -> None:
@@ -86,8 +125,10 @@ def _check(table: Table, values: dict[str, Any], prefix: str, needed) -> None:
   for name, value in values.items():
     if name not in table:
       known = [prefix + each for each in table]
-      raise UserError(f'there is no knob {prefix}{brief(name)[1:-1]}{near(prefix + name, known)} '
-                      '(the knobs: configs/base.py).')
+      raise UserError(
+        f'there is no knob {prefix}{brief(name)[1:-1]}{near(prefix + name, known)} '
+        '(the knobs: configs/base.py).'
+      )
     table[name].check(prefix + name, value)
   for name in needed:
     if name not in values:

@@ -19,15 +19,7 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.files import local
 from gpt2_jax.progress import track
 from gpt2_jax.sharding import mesh_of, whole_rows
-from gpt2_jax.training import (
-  compiling,
-  distributed,
-  goodput,
-  holding,
-  metrics,
-  report,
-  spikes,
-)
+from gpt2_jax.training import compiling, distributed, goodput, holding, metrics, report, spikes
 from gpt2_jax.training import record as record_lib
 from gpt2_jax.training.plan import Plan, make_plan, out_of_memory_advice
 from gpt2_jax.training.profiling import Profile
@@ -54,8 +46,15 @@ def open_data(plan: Plan) -> Any:
       whose = 'data.tokenizer' if data.tokenizer is not None else str(plan.config.init_from)
       opened.check_tokenizer(tokenizer.load(plan.tokenizer), whose, '--config.data.tokenizer')
     return opened
-  settings = prepare.Settings(data.corpus, plan.tokenizer, data.val_fraction, data.split_seed,
-                              data.split, data.text_field, data.special)
+  settings = prepare.Settings(
+    data.corpus,
+    plan.tokenizer,
+    data.val_fraction,
+    data.split_seed,
+    data.split,
+    data.text_field,
+    data.special,
+  )
   folder = data.store or local(data.directory) / prepare.store_name(settings)
   return prepare.ensure_store(settings, folder)
 
@@ -88,8 +87,9 @@ def evaluate(eval_step, params, split: Any, plan: Plan, stop: StopSignal) -> dic
   return means | ({'eval/accuracy': float(right[0] / count)} if right else {})
 
 
-def train(config: Config, workdir: str | Path, began: float | None = None,
-          held: int | None = None) -> int:
+def train(
+  config: Config, workdir: str | Path, began: float | None = None, held: int | None = None
+) -> int:
   """Runs, or continues, the training that a config describes. Returns an exit status.
 
   Args:
@@ -125,13 +125,19 @@ def _train(plan: Plan, workdir: Path, clock: goodput.Clock) -> int:
   check_prompt(plan, data.tokenizer)
   train_split, val_split = data.splits['train'], data.splits['val']
   loader = LOADERS[plan.model.head].TrainLoader(
-      train_split, plan.T, plan.G, config.train.seed, plan.model.vocab_size)
+    train_split, plan.T, plan.G, config.train.seed, plan.model.vocab_size
+  )
   unit = 'tokens' if plan.model.head == 'lm' else 'texts'
-  say(f'data     {data.path}: {len(train_split):,} {unit} to train on '
-      f'({loader.steps_per_epoch:,.1f} steps an epoch), {len(val_split):,} held out')
+  say(
+    f'data     {data.path}: {len(train_split):,} {unit} to train on '
+    f'({loader.steps_per_epoch:,.1f} steps an epoch), {len(val_split):,} held out'
+  )
   if plan.model.head != 'lm':
-    say(f'         labels {", ".join(data.labels[:12])}' + ', …' * (len(data.labels) > 12) +
-        f'; {data.cut:,} texts are cut to {plan.T} tokens' * bool(data.cut))
+    say(
+      f'         labels {", ".join(data.labels[:12])}'
+      + ', …' * (len(data.labels) > 12)
+      + f'; {data.cut:,} texts are cut to {plan.T} tokens' * bool(data.cut)
+    )
     for line in data.notes:
       say(f'         {line}')
 
@@ -142,8 +148,10 @@ def _train(plan: Plan, workdir: Path, clock: goodput.Clock) -> int:
     checkpoints = Checkpoints(workdir, keep.keep, keep.keep_every, keep.keep_best)
     start, identity = checkpoints.whole_step() or 0, record_lib.identity(plan, data)
     if start and (other := difference(checkpoints.meta(start)['identity'], identity)):
-      raise UserError(f'{workdir} holds the run of another model or other data:\n{other}\n'
-                      'Choose another --workdir, or the config of that run.')
+      raise UserError(
+        f'{workdir} holds the run of another model or other data:\n{other}\n'
+        'Choose another --workdir, or the config of that run.'
+      )
     if jax.process_index() == 0:
       for line in record_lib.set_aside(workdir) + [metrics.flaws(workdir, start)] * bool(start):
         say(line) if line else None
@@ -151,12 +159,16 @@ def _train(plan: Plan, workdir: Path, clock: goodput.Clock) -> int:
     if start:
       seen = checkpoints.meta(start).get('tokens')
       plan = plan.going_on(
-          start, metrics.tokens_seen(lines, start, tokens_a_step) if seen is None else seen)
+        start, metrics.tokens_seen(lines, start, tokens_a_step) if seen is None else seen
+      )
       loader.go_on(start, plan.tokens(start) // plan.T)
     due = lambda step, section: step % section.every == 0 or step == steps
     # whether the last start was stopped within an evaluation
-    cut = held_out and due(start, config.evaluate) and any(
-        line['step'] == start and 'eval/loss' not in line for line in lines)
+    cut = (
+      held_out
+      and due(start, config.evaluate)
+      and any(line['step'] == start and 'eval/loss' not in line for line in lines)
+    )
     if start > steps or (start == steps and not cut):
       say(f'{workdir}: step {start} of {steps} is done already.')
       record_lib.mark_finished(workdir)
@@ -177,21 +189,29 @@ def _train(plan: Plan, workdir: Path, clock: goodput.Clock) -> int:
     compiling_since = time.monotonic()
     with clock('compile'), compiling.from_cache() as kept:
       train_step, eval_step = plan.compile_train_step(data.eot), plan.eval_step(data.eot)
-    say(f'compiled in {time.monotonic() - compiling_since:.1f} s' +
-        ', from the cache' * bool(kept and all(kept)))
+    say(
+      f'compiled in {time.monotonic() - compiling_since:.1f} s'
+      + ', from the cache' * bool(kept and all(kept))
+    )
     with out_of_memory_advice(plan, workdir):
       if start:
         abstract = plan.abstract_state()
         with clock('checkpoint'):
-          state = abstract.restored(start, spikes.restored(
-              lambda items: checkpoints.restore(start, items), checkpoints.meta(start)['tree'],
-              abstract.items()))
-        say(f'resumed from step {start:,} of {steps:,}, {plan.tokens(start):,} tokens seen' +
-            f' of {plan.tokens(steps):,}' * (plan.offset != 0))
+          state = abstract.restored(
+            start,
+            spikes.restored(
+              lambda items: checkpoints.restore(start, items),
+              checkpoints.meta(start)['tree'],
+              abstract.items(),
+            ),
+          )
+        say(
+          f'resumed from step {start:,} of {steps:,}, {plan.tokens(start):,} tokens seen'
+          + f' of {plan.tokens(steps):,}' * (plan.offset != 0)
+        )
       else:
         state = plan.init_state(plan.load_source() if plan.source else None)
-    writer = metrics.MetricsWriter(
-        workdir, start, config.log.tensorboard, config.deterministic)
+    writer = metrics.MetricsWriter(workdir, start, config.log.tensorboard, config.deterministic)
     at_end.callback(writer.close)
     in_use = lambda: state.params if state.ema is None else state.ema
 
@@ -213,12 +233,19 @@ def _train(plan: Plan, workdir: Path, clock: goodput.Clock) -> int:
       with clock('checkpoint'):
         content.wait()
         writer.sync()
-        checkpoints.save(step, state.items(), {
-            'identity': identity, 'best': patience.best, 'model': dataclasses.asdict(plan.model),
+        checkpoints.save(
+          step,
+          state.items(),
+          {
+            'identity': identity,
+            'best': patience.best,
+            'model': dataclasses.asdict(plan.model),
             'tokens': plan.tokens(step),
             'rows': {'tokens': plan.T, 'document_mask': config.data.document_mask},
-            'data': {'sha256': data.sha256, 'tokenizer': data.manifest['tokenizer']}},
-            patience.losses)
+            'data': {'sha256': data.sha256, 'tokenizer': data.manifest['tokenizer']},
+          },
+          patience.losses,
+        )
 
     if cut:
       writer.amend_last(evaluation(start))
@@ -239,8 +266,12 @@ def _train(plan: Plan, workdir: Path, clock: goodput.Clock) -> int:
         line |= evaluation(step)
       writer.write(line | clock.line())
 
-    with (track('training', steps, 'steps', done=start) as advance, profile, clock('step'),
-          out_of_memory_advice(plan, workdir)):
+    with (
+      track('training', steps, 'steps', done=start) as advance,
+      profile,
+      clock('step'),
+      out_of_memory_advice(plan, workdir),
+    ):
       batches = loader.batches(start, steps, plan.A, plan.batch_sharding)
       pending, step, values = None, start, None
       while step < steps and not stop.due() and not patience.over:
@@ -284,18 +315,27 @@ def _train(plan: Plan, workdir: Path, clock: goodput.Clock) -> int:
         params = checkpoints.params(patience.best, plan.abstract_state().params)
       params = whole_rows(params)
       with clock('evaluate'), mesh_of(params):
-        sample, = generate_tokens(
-            plan.model, params, prompt, tokenizer=data.tokenizer, allow_special=config.data.special,
-            seed=config.train.seed, max_new_tokens=config.log.sample_tokens,
-            temperature=config.log.sample_temperature, top_k=config.log.sample_top_k)
+        (sample,) = generate_tokens(
+          plan.model,
+          params,
+          prompt,
+          tokenizer=data.tokenizer,
+          allow_special=config.data.special,
+          seed=config.train.seed,
+          max_new_tokens=config.log.sample_tokens,
+          temperature=config.log.sample_temperature,
+          top_k=config.log.sample_top_k,
+        )
       text = sample.text
     if jax.process_index() == 0:
       totals = clock.totals()
-      report.plot_losses(workdir, f'{workdir.name}: {tokens_a_step:,} tokens a step' +
-                         ', at the end' * (plan.offset != 0), totals)
+      report.plot_losses(
+        workdir,
+        f'{workdir.name}: {tokens_a_step:,} tokens a step' + ', at the end' * (plan.offset != 0),
+        totals,
+      )
       say(report.summary(workdir, prompt, text, totals))
     checkpoints.close()
     if jax.process_index() == 0:
       record_lib.end(workdir, step, clock.totals(), finished=True)
     return 0
-

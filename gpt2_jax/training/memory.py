@@ -37,8 +37,14 @@ def table(parts: Parts, knobs: dict[str, Parts], limit: int) -> str:
   rows = [('as it is', parts), *knobs.items()]
   width = max(len(name) for name, _ in rows)
   head = ''.join(f'{name:>13}' for name in (*parts, 'in all'))
-  return '\n'.join([
-      f'GiB a device, by estimate, of {limit / 2**30:.2f} to plan with:', f'  {"":{width}}{head}',
-      *(f'  {name:{width}}' + ''.join(
-          f'{size / 2**30:13.2f}' for size in (*row.values(), sum(row.values())))
-        for name, row in rows)])
+  return '\n'.join(
+    [
+      f'GiB a device, by estimate, of {limit / 2**30:.2f} to plan with:',
+      f'  {"":{width}}{head}',
+      *(
+        f'  {name:{width}}'
+        + ''.join(f'{size / 2**30:13.2f}' for size in (*row.values(), sum(row.values())))
+        for name, row in rows
+      ),
+    ]
+  )

@@ -56,13 +56,20 @@ def peak_memory_gib() -> float:
 
 def _dumps(line: dict) -> str:
   """JSON has no NaN: what is not finite, the loss of a step that was skipped perhaps, is null."""
-  return json.dumps({key: None if isinstance(value, float) and not math.isfinite(value) else value
-                     for key, value in line.items()}, allow_nan=False)
+  return json.dumps(
+    {
+      key: None if isinstance(value, float) and not math.isfinite(value) else value
+      for key, value in line.items()
+    },
+    allow_nan=False,
+  )
 
 
 def _is_line(value: Any) -> bool:
-  return (misfit(value, {'step': whole_number}) is None
-          and misfit(value, {str: (int, float, type(None))}) is None)
+  return (
+    misfit(value, {'step': whole_number}) is None
+    and misfit(value, {str: (int, float, type(None))}) is None
+  )
 
 
 def _lines(path: Path) -> dict[int, dict]:
@@ -89,10 +96,11 @@ def flaws(workdir: Path, step: int) -> str:
     steps = [line['step'] for line in lines]
     there = sorted(s for s in set(steps) if 1 <= s <= step)
     edges = [0, *there, step + 1]
-    gaps = [f'{a + 1:,}' + f' to {b - 1:,}' * (b - a > 2) for a, b in itertools.pairwise(edges)
-            if b - a > 1]
+    gaps = [
+      f'{a + 1:,}' + f' to {b - 1:,}' * (b - a > 2) for a, b in itertools.pairwise(edges) if b - a > 1
+    ]
     twice = len(steps) - len(set(steps))
-    found = [f'{bad:,} lines can\'t be read'] * bool(bad)
+    found = [f"{bad:,} lines can't be read"] * bool(bad)
     found += [f'{twice:,} steps stand there twice, of which the last counts'] * bool(twice)
     found += ['the steps are not in order'] * (steps != sorted(steps))
     if found:
@@ -102,8 +110,12 @@ def flaws(workdir: Path, step: int) -> str:
         shutil.copyfile(workdir / name, kept)
       found[-1] += f' (the file as it was: {kept.name})'
     if gaps:
-      found.insert(0, 'there is no line of step ' + ', '.join(gaps[:8])
-                   + f', … ({len(gaps)} gaps)' * (len(gaps) > 8))
+      found.insert(
+        0,
+        'there is no line of step '
+        + ', '.join(gaps[:8])
+        + f', … ({len(gaps)} gaps)' * (len(gaps) > 8),
+      )
     if found:
       said.append(f'{workdir / name}: {"; ".join(found)}')
   return '. '.join(said) + '. The run goes on.' if said else ''
@@ -160,7 +172,8 @@ class MetricsWriter:
       if hidden:
         del sys.modules['torch']
     return tensorboardX.SummaryWriter(
-        str(self.workdir / 'tensorboard'), purge_step=self._step + 1 if self._step else None)
+      str(self.workdir / 'tensorboard'), purge_step=self._step + 1 if self._step else None
+    )
 
   def _split(self, line: dict) -> dict[str, dict]:
     """A line by the file it goes to, the first one first: a step in FILE has its line in TIMING."""

@@ -35,12 +35,15 @@ def make_schedule(optim: Config, steps: int, a_step: int = 1, offset: int = 0) -
   if optim.warmup_tokens is None and optim.decay_tokens is None:
     return _schedule(optim, warmup, last)
   if optim.decay_tokens is not None and optim.decay_steps is not None:
-    raise UserError('optim.decay_steps and optim.decay_tokens both say where the decay ends: leave '
-                    'one of them unset.')
+    raise UserError(
+      'optim.decay_steps and optim.decay_tokens both say where the decay ends: leave '
+      'one of them unset.'
+    )
   shift = offset / a_step  # steps of today's batch that there were beside those counted
   in_steps = lambda tokens, step: step + shift if tokens is None else tokens / a_step
   schedule = _schedule(
-      optim, in_steps(optim.warmup_tokens, warmup), in_steps(optim.decay_tokens, last))
+    optim, in_steps(optim.warmup_tokens, warmup), in_steps(optim.decay_tokens, last)
+  )
   return lambda step: schedule(step + shift)
 
 
@@ -64,7 +67,8 @@ def _schedule(optim: Config, warmup: Any, last: Any) -> optax.Schedule:
     return after
   # the first update already moves: step 0 has peak / warmup
   return optax.join_schedules(
-      [optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1)), after], [warmup])
+    [optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1)), after], [warmup]
+  )
 
 
 def decay_mask(params: Params) -> Params:
@@ -72,6 +76,7 @@ def decay_mask(params: Params) -> Params:
 
   By name: in the stacked layout biases and layer norms have two axes as well.
   """
+
   def decays(path, _):
     names = [key.key for key in path]
     return names[-1] != 'bias' and not any(name.startswith('ln_') for name in names)
@@ -81,6 +86,7 @@ def decay_mask(params: Params) -> Params:
 
 def scale_matrices(factor: float) -> optax.GradientTransformation:
   """Multiplies the updates of the matrices within blocks."""
+
   def scaled(path, update):
     names = [key.key for key in path]
     inside = names[0] == 'h' and names[-1] == 'weight' and not names[1].startswith('ln_')
@@ -93,6 +99,7 @@ def clip_by_global_norm(most: float) -> optax.GradientTransformation:
   """`optax.clip_by_global_norm` by one factor for all gradients: to divide each by the norm is a pass
   over all of them.
   """
+
   def clipped(updates, _):
     factor = jnp.minimum(1, most / optax.tree.norm(updates))
     return jax.tree.map(lambda update: factor * update, updates)
@@ -101,7 +108,7 @@ def clip_by_global_norm(most: float) -> optax.GradientTransformation:
 
 
 def make_optimizer(
-    optim: Config, schedule: optax.Schedule, width_ratio: float = 1.0
+  optim: Config, schedule: optax.Schedule, width_ratio: float = 1.0
 ) -> optax.GradientTransformation:
   """Clipping by the global norm, then AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101); without the
   steps that are spikes, where `skip_zscore` is set.
@@ -113,10 +120,11 @@ def make_optimizer(
       it; what decays is not, so that weights decay as fast at every width.
   """
   tx = optax.chain(
-      optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
-      *([] if width_ratio == 1 else [scale_matrices(1 / width_ratio)]),
-      optax.add_decayed_weights(optim.weight_decay, decay_mask),
-      optax.scale_by_learning_rate(schedule))
+    optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
+    *([] if width_ratio == 1 else [scale_matrices(1 / width_ratio)]),
+    optax.add_decayed_weights(optim.weight_decay, decay_mask),
+    optax.scale_by_learning_rate(schedule),
+  )
   if optim.clip_norm:
     tx = optax.chain(clip_by_global_norm(float(optim.clip_norm)), tx)
   return skip_spikes(tx, float(optim.skip_zscore), optim.skip_warmup) if optim.skip_zscore else tx

@@ -90,7 +90,8 @@ class Plan:
     """Shapes and layouts of a global batch."""
     rows = self.A, self.G // self.A
     array = lambda *shape: jax.ShapeDtypeStruct(
-        (*rows, *shape), jnp.int32, sharding=self.batch_sharding)
+      (*rows, *shape), jnp.int32, sharding=self.batch_sharding
+    )
     if self.model.head == 'lm':
       return array(self.T + 1)
     return {'tokens': array(self.T), 'lengths': array(), 'labels': array()}
@@ -103,12 +104,20 @@ class Plan:
     """The compiled step: `(state, batch) -> state, metrics`. `eot`: the id that begins documents."""
     c = self.config
     step = make_train_step(
-        self.model, self.tx, self.schedule, seed=c.train.seed, ema_decay=c.optim.ema_decay,
-        document_start=self.document_start(eot))
+      self.model,
+      self.tx,
+      self.schedule,
+      seed=c.train.seed,
+      ema_decay=c.optim.ema_decay,
+      document_start=self.document_start(eot),
+    )
     options: Any = compiling.options(c.train.compiler_options) | (compiler_options or {})
     with out_of_memory_advice(self), compiling.known_options(options):
-      return jax.jit(step, donate_argnums=0).lower(
-          self.abstract_state(), self.abstract_batch()).compile(options)
+      return (
+        jax.jit(step, donate_argnums=0)
+        .lower(self.abstract_state(), self.abstract_batch())
+        .compile(options)
+      )
 
   def eval_step(self, eot: int = 0):
     return jax.jit(make_eval_step(self.model, self.document_start(eot)))
@@ -124,8 +133,10 @@ class Plan:
     own = self.source and self.source.tokenizer
     if own is None or self.config.data.tokenizer is None:
       return False
-    return (tokenizer.trained_size(self.tokenizer) is not None
-            or tokenizer.load(self.tokenizer).sha256 != own.sha256)
+    return (
+      tokenizer.trained_size(self.tokenizer) is not None
+      or tokenizer.load(self.tokenizer).sha256 != own.sha256
+    )
 
   def describe(self) -> str:
     """Some lines for a reader."""
@@ -137,20 +148,26 @@ class Plan:
       whole, part = num_params(c), num_trained(c)
       tuned = [f'from     {self.source.where}: {part:,} parameters are trained ({part / whole:.2%})']
       if self._other_tokenizer():
-        tuned.append(f'         its ids stand for other texts: data.tokenizer = {self.tokenizer} is '
-                     'not the tokenizer that it was trained with')
+        tuned.append(
+          f'         its ids stand for other texts: data.tokenizer = {self.tokenizer} is '
+          'not the tokenizer that it was trained with'
+        )
     asked, given = self.config.model.n_positions, self.source and self.source.config.n_positions
     if context := positions.note(asked, self.T, given, c.n_positions):
       tuned.append(f'context  {context}')
-    return '\n'.join([
+    return '\n'.join(
+      [
         f'model    {num_params(c):,} parameters: {c.n_layer} layers, width {c.n_embd}, '
         f'{c.n_head} heads, vocabulary {c.vocab_size:,} (inside {c.padded_vocab_size:,})',
         f'         {flops_per_token(c, self.T):,} FLOPs a token (6·P + 12·L·D·T), {c.dtype}, '
-        f'remat {c.remat}, attention {self.attention()}', *tuned,
+        f'remat {c.remat}, attention {self.attention()}',
+        *tuned,
         f'mesh     {shape} of {self.mesh.size} x {device.device_kind}',
         f'batch    {self.G * self.T:,} tokens a step = {self.A} micro-batches x {rows} rows x '
         f'{self.T} tokens, {self.config.train.steps:,} steps, '
-        f'{self.G * self.T * self.config.train.steps:,} tokens'])
+        f'{self.G * self.T * self.config.train.steps:,} tokens',
+      ]
+    )
 
 
 class out_of_memory_advice:
@@ -167,24 +184,26 @@ class out_of_memory_advice:
     if isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' in str(error):
       kept = memory.save_profile(self.workdir)  # first: the estimate is only said
       raise UserError(
-          f'the device ran out of memory with micro-batches of {self.plan.G // self.plan.A} rows x '
-          f'{self.plan.T} tokens ({str(error).splitlines()[0][:200]}). Three knobs, cheapest first: '
-          '--config.train.micro_batch_rows smaller, --config.model.remat=dots or full, '
-          '--config.mesh.fsdp larger (on more devices, once mesh.data is 1).\n'
-          f'{memory_table(self.plan)}{kept}') from error
+        f'the device ran out of memory with micro-batches of {self.plan.G // self.plan.A} rows x '
+        f'{self.plan.T} tokens ({str(error).splitlines()[0][:200]}). Three knobs, cheapest first: '
+        '--config.train.micro_batch_rows smaller, --config.model.remat=dots or full, '
+        '--config.mesh.fsdp larger (on more devices, once mesh.data is 1).\n'
+        f'{memory_table(self.plan)}{kept}'
+      ) from error
 
 
 def memory_table(plan: Plan) -> str:
   """The estimate of a step's memory, and what the knobs would make of it."""
   c, mesh, rows = plan.model, plan.mesh, plan.G // plan.A
   estimate = functools.partial(
-      fit.estimate_parts, mesh=mesh, T=plan.T, ema=plan.config.optim.ema_decay > 0)
+    fit.estimate_parts, mesh=mesh, T=plan.T, ema=plan.config.optim.ema_decay > 0
+  )
   parts, knobs = estimate(c, rows=rows), {}
   split = mesh.shape['data'] * mesh.shape['fsdp']
   for half in [r for r in range(1, rows // split // 2 + 1) if plan.G // split % r == 0][-1:]:
     knobs[f'--config.train.micro_batch_rows={half}'] = estimate(c, rows=half * split)
   order = ('none', 'dots', 'full')
-  for remat in order[order.index(c.remat) + 1:]:
+  for remat in order[order.index(c.remat) + 1 :]:
     knobs[f'--config.model.remat={remat}'] = estimate(dataclasses.replace(c, remat=remat), rows=rows)
   # as many rows a device, on twice the devices or half of mesh.data
   knobs[f'--config.mesh.fsdp={2 * mesh.shape["fsdp"]}'] = parts | {'state': parts['state'] / 2}
@@ -210,8 +229,9 @@ def _tokenizer(config: Config, source: Source | None) -> str:
   return str(folder)
 
 
-def _model(config: Config, source: Source | None, spec: str, platform: str,
-           held: int | None) -> GPTConfig:
+def _model(
+  config: Config, source: Source | None, spec: str, platform: str, held: int | None
+) -> GPTConfig:
   fields, rows = dict(config.model), config.data.sequence_length
   if fields['dtype'] == 'auto':
     fields['dtype'] = 'float32' if platform == 'cpu' else 'bfloat16'
@@ -229,21 +249,28 @@ def _model(config: Config, source: Source | None, spec: str, platform: str,
     fields['n_positions'] = positions.context(fields['n_positions'], rows, None, held)
     return GPTConfig(**fields)
   free = [*FREE, 'vocab_multiple', 'head', 'lora', 'num_labels']  # what a run may choose anew
-  other = {k: v for k, v in fields.items()
-           if k not in free and v is not None and v != getattr(source.config, k)}
+  other = {
+    k: v
+    for k, v in fields.items()
+    if k not in free and v is not None and v != getattr(source.config, k)
+  }
   if other.keys() == {'n_positions'} and other['n_positions'] > source.config.n_positions:
     free.append('n_positions')  # a longer context: see `positions.stretched`
     fields['n_positions'] = positions.context(
-        other['n_positions'], rows, source.config.n_positions, held)
+      other['n_positions'], rows, source.config.n_positions, held
+    )
   elif other:
-    raise UserError(f'the config says model = {other}, but init_from = {config.init_from} is of '
-                    'another shape: use configs/finetune.py, which takes its sizes from there.')
+    raise UserError(
+      f'the config says model = {other}, but init_from = {config.init_from} is of '
+      'another shape: use configs/finetune.py, which takes its sizes from there.'
+    )
   fields = {k: v for k, v in fields.items() if k in free}
   return dataclasses.replace(source.config, **fields)
 
 
-def make_model(config: Config, devices=None, held: int | None = None
-               ) -> tuple[Source | None, str, GPTConfig, Mesh]:
+def make_model(
+  config: Config, devices=None, held: int | None = None
+) -> tuple[Source | None, str, GPTConfig, Mesh]:
   """What a config begins with, its tokenizer's spec, its model and its mesh.
 
   Arguments are those of `make_plan`.
@@ -278,34 +305,57 @@ def make_plan(config: Config, devices=None, held: int | None = None) -> Plan:
     determinism.check()
   T = model.n_positions if config.data.sequence_length is None else config.data.sequence_length
   if not 1 <= T <= model.n_positions:
-    raise UserError(f'data.sequence_length = {T} is longer than the model\'s context '
-                    f'(model.n_positions = {model.n_positions}): shorten it or enlarge the model.')
+    raise UserError(
+      f"data.sequence_length = {T} is longer than the model's context "
+      f'(model.n_positions = {model.n_positions}): shorten it or enlarge the model.'
+    )
   G, remainder = divmod(config.train.global_batch_tokens, T)
   if remainder or not G:
-    raise UserError(f'train.global_batch_tokens = {config.train.global_batch_tokens} is no multiple '
-                    f'of the row length {T}; the nearest is {max(1, G) * T}.')
+    raise UserError(
+      f'train.global_batch_tokens = {config.train.global_batch_tokens} is no multiple '
+      f'of the row length {T}; the nearest is {max(1, G) * T}.'
+    )
   sharding.check_divisible(mesh, {'data.sequence_length': (T, 'seq')})
   keep = config.checkpoint
   if keep.keep_every % keep.every:
-    raise UserError(f'checkpoint.keep_every = {keep.keep_every} must be 0 or a multiple of '
-                    f'checkpoint.every = {keep.every}: only what is saved can be kept.')
+    raise UserError(
+      f'checkpoint.keep_every = {keep.keep_every} must be 0 or a multiple of '
+      f'checkpoint.every = {keep.every}: only what is saved can be kept.'
+    )
   A = fit.micro_batches(config, model, mesh, T, G)
   split = mesh.shape['data'] * mesh.shape['fsdp']
   eval_rows = config.evaluate.batch_rows
   if eval_rows is None:
     eval_rows = max(split, G // A)
   elif eval_rows % split:
-    raise UserError(f'evaluate.batch_rows = {eval_rows} must be a multiple of mesh.data·mesh.fsdp '
-                    f'= {split}.')
+    raise UserError(
+      f'evaluate.batch_rows = {eval_rows} must be a multiple of mesh.data·mesh.fsdp = {split}.'
+    )
   schedule = make_schedule(config.optim, config.train.steps, G * T)
   every, patience = config.evaluate.every, config.evaluate.patience
   if (patience or keep.keep_best) and every % keep.every:
-    cause = (f'evaluate.patience = {patience} offers' if patience else
-             f'checkpoint.keep_best = {keep.keep_best} keeps')
-    raise UserError(f'{cause} the best evaluated step, so each must be saved: make evaluate.every = '
-                    f'{every} a multiple of checkpoint.every = {keep.every}.')
-  return Plan(config, source, spec, model, mesh, T, G, A, eval_rows,
-              make_optimizer(config.optim, schedule, model.width_ratio), schedule)
+    cause = (
+      f'evaluate.patience = {patience} offers'
+      if patience
+      else f'checkpoint.keep_best = {keep.keep_best} keeps'
+    )
+    raise UserError(
+      f'{cause} the best evaluated step, so each must be saved: make evaluate.every = '
+      f'{every} a multiple of checkpoint.every = {keep.every}.'
+    )
+  return Plan(
+    config,
+    source,
+    spec,
+    model,
+    mesh,
+    T,
+    G,
+    A,
+    eval_rows,
+    make_optimizer(config.optim, schedule, model.width_ratio),
+    schedule,
+  )
 
 
 def dry_run(plan: Plan) -> str:
@@ -316,8 +366,11 @@ def dry_run(plan: Plan) -> str:
   arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
   total = max(arguments + temporary, getattr(memory, 'peak_memory_in_bytes', 0))
   limit = fit.memory_limit(sharding.own_device(plan.mesh))
-  return '\n'.join([
+  return '\n'.join(
+    [
       plan.describe(),
       f'memory   {total:,} bytes a device = {gib(total / 2**30)} (state and batch '
       f'{gib(arguments / 2**30)}, temporaries {gib(temporary / 2**30)}; '
-      f'{gib(limit / 2**30)} to plan with)'])
+      f'{gib(limit / 2**30)} to plan with)',
+    ]
+  )

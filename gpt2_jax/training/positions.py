@@ -38,11 +38,15 @@ def note(asked: int | None, rows: int, given: int | None, have: int) -> str:
   """
   if asked is not None and have < asked:
     of = 'of its rows' if have == rows else 'of its rows, or the longer one it begins with,'
-    return (f'{have:,} positions, the context {of} (data.sequence_length = {rows}): nothing would '
-            f'train the other {asked - have:,} of model.n_positions = {asked}')
+    return (
+      f'{have:,} positions, the context {of} (data.sequence_length = {rows}): nothing would '
+      f'train the other {asked - have:,} of model.n_positions = {asked}'
+    )
   if rows < have and have > (given or 0):
-    return (f'{have:,} positions, as the run that goes on has: its rows of {rows:,} tokens train the '
-            f'first {rows:,} alone, and what it makes of longer texts is not to be trusted')
+    return (
+      f'{have:,} positions, as the run that goes on has: its rows of {rows:,} tokens train the '
+      f'first {rows:,} alone, and what it makes of longer texts is not to be trusted'
+    )
   return ''
 
 
@@ -68,13 +72,15 @@ def stretched(config: GPTConfig, params: Params, how: str, seed: int) -> Params:
     if how == 'extend':
       fresh: Any = make_params(config, seed)['wpe']['weight']
       padded_TD = jnp.pad(table_TD, ((0, config.n_positions - old), (0, 0)))
-      return reshard(jnp.where(jnp.arange(config.n_positions)[:, None] < old, padded_TD, fresh),
-                     RULES.wpe_td)
+      return reshard(
+        jnp.where(jnp.arange(config.n_positions)[:, None] < old, padded_TD, fresh), RULES.wpe_td
+      )
     at = jnp.linspace(0, old - 1, config.n_positions)
     below = jnp.minimum(at.astype(jnp.int32), max(old - 2, 0))
     share = (at - below)[:, None]
     rows = lambda i: table_TD.at[i].get(out_sharding=jax.typeof(table_TD).sharding)
-    return reshard((1 - share) * rows(below) + share * rows(jnp.minimum(below + 1, old - 1)),
-                   RULES.wpe_td)
+    return reshard(
+      (1 - share) * rows(below) + share * rows(jnp.minimum(below + 1, old - 1)), RULES.wpe_td
+    )
 
   return params | {'wpe': {'weight': make(params['wpe']['weight'])}}

@@ -26,10 +26,15 @@ class Profile:
     Raises:
       UserError: that is no window.
     """
-    if len(steps) != 2 or not all(isinstance(s, int) and s >= 0 for s in steps) or (
-        any(steps) and not 0 < steps[0] < steps[1]):
-      raise UserError(f'profile.steps = {tuple(steps)} is no window: (10, 13) traces the steps 10, '
-                      '11 and 12, (0, 0) none.')
+    if (
+      len(steps) != 2
+      or not all(isinstance(s, int) and s >= 0 for s in steps)
+      or (any(steps) and not 0 < steps[0] < steps[1])
+    ):
+      raise UserError(
+        f'profile.steps = {tuple(steps)} is no window: (10, 13) traces the steps 10, '
+        '11 and 12, (0, 0) none.'
+      )
     self.first, self.stop = steps
     self.folder, self.clock, self.say = workdir / FOLDER, clock, say
     self._on = False
@@ -60,9 +65,11 @@ class Profile:
     self._on = False
     with self.clock('profile'):
       jax.profiler.stop_trace()
-    self.say(f'profile  from step {self.first} on: `tensorboard --logdir '
-             f'{shlex.quote(str(self.folder))}`, or `xprof` '
-             'in its place, shows it (pip install tensorboard xprof)')
+    self.say(
+      f'profile  from step {self.first} on: `tensorboard --logdir '
+      f'{shlex.quote(str(self.folder))}`, or `xprof` '
+      'in its place, shows it (pip install tensorboard xprof)'
+    )
 
   def __exit__(self, *_):
     if self._on:

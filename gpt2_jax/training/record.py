@@ -37,8 +37,12 @@ def commit() -> str | None:
   """Of the code that runs, with `-dirty` behind it where it was changed since."""
   try:
     found = subprocess.run(
-        ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
-        cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10).stdout.strip()
+      ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
+      cwd=Path(__file__).parent,
+      capture_output=True,
+      text=True,
+      timeout=10,
+    ).stdout.strip()
   except (OSError, subprocess.TimeoutExpired):
     return None
   return found or None
@@ -46,16 +50,27 @@ def commit() -> str | None:
 
 def environment(plan: Plan, data: Any) -> dict:
   return {
-      'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
-      'command': sys.argv, 'python': platform.python_version(), 'platform': platform.platform(),
-      'versions': versions(), 'git_commit': commit(), 'processes': jax.process_count(),
-      'processor': hardware.processor(),
-      'devices': f'{plan.mesh.size} x {plan.mesh.devices.flat[0].device_kind}',
-      'mesh': dict(plan.mesh.shape), 'micro_batches': plan.A, 'rows': plan.G, 'row_tokens': plan.T,
-      'data': {'corpus': plan.config.data.corpus, 'tokens': len(data.splits['train']),
-               'sha256': data.sha256, 'licence': data.manifest['source']['licence']},
-      'determinism': determinism.describe() if plan.config.deterministic else {},
-      'env': {k: os.environ[k] for k in ENVIRONMENT if k in os.environ},
+    'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+    'command': sys.argv,
+    'python': platform.python_version(),
+    'platform': platform.platform(),
+    'versions': versions(),
+    'git_commit': commit(),
+    'processes': jax.process_count(),
+    'processor': hardware.processor(),
+    'devices': f'{plan.mesh.size} x {plan.mesh.devices.flat[0].device_kind}',
+    'mesh': dict(plan.mesh.shape),
+    'micro_batches': plan.A,
+    'rows': plan.G,
+    'row_tokens': plan.T,
+    'data': {
+      'corpus': plan.config.data.corpus,
+      'tokens': len(data.splits['train']),
+      'sha256': data.sha256,
+      'licence': data.manifest['source']['licence'],
+    },
+    'determinism': determinism.describe() if plan.config.deterministic else {},
+    'env': {k: os.environ[k] for k in ENVIRONMENT if k in os.environ},
   }
 
 
@@ -88,8 +103,10 @@ def set_aside(workdir: Path) -> list[str]:
   Returns a line for each file.
   """
   said = []
-  for name, read in (('config.json', lambda: read_json(workdir / 'config.json')),
-                     (ENV, lambda: starts(workdir))):
+  for name, read in (
+    ('config.json', lambda: read_json(workdir / 'config.json')),
+    (ENV, lambda: starts(workdir)),
+  ):
     if not (workdir / name).exists():
       continue
     try:
@@ -114,8 +131,10 @@ def begin(workdir: Path, plan: Plan, data: Any, step: int, seconds: dict[str, fl
   """
   config = json.loads(plan.config.to_json_best_effort())
   path = workdir / 'config.json'
-  flat = lambda c: {f'{s}.{k}': v for s, keys in c.items() if isinstance(keys, dict)
-                    for k, v in keys.items()} | {'init_from': c.get('init_from')}
+  flat = lambda c: (
+    {f'{s}.{k}': v for s, keys in c.items() if isinstance(keys, dict) for k, v in keys.items()}
+    | {'init_from': c.get('init_from')}
+  )
   changed = difference(flat(read_json(path)), flat(config)) if path.exists() else ''
   write_json(path, config)
   this = environment(plan, data) | {'began_at': step, 'step': step, 'seconds': seconds}

@@ -53,10 +53,14 @@ class Recorder:
       compared, slow = self.stragglers.add(step, host, seconds)
     if slow:
       self.say(f'step {step:,}: {slow}')
-    values |= {'train/tokens': self.plan.tokens(step), 'perf/step_seconds': seconds,
-               'perf/tokens_per_second': self.tokens / seconds,
-               'perf/flops_per_second': self.flops / seconds,
-               'perf/data_wait_seconds': waited, 'perf/memory_gib': metrics.peak_memory_gib()}
+    values |= {
+      'train/tokens': self.plan.tokens(step),
+      'perf/step_seconds': seconds,
+      'perf/tokens_per_second': self.tokens / seconds,
+      'perf/flops_per_second': self.flops / seconds,
+      'perf/data_wait_seconds': waited,
+      'perf/memory_gib': metrics.peak_memory_gib(),
+    }
     if self.peak:
       values['perf/mfu'] = self.flops / (seconds * self.peak)
     return {'step': step, **values, **compared}
@@ -66,18 +70,23 @@ class Recorder:
     finite = math.isfinite(values['train/loss']) and math.isfinite(values['train/grad_norm'])
     if in_a_row >= spikes.LIMIT or not (finite or in_a_row):
       self.checkpoints.wait()
-      raise UserError(bad_step(step, values, in_a_row, self.loader, self.checkpoints.latest_step(),
-                               self.workdir))
+      raise UserError(
+        bad_step(step, values, in_a_row, self.loader, self.checkpoints.latest_step(), self.workdir)
+      )
     if in_a_row:
-      self.say(f'step {step:,}: skipped, with a gradient norm of {values["train/grad_norm"]:.4g} '
-               f'(z-score {values["train/grad_norm_zscore"]:.1f}), loss {values["train/loss"]:.4f}')
+      self.say(
+        f'step {step:,}: skipped, with a gradient norm of {values["train/grad_norm"]:.4g} '
+        f'(z-score {values["train/grad_norm_zscore"]:.1f}), loss {values["train/loss"]:.4f}'
+      )
 
 
 def note(line: dict) -> str:
   """A line of the record in short."""
   mfu = f' mfu {line["perf/mfu"]:.1%}' if 'perf/mfu' in line else ''
-  return (f'loss {line["train/loss"]:.4f} lr {line["train/learning_rate"]:.2e} '
-          f'{line["perf/tokens_per_second"]:,.0f} tokens/s{mfu}')
+  return (
+    f'loss {line["train/loss"]:.4f} lr {line["train/learning_rate"]:.2e} '
+    f'{line["perf/tokens_per_second"]:,.0f} tokens/s{mfu}'
+  )
 
 
 def bad_step(step, values, in_a_row, loader, last_good, workdir) -> str:
@@ -85,8 +94,11 @@ def bad_step(step, values, in_a_row, loader, last_good, workdir) -> str:
   rows = rows[:8] + [f'  … and {len(rows) - 8} more rows'] * (len(rows) > 8)
   why = f', skipped as were the {in_a_row - 1} steps before: this is no spike' if in_a_row else ''
   loss, norm = values['train/loss'], values['train/grad_norm']
-  return (f'step {step}: loss {loss}, gradient norm {norm}{why}. '
-          'Nothing of it was saved. The documents of its batch (shard:number):\n' +
-          '\n'.join(rows) + f'\nThe last good checkpoint in {workdir} is ' +
-          (f'that of step {last_good}' if last_good else 'none') +
-          '. A lower optim.peak_lr, a longer optim.warmup_steps or model.dtype=float32 may help.')
+  return (
+    f'step {step}: loss {loss}, gradient norm {norm}{why}. '
+    'Nothing of it was saved. The documents of its batch (shard:number):\n'
+    + '\n'.join(rows)
+    + f'\nThe last good checkpoint in {workdir} is '
+    + (f'that of step {last_good}' if last_good else 'none')
+    + '. A lower optim.peak_lr, a longer optim.warmup_steps or model.dtype=float32 may help.'
+  )

@@ -26,13 +26,21 @@ def _draw_time(axes, totals: dict[str, float]) -> None:
   whole, left = sum(totals.values()), 0.0
   for i, (kind, seconds) in enumerate(totals.items()):
     share = seconds / whole
-    axes.barh(0, share, left=left, color=f'C{i}',
-              label=f'{kind} {share:.1%}' if share > 0.001 else None)
+    axes.barh(
+      0, share, left=left, color=f'C{i}', label=f'{kind} {share:.1%}' if share > 0.001 else None
+    )
     left += share
   axes.set(xlim=(0, 1), yticks=[], xticks=[])
   axes.set_title(f'time: {_duration(whole)}', fontsize=9, loc='left')
-  axes.legend(loc='upper center', bbox_to_anchor=(0.5, 0), ncols=4, fontsize=7, frameon=False,
-              handlelength=1, columnspacing=1)
+  axes.legend(
+    loc='upper center',
+    bbox_to_anchor=(0.5, 0),
+    ncols=4,
+    fontsize=7,
+    frameon=False,
+    handlelength=1,
+    columnspacing=1,
+  )
 
 
 def _duration(seconds: float) -> str:
@@ -48,11 +56,13 @@ def plot_losses(workdir: Path, title: str, totals: dict[str, float]) -> Path:
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
   from matplotlib.ticker import EngFormatter
+
   lines = [line for line in metrics.read(workdir) if line.get('train/tokens') is not None]
   tokens = np.array([line['train/tokens'] for line in lines])
   losses = np.array([line.get('train/loss') for line in lines], float)  # null is NaN
-  held_out = [(line['train/tokens'], line['eval/loss']) for line in lines
-              if line.get('eval/loss') is not None]
+  held_out = [
+    (line['train/tokens'], line['eval/loss']) for line in lines if line.get('eval/loss') is not None
+  ]
   figure = Figure(figsize=(7, 4.8), layout='constrained')
   FigureCanvasAgg(figure)
   axes, below = figure.subplots(2, height_ratios=(16, 1))
@@ -61,8 +71,14 @@ def plot_losses(workdir: Path, title: str, totals: dict[str, float]) -> Path:
   axes.plot(tokens, _smooth(losses), color='tab:blue', label='training')
   if held_out:
     axes.plot(*zip(*held_out), color='tab:orange', marker='o', markersize=4, label='held out')
-    axes.annotate(f'{held_out[-1][1]:.3f}', held_out[-1], textcoords='offset points',
-                  xytext=(0, 8), ha='right', color='tab:orange')
+    axes.annotate(
+      f'{held_out[-1][1]:.3f}',
+      held_out[-1],
+      textcoords='offset points',
+      xytext=(0, 8),
+      ha='right',
+      color='tab:orange',
+    )
   axes.set(title=title, xlabel='tokens seen', ylabel='loss (nats a token)')
   axes.xaxis.set_major_formatter(EngFormatter())
   axes.grid(alpha=0.3)
@@ -80,7 +96,7 @@ def fitting(prompt: str, tokenizer: Tokenizer | None, config: GPTConfig) -> str:
   if tokenizer is None or len(ids) < config.n_positions:
     return prompt
   # a character that was cut is left out
-  prompt = tokenizer.decode_bytes(ids[len(ids) - config.n_positions // 2:]).decode(errors='ignore')
+  prompt = tokenizer.decode_bytes(ids[len(ids) - config.n_positions // 2 :]).decode(errors='ignore')
   while len(tokenizer.encode(prompt)) >= config.n_positions > 1:  # a text's end may have other ids
     prompt = prompt[1:]
   return prompt
@@ -89,26 +105,39 @@ def fitting(prompt: str, tokenizer: Tokenizer | None, config: GPTConfig) -> str:
 def summary(workdir: Path, prompt: str, sample: str | None, totals: dict[str, float]) -> str:
   """One screen: what came out, where it lies, what to try next."""
   lines = metrics.read(workdir)
-  last, final = lines[-1], next(
-      (m for m in reversed(lines) if m.get('eval/loss') is not None), {})
+  last, final = lines[-1], next((m for m in reversed(lines) if m.get('eval/loss') is not None), {})
   speed = np.median([m.get('perf/tokens_per_second') or 0.0 for m in lines])
   loss = last.get('train/loss')
   held_out = f', held-out loss {final["eval/loss"]:.4f}' if final else ''
   if 'eval/accuracy' in final:
     held_out += f', {final["eval/accuracy"]:.2%} right'
   rule = '-' * 78
-  return '\n'.join([
+  return '\n'.join(
+    [
       rule,
       f'done: step {last["step"]:,}, {last["train/tokens"]:,} tokens, training loss '
       f'{"not finite" if loss is None else f"{loss:.4f}"}{held_out}',
       f'      {speed:,.0f} tokens/s, peak memory {last["perf/memory_gib"]:.1f} GiB',
       *goodput.table(totals),
-      rule, *([] if sample is None else [prompt + sample, rule]),
+      rule,
+      *([] if sample is None else [prompt + sample, rule]),
       f'record     {workdir / metrics.FILE}',
       f'picture    {workdir / PLOT}',
       'next',
-      f'  gpt2_jax.classify(gpt2_jax.from_pretrained({str(workdir)!r}), \'a text\')' if sample is None
-      else '  ' + shlex.join(['gpt2-jax', 'sample', '--checkpoint', str(workdir),
-                              '--prompt', *(prompt.splitlines() or [''])[:1]]),
+      f"  gpt2_jax.classify(gpt2_jax.from_pretrained({str(workdir)!r}), 'a text')"
+      if sample is None
+      else '  '
+      + shlex.join(
+        [
+          'gpt2-jax',
+          'sample',
+          '--checkpoint',
+          str(workdir),
+          '--prompt',
+          *(prompt.splitlines() or [''])[:1],
+        ]
+      ),
       f'  {shlex.join(["tensorboard", "--logdir", str(workdir)])}          (pip install tensorboard)',
-      '  the same launch.py command with a larger --config.train.steps goes on from here'])
+      '  the same launch.py command with a larger --config.train.steps goes on from here',
+    ]
+  )

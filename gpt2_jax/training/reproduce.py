@@ -69,8 +69,7 @@ def _restrict(config: Config, last: int, start: dict, positions: int | None) -> 
   """Makes the config say what the run derived from its devices, up to its last recorded step."""
   for axis, size in start['mesh'].items():
     config.mesh[axis] = size
-  T = (start.get('row_tokens') or config.data.sequence_length or positions
-       or config.model.n_positions)
+  T = start.get('row_tokens') or config.data.sequence_length or positions or config.model.n_positions
   rows = config.train.global_batch_tokens // T
   split = config.mesh.data * config.mesh.fsdp
   config.train.micro_batch_rows = rows // start['micro_batches'] // split
@@ -86,24 +85,39 @@ def _recorded(workdir: Path) -> tuple[dict, list[dict], list[dict]]:
     config = read_json(workdir / 'config.json')
     starts, lines = record.starts(workdir), metrics.read(workdir)
   except UserError as e:
-    raise UserError(f'{workdir} holds no run that can be made again ({e}): name the --workdir of a '
-                    'run of launch.py.') from e
+    raise UserError(
+      f'{workdir} holds no run that can be made again ({e}): name the --workdir of a '
+      'run of launch.py.'
+    ) from e
   if not starts or not lines:
-    raise UserError(f'{workdir} has no {record.ENV} or no step in {metrics.FILE} yet: there is '
-                    'nothing to compare with.')
+    raise UserError(
+      f'{workdir} has no {record.ENV} or no step in {metrics.FILE} yet: there is '
+      'nothing to compare with.'
+    )
   return config, starts, lines
 
 
 def _environment(start: dict) -> dict[str, Any]:
   """What has a say in the numbers, of a run or, without its data, of this process."""
-  return {'python': start['python'], 'platform': start['platform'], 'commit': start['git_commit'],
-          **start['versions'], **{name: start['env'].get(name) for name in record.ENVIRONMENT}}
+  return {
+    'python': start['python'],
+    'platform': start['platform'],
+    'commit': start['git_commit'],
+    **start['versions'],
+    **{name: start['env'].get(name) for name in record.ENVIRONMENT},
+  }
 
 
 def _here() -> dict[str, Any]:
-  return _environment({
-      'python': platform.python_version(), 'platform': platform.platform(), 'env': os.environ,
-      'git_commit': record.commit(), 'versions': record.versions()})
+  return _environment(
+    {
+      'python': platform.python_version(),
+      'platform': platform.platform(),
+      'env': os.environ,
+      'git_commit': record.commit(),
+      'versions': record.versions(),
+    }
+  )
 
 
 def _take_environment(start: dict) -> None:
@@ -118,10 +132,15 @@ def _take_environment(start: dict) -> None:
 def _claim(output: Path, workdir: Path) -> None:
   """Notes in a fresh folder whose repetition it holds, so that a killed one goes on."""
   note = output / NOTE
-  if output.exists() and any(output.iterdir()) and not (
-      note.exists() and read_json(note).get('run') == str(workdir)):
-    raise UserError(f'{output} is there already and holds no repetition of {workdir}: name another '
-                    'folder with --output.')
+  if (
+    output.exists()
+    and any(output.iterdir())
+    and not (note.exists() and read_json(note).get('run') == str(workdir))
+  ):
+    raise UserError(
+      f'{output} is there already and holds no repetition of {workdir}: name another '
+      'folder with --output.'
+    )
   output.mkdir(parents=True, exist_ok=True)
   record.write_json(note, {'run': str(workdir)})
 
@@ -155,12 +174,13 @@ def reproduce(workdir: str | Path, output: str | Path | None = None) -> int:
     say(f'what is not as it was:\n{changed}')
   for name in ('mesh', 'micro_batches', 'rows', 'row_tokens', 'git_commit', 'versions'):
     if any(other.get(name) != start.get(name) for other in starts):
-      say(f'its {len(starts)} starts differ in {name}: only the last one\'s is repeated')
+      say(f"its {len(starts)} starts differ in {name}: only the last one's is repeated")
   # there were no such knobs once
   config['optim'] = {'warmup_tokens': None, 'decay_tokens': None} | config['optim']
   config['data'] = {'special': False} | config['data']
   again: Config = ConfigDict(
-      {'deterministic': False, 'init_base': None, 'init_ignore_extra': False} | config)
+    {'deterministic': False, 'init_base': None, 'init_ignore_extra': False} | config
+  )
   knobs.check(again)
   positions = held_positions(workdir)
   _restrict(again, lines[-1]['step'], start, positions)

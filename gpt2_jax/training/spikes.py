@@ -37,7 +37,7 @@ def _fresh(inner: Any = None) -> SpikeState:
 
 
 def skip_spikes(
-    inner: optax.GradientTransformation, zscore: float, warmup: int
+  inner: optax.GradientTransformation, zscore: float, warmup: int
 ) -> optax.GradientTransformation:
   """`inner`, except at steps whose gradient is a spike, or not finite.
 
@@ -53,8 +53,10 @@ def skip_spikes(
     UserError: one of the two makes no sense.
   """
   if zscore <= 0 or warmup < 2:
-    raise UserError(f'optim.skip_zscore = {zscore} must be positive (0: off) and optim.skip_warmup = '
-                    f'{warmup} at least 2 steps.')
+    raise UserError(
+      f'optim.skip_zscore = {zscore} must be positive (0: off) and optim.skip_warmup = '
+      f'{warmup} at least 2 steps.'
+    )
 
   def init(params):
     return _fresh(inner.init(params))
@@ -63,8 +65,7 @@ def skip_spikes(
     norm = optax.tree.norm(updates)  # the step's metric and the clipping need it too: made once
     x = jnp.log(jnp.maximum(norm, 1e-30)).astype(jnp.float32)
     away = x - state.mean
-    z = jnp.where(state.count >= warmup,
-                  away / jnp.maximum(jnp.sqrt(state.variance), NOISE), 0.0)
+    z = jnp.where(state.count >= warmup, away / jnp.maximum(jnp.sqrt(state.variance), NOISE), 0.0)
     skip = ~jnp.isfinite(norm) | (z > zscore)
     pick = lambda old, new: jnp.where(skip, old, new)
 
@@ -75,19 +76,29 @@ def skip_spikes(
 
     updates, after = inner.update(updates, state.inner, params)
     is_schedule = lambda node: isinstance(node, optax.ScaleByScheduleState)
-    kept = jax.tree.map(lambda old, new: new if is_schedule(new) else pick(old, new),
-                        state.inner, after, is_leaf=is_schedule)
+    kept = jax.tree.map(
+      lambda old, new: new if is_schedule(new) else pick(old, new),
+      state.inner,
+      after,
+      is_leaf=is_schedule,
+    )
     # -0.0, since x + -0.0 has the bits of x for every x, -0.0 among them
     updates = jax.tree.map(lambda u: pick(jnp.full_like(u, -0.0), u), updates)
     return updates, SpikeState(
-        state.count + ~skip, pick(state.mean, mean), pick(state.variance, variance), z,
-        jnp.where(skip, state.in_a_row + 1, 0), kept)
+      state.count + ~skip,
+      pick(state.mean, mean),
+      pick(state.variance, variance),
+      z,
+      jnp.where(skip, state.in_a_row + 1, 0),
+      kept,
+    )
 
   return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def restored(
-    restore: Callable[[dict], dict], saved: Iterable[str], items: dict[str, Any]) -> dict[str, Any]:
+  restore: Callable[[dict], dict], saved: Iterable[str], items: dict[str, Any]
+) -> dict[str, Any]:
   """`restore(items)`, also where the policy was off when they were saved and is on now, or off again.
 
   Args:
@@ -110,6 +121,8 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
   """What a step says of the policy; empty where it is off."""
   if not isinstance(opt_state, SpikeState):
     return {}
-  return {'train/grad_norm_zscore': opt_state.zscore,
-          'train/skipped': (opt_state.in_a_row > 0).astype(jnp.float32),
-          'train/skipped_in_a_row': opt_state.in_a_row}
+  return {
+    'train/grad_norm_zscore': opt_state.zscore,
+    'train/skipped': (opt_state.in_a_row > 0).astype(jnp.float32),
+    'train/skipped_in_a_row': opt_state.in_a_row,
+  }

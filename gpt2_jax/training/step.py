@@ -37,8 +37,12 @@ class TrainState:
 
   def restored(self, step: int, items: dict[str, Any]) -> 'TrainState':
     """The state of a step from its items; `self` is abstract and says where its number lies."""
-    return TrainState(jax.device_put(np.int32(step), self.step.sharding), items['params'],
-                      items['opt_state'], items.get('ema'))
+    return TrainState(
+      jax.device_put(np.int32(step), self.step.sharding),
+      items['params'],
+      items['opt_state'],
+      items.get('ema'),
+    )
 
 
 def trained(config: GPTConfig, params: Params) -> Params:
@@ -53,8 +57,12 @@ def replaced(params: Params, part: Params) -> Params:
 
 
 def init_state(
-    config: GPTConfig, tx: optax.GradientTransformation, seed: int, ema: bool,
-    given: Params | None = None) -> TrainState:
+  config: GPTConfig,
+  tx: optax.GradientTransformation,
+  seed: int,
+  ema: bool,
+  given: Params | None = None,
+) -> TrainState:
   """The state before the first step, in place on the mesh that is set.
 
   Args:
@@ -70,12 +78,18 @@ def init_state(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
 def _init_state(config, tx, seed, ema, given):
   params = replaced(make_params(config, seed), given)
-  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(trained(config, params)),
-                    params if ema else None)
+  return TrainState(
+    jnp.zeros((), jnp.int32), params, tx.init(trained(config, params)), params if ema else None
+  )
 
 
-def nll(model: GPT2, tokens_BT1: jax.Array, dropout_keys_B: jax.Array | None = None,
-        document_start: int | None = None, weights: jax.Array | float | None = None) -> Loss:
+def nll(
+  model: GPT2,
+  tokens_BT1: jax.Array,
+  dropout_keys_B: jax.Array | None = None,
+  document_start: int | None = None,
+  weights: jax.Array | float | None = None,
+) -> Loss:
   """-log p of each next token, from rows of T + 1 tokens.
 
   Args:
@@ -89,8 +103,7 @@ def nll(model: GPT2, tokens_BT1: jax.Array, dropout_keys_B: jax.Array | None = N
   documents_BT = None
   if document_start is not None:
     documents_BT = jnp.cumsum(inputs_BT == document_start, axis=1, dtype=jnp.int32)
-  x_BTD = model.transformer(
-      inputs_BT, documents_BT=documents_BT, dropout_keys_B=dropout_keys_B).x_BTD
+  x_BTD = model.transformer(inputs_BT, documents_BT=documents_BT, dropout_keys_B=dropout_keys_B).x_BTD
   return model.loss(x_BTD, targets_BT, of_each(weights, targets_BT))
 
 
@@ -107,15 +120,21 @@ def label_logits(model: GPT2, batch: dict, dropout_keys_B: jax.Array | None = No
 
 
 def label_nll(
-    logits_BK: jax.Array, labels_B: jax.Array, weights: jax.Array | float | None = None) -> Loss:
+  logits_BK: jax.Array, labels_B: jax.Array, weights: jax.Array | float | None = None
+) -> Loss:
   """-log p of each text's label; `weights` as of `nll`, [B]."""
   is_label_BK = labels_B[:, None] == jnp.arange(logits_BK.shape[-1])
   each_B = jax.nn.logsumexp(logits_BK, -1) - jnp.where(is_label_BK, logits_BK, 0).sum(-1)
   return Loss((of_each(weights, labels_B) * each_B).sum(), jax.lax.stop_gradient(each_B))
 
 
-def losses(model: GPT2, batch, dropout_keys_B: jax.Array | None = None,
-           document_start: int | None = None, weights: jax.Array | float | None = None) -> Loss:
+def losses(
+  model: GPT2,
+  batch,
+  dropout_keys_B: jax.Array | None = None,
+  document_start: int | None = None,
+  weights: jax.Array | float | None = None,
+) -> Loss:
   """The losses of a batch's targets: [B, T] next tokens, or [B] labels; `weights` as of `nll`."""
   if model.config.head == 'lm':
     return nll(model, batch, dropout_keys_B, document_start, weights)
@@ -130,21 +149,22 @@ def row_keys(seed: int, step: jax.Array, first: jax.Array | int, rows: int) -> j
 
 
 def make_train_step(
-    config: GPTConfig,
-    tx: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    *,
-    seed: int,
-    ema_decay: float,
-    document_start: int | None = None,
+  config: GPTConfig,
+  tx: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  *,
+  seed: int,
+  ema_decay: float,
+  document_start: int | None = None,
 ) -> Callable:
   """`step(state, batch) -> state, metrics` over a batch in A micro-batches of M rows.
 
   A batch is tokens [A, M, T + 1], or a dict of `data.labelled`. The loss is the mean over all
   targets; so are the gradients, however they are split.
   """
-  drops = any((config.embd_pdrop, config.attn_pdrop, config.resid_pdrop,
-               config.lora and config.lora.dropout))
+  drops = any(
+    (config.embd_pdrop, config.attn_pdrop, config.resid_pdrop, config.lora and config.lora.dropout)
+  )
 
   def step(state: TrainState, batch):
     A, M = jax.tree.leaves(batch)[0].shape[:2]
@@ -153,8 +173,9 @@ def make_train_step(
 
     def loss_fn(part, a, micro):
       keys_M = row_keys(seed, state.step, a * M, M) if drops else None
-      return losses(bind(config, replaced(state.params, part)), micro, keys_M,
-                    document_start, 1 / targets).total
+      return losses(
+        bind(config, replaced(state.params, part)), micro, keys_M, document_start, 1 / targets
+      ).total
 
     def accumulate(carry, micro):
       loss_and_grads = jax.value_and_grad(loss_fn)(apart, *micro)
@@ -174,12 +195,12 @@ def make_train_step(
     if state.ema is not None:
       ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
     metrics = {
-        'train/loss': loss,
-        'train/grad_norm': optax.tree.norm(grads),  # before clipping
-        'train/update_norm': optax.tree.norm(updates),
-        'train/param_norm': optax.tree.norm(params),
-        'train/learning_rate': jnp.asarray(schedule(state.step), jnp.float32),
-        **spikes.metrics(opt_state),
+      'train/loss': loss,
+      'train/grad_norm': optax.tree.norm(grads),  # before clipping
+      'train/update_norm': optax.tree.norm(updates),
+      'train/param_norm': optax.tree.norm(params),
+      'train/learning_rate': jnp.asarray(schedule(state.step), jnp.float32),
+      **spikes.metrics(opt_state),
     }
     return TrainState(state.step + 1, params, opt_state, ema), metrics
 
@@ -191,6 +212,7 @@ def make_eval_step(config: GPTConfig, document_start: int | None = None) -> Call
 
   Sums: of the losses, of the weights; of a classifier, of the texts judged rightly.
   """
+
   def step(params: Params, batch, weights):
     model, batch = bind(config, params), jax.tree.map(lambda x: x[0], batch)
     if config.head == 'lm':

@@ -28,16 +28,24 @@ class StopSignal:
       self._calls += 1
       if multihost_utils.reached_preemption_sync_point(self._calls):
         self.received = signal.SIGTERM
-        print(f'\nprocess {jax.process_index()}: one of the processes was told to stop: saving and '
-              'leaving after this step', file=sys.stderr, flush=True)
+        print(
+          f'\nprocess {jax.process_index()}: one of the processes was told to stop: saving and '
+          'leaving after this step',
+          file=sys.stderr,
+          flush=True,
+        )
     return self.received is not None
 
   def _handle(self, number, _):
     if self._asked:
       os._exit(128 + number)
     self._asked = True
-    print(f'\n{signal.Signals(number).name}: saving and leaving after this step (once more to leave '
-          'at once)', file=sys.stderr, flush=True)
+    print(
+      f'\n{signal.Signals(number).name}: saving and leaving after this step (once more to leave '
+      'at once)',
+      file=sys.stderr,
+      flush=True,
+    )
     if self._several:
       signal.raise_signal(signal.SIGTERM)  # for JAX's handler
     else:

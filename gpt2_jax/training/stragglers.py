@@ -31,9 +31,11 @@ class Stragglers:
     if self.every:
       name = np.zeros(NAME_BYTES, np.uint8)
       text = np.frombuffer(socket.gethostname().encode()[:NAME_BYTES], np.uint8)
-      name[:len(text)] = text
-      self.names = [bytes(row).rstrip(b'\0').decode(errors='replace')
-                    for row in np.asarray(multihost_utils.process_allgather(name))]
+      name[: len(text)] = text
+      self.names = [
+        bytes(row).rstrip(b'\0').decode(errors='replace')
+        for row in np.asarray(multihost_utils.process_allgather(name))
+      ]
 
   def add(self, step: int, host_seconds: float, step_seconds: float) -> tuple[dict, str]:
     """Adds a step; at every `every`-th the keys for its line, and what is to be said, if anything."""
@@ -48,8 +50,10 @@ class Stragglers:
     hosts, whole = np.asarray(multihost_utils.process_allgather(mine)), self._step / self._count
     self._host = self._step = 0.0
     self._count = 0
-    keys = {'perf/host_seconds_max': float(hosts.max()),
-            'perf/host_seconds_median': float(np.median(hosts))}
+    keys = {
+      'perf/host_seconds_max': float(hosts.max()),
+      'perf/host_seconds_median': float(np.median(hosts)),
+    }
     return keys, judge(hosts, self.names, whole)
 
 
@@ -65,5 +69,7 @@ def judge(hosts: np.ndarray, names: list[str], step_seconds: float) -> str:
   excess = float(hosts[slowest]) - median
   if excess <= BEYOND * median or excess <= MATTERS * step_seconds:
     return ''
-  return (f'slowest host {slowest} ({names[slowest]}): {hosts[slowest]:.3g} s a step on its own, '
-          f'median {median:.3g} s')
+  return (
+    f'slowest host {slowest} ({names[slowest]}): {hosts[slowest]:.3g} s a step on its own, '
+    f'median {median:.3g} s'
+  )

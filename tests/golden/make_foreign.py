@@ -21,10 +21,19 @@ def weights() -> dict[str, np.ndarray]:
   """A random GPT-2, in the order of its modules."""
   rng = np.random.default_rng(0)
   block = {
-      'ln_1.weight': (D,), 'ln_1.bias': (D,), 'attn.c_attn.weight': (D, 3 * D),
-      'attn.c_attn.bias': (3 * D,), 'attn.c_proj.weight': (D, D), 'attn.c_proj.bias': (D,),
-      'ln_2.weight': (D,), 'ln_2.bias': (D,), 'mlp.c_fc.weight': (D, 4 * D),
-      'mlp.c_fc.bias': (4 * D,), 'mlp.c_proj.weight': (4 * D, D), 'mlp.c_proj.bias': (D,)}
+    'ln_1.weight': (D,),
+    'ln_1.bias': (D,),
+    'attn.c_attn.weight': (D, 3 * D),
+    'attn.c_attn.bias': (3 * D,),
+    'attn.c_proj.weight': (D, D),
+    'attn.c_proj.bias': (D,),
+    'ln_2.weight': (D,),
+    'ln_2.bias': (D,),
+    'mlp.c_fc.weight': (D, 4 * D),
+    'mlp.c_fc.bias': (4 * D,),
+    'mlp.c_proj.weight': (4 * D, D),
+    'mlp.c_proj.bias': (D,),
+  }
   shapes = {'wte.weight': (V, D), 'wpe.weight': (T, D)}
   shapes |= {f'h.{i}.{name}': shape for i in range(L) for name, shape in block.items()}
   shapes |= {'ln_f.weight': (D,), 'ln_f.bias': (D,)}
@@ -49,54 +58,96 @@ def make_torch(state: dict[str, torch.Tensor]) -> None:
 def make_views() -> None:
   """Tensors that share storages, of all dtypes, and what they hold."""
   base = torch.arange(60, dtype=torch.float32).reshape(3, 4, 5) / 7
-  kinds = {'double': base[0].double(), 'half': base[1].half(), 'bfloat': base[2].bfloat16(),
-           'long': torch.tensor([-(2**40), 3]), 'int': torch.tensor([-5, 6], dtype=torch.int32),
-           'byte': torch.tensor([0, 255], dtype=torch.uint8), 'bool': torch.tensor([True, False])}
-  views = {'base': base, 'transposed': base.transpose(0, 2), 'row': base[1, 2],
-           'column': base[:, 1, 3], 'stepped': base[::2, 1:, ::3], 'scalar': base[2, 3, 4],
-           'empty': base[:, :0], **kinds}
-  value = {'views': views, 'list': [1, -2**40, 1e-300, None, True, 'é'], 'tuple': (0.9, 0.95)}
+  kinds = {
+    'double': base[0].double(),
+    'half': base[1].half(),
+    'bfloat': base[2].bfloat16(),
+    'long': torch.tensor([-(2**40), 3]),
+    'int': torch.tensor([-5, 6], dtype=torch.int32),
+    'byte': torch.tensor([0, 255], dtype=torch.uint8),
+    'bool': torch.tensor([True, False]),
+  }
+  views = {
+    'base': base,
+    'transposed': base.transpose(0, 2),
+    'row': base[1, 2],
+    'column': base[:, 1, 3],
+    'stepped': base[::2, 1:, ::3],
+    'scalar': base[2, 3, 4],
+    'empty': base[:, :0],
+    **kinds,
+  }
+  value = {'views': views, 'list': [1, -(2**40), 1e-300, None, True, 'é'], 'tuple': (0.9, 0.95)}
   torch.save(value, HERE / 'foreign_views.pt')
   torch.save(value, HERE / 'foreign_views_legacy.pt', _use_new_zipfile_serialization=False)
-  np.savez_compressed(HERE / 'foreign_views.npz', **{
-      name: view.float().numpy() if name == 'bfloat' else view.numpy()
-      for name, view in views.items()})
+  np.savez_compressed(
+    HERE / 'foreign_views.npz',
+    **{
+      name: view.float().numpy() if name == 'bfloat' else view.numpy() for name, view in views.items()
+    },
+  )
 
 
 def make_nanogpt(state: dict[str, torch.Tensor]) -> None:
   """As nanoGPT's train.py saves: with AdamW's state, then compiled, without biases, in bfloat16."""
+
   def checkpoint(bias: bool, dtype: torch.dtype, prefix: str, masks: bool) -> dict:
     linear = {k: v.t().contiguous() if k.endswith(LINEAR) else v for k, v in state.items()}
-    parameters = {k: torch.nn.Parameter(v.clone().to(dtype)) for k, v in linear.items()
-                  if bias or not k.endswith('bias')}
-    decayed, rest = ([p for p in parameters.values() if (p.dim() > 1) == flag]
-                     for flag in (True, False))
-    optimizer = torch.optim.AdamW([{'params': decayed, 'weight_decay': 0.1},
-                                   {'params': rest, 'weight_decay': 0.0}], lr=0.0, betas=(0.9, 0.95))
+    parameters = {
+      k: torch.nn.Parameter(v.clone().to(dtype))
+      for k, v in linear.items()
+      if bias or not k.endswith('bias')
+    }
+    decayed, rest = (
+      [p for p in parameters.values() if (p.dim() > 1) == flag] for flag in (True, False)
+    )
+    optimizer = torch.optim.AdamW(
+      [{'params': decayed, 'weight_decay': 0.1}, {'params': rest, 'weight_decay': 0.0}],
+      lr=0.0,
+      betas=(0.9, 0.95),
+    )
     for parameter in parameters.values():
       parameter.grad = torch.ones_like(parameter)
     optimizer.step()  # at a learning rate of 0: makes the state, leaves the weights
     model = {f'{prefix}transformer.{name}': p.detach() for name, p in parameters.items()}
     if masks:
-      model |= {f'{prefix}transformer.h.{i}.attn.bias': torch.ones(1, 1, T, T).tril()
-                for i in range(L)}
+      model |= {
+        f'{prefix}transformer.h.{i}.attn.bias': torch.ones(1, 1, T, T).tril() for i in range(L)
+      }
     model[f'{prefix}lm_head.weight'] = model[f'{prefix}transformer.wte.weight']
     args = dict(n_layer=L, n_head=N, n_embd=D, block_size=T, bias=bias, vocab_size=V, dropout=0.2)
-    return {'model': model, 'optimizer': optimizer.state_dict(), 'model_args': args,
-            'iter_num': 2000, 'best_val_loss': torch.tensor(1.4697),
-            'config': {'dataset': 'shakespeare_char', 'learning_rate': 1e-3, 'compile': True}}
+    return {
+      'model': model,
+      'optimizer': optimizer.state_dict(),
+      'model_args': args,
+      'iter_num': 2000,
+      'best_val_loss': torch.tensor(1.4697),
+      'config': {'dataset': 'shakespeare_char', 'learning_rate': 1e-3, 'compile': True},
+    }
 
   torch.save(checkpoint(True, torch.float32, '', True), HERE / 'foreign_nanogpt.pt')
-  torch.save(checkpoint(False, torch.bfloat16, '_orig_mod.', False),
-             HERE / 'foreign_nanogpt_nobias.pt')
+  torch.save(
+    checkpoint(False, torch.bfloat16, '_orig_mod.', False), HERE / 'foreign_nanogpt_nobias.pt'
+  )
 
 
 def make_llmc(state: dict[str, torch.Tensor]) -> None:
   """As llm.c's train_gpt2.py writes: version 3 in float32, version 5 in bfloat16."""
   header = torch.zeros(256, dtype=torch.int32)
-  order = ['ln_1.weight', 'ln_1.bias', 'attn.c_attn.weight', 'attn.c_attn.bias', 'attn.c_proj.weight',
-           'attn.c_proj.bias', 'ln_2.weight', 'ln_2.bias', 'mlp.c_fc.weight', 'mlp.c_fc.bias',
-           'mlp.c_proj.weight', 'mlp.c_proj.bias']
+  order = [
+    'ln_1.weight',
+    'ln_1.bias',
+    'attn.c_attn.weight',
+    'attn.c_attn.bias',
+    'attn.c_proj.weight',
+    'attn.c_proj.bias',
+    'ln_2.weight',
+    'ln_2.bias',
+    'mlp.c_fc.weight',
+    'mlp.c_fc.bias',
+    'mlp.c_proj.weight',
+    'mlp.c_proj.bias',
+  ]
   tensors = [torch.nn.functional.pad(state['wte.weight'], (0, 0, 0, 128 - V)), state['wpe.weight']]
   for name in order:
     for i in range(L):

@@ -18,12 +18,21 @@ import torch
 import transformers
 
 HERE = Path(__file__).parent / 'huggingface'
-SIZES = dict(vocab_size=97, n_positions=16, n_embd=15, n_layer=2, n_head=3, n_inner=29,
-             initializer_range=0.2, bos_token_id=0, eos_token_id=0)
+SIZES = dict(
+  vocab_size=97,
+  n_positions=16,
+  n_embd=15,
+  n_layer=2,
+  n_head=3,
+  n_inner=29,
+  initializer_range=0.2,
+  bos_token_id=0,
+  eos_token_id=0,
+)
 MODELS = {
-    'plain': {},
-    'mistral': dict(reorder_and_upcast_attn=True, scale_attn_by_inverse_layer_idx=True, n_head=5),
-    'untied': dict(tie_word_embeddings=False, scale_attn_weights=False, n_head=1),
+  'plain': {},
+  'mistral': dict(reorder_and_upcast_attn=True, scale_attn_by_inverse_layer_idx=True, n_head=5),
+  'untied': dict(tie_word_embeddings=False, scale_attn_weights=False, n_head=1),
 }
 LR, EPS, DECAY = 1e-2, 1e-3, 0.1  # eps: see test_one_adamw_step in tests/test_parity.py
 
@@ -44,10 +53,16 @@ def tokens(seed=0):
 
 
 def save(name, **arrays):
-  np.savez_compressed(HERE / name / 'expected.npz', **{
-      key: np.asarray(value.detach() if torch.is_tensor(value) else value, {
-          True: np.float32, False: np.int32}[torch.is_tensor(value) and value.is_floating_point()])
-      for key, value in arrays.items()})
+  np.savez_compressed(
+    HERE / name / 'expected.npz',
+    **{
+      key: np.asarray(
+        value.detach() if torch.is_tensor(value) else value,
+        {True: np.float32, False: np.int32}[torch.is_tensor(value) and value.is_floating_point()],
+      )
+      for key, value in arrays.items()
+    },
+  )
 
 
 def language_models():
@@ -63,12 +78,21 @@ def language_models():
     decayed = [p for n, p in named.items() if n.endswith('weight') and 'ln_' not in n]
     others = [p for n, p in named.items() if not (n.endswith('weight') and 'ln_' not in n)]
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    torch.optim.AdamW([{'params': decayed, 'weight_decay': DECAY},
-                       {'params': others, 'weight_decay': 0.0}],
-                      lr=LR, betas=(0.9, 0.95), eps=EPS).step()
-    save(name, tokens=x, logits=out.logits, hidden_states=torch.stack(out.hidden_states),
-         attentions=torch.stack(out.attentions), **gradients,
-         **{f'step/{n}': p for n, p in named.items()})
+    torch.optim.AdamW(
+      [{'params': decayed, 'weight_decay': DECAY}, {'params': others, 'weight_decay': 0.0}],
+      lr=LR,
+      betas=(0.9, 0.95),
+      eps=EPS,
+    ).step()
+    save(
+      name,
+      tokens=x,
+      logits=out.logits,
+      hidden_states=torch.stack(out.hidden_states),
+      attentions=torch.stack(out.attentions),
+      **gradients,
+      **{f'step/{n}': p for n, p in named.items()},
+    )
 
 
 def as_old_bin():
@@ -82,16 +106,36 @@ def as_old_bin():
   folder.mkdir()
   torch.save(state, folder / 'pytorch_model.bin', _use_new_zipfile_serialization=False)
   keys = model.config.to_dict()
-  old = {k: keys[k] for k in ('vocab_size', 'n_positions', 'n_embd', 'n_layer', 'n_head', 'n_inner',
-                              'layer_norm_epsilon', 'initializer_range')}
-  (folder / 'config.json').write_text(json.dumps(old | {
-      'n_ctx': 16, 'architectures': ['GPT2LMHeadModel'], 'activation_function': 'gelu_new',
-      'task_specific_params': {'text-generation': {'do_sample': True, 'max_length': 50}}}))
+  old = {
+    k: keys[k]
+    for k in (
+      'vocab_size',
+      'n_positions',
+      'n_embd',
+      'n_layer',
+      'n_head',
+      'n_inner',
+      'layer_norm_epsilon',
+      'initializer_range',
+    )
+  }
+  (folder / 'config.json').write_text(
+    json.dumps(
+      old
+      | {
+        'n_ctx': 16,
+        'architectures': ['GPT2LMHeadModel'],
+        'activation_function': 'gelu_new',
+        'task_specific_params': {'text-generation': {'do_sample': True, 'max_length': 50}},
+      }
+    )
+  )
 
 
 def classifiers():
-  labels = dict(id2label={0: 'no', 1: 'perhaps', 2: 'yes'},
-                label2id={'no': 0, 'perhaps': 1, 'yes': 2})
+  labels = dict(
+    id2label={0: 'no', 1: 'perhaps', 2: 'yes'}, label2id={'no': 0, 'perhaps': 1, 'yes': 2}
+  )
   x = tokens(1)
   x[0, 7:] = 96
   model = random_model(transformers.GPT2ForSequenceClassification, 7, pad_token_id=96, **labels)
@@ -104,12 +148,14 @@ def classifiers():
 
 def adapters():
   for name, base, task, targets in (
-      ('lora', transformers.GPT2LMHeadModel, 'CAUSAL_LM', ['c_attn', 'mlp.c_proj']),
-      ('lora_sequence', transformers.GPT2ForSequenceClassification, 'SEQ_CLS', ['c_proj', 'c_fc'])):
+    ('lora', transformers.GPT2LMHeadModel, 'CAUSAL_LM', ['c_attn', 'mlp.c_proj']),
+    ('lora_sequence', transformers.GPT2ForSequenceClassification, 'SEQ_CLS', ['c_proj', 'c_fc']),
+  ):
     torch.manual_seed(9)
     model = base.from_pretrained(HERE / 'plain', pad_token_id=96)
-    lora = peft.LoraConfig(r=3, lora_alpha=7, target_modules=targets, task_type=task,
-                           fan_in_fan_out=True)
+    lora = peft.LoraConfig(
+      r=3, lora_alpha=7, target_modules=targets, task_type=task, fan_in_fan_out=True
+    )
     model = peft.get_peft_model(model, lora).eval()
     with torch.no_grad():
       for n, parameter in model.named_parameters():

@@ -27,12 +27,18 @@ def pytest_generate_tests(metafunc):
   wanted = metafunc.function.__name__.removeprefix('test_')
   subjects = []
   if metafunc.config.getoption('released'):
-    subjects = json.loads(Path(metafunc.config.getoption('expected') or HERE / 'expected.json')
-                          .read_text())
-  cases = [(subject['model'], expected) for subject in subjects if wanted in subject
-           for expected in (subject[wanted] if wanted == 'written' else [subject[wanted]])]
-  metafunc.parametrize('name,expected', cases, ids=[f'{name}:{i}' for i, (name, _) in
-                                                    enumerate(cases)])
+    subjects = json.loads(
+      Path(metafunc.config.getoption('expected') or HERE / 'expected.json').read_text()
+    )
+  cases = [
+    (subject['model'], expected)
+    for subject in subjects
+    if wanted in subject
+    for expected in (subject[wanted] if wanted == 'written' else [subject[wanted]])
+  ]
+  metafunc.parametrize(
+    'name,expected', cases, ids=[f'{name}:{i}' for i, (name, _) in enumerate(cases)]
+  )
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -54,6 +60,7 @@ def load(name: str) -> gpt2_jax.GPT2:
 
 def test_parameters(name, expected):
   from gpt2_jax import counts
+
   assert counts.num_params(load(name).config) == expected
 
 
@@ -76,8 +83,10 @@ def test_written(name, expected):
   options = dict(expected['options'])
   if 'bad_words' in options:
     options['bad_words_ids'] = [encode(word) for word in options.pop('bad_words')]
-  new = [len(encode(text)) - len(encode(prompt))
-         for prompt, text in zip(expected['prompts'], expected['texts'])]
+  new = [
+    len(encode(text)) - len(encode(prompt))
+    for prompt, text in zip(expected['prompts'], expected['texts'])
+  ]
   groups = [expected['prompts']] if len(set(new)) == 1 else []
   for prompts in [*groups, *([prompt] for prompt in expected['prompts'])]:
     n = new[expected['prompts'].index(prompts[0])]
@@ -103,25 +112,49 @@ def test_table(name, expected, tmp_path):
   """`gpt2-jax evaluate`, held against published figures of the same protocols."""
   if expected == 'published':
     from gpt2_jax.evaluation import published
-    expected = {'rows': [[row.protocol, row.metric, row.values[name], row.source]
-                         for row in published.TABLE if row.same and name in row.values]}
+
+    expected = {
+      'rows': [
+        [row.protocol, row.metric, row.values[name], row.source]
+        for row in published.TABLE
+        if row.same and name in row.values
+      ]
+    }
   rows = expected['rows']
   if not rows:
     pytest.skip(f'nobody has published a figure of {name} by one of our protocols')
   file = tmp_path / 'table.json'
   tasks = ','.join(dict.fromkeys(row[0] for row in rows))
   data = ('--data', expected['data']) if 'data' in expected else ()
-  done = run('-m', 'gpt2_jax', 'evaluate', '--checkpoint', name, '--tasks', tasks, '--json',
-             str(file), *data, timeout=24 * 3600)
+  done = run(
+    '-m',
+    'gpt2_jax',
+    'evaluate',
+    '--checkpoint',
+    name,
+    '--tasks',
+    tasks,
+    '--json',
+    str(file),
+    *data,
+    timeout=24 * 3600,
+  )
   assert done.returncode == 0, done.stderr
-  found = {result['protocol']['name']: result['metrics']
-           for result in json.loads(file.read_text())['results']}
+  found = {
+    result['protocol']['name']: result['metrics']
+    for result in json.loads(file.read_text())['results']
+  }
   far = []
   for protocol, metric, want, source in rows:
     have = found[protocol][metric]['value']
     band = expected.get('tolerance')
-    allowed = (band * abs(want) if band is not None else
-               BAND[metric] if metric in BAND else BAND['other'] * want)
+    allowed = (
+      band * abs(want)
+      if band is not None
+      else BAND[metric]
+      if metric in BAND
+      else BAND['other'] * want
+    )
     if not abs(have - want) <= allowed:
       far.append(f'{protocol} {metric}: {have}, but {want} ± {allowed:.2g} of {source}')
   assert not far, '\n'.join(far)

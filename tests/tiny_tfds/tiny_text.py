@@ -10,7 +10,8 @@ class TinyText(tfds.core.GeneratorBasedBuilder):
 
   def _info(self):
     return self.dataset_info_from_configs(
-        features=tfds.features.FeaturesDict({'text': tfds.features.Text()}))
+      features=tfds.features.FeaturesDict({'text': tfds.features.Text()})
+    )
 
   def _split_generators(self, dl_manager):
     return {'train': self._generate_examples()}
