@@ -84,6 +84,7 @@ def get_config() -> ConfigDict:
   # AdamW as in GPT-3's paper (arXiv:2005.14165, appendix B), nanoGPT and llm.c.
   config.optim = ConfigDict(
     dict(
+      name='adamw',
       peak_lr=6e-4,
       schedule='cosine',  # cosine, linear, wsd, constant
       warmup_steps=700,
@@ -100,6 +101,8 @@ def get_config() -> ConfigDict:
       skip_zscore=0.0,  # steps whose log gradient norm is so many standard deviations above its usual
       # value, or not finite, are not taken; 6 is rare without a cause; 0: off
       skip_warmup=100,  # steps to know the usual norm by, before any is judged
+      z_loss=0.0,  # times mean log² Z, Z the sum of exp(logits), is added to the loss, in nats: keeps
+      # logits from drifting; PaLM has 1e-4 (arXiv:2204.02311, section 5); 0: off
       ema_decay=0.0,  # moving average of the parameters, for evaluation and samples; 0: off
     )
   )

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes  # noqa: F401  so that NumPy knows the name bfloat16
@@ -126,10 +126,7 @@ class Bool(Kind):
 class Choice(Kind):
   """One of some names."""
 
-  names: tuple[str, ...]
-
-  def __init__(self, names: Iterable[str]):
-    object.__setattr__(self, 'names', tuple(names))
+  names: Collection[str]  # a dict too, to which names may be added later
 
   @property
   def says(self) -> str:

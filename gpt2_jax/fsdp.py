@@ -9,8 +9,6 @@ compiler it is often an all-reduce of whole gradients, twice the bytes, in the a
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -49,9 +47,8 @@ def _multiply(how: Product, x, gathered, b):
 
 def _over_rows(how: Product, shape: tuple[int, ...]) -> tuple[int, ...]:
   """A bias's shape, with 1 for each axis of rows: 'CNH' against 'CBTNH'."""
-  _, w, out = matmul.letters(how.equation)
-  sizes = iter(shape)
-  return tuple(next(sizes) if letter in w else 1 for letter in out)
+  axes = matmul.parse_einsum(how.equation)
+  return tuple(shape[axes.columns.index(a)] if a in axes.columns else 1 for a in axes.out)
 
 
 _einsum = jax.custom_vjp(_forward, nondiff_argnums=(0,))
@@ -64,22 +61,19 @@ def _einsum_fwd(how, x, w, b):
 
 def _einsum_bwd(how, kept, dy):
   x, w, gathered, b = kept
-  x_axes, w_axes, out = matmul.letters(how.equation)
+  axes, dtype = matmul.parse_einsum(how.equation), jnp.promote_types(how.reduce_dtype, x.dtype)
   dy = dy.astype(x.dtype)
-  dx = matmul.einsum(f'{out},{w_axes}->{x_axes}', dy, gathered, spec_of(x), how.precision, x.dtype)
-  dtype = jnp.promote_types(how.reduce_dtype, x.dtype)
-  local = functools.partial(
-    matmul.einsum, f'{x_axes},{out}->{w_axes}', out_spec=None, precision=how.precision, wide=dtype
-  )
-  dw = summed(local, x, dy, like=w)
-  if b is None:
-    return dx, dw, None
-  b_axes = ''.join(letter for letter in out if letter in w_axes)
-  return (
-    dx,
-    dw,
-    summed(lambda dy: jnp.einsum(f'{out}->{b_axes}', dy, preferred_element_type=dtype), dy, like=b),
-  )
+  to_x = f'{axes.out},{axes.y}->{axes.x}'
+  dx = matmul.einsum(to_x, dy, gathered, spec_of(x), how.precision, x.dtype)
+
+  def local_dw(x, dy):
+    return matmul.einsum(f'{axes.x},{axes.out}->{axes.y}', x, dy, None, how.precision, dtype)
+
+  def local_db(dy):
+    return jnp.einsum(f'{axes.out}->{axes.columns}', dy, preferred_element_type=dtype)
+
+  dw = summed(local_dw, x, dy, like=w)
+  return dx, dw, None if b is None else summed(local_db, dy, like=b)
 
 
 _einsum.defvjp(_einsum_fwd, _einsum_bwd)
@@ -93,39 +87,41 @@ def summed(f, *rows: jax.Array, like: jax.Array) -> jax.Array:
     rows: arrays that are split over the batch (and `seq`).
     like: the parameter; the result lies like it.
   """
-  total, spec, apart = sum_of(like)
+  gradient_sum = GradientSum(like)
   return jax.shard_map(
-    lambda *rows: total(f(*rows)), in_specs=tuple(map(spec_of, rows)), out_specs=spec, check_vma=apart
+    lambda *rows: gradient_sum.local(f(*rows)),
+    in_specs=tuple(map(spec_of, rows)),
+    out_specs=gradient_sum.spec,
+    check_vma=gradient_sum.check_vma,
   )(*rows)
 
 
-def sum_of(like: jax.Array) -> tuple[Callable[[jax.Array], jax.Array], P, bool]:
-  """How the devices' parts of a parameter's gradient are summed inside a `jax.shard_map`.
+class GradientSum:
+  """The sum over the devices of their parts of a parameter's gradient, inside a `jax.shard_map`.
 
-  Args:
-    like: the parameter.
-
-  Returns:
-    a function from a device's part, whole along `fsdp`, to its share of the sum; the `out_specs` of
-    that; and whether sums over some axes wait (`sum_later`), which needs the map's `check_vma`.
+  `spec` is for the map's `out_specs`, `check_vma` for its argument of that name, which the sums over
+  `deferred` axes need: those are left to `DeferredGradients.sum`.
   """
-  mesh, spec = jax.sharding.get_abstract_mesh(), spec_of(like)
-  split = next((i for i, axis in enumerate(spec) if axis == 'fsdp'), None)
-  later = jax.typeof(like).sharding.spec.reduced
 
-  def total(part):
-    if split is not None and mesh.shape['fsdp'] > 1:
-      part = jax.lax.psum_scatter(part, 'fsdp', scatter_dimension=split, tiled=True)
-    now = [axis for axis in summed_over(spec) if axis not in later]
-    if not later:  # a sum over one device would be a copy; `check_vma` wants it all the same
-      now = [axis for axis in now if mesh.shape[axis] > 1]
-    if now:
+  def __init__(self, parameter: jax.Array):
+    spec, self.dtype = spec_of(parameter), parameter.dtype
+    self.split = spec.index('fsdp') if 'fsdp' in spec else None
+    self.deferred = jax.typeof(parameter).sharding.spec.reduced
+    self.check_vma = bool(self.deferred)
+    self.spec = P(*spec, unreduced=self.deferred) if self.deferred else spec
+    self.now = [axis for axis in summed_over(spec) if axis not in self.deferred]
+
+  def local(self, part: jax.Array) -> jax.Array:
+    """A device's share of the sum, from its part, which is whole along `fsdp`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if self.split is not None and mesh.shape['fsdp'] > 1:
+      part = jax.lax.psum_scatter(part, 'fsdp', scatter_dimension=self.split, tiled=True)
+    # a sum over one device would be a copy; `check_vma` wants it all the same
+    if now := [axis for axis in self.now if mesh.shape[axis] > 1 or self.check_vma]:
       part = jax.lax.psum(part, now)
-    if later:
-      part = jax.lax.pcast(part, tuple(later), to='unreduced')
-    return part.astype(like.dtype)
-
-  return total, P(*spec, unreduced=later) if later else spec, bool(later)
+    if self.deferred:
+      part = jax.lax.pcast(part, tuple(self.deferred), to='unreduced')
+    return part.astype(self.dtype)
 
 
 def summed_over(spec: P) -> tuple[str, ...]:
@@ -133,40 +129,41 @@ def summed_over(spec: P) -> tuple[str, ...]:
   return ('data', 'seq') if 'fsdp' in spec else ('data', 'fsdp', 'seq')
 
 
-def sum_later(params):
-  """Parameters whose gradients stay apart on each device, to be added up over micro-batches and then
-  summed over the devices once, by `sum_now`. Layer norms are small: theirs are summed at once.
+class DeferredGradients:
+  """Gradients that stay apart on each device, to be added up over micro-batches and then summed over
+  the devices once. Layer norms are small: theirs are summed in each micro-batch.
   """
-  mesh = jax.sharding.get_abstract_mesh()
 
-  def later(path, x):
-    if any(str(getattr(key, 'key', '')).startswith('ln_') for key in path):
-      return x
-    spec = spec_of(x)
-    axes = frozenset(axis for axis in summed_over(spec) if mesh.shape[axis] > 1)
-    return jax.sharding.reshard(x, P(*spec, reduced=axes)) if axes else x
+  def __init__(self, params):
+    """`self.params` are `params`, marked so that the gradients by them are deferred."""
 
-  return jax.tree_util.tree_map_with_path(later, params) if in_mesh() else params
+    def marked(path, x):
+      if any(str(getattr(key, 'key', '')).startswith('ln_') for key in path):
+        return x
+      spec = spec_of(x)
+      axes = frozenset(axis for axis in summed_over(spec) if mesh.shape[axis] > 1)
+      return jax.sharding.reshard(x, P(*spec, reduced=axes)) if axes else x
 
+    mesh = jax.sharding.get_abstract_mesh()
+    self.params = jax.tree_util.tree_map_with_path(marked, params) if in_mesh() else params
 
-def sum_now(grads, params):
-  """Gradients that `sum_later` left apart, summed over the devices; they lie as `params` do."""
-  total = lambda g, x: jax.sharding.reshard(g, spec_of(x))
-  return jax.tree.map(total, grads, params) if in_mesh() else grads
+  def zeros(self):
+    """Zeros for the gradients to be added to."""
 
+    def zeros(x):
+      spec, deferred = spec_of(x), jax.typeof(x).sharding.spec.reduced
+      if not deferred:
+        return jnp.zeros_like(x)
+      zeros = jnp.zeros(x.shape, x.dtype, out_sharding=spec)
+      return jax.sharding.reshard(zeros, P(*spec, unreduced=deferred))
 
-def zeros_apart(params):
-  """Zeros for `sum_later`'s gradients to be added to."""
+    return jax.tree.map(zeros, self.params)
 
-  def zeros(x):
-    spec, later = spec_of(x), jax.typeof(x).sharding.spec.reduced
-    if not later:
-      return jnp.zeros_like(x)
-    return jax.sharding.reshard(
-      jnp.zeros(x.shape, x.dtype, out_sharding=spec), P(*spec, unreduced=later)
-    )
-
-  return jax.tree.map(zeros, params)
+  def sum(self, grads):
+    """The gradients, summed over the devices; they lie as the parameters do."""
+    if not in_mesh():
+      return grads
+    return jax.tree.map(lambda g, x: jax.sharding.reshard(g, spec_of(x)), grads, self.params)
 
 
 def take(table: jax.Array, indices: jax.Array, dtype, spec: P, reduce_dtype: str, B: int):
@@ -183,11 +180,8 @@ def take(table: jax.Array, indices: jax.Array, dtype, spec: P, reduce_dtype: str
 def _lookup(dtype, spec, reduce_dtype, B, table, indices):
   del reduce_dtype
   once = P(*(spec[:-1] if indices.shape[0] == B else (None, *spec[1:-1])), None)
-  found = (
-    unshard(table.astype(dtype))
-    .at[indices]
-    .get(out_sharding=layout(once), mode='fill', fill_value=jnp.nan)
-  )
+  gathered = unshard(table.astype(dtype))
+  found = gathered.at[indices].get(out_sharding=layout(once), mode='fill', fill_value=jnp.nan)
   return jnp.broadcast_to(found, (B, *found.shape[1:]), out_sharding=layout(spec))
 
 

@@ -5,8 +5,8 @@
     blocks         on CPUs: a block of queries at a time with the keys up to its last one, so that
                    little above the diagonal is multiplied or passed over
 
-All compute what `attention.attention` does with a causal mask, to the rounding of the dtype, and run
-in a `shard_map`: called directly, cuDNN's fails on an explicit mesh.
+All compute `attention.attention` with a causal mask, to the rounding of the dtype, and run in a
+`shard_map`: called directly, cuDNN's fails on an explicit mesh.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ OWN = {'gpu': 'cudnn', 'tpu': 'splash', 'cpu': 'blocks'}
 
 
 def choose(config: GPTConfig, T: int, *, drops: bool) -> tuple[str, str]:
-  """The implementation for T positions on the mesh that is set, and why it's not what was asked for.
+  """The implementation for T positions on the mesh that is set, and why it isn't the one asked for.
 
   Args:
     config: its `attention` 'auto' asks for the platform's own kernel, where there is one.
@@ -44,20 +44,28 @@ def choose(config: GPTConfig, T: int, *, drops: bool) -> tuple[str, str]:
   """
   own = 'splash' if INTERPRET else OWN.get(platform(), 'xla')
   name = own if config.attention == 'auto' else config.attention
-  if name == 'blocks' and T <= QUERIES:  # a single one: all of XLA's attention
-    name = 'xla'
+  if name == 'xla' or (name == 'blocks' and T <= QUERIES):  # a single block: all of XLA's attention
+    return 'xla', ''
   seq = jax.sharding.get_abstract_mesh().shape['seq'] if in_mesh() else 1
-  fits = config.dtype == 'bfloat16' and config.H % 8 == 0 and config.H <= 128
-  reasons = {
-    f'{name} does not run on a {platform()}': name not in (own, 'xla'),
-    f'{name} has no attention dropout (model.attn_pdrop)': drops and config.attn_pdrop,
-    f'{name} has no reorder_and_upcast_attn': config.reorder_and_upcast_attn,
-    f'{name} wants whole rows, mesh.seq = 1': name in ('cudnn', 'blocks') and seq > 1,
-    'cudnn wants bfloat16 and heads of at most 128, a multiple of 8': name == 'cudnn' and not fits,
-    f'splash wants a multiple of {LANES} positions a device': name == 'splash' and T % (LANES * seq),
-  }
-  reason = next((reason for reason, holds in reasons.items() if holds), '')
-  return ('xla', '') if name == 'xla' else ('xla' if reason else name, reason)
+  fits_cudnn = config.dtype == 'bfloat16' and config.H % 8 == 0 and config.H <= 128
+  in_the_way = [
+    (name != own, f'{name} does not run on a {platform()}'),
+    (drops and config.attn_pdrop > 0, f'{name} has no attention dropout (model.attn_pdrop)'),
+    (config.reorder_and_upcast_attn, f'{name} has no reorder_and_upcast_attn'),
+    (name != 'splash' and seq > 1, f'{name} wants whole rows, mesh.seq = 1'),
+    (
+      name == 'cudnn' and not fits_cudnn,
+      'cudnn wants bfloat16 and heads of at most 128, a multiple of 8',
+    ),
+    (
+      name == 'splash' and T % (LANES * seq) != 0,
+      f'splash wants a multiple of {LANES} positions a device',
+    ),
+  ]
+  for holds, reason in in_the_way:
+    if holds:
+      return 'xla', reason
+  return name, ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +118,8 @@ def _blocks(q_BTNH, k_BTNH, v_BTNH, documents=None):
 
 
 def _blocks_forward(q_BTNH, k_BTNH, v_BTNH, documents):
-  """What is kept: the operands heads first, the output, and what a query's weights are made of again:
-  its largest score, and the sum of exp of the others without it.
+  """The output, and the residuals: the operands heads first, the output, and for each query its
+  largest score and the sum of exp(score - largest), from which its weights are made again.
   """
   q, k, v = heads_first = [kept(x.swapaxes(1, 2)) for x in (q_BTNH, k_BTNH, v_BTNH)]
   out, most, total = [], [], []
@@ -128,7 +136,7 @@ def _blocks_forward(q_BTNH, k_BTNH, v_BTNH, documents):
 
 
 def _blocks_backward(residuals, dout_BTNH):
-  """FlashAttention's backward pass by blocks of queries: weights are made again from what is kept."""
+  """FlashAttention's backward pass by blocks of queries: weights are made again."""
   q, k, v, out_BTNH, most, total, documents = residuals
   wide = lambda x: x.astype(jnp.float32)
   inner = (wide(out_BTNH) * wide(dout_BTNH)).sum(-1, keepdims=True).swapaxes(1, 2)
@@ -154,18 +162,18 @@ _blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
 def block_size(T: int) -> int:
-  """How many of T queries a block has; the last one may have fewer."""
+  """The number of queries in a block, of T; the last one may have fewer."""
   return max(QUERIES, -(-T // BLOCKS))
 
 
 def _bounds(T: int) -> list[tuple[int, int]]:
-  """The first query of each block, and that behind its last one."""
+  """The first query of each block, and the one behind its last."""
   size = block_size(T)
   return [(first, min(first + size, T)) for first in range(0, T, size)]
 
 
 def _scores(q_BNTH, k_BNTH, documents, first: int, end: int):
-  """Of a block's queries and the keys up to its last one; the lowest number where they don't see."""
+  """Scores of a block's queries and the keys up to its last one; masked ones the lowest number."""
   see_BTS = causal_mask(end - first, end, first)
   if documents is not None:
     see_BTS &= documents[0][:, first:end, None] == documents[1][:, None, :end]

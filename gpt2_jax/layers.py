@@ -10,7 +10,7 @@ from flax import nnx
 
 from gpt2_jax import fsdp
 from gpt2_jax.config import GPTConfig
-from gpt2_jax.loss import Loss, cross_entropy
+from gpt2_jax.matmul import parse_einsum
 from gpt2_jax.sharding import RULES, P, in_mesh, layout, spec_of, unshard
 
 
@@ -152,11 +152,6 @@ class Embed(nnx.Module):
     y_BTV = fsdp.einsum(how, x_BTD, self.weight[...])
     return y_BTV if self.scale is None else y_BTV * unshard(self.scale[...])
 
-  def loss(self, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> Loss:
-    """`cross_entropy` of these products."""
-    scale_V = None if self.scale is None else self.scale[...]
-    return cross_entropy(self.config, x_BTD, self.weight[...], targets_BT, weights_BT, scale_V)
-
 
 class Classifier(nnx.Module):
   """Logits over K labels, in float32: [B, T, D] -> [B, T, K]."""
@@ -217,7 +212,7 @@ class Linear(nnx.Module):
     self.scale = nnx.Param(jnp.ones_like(self.bias[...])) if config.form == 'int8' else None
     self.lora = config.adapter(name)
     if self.lora:
-      r, ins = self.lora.r, len(_contracted(equation))
+      r, ins = self.lora.r, len(parse_einsum(equation).sums)
       fan_in, spec = math.prod(shape[:ins]), tuple(spec)
       self.lora_A = nnx.LoRAParam(
         jax.random.uniform(
@@ -234,8 +229,7 @@ class Linear(nnx.Module):
       )
 
   def __call__(self, x: jax.Array, keys_B: jax.Array | None = None):
-    (x_axes, w_axes), out = self.equation.split('->')[0].split(','), self.equation.split('->')[1]
-    c, ins, dtype = self.config, _contracted(self.equation), x.dtype
+    c, e, dtype = self.config, parse_einsum(self.equation), x.dtype
     # a training step adds up in the activations' dtype, as its gradient does
     wide = dtype.name if c.form == 'train' else 'float32'
     product = lambda equation, x, w, spec, b=None: fsdp.einsum(
@@ -244,27 +238,18 @@ class Linear(nnx.Module):
     if c.form == 'train':
       y = product(self.equation, x, self.weight[...], self.out_spec, self.bias[...]).astype(dtype)
     else:  # one axis K is summed over: XLA on CPU would copy a weight with two, N and H, every time
-      flat = lambda z: z.reshape(*z.shape[: z.ndim - len(ins)], -1)
-      outs = w_axes.removeprefix(ins)
-      y = product(
-        f'{x_axes.removesuffix(ins)}K,{outs}K->{out}', flat(x), flat(self.weight[...]), self.out_spec
-      )
+      flat = lambda z: z.reshape(*z.shape[: z.ndim - len(e.sums)], -1)
+      y = product(f'{e.rows}K,{e.columns}K->{e.out}', flat(x), flat(self.weight[...]), self.out_spec)
       over_rows = lambda b: b[:, None, None] if b.ndim == 3 else b  # c_attn's are CNH
       if self.scale is not None:
         y = y * over_rows(unshard(self.scale[...]))
       y = (y + over_rows(unshard(self.bias[...].astype(wide)))).astype(dtype)
     if self.lora:
       x = dropout(x, self.lora.dropout, keys_B)
-      x_BTR = product(f'{x_axes},{ins}R->BTR', x, self.lora_A[...], RULES.act_btd).astype(dtype)
+      x_BTR = product(f'{e.x},{e.sums}R->BTR', x, self.lora_A[...], RULES.act_btd).astype(dtype)
       y += (
         self.lora.alpha
         / self.lora.r
-        * product(f'BTR,R{w_axes.removeprefix(ins)}->{out}', x_BTR, self.lora_B[...], self.out_spec)
+        * product(f'BTR,R{e.columns}->{e.out}', x_BTR, self.lora_B[...], self.out_spec)
       ).astype(dtype)
     return y
-
-
-def _contracted(equation: str) -> str:
-  """Letters of the axes that `x` and `weight` share: the weight's first ones."""
-  x_axes, w_axes = equation.split('->')[0].split(',')
-  return ''.join(letter for letter in w_axes if letter in x_axes)

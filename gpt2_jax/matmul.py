@@ -1,5 +1,7 @@
 """Products, in the order of operands that a platform multiplies fastest."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -12,6 +14,34 @@ from gpt2_jax.sharding import in_mesh, layout, platform
 FEW = range(2, 33)  # rows
 
 
+class Einsum(NamedTuple):
+  """The letters of an equation: of its three arrays, and of the axes by what is done to them."""
+
+  x: str
+  y: str
+  out: str
+  batch: str  # in all three
+  rows: str  # in x and out, in x's order
+  columns: str  # in y and out, in y's order
+  sums: str  # in x and y
+
+
+def parse_einsum(equation: str) -> Einsum:
+  """The letters of an equation: 'BTD,DCNH->CBTNH' has the rows BT, the columns CNH and the sums D."""
+  operands, out = equation.split('->')
+  x, y = operands.split(',')
+  shared = [a for a in x if a in y]
+  return Einsum(
+    x,
+    y,
+    out,
+    batch=''.join(a for a in shared if a in out),
+    rows=''.join(a for a in x if a not in y),
+    columns=''.join(a for a in y if a not in x),
+    sums=''.join(a for a in shared if a not in out),
+  )
+
+
 def einsum(
   equation: str, x: jax.Array, w: jax.Array, out_spec: P | None, precision: str | None, wide
 ) -> jax.Array:
@@ -22,11 +52,11 @@ def einsum(
   left: w · xᵀ takes half to a third of the time of x · wᵀ.
   """
   if lies_whole(x):
-    rows = x.size // x.shape[-1]
+    rows, axes = x.size // x.shape[-1], parse_einsum(equation)
     if x.dtype != jnp.float32 or rows >= FEW.stop:
       return row_major(equation, x, w, out_spec, precision, wide)
-    if not in_mesh() and rows in FEW and _last_axes(equation):
-      return _weight_first(equation, x, w, precision, wide)
+    if not in_mesh() and rows in FEW and axes.sums == axes.x[-1] == axes.y[-1]:
+      return _weight_first(axes, x, w, precision, wide)
   return jnp.einsum(
     equation,
     x,
@@ -38,8 +68,8 @@ def einsum(
 
 
 def lies_whole(x: jax.Array) -> bool:
-  """Whether `row_major` can be used: on a CPU, of what isn't split over devices, since it would be
-  gathered, and has a known size, since a program may be exported for any.
+  """Whether `row_major` can be used: on a CPU, where `x` isn't split over devices (it would be
+  gathered) and has a known size (a program may be exported for any).
   """
   mesh = jax.sharding.get_abstract_mesh()
   split = mesh.size > 1 and set(mesh.axis_types) != {AxisType.Manual}
@@ -59,37 +89,37 @@ def row_major(
 
   These layouts are demanded of XLA. Left to itself it makes an operand in the order in which it is
   multiplied, element by element across memory. For bfloat16 it decides early, by the layouts, whether
-  the library multiplies (at twice the rate of float32), or float32 does; and were they to change
-  later, a product would have no implementation at all.
+  the library multiplies (at twice the rate of float32), or float32 does; and if they changed later, a
+  product would have no implementation at all.
   """
-  x_axes, y_axes, out = letters(equation)
-  batch = ''.join(a for a in x_axes if a in y_axes and a in out)
-  sums = ''.join(a for a in x_axes if a in y_axes and a not in out)
-  rows, columns = (''.join(a for a in axes if a not in batch + sums) for axes in (x_axes, y_axes))
-  if x.dtype == jnp.bfloat16 and all(x.shape[x_axes.index(a)] == 1 for a in rows):
-    # the library multiplies no vectors in bfloat16
-    twice = jnp.concatenate([x, x], axis=x_axes.index(rows[0]))
-    z = row_major(equation, twice, y, out_spec, precision, wide)
-    return jax.lax.slice_in_dim(z, 0, 1, axis=out.index(rows[0]))
-  lies = batch + columns + sums if y_axes == batch + columns + sums else batch + sums + columns
-  x, y = _arranged(x, x_axes, batch + rows + sums), _arranged(y, y_axes, lies)
-  made, axes = batch + rows + columns, range(len(batch))
+  e = parse_einsum(equation)
+  # the library multiplies no vectors in bfloat16: one is doubled, and half of the result is taken
+  vector = x.dtype == jnp.bfloat16 and all(x.shape[e.x.index(a)] == 1 for a in e.rows)
+  if vector:
+    x = jnp.concatenate([x, x], axis=e.x.index(e.rows[0]))
+
+  x_order, y_order = e.batch + e.rows + e.sums, e.batch + e.columns + e.sums
+  if e.y != y_order:
+    y_order = e.batch + e.sums + e.columns
+  z_order, batch = e.batch + e.rows + e.columns, range(len(e.batch))
+  contracted = [x_order.index(a) for a in e.sums], [y_order.index(a) for a in e.sums]
   z = jax.lax.dot_general(
-    x,
-    y,
-    ((range(x.ndim - len(sums), x.ndim), [lies.index(a) for a in sums]), (axes, axes)),
+    _arranged(x, e.x, x_order),
+    _arranged(y, e.y, y_order),
+    (contracted, (batch, batch)),
     precision,
     jnp.dtype('float32'),
-    out_sharding=out_spec and layout(P(*(out_spec[out.index(a)] for a in made))),
+    out_sharding=out_spec and layout(P(*(out_spec[e.out.index(a)] for a in z_order))),
   )
-  return _in_rows(z).astype(wide).transpose([made.index(a) for a in out])
+  z = _in_rows(z).astype(wide).transpose([z_order.index(a) for a in e.out])
+  return jax.lax.slice_in_dim(z, 0, 1, axis=e.out.index(e.rows[0])) if vector else z
 
 
 def kept(x: jax.Array) -> jax.Array:
-  """`x`, for `jax.checkpoint` to keep for the backward pass (`config.REMAT_POLICIES`).
+  """`x`, marked for `jax.checkpoint` to keep for the backward pass (`config.REMAT_POLICIES`).
 
   A CPU has no loops over bfloat16: XLA would keep a float32 copy of all layers' values beside them.
-  So their bits are kept there.
+  So there the bits are kept.
   """
   if x.dtype != jnp.bfloat16 or platform() != 'cpu':
     return checkpoint_name(x, 'kept')
@@ -108,12 +138,6 @@ def _of_bits_jvp(primals, tangents):
   return _of_bits(*primals), tangents[1]
 
 
-def letters(equation: str) -> tuple[str, str, str]:
-  """Those of both operands and of the result."""
-  (x, y), out = equation.split('->')[0].split(','), equation.split('->')[1]
-  return x, y, out
-
-
 def _arranged(x: jax.Array, axes: str, want: str) -> jax.Array:
   if axes != want:  # made first and then transposed, or it would be made in the slow order
     x = _in_rows(x).transpose([axes.index(a) for a in want])
@@ -124,17 +148,10 @@ def _in_rows(x: jax.Array) -> jax.Array:
   return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
-def _last_axes(equation: str) -> bool:
-  """Whether both operands are contracted along their last axis alone."""
-  x_axes, w_axes, out = letters(equation)
-  return [letter for letter in w_axes if letter not in out] == [x_axes[-1]] == [w_axes[-1]]
-
-
-def _weight_first(equation: str, x, w, precision, wide):
-  x_axes, w_axes, out = letters(equation)
+def _weight_first(axes: Einsum, x, w, precision, wide):
   y = jax.lax.dot_general(
     w, x, (((w.ndim - 1,), (x.ndim - 1,)), ((), ())), precision, jnp.dtype(wide)
   )
-  made = w_axes[:-1] + x_axes[:-1]
+  made = axes.y[:-1] + axes.x[:-1]
   # without the barrier XLA would make x · wᵀ of it
-  return jax.lax.optimization_barrier(y).transpose([made.index(letter) for letter in out])
+  return jax.lax.optimization_barrier(y).transpose([made.index(letter) for letter in axes.out])

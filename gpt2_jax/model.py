@@ -25,7 +25,7 @@ from gpt2_jax.config import ACTIVATIONS, REMAT_POLICIES, GPTConfig
 from gpt2_jax.errors import UserError
 from gpt2_jax.kernels import Kernel, choose
 from gpt2_jax.layers import Classifier, Embed, LayerNorm, Linear, dropout, fold_in, pick, room
-from gpt2_jax.loss import Loss
+from gpt2_jax.loss import CrossEntropyOptions, Factors, Loss, cross_entropy
 from gpt2_jax.sharding import RULES, reshard
 
 Params = dict[str, Any]  # nested; leaves are arrays
@@ -298,10 +298,14 @@ class GPT2(nnx.Module):
       real_V = jnp.arange(c.padded_vocab_size) < c.vocab_size
       return jnp.where(real_V, logits_BTV, jnp.finfo(jnp.float32).min)
 
-  def loss(self, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> Loss:
-    """The cross entropy of next tokens, each and their weighted sum, without all logits in memory."""
+  def loss(
+    self, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, factors: Factors = ()
+  ) -> Loss:
+    """`cross_entropy` of next tokens, and terms by their factors, without all logits in memory."""
+    options, table = CrossEntropyOptions.of(self.config, factors), self.output_table
+    scale_V = None if table.scale is None else table.scale[...]
     with jax.named_scope('loss'):
-      return self.output_table.loss(x_BTD, targets_BT, weights_BT)
+      return cross_entropy(options, x_BTD, table.weight[...], targets_BT, weights_BT, scale_V)
 
   @property
   def output_table(self) -> Embed:

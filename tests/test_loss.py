@@ -15,15 +15,21 @@ from hypothesis import strategies as st
 
 from gpt2_jax import forms, loss
 from gpt2_jax.config import GPTConfig
-from gpt2_jax.loss import cross_entropy, num_chunks
+from gpt2_jax.loss import LOSS_TERMS, CrossEntropyOptions, cross_entropy, num_chunks
 from gpt2_jax.model import bind, init_params
 from gpt2_jax.planning import hlo
 from gpt2_jax.sharding import RULES, factorizations, make_mesh
 from gpt2_jax.training.step import init_state, make_train_step, nll
 
 
-def plain(config, x_BTD, table_VD, targets_BT, weights_BT):
-  """Total and each loss, from all logits at once."""
+def fused(config, x_BTD, table_VD, targets_BT, weights_BT, z=0.0):
+  """Total and each loss, by `cross_entropy`; `z` is the factor of the z-loss."""
+  options = CrossEntropyOptions.of(config, (('z_loss', z),) if z else ())
+  return cross_entropy(options, x_BTD, table_VD, targets_BT, weights_BT)[:2]
+
+
+def plain(config, x_BTD, table_VD, targets_BT, weights_BT, z=0.0):
+  """The same, from all logits at once."""
   logits_BTV = (
     jnp.einsum(
       'BTD,VD->BTV',
@@ -36,8 +42,9 @@ def plain(config, x_BTD, table_VD, targets_BT, weights_BT):
   )
   logits_BTV = logits_BTV[..., : config.vocab_size]
   target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], 2)[..., 0]
-  each_BT = jax.nn.logsumexp(logits_BTV, -1) - target_BT
-  return (weights_BT * each_BT).sum(), each_BT
+  log_Z_BT = jax.nn.logsumexp(logits_BTV, -1)
+  each_BT = log_Z_BT - target_BT
+  return (weights_BT * (each_BT + z * log_Z_BT**2)).sum(), each_BT
 
 
 def case(B: int, T: int, D: int, V: int, seed: int = 0, **fields):
@@ -59,11 +66,11 @@ def chunks_of(monkeypatch, tokens: int, V: int):
   monkeypatch.setattr(loss, 'chunk_bytes', lambda: 4 * V * tokens)
 
 
-def with_gradients(f, config, arguments):
+def with_gradients(f, config, arguments, z=0.0):
   """Total, each and the gradients of 3 · total by hidden states, table and weights."""
 
   def scaled(x_BTD, table_VD, weights_BT):
-    total, each_BT = f(config, x_BTD, table_VD, arguments[2], weights_BT)
+    total, each_BT = f(config, x_BTD, table_VD, arguments[2], weights_BT, z)
     return 3 * total, (total, each_BT)
 
   gradients, values = jax.jit(jax.grad(scaled, (0, 1, 2), has_aux=True))(
@@ -80,14 +87,16 @@ def with_gradients(f, config, arguments):
   st.integers(2, 40),
   st.integers(1, 12),
   st.booleans(),
+  st.sampled_from([0.0, 0.3]),
 )
-@example(3, 7, 5, 33, 6, True)
-def test_it_is_the_plain_loss(B, T, D, V, tokens, mup):
+@example(3, 7, 5, 33, 6, True, 0.0)
+@example(3, 7, 5, 33, 6, True, 0.3)
+def test_it_is_the_plain_loss(B, T, D, V, tokens, mup, z):
   config, arguments = case(B, T, D, V, **dict(parametrization='mup', mup_base_width=2) if mup else {})
   with pytest.MonkeyPatch.context() as patched:
     chunks_of(patched, tokens, config.padded_vocab_size)
-    have = with_gradients(cross_entropy, config, arguments)
-  for a, b in zip(have, with_gradients(plain, config, arguments), strict=True):
+    have = with_gradients(fused, config, arguments, z)
+  for a, b in zip(have, with_gradients(plain, config, arguments, z), strict=True):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * max(1, np.abs(b).max()))
 
 
@@ -107,10 +116,19 @@ def test_bfloat16_is_near_float32(monkeypatch):
   x = x.astype(jnp.bfloat16)  # the same numbers in both
   want = with_gradients(plain, config, (x.astype(jnp.float32), *others))
   chunks_of(monkeypatch, 8, 104)
-  have = with_gradients(cross_entropy, dataclasses.replace(config, dtype='bfloat16'), (x, *others))
+  have = with_gradients(fused, dataclasses.replace(config, dtype='bfloat16'), (x, *others))
   assert [a.dtype for a in have] == [jnp.float32, jnp.float32, jnp.bfloat16, jnp.float32, jnp.float32]
   for a, b in zip(have, want):
     assert_close(a, b, 2e-2)
+
+
+@pytest.mark.parametrize('name', LOSS_TERMS)
+def test_the_slopes_of_a_term_are_its_derivatives(name):
+  term, rng = LOSS_TERMS[name], np.random.default_rng(0)
+  log_Z, y_t = jnp.asarray(rng.normal(size=(2, 9)), jnp.float32) * 3
+  want = jax.grad(lambda *args: term.value(*args).sum(), (0, 1))(log_Z, y_t)
+  for have, slope in zip(term.slopes(log_Z, y_t), want, strict=True):
+    np.testing.assert_allclose(jnp.broadcast_to(have, 9), slope, rtol=1e-6)
 
 
 # --- On meshes -------------------------------------------------------------------------------------
@@ -121,25 +139,33 @@ MESHES = [
 ]
 
 
+@pytest.mark.parametrize('z', [0.0, 0.3])
 @pytest.mark.parametrize('sizes', MESHES, ids=str)
-def test_meshes_change_nothing(sizes, monkeypatch):
+def test_meshes_change_nothing(sizes, z, monkeypatch):
   config, arguments = case(8, 16, 16, 97)
   data, fsdp, seq, tensor = sizes
   chunks_of(monkeypatch, 5, 104 // tensor)
   with jax.set_mesh(make_mesh(data, fsdp, tensor, seq)):
     layouts = RULES.act_btd, RULES.wte_vd, RULES.rows_bt, RULES.rows_bt
-    have = with_gradients(cross_entropy, config, [*map(jax.device_put, arguments, layouts)])
+    have = with_gradients(fused, config, [*map(jax.device_put, arguments, layouts)], z)
   assert [a.sharding.spec for a in have[1:4]] == [RULES.rows_bt, RULES.act_btd, RULES.wte_vd]
-  for a, b in zip(have, with_gradients(plain, config, arguments), strict=True):
+  for a, b in zip(have, with_gradients(plain, config, arguments, z), strict=True):
     assert_close(a, b, 1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  'sizes,tie',
-  [((2, 2, 1, 2), True), ((2, 1, 2, 2), False), ((1, 8, 1, 1), True), ((8, 1, 1, 1), False)],
+  'sizes,tie,z',
+  [
+    ((2, 2, 1, 2), True, 0.0),
+    ((2, 2, 1, 2), True, 0.1),
+    ((2, 1, 2, 2), False, 0.0),
+    ((1, 8, 1, 1), True, 0.0),
+    ((8, 1, 1, 1), False, 0.0),
+    ((8, 1, 1, 1), False, 0.1),
+  ],
 )
-def test_a_step_of_micro_batches_takes_the_plain_gradient(tiny, sizes, tie, monkeypatch):
+def test_a_step_of_micro_batches_takes_the_plain_gradient(tiny, sizes, tie, z, monkeypatch):
   """There each device's gradients stay apart until the last micro-batch, where `data` splits rows."""
   config = dataclasses.replace(tiny, tie_word_embeddings=tie)
   tokens = jnp.asarray(np.random.default_rng(0).integers(0, 97, (16, 17)))
@@ -148,18 +174,21 @@ def test_a_step_of_micro_batches_takes_the_plain_gradient(tiny, sizes, tie, monk
   def plain_mean(params):
     x_BTD = bind(config, params).transformer(tokens[:, :-1]).x_BTD
     table_VD = params['wte' if tie else 'lm_head']['weight']
-    return plain(config, x_BTD, table_VD, tokens[:, 1:], weights)[0]
+    total, each_BT = plain(config, x_BTD, table_VD, tokens[:, 1:], weights, z)
+    return total, each_BT.mean()
 
-  total, want = jax.jit(jax.value_and_grad(plain_mean))(before)
+  (total, mean), want = jax.jit(jax.value_and_grad(plain_mean, has_aux=True))(before)
   data, fsdp, seq, tensor = sizes
   chunks_of(monkeypatch, 5, 104 // tensor)
   with jax.set_mesh(make_mesh(data, fsdp, tensor, seq)):
     tx, rate = optax.sgd(1e3), optax.constant_schedule(0.0)
     state = init_state(config, tx, 0, ema=False)
-    state, metrics = jax.jit(make_train_step(config, tx, rate, seed=0, ema_decay=0))(
-      state, tokens.reshape(2, 8, 17)
-    )
-  assert_close(metrics['train/loss'], total, 1e-6)
+    factors = (('z_loss', z),) if z else ()
+    step = make_train_step(config, tx, rate, seed=0, ema_decay=0, factors=factors)
+    state, metrics = jax.jit(step)(state, tokens.reshape(2, 8, 17))
+  assert_close(metrics['train/loss'], mean, 1e-6)
+  if z:
+    assert_close(metrics['train/z_loss'], total - mean, 1e-5)
   for path, gradient in jax.tree.leaves_with_path(want):
     at = lambda tree: np.asarray(functools.reduce(lambda x, key: x[key.key], path, tree))
     np.testing.assert_allclose((at(before) - at(state.params)) / 1e3, gradient, rtol=0, atol=1e-6)
@@ -170,7 +199,7 @@ def test_a_step_of_micro_batches_takes_the_plain_gradient(tiny, sizes, tie, monk
 
 def test_products_are_made_once_and_only_those_that_are_needed():
   config, (x, table, targets, weights) = case(2, 8, 16, 97)
-  total = lambda x, table: cross_entropy(config, x, table, targets, weights).total
+  total = lambda x, table: fused(config, x, table, targets, weights)[0]
   products = lambda f: jax.jit(f).lower(x, table).as_text().count('stablehlo.dot_general')
   assert products(total) == 1  # evaluation
   assert products(jax.value_and_grad(total)) == 2  # under adapters the table isn't trained
@@ -206,12 +235,12 @@ def test_an_int8_table_has_a_loss(tiny):
   _, (x, _, targets, weights) = case(2, 9, 32, 97)
   log_p_BTV = jax.nn.log_softmax(model.logits(x))
   want_BT = -jnp.take_along_axis(log_p_BTV, targets[..., None], 2)[..., 0]
-  total, each_BT = model.loss(x, targets, weights)
+  total, each_BT, _ = model.loss(x, targets, weights)
   assert_close(each_BT, want_BT, 1e-6)
   assert_close(total, (weights * want_BT).sum(), 1e-6)
 
 
 def test_each_has_no_gradient():
   config, (x, table, targets, weights) = case(2, 3, 4, 9)
-  gradient = jax.grad(lambda x: cross_entropy(config, x, table, targets, weights).each.sum())(x)
+  gradient = jax.grad(lambda x: fused(config, x, table, targets, weights)[1].sum())(x)
   assert not np.asarray(gradient).any()

@@ -31,7 +31,7 @@ def operands(equation: str, dtype):
   rng = np.random.default_rng(0)
   return [
     jnp.asarray(rng.normal(size=[SIZES[a] for a in axes]), dtype)
-    for axes in matmul.letters(equation)[:2]
+    for axes in matmul.parse_einsum(equation)[:2]
   ]
 
 

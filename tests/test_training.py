@@ -284,7 +284,7 @@ def test_micro_batches_follow_the_memory(monkeypatch):
   config = tiny_config(mesh__fsdp=8)
   assert plan.make_plan(config).A == 1
   whole = plan.make_plan(config)
-  need = lambda rows: fit.estimate_bytes(whole.model, whole.mesh, 32, rows, False)
+  need = lambda rows: fit.estimate_bytes(whole.model, whole.mesh, 32, rows, config.optim)
   monkeypatch.setattr(fit, 'memory_limit', lambda _: need(8))
   assert plan.make_plan(config).A == 2
   assert need(8) < need(16) < 2 * need(8)
@@ -299,7 +299,7 @@ def test_the_memory_estimate_is_near_the_compilers(remat):
   with jax.set_mesh(p.mesh):
     memory = p.compile_train_step().memory_analysis()
   actual = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-  estimate = fit.estimate_bytes(p.model, p.mesh, p.T, p.G, False)
+  estimate = fit.estimate_bytes(p.model, p.mesh, p.T, p.G, config.optim)
   assert 0.6 < estimate / actual < 1.7, (estimate / 2**20, actual / 2**20)
 
 

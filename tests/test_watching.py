@@ -378,14 +378,16 @@ def test_out_of_memory_says_what_each_knob_would_give(tmp_path):
 def test_the_parts_of_the_estimate_do_what_the_knobs_promise():
   made = plan.make_plan(tiny_config(mesh__fsdp=8))
   parts = lambda rows=16, remat='none': fit.estimate_parts(
-    plan.dataclasses.replace(made.model, remat=remat), made.mesh, 32, rows, False
+    plan.dataclasses.replace(made.model, remat=remat), made.mesh, 32, rows, made.config.optim
   )
   whole, half = parts(), parts(8)
   assert half['state'] == whole['state'] and 2 * half['activations'] == whole['activations']
   assert half['logits'] < whole['logits']
   full, dots, none = (parts(remat=remat)['activations'] for remat in ('full', 'dots', 'none'))
   assert full < dots < none
-  assert fit.estimate_bytes(made.model, made.mesh, 32, 16, False) == int(sum(whole.values()))
+  assert fit.estimate_bytes(made.model, made.mesh, 32, 16, made.config.optim) == int(
+    sum(whole.values())
+  )
 
 
 def test_a_profile_that_cannot_be_written_hides_no_error(tmp_path):

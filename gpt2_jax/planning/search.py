@@ -94,11 +94,7 @@ def candidates(config: Config, topology: Topology) -> list[Candidate]:
     for remat in REMAT_POLICIES:
       need = {
         rows: estimate_bytes(
-          dataclasses.replace(model, remat=remat),
-          mesh,
-          T,
-          rows * data * fsdp,
-          config.optim.ema_decay > 0,
+          dataclasses.replace(model, remat=remat), mesh, T, rows * data * fsdp, config.optim
         )
         / hbm
         for rows in divisors(G // (data * fsdp))

@@ -1,4 +1,4 @@
-"""What fits on a device: estimates of a step's memory, and the mesh and micro-batches that follow."""
+"""Estimates of a step's memory on a device, and the mesh and micro-batches that fit it."""
 
 import contextlib
 import math
@@ -15,8 +15,9 @@ from gpt2_jax.counts import num_params, num_trained
 from gpt2_jax.errors import UserError
 from gpt2_jax.hardware import chip_of
 from gpt2_jax.loss import num_chunks
+from gpt2_jax.training.optimizer import OPTIMIZERS
 
-Parts = dict[str, float]  # bytes a device by what they are for
+Parts = dict[str, float]  # bytes a device, by their use
 
 
 def memory_limit(device: Any) -> int:
@@ -32,62 +33,69 @@ def memory_limit(device: Any) -> int:
   return int(0.9 * chip.hbm)
 
 
-def estimate_bytes(c: GPTConfig, mesh: Mesh, T: int, rows: int, ema: bool) -> int:
+def estimate_bytes(c: GPTConfig, mesh: Mesh, T: int, rows: int, optim: Config) -> int:
   """About the bytes a device needs for a step with micro-batches of `rows` rows over all devices."""
-  return int(sum(estimate_parts(c, mesh, T, rows, ema).values()))
+  return int(sum(estimate_parts(c, mesh, T, rows, optim).values()))
 
 
-def estimate_parts(c: GPTConfig, mesh: Mesh, T: int, rows: int, ema: bool) -> Parts:
-  """The bytes of `estimate_bytes` by what they are for.
+def estimate_parts(c: GPTConfig, mesh: Mesh, T: int, rows: int, optim: Config) -> Parts:
+  """The bytes of `estimate_bytes`, by their use; `optim` is that section of the run's config.
 
-  State: float32 parameters, gradients, their accumulator and AdamW's two moments. Activations: what
-  the remat policy keeps of each layer, the temporaries of one layer. Logits: those of a chunk of
-  tokens (`loss.py`) and their gradient, the table gathered, its gradient, that of the hidden states.
+  State: float32 parameters, their average, gradients, accumulated gradients, the optimizer's moments.
+  Activations: the values of each layer that the remat policy keeps, and the temporaries of one layer.
+  Logits: those of a chunk of tokens (`loss.py`), the table, the hidden states, and their gradients.
   """
   tensor, split = mesh.shape['tensor'], mesh.shape['fsdp'] * mesh.shape['tensor']
   b, D, F = jnp.dtype(c.dtype).itemsize, c.n_embd, c.F // tensor
-  state = 4 * ((2 if ema else 1) * num_params(c) + 4 * num_trained(c)) / split
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    attends = kernels.choose(c, T, drops=True)[0]
+    attention = kernels.choose(c, T, drops=True)[0]
     V, tokens = c.padded_vocab_size // tensor, rows * T // (mesh.size // tensor)  # of a device
     chunk = -(-tokens // num_chunks(tokens, V))
-  # pairs of a query and a key, a token: those kept for the backward pass, and those there at a time
-  pairs = (c.n_head // tensor) * T
-  kept_pairs, most = {'xla': (pairs, pairs), 'blocks': (0, pairs * kernels.block_size(T) // T)}.get(
-    attends, (0, 0)
-  )
-  whole = b * (8 * D + 3 * F) + 8 * D + most * (4 + 2 * b)
-  products = b * (6 * D + F)
-  kept = {'none': products + 4 * kept_pairs, 'dots': products, 'full': b * D}[c.remat]
-  logits = (4 + b) * V * (chunk + D) + tokens * b * D
+
+  held = (2 if optim.ema_decay > 0 else 1) * num_params(c)
+  updated = (2 + OPTIMIZERS[optim.name].moments) * num_trained(c)  # gradients twice
+
+  # bytes a token and layer; pairs are of a query and a key
+  pairs = c.n_head // tensor * T
+  pairs_kept = pairs if attention == 'xla' else 0
+  pairs_at_once = {'xla': pairs, 'blocks': pairs * kernels.block_size(T) // T}.get(attention, 0)
+  products = b * (3 * D + D + D + D + F)  # q, k and v, attention, its projection, the MLP's, its c_fc
+  kept = {'none': products + 4 * pairs_kept, 'dots': products, 'full': b * D}[c.remat]
+  values = b * (8 * D + 3 * F)  # of a block, with their gradients
+  norm = 4 * 2 * D  # a layer norm's, in float32
+  scores = (4 + 2 * b) * pairs_at_once  # in float32, their exp and gradients in the dtype
+  temporary = 2 * (values + norm + scores)
+
+  chunk_logits = (4 + b) * chunk * V  # float32, their gradient in the dtype
+  table = (b + 4) * V * D  # gathered in the dtype, its gradient float32
+  hidden_gradient = b * tokens * D
   return {
-    'state': state,
-    'activations': tokens * (c.n_layer * kept + 2 * whole),
-    'logits': logits if c.head == 'lm' else 0,
+    'state': 4 * (held + updated) / split,
+    'activations': tokens * (c.n_layer * kept + temporary),
+    'logits': chunk_logits + table + hidden_gradient if c.head == 'lm' else 0,
   }
 
 
-def choose_mesh(asked: Config, model: GPTConfig, devices: list) -> Mesh:
+def choose_mesh(config: Config, model: GPTConfig, devices: list) -> Mesh:
   """The mesh that `config.mesh` asks for. Where it leaves both `data` and `fsdp` open, parameters are
   split no further than to fit: over as few devices as keep the state in a quarter of a device's
   memory, since a split costs a gather in each layer; `data` takes the rest.
   """
-  sizes = dict(asked)
-  rest, over = len(devices) // max(1, sizes['tensor'] * sizes['seq']), sizes['slices_over']
+  sizes = dict(config.mesh)
   if sizes['data'] is None and sizes['fsdp'] == -1:
-    slices = sharding.num_slices(devices)
-    crossing = lambda f: {'data': rest // f, 'fsdp': f}.get(over, slices)
-    fits = [
-      f
-      for f in range(1, rest + 1)
-      if rest % f == 0 and model.n_embd % f == 0 and crossing(f) % slices == 0
-    ]
-    enough = [
-      f
-      for f in fits
-      if 16 * num_params(model) / (f * max(1, sizes['tensor'])) <= memory_limit(devices[0]) / 4
-    ]
-    sizes['fsdp'] = (enough[:1] or fits[-1:] or [-1])[0]
+    tensor, slices = max(1, sizes['tensor']), sharding.num_slices(devices)
+    rest = len(devices) // max(1, sizes['tensor'] * sizes['seq'])
+
+    def fills_slices(f):  # the size of the axis that crosses slices, a multiple of their number
+      return {'data': rest // f, 'fsdp': f}.get(sizes['slices_over'], slices) % slices == 0
+
+    # float32 parameters, gradients and moments
+    state = 4 * (2 + OPTIMIZERS[config.optim.name].moments) * num_params(model)
+    possible = [f for f in divisors(rest) if model.n_embd % f == 0 and fills_slices(f)]
+    for f in possible:
+      sizes['fsdp'] = f  # the last one, where none is enough
+      if state / (f * tensor) <= memory_limit(devices[0]) / 4:
+        break
   if sizes['data'] is None:
     sizes['data'] = 1 if sizes['fsdp'] == -1 else -1
   return sharding.make_mesh(**sizes, devices=devices)
@@ -100,7 +108,7 @@ def divisors(n: int) -> list[int]:
 
 
 def micro_batches(config: Config, model: GPTConfig, mesh: Mesh, T: int, G: int) -> int:
-  """The number A of micro-batches: as asked, or the fewest whose estimate fits the device."""
+  """The number A of micro-batches: as asked for, or the fewest whose estimate fits the device."""
   split = mesh.shape['data'] * mesh.shape['fsdp']
   if G % split:
     raise UserError(
@@ -119,5 +127,6 @@ def micro_batches(config: Config, model: GPTConfig, mesh: Mesh, T: int, G: int) 
       )
     return G // (asked * split)
   limit = memory_limit(sharding.own_device(mesh))
-  ema = config.optim.ema_decay > 0
-  return next((A for A in fits if estimate_bytes(model, mesh, T, G // A, ema) <= limit), fits[-1])
+  return next(
+    (A for A in fits if estimate_bytes(model, mesh, T, G // A, config.optim) <= limit), fits[-1]
+  )

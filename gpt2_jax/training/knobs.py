@@ -22,8 +22,9 @@ from gpt2_jax.bounds import (
 from gpt2_jax.config import DTYPES, LORA, MODEL, Config
 from gpt2_jax.data.splits import SETTINGS
 from gpt2_jax.errors import UserError, brief, near
+from gpt2_jax.loss import LOSS_TERMS
 from gpt2_jax.training import compiling
-from gpt2_jax.training.optimizer import SCHEDULES
+from gpt2_jax.training.optimizer import OPTIMIZERS, SCHEDULES
 from gpt2_jax.training.positions import WAYS
 
 STEPS = 10**9  # most of them; they are counted in int32
@@ -58,7 +59,9 @@ SECTIONS: dict[str, Table] = dict(
     document_mask=Bool(),
   ),
   lora=dict(LORA) | dict(r=Int(0, 2**16)),
-  optim=dict(
+  optim=dict.fromkeys(LOSS_TERMS, Float(0, 1e3))
+  | dict(
+    name=Choice(OPTIMIZERS),
     peak_lr=Float(0, 1e30),
     schedule=Choice(SCHEDULES),
     warmup_steps=Int(0, STEPS),

@@ -1,6 +1,7 @@
-"""AdamW, its learning-rate schedules, and which parameters decay."""
+"""Optimizers, schedules of the learning rate, and which parameters decay."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,38 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.model import Params
 from gpt2_jax.training.spikes import skip_spikes
 
-SCHEDULES = ('cosine', 'linear', 'wsd', 'constant')
+
+def _cosine(optim: Config, rest: Any, last: Any) -> optax.Schedule:
+  del last
+  return optax.cosine_decay_schedule(float(optim.peak_lr), rest, alpha=optim.end_lr_fraction)
+
+
+def _linear(optim: Config, rest: Any, last: Any) -> optax.Schedule:
+  del last
+  peak = float(optim.peak_lr)
+  return optax.linear_schedule(peak, peak * optim.end_lr_fraction, rest)
+
+
+def _wsd(optim: Config, rest: Any, last: Any) -> optax.Schedule:
+  peak, decay = float(optim.peak_lr), max(1, round(last * optim.wsd_decay_fraction))
+  begin = max(0, rest - decay)
+  return optax.linear_schedule(peak, peak * optim.end_lr_fraction, decay, transition_begin=begin)
+
+
+def _constant(optim: Config, rest: Any, last: Any) -> optax.Schedule:
+  del rest, last
+  return optax.constant_schedule(float(optim.peak_lr))
+
+
+# Learning rate from the end of the warm-up on. Arguments: the section of the config, the steps from
+# there to the end of the decay, and that end; the numbers may be broken.
+SCHEDULES = {'cosine': _cosine, 'linear': _linear, 'wsd': _wsd, 'constant': _constant}
 
 
 def make_schedule(optim: Config, steps: int, a_step: int = 1, offset: int = 0) -> optax.Schedule:
   """Step (from 0) -> learning rate: a linear warm-up to `peak_lr`, then one of
+
+  `SCHEDULES`:
 
   - cosine, linear: down to `end_lr_fraction` of the peak at `decay_steps` (default: `steps`);
   - wsd: constant, then linear over the last `wsd_decay_fraction` of the steps (warm-up, stable,
@@ -23,13 +51,13 @@ def make_schedule(optim: Config, steps: int, a_step: int = 1, offset: int = 0) -
   - constant.
 
   With `warmup_tokens` or `decay_tokens` it is a function of the tokens seen, whatever the batches
-  that they came in; what is said in steps then stands where these are with today's batch.
+  that they came in; a knob that counts steps then means steps of today's batch.
 
   Args:
     optim: that section of the config.
     steps: of the run.
     a_step: tokens of a step.
-    offset: tokens seen at a step, less those of so many steps: not 0 where the batch was another.
+    offset: tokens seen at a step, less step · a_step: not 0 where the batch had another size.
   """
   warmup, last = optim.warmup_steps, steps if optim.decay_steps is None else optim.decay_steps
   if optim.warmup_tokens is None and optim.decay_tokens is None:
@@ -39,40 +67,28 @@ def make_schedule(optim: Config, steps: int, a_step: int = 1, offset: int = 0) -
       'optim.decay_steps and optim.decay_tokens both say where the decay ends: leave '
       'one of them unset.'
     )
-  shift = offset / a_step  # steps of today's batch that there were beside those counted
-  in_steps = lambda tokens, step: step + shift if tokens is None else tokens / a_step
-  schedule = _schedule(
-    optim, in_steps(optim.warmup_tokens, warmup), in_steps(optim.decay_tokens, last)
-  )
+  shift = offset / a_step  # the tokens beyond those counted, in steps of today's batch
+
+  def in_steps(tokens, step):
+    return step + shift if tokens is None else tokens / a_step
+
+  ends = in_steps(optim.warmup_tokens, warmup), in_steps(optim.decay_tokens, last)
+  schedule = _schedule(optim, *ends)
   return lambda step: schedule(step + shift)
 
 
 def _schedule(optim: Config, warmup: Any, last: Any) -> optax.Schedule:
   """As `make_schedule`; the warm-up and the decay end at these steps, numbers that may be broken."""
-  peak = float(optim.peak_lr)
-  end = peak * optim.end_lr_fraction
-  if optim.schedule not in SCHEDULES:
-    raise UserError(f'optim.schedule = {optim.schedule!r} is not one of {SCHEDULES}.')
-  rest = max(1, last - warmup)
-  if optim.schedule == 'cosine':
-    after = optax.cosine_decay_schedule(peak, rest, alpha=optim.end_lr_fraction)
-  elif optim.schedule == 'linear':
-    after = optax.linear_schedule(peak, end, rest)
-  elif optim.schedule == 'wsd':
-    decay = max(1, round(last * optim.wsd_decay_fraction))
-    after = optax.linear_schedule(peak, end, decay, transition_begin=max(0, rest - decay))
-  else:
-    after = optax.constant_schedule(peak)
+  after = SCHEDULES[optim.schedule](optim, max(1, last - warmup), last)
   if warmup < 1:
     return after
-  # the first update already moves: step 0 has peak / warmup
-  return optax.join_schedules(
-    [optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1)), after], [warmup]
-  )
+  peak = float(optim.peak_lr)  # the first update already moves: step 0 has peak / warmup
+  rising = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
+  return optax.join_schedules([rising, after], [warmup])
 
 
 def decay_mask(params: Params) -> Params:
-  """True for what weight decay applies to: matrices, embeddings, adapters; not biases, layer norms.
+  """True for each parameter that decays: matrices, embeddings, adapters; not biases, layer norms.
 
   By name: in the stacked layout biases and layer norms have two axes as well.
   """
@@ -107,24 +123,42 @@ def clip_by_global_norm(most: float) -> optax.GradientTransformation:
   return optax.stateless(clipped)
 
 
-def make_optimizer(
-  optim: Config, schedule: optax.Schedule, width_ratio: float = 1.0
+def adamw(
+  optim: Config, schedule: optax.Schedule, width_ratio: float
 ) -> optax.GradientTransformation:
-  """Clipping by the global norm, then AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101); without the
-  steps that are spikes, where `skip_zscore` is set.
-
-  Args:
-    optim: that section of the config.
-    schedule: step -> learning rate.
-    width_ratio: of the model, see `GPTConfig`. Adam's step of matrices within blocks is divided by
-      it; what decays is not, so that weights decay as fast at every width.
+  """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101). Steps of matrices in blocks are divided by
+  muP's `width_ratio`; their decay is not, so that weights decay as fast at every width.
   """
-  tx = optax.chain(
+  return optax.chain(
     optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
     *([] if width_ratio == 1 else [scale_matrices(1 / width_ratio)]),
     optax.add_decayed_weights(optim.weight_decay, decay_mask),
     optax.scale_by_learning_rate(schedule),
   )
+
+
+class Optimizer(NamedTuple):
+  """An optimizer by its name, `optim.name`."""
+
+  make: Callable[[Config, optax.Schedule, float], optax.GradientTransformation]
+  moments: int  # float32 numbers that it keeps for each parameter
+
+
+OPTIMIZERS = {'adamw': Optimizer(adamw, moments=2)}
+
+
+def make_optimizer(
+  optim: Config, schedule: optax.Schedule, width_ratio: float = 1.0
+) -> optax.GradientTransformation:
+  """Clipping by the global norm, then one of `OPTIMIZERS`; without the steps that are spikes, where
+  `skip_zscore` is set.
+
+  Args:
+    optim: that section of the config.
+    schedule: step -> learning rate.
+    width_ratio: of the model, see `GPTConfig`.
+  """
+  tx = OPTIMIZERS[optim.name].make(optim, schedule, width_ratio)
   if optim.clip_norm:
     tx = optax.chain(clip_by_global_norm(float(optim.clip_norm)), tx)
   return skip_spikes(tx, float(optim.skip_zscore), optim.skip_warmup) if optim.skip_zscore else tx

@@ -21,6 +21,7 @@ from gpt2_jax.files import whole
 from gpt2_jax.interop import peft
 from gpt2_jax.interop.opening import Opening
 from gpt2_jax.interop.tensors import Source, load_params
+from gpt2_jax.loss import LOSS_TERMS
 from gpt2_jax.model import Params
 from gpt2_jax.pretrained import open_source
 from gpt2_jax.training import compiling, fit, knobs, memory, positions
@@ -110,6 +111,7 @@ class Plan:
       seed=c.train.seed,
       ema_decay=c.optim.ema_decay,
       document_start=self.document_start(eot),
+      factors=tuple((name, c.optim[name]) for name in LOSS_TERMS if c.optim[name]),
     )
     options: Any = compiling.options(c.train.compiler_options) | (compiler_options or {})
     with out_of_memory_advice(self), compiling.known_options(options):
@@ -195,9 +197,7 @@ class out_of_memory_advice:
 def memory_table(plan: Plan) -> str:
   """The estimate of a step's memory, and what the knobs would make of it."""
   c, mesh, rows = plan.model, plan.mesh, plan.G // plan.A
-  estimate = functools.partial(
-    fit.estimate_parts, mesh=mesh, T=plan.T, ema=plan.config.optim.ema_decay > 0
-  )
+  estimate = functools.partial(fit.estimate_parts, mesh=mesh, T=plan.T, optim=plan.config.optim)
   parts, knobs = estimate(c, rows=rows), {}
   split = mesh.shape['data'] * mesh.shape['fsdp']
   for half in [r for r in range(1, rows // split // 2 + 1) if plan.G // split % r == 0][-1:]:
@@ -284,7 +284,7 @@ def make_model(
   spec = _tokenizer(config, source)
   devices = list(jax.devices() if devices is None else devices)
   model = _model(config, source, spec, devices[0].platform, held)
-  mesh = fit.choose_mesh(config.mesh, model, devices)
+  mesh = fit.choose_mesh(config, model, devices)
   sharding.check_divisible(mesh, model.divisible())
   return source, spec, model, mesh
 

@@ -176,7 +176,8 @@ def reproduce(workdir: str | Path, output: str | Path | None = None) -> int:
     if any(other.get(name) != start.get(name) for other in starts):
       say(f"its {len(starts)} starts differ in {name}: only the last one's is repeated")
   # there were no such knobs once
-  config['optim'] = {'warmup_tokens': None, 'decay_tokens': None} | config['optim']
+  new_optim = {'warmup_tokens': None, 'decay_tokens': None, 'name': 'adamw', 'z_loss': 0.0}
+  config['optim'] = new_optim | config['optim']
   config['data'] = {'special': False} | config['data']
   again: Config = ConfigDict(
     {'deterministic': False, 'init_base': None, 'init_ignore_extra': False} | config

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from gpt2_jax import fsdp, seeds
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.counts import trainable_paths
-from gpt2_jax.loss import Loss
+from gpt2_jax.loss import Factors, Loss, term_values, weighted
 from gpt2_jax.model import GPT2, Params, bind, make_params
 from gpt2_jax.sharding import RULES, reshard
 from gpt2_jax.training import spikes
@@ -89,6 +89,7 @@ def nll(
   dropout_keys_B: jax.Array | None = None,
   document_start: int | None = None,
   weights: jax.Array | float | None = None,
+  factors: Factors = (),
 ) -> Loss:
   """-log p of each next token, from rows of T + 1 tokens.
 
@@ -98,13 +99,14 @@ def nll(
     dropout_keys_B: a key for each row; None: no dropout.
     document_start: the id that begins a document; then a token sees its own document alone.
     weights: in the total, [B, T] or one for all; None: the total is the mean.
+    factors: of the terms of `LOSS_TERMS` in the total.
   """
   inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
   documents_BT = None
   if document_start is not None:
     documents_BT = jnp.cumsum(inputs_BT == document_start, axis=1, dtype=jnp.int32)
   x_BTD = model.transformer(inputs_BT, documents_BT=documents_BT, dropout_keys_B=dropout_keys_B).x_BTD
-  return model.loss(x_BTD, targets_BT, of_each(weights, targets_BT))
+  return model.loss(x_BTD, targets_BT, of_each(weights, targets_BT), factors)
 
 
 def of_each(weights: jax.Array | float | None, targets: jax.Array) -> jax.Array:
@@ -120,12 +122,17 @@ def label_logits(model: GPT2, batch: dict, dropout_keys_B: jax.Array | None = No
 
 
 def label_nll(
-  logits_BK: jax.Array, labels_B: jax.Array, weights: jax.Array | float | None = None
+  logits_BK: jax.Array,
+  labels_B: jax.Array,
+  weights: jax.Array | float | None = None,
+  factors: Factors = (),
 ) -> Loss:
-  """-log p of each text's label; `weights` as of `nll`, [B]."""
+  """-log p of each text's label; `weights` [B] and `factors` as of `nll`."""
   is_label_BK = labels_B[:, None] == jnp.arange(logits_BK.shape[-1])
-  each_B = jax.nn.logsumexp(logits_BK, -1) - jnp.where(is_label_BK, logits_BK, 0).sum(-1)
-  return Loss((of_each(weights, labels_B) * each_B).sum(), jax.lax.stop_gradient(each_B))
+  log_Z_B = jax.nn.logsumexp(logits_BK, -1)
+  label_B = jnp.where(is_label_BK, logits_BK, 0).sum(-1)
+  terms = term_values(factors, log_Z_B, label_B)
+  return weighted(of_each(weights, labels_B), log_Z_B - label_B, terms)
 
 
 def losses(
@@ -134,11 +141,12 @@ def losses(
   dropout_keys_B: jax.Array | None = None,
   document_start: int | None = None,
   weights: jax.Array | float | None = None,
+  factors: Factors = (),
 ) -> Loss:
-  """The losses of a batch's targets: [B, T] next tokens, or [B] labels; `weights` as of `nll`."""
+  """The losses of a batch's targets: [B, T] next tokens, or [B] labels; the rest as of `nll`."""
   if model.config.head == 'lm':
-    return nll(model, batch, dropout_keys_B, document_start, weights)
-  return label_nll(label_logits(model, batch, dropout_keys_B), batch['labels'], weights)
+    return nll(model, batch, dropout_keys_B, document_start, weights, factors)
+  return label_nll(label_logits(model, batch, dropout_keys_B), batch['labels'], weights, factors)
 
 
 def row_keys(seed: int, step: jax.Array, first: jax.Array | int, rows: int) -> jax.Array:
@@ -146,6 +154,22 @@ def row_keys(seed: int, step: jax.Array, first: jax.Array | int, rows: int) -> j
   key = jax.random.fold_in(seeds.key(seed), step)
   numbers_B = reshard(jnp.arange(rows), RULES.rows_b) + first
   return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers_B)
+
+
+def summed(loss_fn: Callable, part: Params, batch, terms: list[str]):
+  """The sums of `loss_fn(part, a, micro-batch a)` over the batch, of its terms and its gradients."""
+  loss_and_grads = jax.value_and_grad(loss_fn, has_aux=True)
+  A = jax.tree.leaves(batch)[0].shape[0]
+  if A == 1:
+    return loss_and_grads(part, 0, jax.tree.map(lambda x: x[0], batch))
+  deferred = fsdp.DeferredGradients(part)
+
+  def add(sums, micro):
+    return jax.tree.map(jnp.add, sums, loss_and_grads(deferred.params, *micro)), None
+
+  zeros = (jnp.zeros(()), {name: jnp.zeros(()) for name in terms}), deferred.zeros()
+  (losses, grads), _ = jax.lax.scan(add, zeros, (jnp.arange(A), batch))
+  return losses, deferred.sum(grads)
 
 
 def make_train_step(
@@ -156,11 +180,12 @@ def make_train_step(
   seed: int,
   ema_decay: float,
   document_start: int | None = None,
+  factors: Factors = (),
 ) -> Callable:
-  """`step(state, batch) -> state, metrics` over a batch in A micro-batches of M rows.
+  """Returns `step(state, batch) -> state, metrics` over a batch in A micro-batches of M rows.
 
   A batch is tokens [A, M, T + 1], or a dict of `data.labelled`. The loss is the mean over all
-  targets; so are the gradients, however they are split.
+  targets, and so are the gradients, however the batch is split; `factors` are those of `nll`.
   """
   drops = any(
     (config.embd_pdrop, config.attn_pdrop, config.resid_pdrop, config.lora and config.lora.dropout)
@@ -173,29 +198,19 @@ def make_train_step(
 
     def loss_fn(part, a, micro):
       keys_M = row_keys(seed, state.step, a * M, M) if drops else None
-      return losses(
-        bind(config, replaced(state.params, part)), micro, keys_M, document_start, 1 / targets
-      ).total
+      model = bind(config, replaced(state.params, part))
+      loss = losses(model, micro, keys_M, document_start, 1 / targets, factors)
+      return loss.total, loss.terms
 
-    def accumulate(carry, micro):
-      loss_and_grads = jax.value_and_grad(loss_fn)(apart, *micro)
-      return jax.tree.map(jnp.add, carry, loss_and_grads), None
-
-    if A == 1:
-      loss, grads = jax.value_and_grad(loss_fn)(part, 0, jax.tree.map(lambda x: x[0], batch))
-    else:
-      apart = fsdp.sum_later(part)
-      zeros = jnp.zeros(()), fsdp.zeros_apart(apart)
-      (loss, grads), _ = jax.lax.scan(accumulate, zeros, (jnp.arange(A), batch))
-      grads = fsdp.sum_now(grads, part)
-
+    (loss, terms), grads = summed(loss_fn, part, batch, [name for name, _ in factors])
     updates, opt_state = tx.update(grads, state.opt_state, part)
     params: Any = replaced(state.params, optax.apply_updates(part, updates))  # pyright: ignore
     ema: Any = None
     if state.ema is not None:
       ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
     metrics = {
-      'train/loss': loss,
+      'train/loss': functools.reduce(jnp.subtract, terms.values(), loss),
+      **{f'train/{name}': value for name, value in terms.items()},
       'train/grad_norm': optax.tree.norm(grads),  # before clipping
       'train/update_norm': optax.tree.norm(updates),
       'train/param_norm': optax.tree.norm(params),
@@ -208,9 +223,9 @@ def make_train_step(
 
 
 def make_eval_step(config: GPTConfig, document_start: int | None = None) -> Callable:
-  """`step(params, batch [1, R, …], weights [1, R, …]) -> sums`, each over what the weights count.
+  """Returns `step(params, batch [1, R, …], weights [1, R, …]) -> sums`, weighted ones.
 
-  Sums: of the losses, of the weights; of a classifier, of the texts judged rightly.
+  The sums are those of the losses and of the weights, and for a classifier of the right labels.
   """
 
   def step(params: Params, batch, weights):
