@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax import matmul
-from gpt2_jax.sharding import in_mesh, layout, spec_of, unshard
+from gpt2_jax.sharding import in_mesh, layout, reshard, spec_of, unshard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +142,7 @@ class DeferredGradients:
         return x
       spec = spec_of(x)
       axes = frozenset(axis for axis in summed_over(spec) if mesh.shape[axis] > 1)
-      return jax.sharding.reshard(x, P(*spec, reduced=axes)) if axes else x
+      return reshard(x, P(*spec, reduced=axes)) if axes else x
 
     mesh = jax.sharding.get_abstract_mesh()
     self.params = jax.tree_util.tree_map_with_path(marked, params) if in_mesh() else params
@@ -154,26 +154,22 @@ class DeferredGradients:
       spec, deferred = spec_of(x), jax.typeof(x).sharding.spec.reduced
       if not deferred:
         return jnp.zeros_like(x)
-      zeros = jnp.zeros(x.shape, x.dtype, out_sharding=spec)
-      return jax.sharding.reshard(zeros, P(*spec, unreduced=deferred))
+      return reshard(jnp.zeros(x.shape, x.dtype, out_sharding=spec), P(*spec, unreduced=deferred))
 
     return jax.tree.map(zeros, self.params)
 
   def sum(self, grads):
     """The gradients, summed over the devices; they lie as the parameters do."""
-    if not in_mesh():
-      return grads
-    return jax.tree.map(lambda g, x: jax.sharding.reshard(g, spec_of(x)), grads, self.params)
+    return jax.tree.map(lambda g, x: reshard(g, spec_of(x)), grads, self.params)
 
 
 def take(table: jax.Array, indices: jax.Array, dtype, spec: P, reduce_dtype: str, B: int):
-  """Rows of a table [V, D] at indices [B, T], or [1, T] for all of B rows; NaN beyond the table.
+  """Rows of a table [V, D] at indices [B, T], or [1, T] for all B rows; NaN beyond the table.
 
   Args:
     spec: layout of the result, [B, T, D].
   """
-  if in_mesh():
-    indices = jax.sharding.reshard(indices, P(spec[0] if indices.shape[0] == B else None, spec[1]))
+  indices = reshard(indices, P(spec[0] if indices.shape[0] == B else None, spec[1]))
   return (_take if in_mesh() else _lookup)(jnp.dtype(dtype), spec, reduce_dtype, B, table, indices)
 
 

@@ -47,18 +47,15 @@ def choose(config: GPTConfig, T: int, *, drops: bool) -> tuple[str, str]:
   if name == 'xla' or (name == 'blocks' and T <= QUERIES):  # a single block: all of XLA's attention
     return 'xla', ''
   seq = jax.sharding.get_abstract_mesh().shape['seq'] if in_mesh() else 1
-  fits_cudnn = config.dtype == 'bfloat16' and config.H % 8 == 0 and config.H <= 128
+  odd_heads = config.dtype != 'bfloat16' or config.H % 8 != 0 or config.H > 128
   in_the_way = [
     (name != own, f'{name} does not run on a {platform()}'),
     (drops and config.attn_pdrop > 0, f'{name} has no attention dropout (model.attn_pdrop)'),
     (config.reorder_and_upcast_attn, f'{name} has no reorder_and_upcast_attn'),
     (name != 'splash' and seq > 1, f'{name} wants whole rows, mesh.seq = 1'),
+    (name == 'cudnn' and odd_heads, 'cudnn wants bfloat16 and heads of at most 128, a multiple of 8'),
     (
-      name == 'cudnn' and not fits_cudnn,
-      'cudnn wants bfloat16 and heads of at most 128, a multiple of 8',
-    ),
-    (
-      name == 'splash' and T % (LANES * seq) != 0,
+      name == 'splash' and T % (LANES * seq),
       f'splash wants a multiple of {LANES} positions a device',
     ),
   ]
@@ -188,16 +185,9 @@ def _splash(T: int, N: int):
 
   shape = jax.sharding.get_abstract_mesh().shape if in_mesh() else {'seq': 1, 'tensor': 1}
   q, kv = math.gcd(T // shape['seq'], BLOCK), math.gcd(T, BLOCK)
-  sizes = splash.BlockSizes(
-    block_q=q,
-    block_kv=kv,
-    block_kv_compute=kv,
-    block_q_dkv=q,
-    block_kv_dkv=kv,
-    block_kv_dkv_compute=kv,
-    block_q_dq=q,
-    block_kv_dq=kv,
-  )
+  of_kv = 'block_kv', 'block_kv_compute', 'block_kv_dkv', 'block_kv_dkv_compute', 'block_kv_dq'
+  of_q = dict.fromkeys(('block_q', 'block_q_dkv', 'block_q_dq'), q)
+  sizes = splash.BlockSizes(**of_q, **dict.fromkeys(of_kv, kv))
   return splash.make_splash_mha(
     splash.MultiHeadMask([splash.CausalMask((T, T))] * N),
     block_sizes=sizes,

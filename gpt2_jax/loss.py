@@ -33,7 +33,6 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax import fsdp, matmul
-from gpt2_jax.config import GPTConfig
 from gpt2_jax.sharding import in_mesh, platform, reshard, spec_of, unshard
 
 
@@ -49,9 +48,8 @@ LOSS_TERMS = {
   'z_loss': Term(lambda log_Z, y_t: log_Z**2, lambda log_Z, y_t: (2 * log_Z, 0))
 }
 
-Factors = tuple[
-  tuple[str, float], ...
-]  # names of LOSS_TERMS, and what their values are multiplied by
+# Names of LOSS_TERMS, and the factors by which their values are multiplied.
+Factors = tuple[tuple[str, float], ...]
 
 
 class Loss(NamedTuple):
@@ -67,17 +65,15 @@ class CrossEntropyOptions:
   """How a cross entropy is computed."""
 
   vocab_size: int  # the table's rows beyond are padding
-  width_ratio: float  # logits are divided by it: see `GPTConfig`
+  width_ratio: float  # logits are divided by it: muP's
   precision: str | None  # of products, as `jax.lax.Precision` names it
   reduce_dtype: str  # of the table's gradient while it is summed over devices
   factors: Factors = ()
 
-  @classmethod
-  def of(cls, config: GPTConfig, factors: Factors = ()) -> 'CrossEntropyOptions':
-    return cls(config.vocab_size, config.width_ratio, config.precision, config.reduce_dtype, factors)
-
 
 class Operands(NamedTuple):
+  """The arrays of a cross entropy, or the gradients by them."""
+
   x_BTD: Any
   table_VD: Any
   scale_V: Any
@@ -95,8 +91,8 @@ class Wanted(NamedTuple):
 def chunk_bytes() -> int:
   """The most bytes of float32 logits that a device makes at a time.
 
-  A chunk reads the table and adds to its gradient: with a thousand tokens on a CPU, thousands on an
-  accelerator its products take longer than that.
+  A chunk reads the table and adds to its gradient. It needs thousands of tokens, on a CPU one
+  thousand, for its products to take longer than that.
   """
   return (256 if platform() == 'cpu' else 512) * 2**20
 
@@ -115,7 +111,7 @@ def term_values(factors: Factors, log_Z: jax.Array, y_t: jax.Array) -> dict[str,
 
 
 def weighted(weights: jax.Array, each: jax.Array, terms: dict[str, jax.Array]) -> Loss:
-  """The sums of weights times losses and terms, given for each target."""
+  """A `Loss` from the nll and the terms of each target."""
   sums = {name: (weights * value).sum() for name, value in terms.items()}
   total = functools.reduce(jnp.add, sums.values(), (weights * each).sum())
   return Loss(total, *jax.lax.stop_gradient((each, sums)))
@@ -143,8 +139,7 @@ def cross_entropy(
   """
   rows = P(*spec_of(x_BTD)[:2])
   targets_BT, weights_BT = reshard(targets_BT, rows), reshard(weights_BT, rows)
-  operands = Operands(x_BTD, table_VD, scale_V, targets_BT, weights_BT)
-  loss: Any = _cross_entropy(options, operands)
+  loss: Any = _cross_entropy(options, Operands(x_BTD, table_VD, scale_V, targets_BT, weights_BT))
   return Loss(loss.total, *jax.lax.stop_gradient(loss[1:]))
 
 

@@ -30,16 +30,10 @@ def parse_einsum(equation: str) -> Einsum:
   """The letters of an equation: 'BTD,DCNH->CBTNH' has the rows BT, the columns CNH and the sums D."""
   operands, out = equation.split('->')
   x, y = operands.split(',')
-  shared = [a for a in x if a in y]
-  return Einsum(
-    x,
-    y,
-    out,
-    batch=''.join(a for a in shared if a in out),
-    rows=''.join(a for a in x if a not in y),
-    columns=''.join(a for a in y if a not in x),
-    sums=''.join(a for a in shared if a not in out),
-  )
+  batch = ''.join(a for a in x if a in y and a in out)
+  rows, columns = ''.join(a for a in x if a not in y), ''.join(a for a in y if a not in x)
+  sums = ''.join(a for a in x if a in y and a not in out)
+  return Einsum(x, y, out, batch, rows, columns, sums)
 
 
 def einsum(

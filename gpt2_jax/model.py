@@ -302,7 +302,8 @@ class GPT2(nnx.Module):
     self, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, factors: Factors = ()
   ) -> Loss:
     """`cross_entropy` of next tokens, and terms by their factors, without all logits in memory."""
-    options, table = CrossEntropyOptions.of(self.config, factors), self.output_table
+    c, table = self.config, self.output_table
+    options = CrossEntropyOptions(c.vocab_size, c.width_ratio, c.precision, c.reduce_dtype, factors)
     scale_V = None if table.scale is None else table.scale[...]
     with jax.named_scope('loss'):
       return cross_entropy(options, x_BTD, table.weight[...], targets_BT, weights_BT, scale_V)

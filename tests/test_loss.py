@@ -24,7 +24,8 @@ from gpt2_jax.training.step import init_state, make_train_step, nll
 
 def fused(config, x_BTD, table_VD, targets_BT, weights_BT, z=0.0):
   """Total and each loss, by `cross_entropy`; `z` is the factor of the z-loss."""
-  options = CrossEntropyOptions.of(config, (('z_loss', z),) if z else ())
+  fields = config.vocab_size, config.width_ratio, config.precision, config.reduce_dtype
+  options = CrossEntropyOptions(*fields, (('z_loss', z),) if z else ())
   return cross_entropy(options, x_BTD, table_VD, targets_BT, weights_BT)[:2]
 
 
@@ -135,12 +136,13 @@ def test_the_slopes_of_a_term_are_its_derivatives(name):
 
 QUICK = [(8, 1, 1, 1), (1, 2, 2, 2)]  # data, fsdp, seq, tensor
 MESHES = [
-  pytest.param(sizes, marks=[] if sizes in QUICK else pytest.mark.slow) for sizes in factorizations(8)
+  pytest.param(sizes, z, marks=[] if sizes in QUICK else pytest.mark.slow)
+  for z, meshes in ((0.0, factorizations(8)), (0.3, [*QUICK, (2, 2, 1, 2), (1, 8, 1, 1)]))
+  for sizes in meshes
 ]
 
 
-@pytest.mark.parametrize('z', [0.0, 0.3])
-@pytest.mark.parametrize('sizes', MESHES, ids=str)
+@pytest.mark.parametrize('sizes,z', MESHES, ids=str)
 def test_meshes_change_nothing(sizes, z, monkeypatch):
   config, arguments = case(8, 16, 16, 97)
   data, fsdp, seq, tensor = sizes

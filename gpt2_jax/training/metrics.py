@@ -4,6 +4,7 @@ A line is an object with `step` (number of updates done, from 1) and flat keys, 
 is not finite:
 
     train/loss            mean nll of the step's batch, in nats, before its update
+    train/z_loss          what optim.z_loss added to it, in nats, where it is not 0
     train/grad_norm       before clipping; train/update_norm, train/param_norm after
     train/learning_rate   of the step
     train/tokens          tokens seen so far, over all starts, whatever the batches they came in
@@ -15,7 +16,7 @@ is not finite:
     perf/data_wait_seconds  of them, waiting for the batch
     perf/host_seconds_max, perf/host_seconds_median  over the hosts: what each spends on its own, a
                           step; every log.straggler_every steps where there are several
-    perf/tokens_per_second, perf/flops_per_second (6·P + 12·L·D·T a token, see model.flops_per_token)
+    perf/tokens_per_second, perf/flops_per_second (6·P + 12·L·D·T a token, see counts.flops_per_token)
     perf/mfu              the latter by the devices' bfloat16 peak, where that is known
     perf/memory_gib       peak so far: of a device, or on CPU of the process
     perf/goodput          share of the time so far, over all starts, in steps that count

@@ -14,12 +14,10 @@ from gpt2_jax.training.spikes import skip_spikes
 
 
 def _cosine(optim: Config, rest: Any, last: Any) -> optax.Schedule:
-  del last
   return optax.cosine_decay_schedule(float(optim.peak_lr), rest, alpha=optim.end_lr_fraction)
 
 
 def _linear(optim: Config, rest: Any, last: Any) -> optax.Schedule:
-  del last
   peak = float(optim.peak_lr)
   return optax.linear_schedule(peak, peak * optim.end_lr_fraction, rest)
 
@@ -31,19 +29,16 @@ def _wsd(optim: Config, rest: Any, last: Any) -> optax.Schedule:
 
 
 def _constant(optim: Config, rest: Any, last: Any) -> optax.Schedule:
-  del rest, last
   return optax.constant_schedule(float(optim.peak_lr))
 
 
-# Learning rate from the end of the warm-up on. Arguments: the section of the config, the steps from
-# there to the end of the decay, and that end; the numbers may be broken.
+# How the learning rate goes on after the warm-up, by `optim.schedule`: a function of this section of
+# the config, the steps from there to the end of the decay, and that end (numbers that may be broken).
 SCHEDULES = {'cosine': _cosine, 'linear': _linear, 'wsd': _wsd, 'constant': _constant}
 
 
 def make_schedule(optim: Config, steps: int, a_step: int = 1, offset: int = 0) -> optax.Schedule:
-  """Step (from 0) -> learning rate: a linear warm-up to `peak_lr`, then one of
-
-  `SCHEDULES`:
+  """Returns step (from 0) -> learning rate: a linear warm-up to `peak_lr`, then one of `SCHEDULES`.
 
   - cosine, linear: down to `end_lr_fraction` of the peak at `decay_steps` (default: `steps`);
   - wsd: constant, then linear over the last `wsd_decay_fraction` of the steps (warm-up, stable,
@@ -72,8 +67,8 @@ def make_schedule(optim: Config, steps: int, a_step: int = 1, offset: int = 0) -
   def in_steps(tokens, step):
     return step + shift if tokens is None else tokens / a_step
 
-  ends = in_steps(optim.warmup_tokens, warmup), in_steps(optim.decay_tokens, last)
-  schedule = _schedule(optim, *ends)
+  warmup, last = in_steps(optim.warmup_tokens, warmup), in_steps(optim.decay_tokens, last)
+  schedule = _schedule(optim, warmup, last)
   return lambda step: schedule(step + shift)
 
 

@@ -99,7 +99,7 @@ def skip_spikes(
 def restored(
   restore: Callable[[dict], dict], saved: Iterable[str], items: dict[str, Any]
 ) -> dict[str, Any]:
-  """`restore(items)`, also where the policy was off when they were saved and is on now, or off again.
+  """Returns `restore(items)`, also where the policy was off when they were saved and is on, or not.
 
   Args:
     restore: gives arrays for abstract items of a checkpoint.
@@ -118,7 +118,7 @@ def restored(
 
 
 def metrics(opt_state: Any) -> dict[str, jax.Array]:
-  """What a step says of the policy; empty where it is off."""
+  """The metrics of the policy at a step; empty where it is off."""
   if not isinstance(opt_state, SpikeState):
     return {}
   return {

@@ -31,12 +31,12 @@ class TrainState:
   ema: Params | None  # moving average of the parameters, None where it is off
 
   def items(self) -> dict[str, Any]:
-    """What a checkpoint keeps, the step aside."""
+    """The items of a checkpoint, apart from the step."""
     items = {'params': self.params, 'opt_state': self.opt_state, 'ema': self.ema}
     return {name: tree for name, tree in items.items() if tree is not None}
 
   def restored(self, step: int, items: dict[str, Any]) -> 'TrainState':
-    """The state of a step from its items; `self` is abstract and says where its number lies."""
+    """The state of a step from its items; `self` is abstract, for the layout of its number."""
     return TrainState(
       jax.device_put(np.int32(step), self.step.sharding),
       items['params'],
@@ -56,6 +56,7 @@ def replaced(params: Params, part: Params) -> Params:
   return unflatten_dict(flatten_dict(params) | flatten_dict(part))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
 def init_state(
   config: GPTConfig,
   tx: optax.GradientTransformation,
@@ -70,14 +71,9 @@ def init_state(
     tx: the optimizer, of the parameters that are trained.
     seed: of the initial parameters.
     ema: whether to keep a moving average.
-    given: parameters that are there already, in place of initial ones. Their buffers are used.
+    given: parameters in place of initial ones. They are donated.
   """
-  return _init_state(config, tx, seed, ema, given or {})
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
-def _init_state(config, tx, seed, ema, given):
-  params = replaced(make_params(config, seed), given)
+  params = replaced(make_params(config, seed), given or {})
   return TrainState(
     jnp.zeros((), jnp.int32), params, tx.init(trained(config, params)), params if ema else None
   )
