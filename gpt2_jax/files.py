@@ -34,7 +34,7 @@ def local(path: str | os.PathLike, what: str = '') -> Path:
   if address := re.match(r'([A-Za-z][A-Za-z0-9+.\-]+):/+', os.fspath(path)):
     shown = f'{address[1]}://{os.fspath(path)[address.end() :]}'
     raise UserError(
-      f'{what}{" " * bool(what)}{brief(shown)}: buckets and other addresses are not '
+      f'{f"{what} {brief(shown)}".lstrip()}: buckets and other addresses are not '
       'supported yet: name a local path (or one where the bucket is mounted).'
     )
   return Path(path)

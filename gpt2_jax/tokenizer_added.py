@@ -35,12 +35,12 @@ def _pattern(words: list[str], depth: int) -> str:
   begin, rest = re.escape(words[0][:n]), [word[n:] for word in words]
   if len(rest) == 1:
     return begin
-  may_end = not rest[0]
+  may_end = '' if rest[0] else '?'
   ways = [
     _pattern(list(group), depth + 1)
-    for _, group in itertools.groupby(rest[may_end:], key=lambda word: word[0])
+    for _, group in itertools.groupby(filter(None, rest), key=lambda word: word[0])
   ]
-  return f'{begin}(?:{"|".join(ways)}){"?" * may_end}'
+  return f'{begin}(?:{"|".join(ways)}){may_end}'
 
 
 class Finder:
@@ -99,4 +99,4 @@ class Finder:
       if start < stop:
         pieces.append((token, start, stop))
       done = stop
-    return pieces + [(None, done, high)] * (done < high)
+    return pieces + ([(None, done, high)] if done < high else [])

@@ -98,12 +98,14 @@ def compare(counts: dict[str, dict[str, int]], *, seed: int) -> dict[str, Indepe
   """Tests over all groups, between races (sexes together) and between sexes (races together)."""
   words = sorted({word for row in counts.values() for word in row})
   table = np.array([[counts[group].get(word, 0) for word in words] for group in counts])
-  merged = lambda part: np.stack(
-    [
-      table[[group.split()[part] == value for group in counts]].sum(0)
-      for value in dict.fromkeys(group.split()[part] for group in counts)
-    ]
-  )
+
+  def merged(part: int) -> np.ndarray:
+    """The table with the groups joined that have the same word, 0 (race) or 1 (gender)."""
+    kinds = [group.split()[part] for group in counts]
+    return np.stack(
+      [table[[kind == value for kind in kinds]].sum(0) for value in dict.fromkeys(kinds)]
+    )
+
   return {
     'group': independence(table, seed=seed),
     'race': independence(merged(0), seed=seed),

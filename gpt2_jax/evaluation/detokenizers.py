@@ -43,7 +43,7 @@ class Rules:
 
   def detokenize(self, text: str) -> str:
     """The text without the blanks that people don't write. Lines stay lines."""
-    end = '\n' * text.endswith('\n')
+    end = '\n' if text.endswith('\n') else ''
     lines = text.removesuffix('\n').split('\n')
     written = [self._write(line) for line in lines]
     if not (end or written[-1]) and len(lines) > 1:
@@ -52,7 +52,7 @@ class Rules:
 
   def tokenize_back(self, text: str) -> str:
     """The text that `detokenize` was given."""
-    end = '\n' * text.endswith('\n')
+    end = '\n' if text.endswith('\n') else ''
     return '\n'.join(map(self._read, text.removesuffix('\n').split('\n'))) + end
 
   def split(self, word: str) -> list[str]:

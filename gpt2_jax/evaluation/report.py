@@ -81,7 +81,7 @@ def rows(result: dict[str, Any], size: str | None) -> str:
     lines[0] += f', window {protocol["window"]}, stride {protocol["stride"]}'
   if 'rows' in data:
     rows = data['rows']
-    alone = ', each document alone' * rows['document_mask']
+    alone = ', each document alone' if rows['document_mask'] else ''
     lines[0] += f', rows of {rows["tokens"]:,} tokens{alone}'
   if data['limit']:
     lines[0] += f', the first {data["limit"]} examples only'

@@ -133,14 +133,9 @@ def _person(referent: str) -> str:
 
 
 def _genderless(sentence: str) -> str:
-  """A sentence whose pronouns are the same for both genders."""
-  return re.sub(
-    r'\w+',
-    lambda m: (
-      'they' if m[0].lower() in SUBJECT else 'them' if m[0].lower() in OTHER else m[0].lower()
-    ),
-    sentence,
-  )
+  """Returns a sentence in lower case whose pronouns are the same for both genders."""
+  same = dict.fromkeys(SUBJECT, 'they') | dict.fromkeys(OTHER, 'them')
+  return re.sub(r'\w+', lambda m: same.get(m[0].lower(), m[0].lower()), sentence)
 
 
 def _first_is_likelier(first, second) -> float:

@@ -140,10 +140,10 @@ def _grouped(names: Iterable[str], most: int = 100) -> str:
   for name in names:
     groups.setdefault(re.sub(r'\.\d+\.', '.#.', name), []).append(name.strip('[]'))
   said = [
-    group[0][:200] + f' (and {len(group) - 1} more like it)' * (len(group) > 1)
+    group[0][:200] + (f' (and {len(group) - 1} more like it)' if len(group) > 1 else '')
     for group in groups.values()
   ]
-  return ', '.join(said[:most]) + f', … and {len(said) - most} more' * (len(said) > most)
+  return ', '.join(said[:most]) + (f', … and {len(said) - most} more' if len(said) > most else '')
 
 
 def narrowed(tensors: Mapping[str, Tensor], where: str | os.PathLike) -> dict[str, Tensor]:

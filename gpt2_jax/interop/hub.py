@@ -102,9 +102,11 @@ def _checked(path: Path) -> Path:
 
 def _is_complete(name: str, revision: str) -> bool:
   """Whether the cache has config and weights, so that what else it lacks doesn't exist."""
-  cached = lambda file: isinstance(
-    huggingface_hub.try_to_load_from_cache(name, file, revision=revision or None), (str, os.PathLike)
-  )
+
+  def cached(file: str) -> bool:
+    found = huggingface_hub.try_to_load_from_cache(name, file, revision=revision or None)
+    return isinstance(found, (str, os.PathLike))
+
   return (cached('config.json') and any(map(cached, WEIGHTS))) or (
     cached(peft.CONFIG) and any(map(cached, (peft.FILE, peft.BIN)))
   )

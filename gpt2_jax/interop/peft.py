@@ -226,9 +226,10 @@ def write(source: Source, target: Path) -> None:
       'whole model with --to hf.'
     )
   target.mkdir()
-  inner = lambda name: (
-    name if name.startswith(('score', 'classifier', 'lm_head')) else f'transformer.{name}'
-  )
+
+  def inner(name: str) -> str:
+    return name if name.startswith(('score', 'classifier', 'lm_head')) else f'transformer.{name}'
+
   all_shapes, heads = shapes(source.config), ('score.', 'classifier.')
   beside = [name for name in all_shapes if name in source.replaced or name.startswith(heads)]
   modules = {inner(name).rpartition('.')[0] for name in beside}
