@@ -86,7 +86,8 @@ def misfit(value: Any, shape: Any, where: str = '') -> str | None:
   elif isinstance(shape, (type, tuple)):
     kinds = shape if isinstance(shape, tuple) else (shape,)
     right = isinstance(value, kinds) and (type(value) is not bool or bool in kinds)
-    return None if right else f'{at} is {brief(value, 60)}'
+    wanted = {dict: ', not an object', list: ', not a list'}.get(shape, '')
+    return None if right else f'{at} is {brief(value, 60)}{wanted}'
   else:
     return None if shape(value) else f'{at} is {brief(value, 60)}'
   return next(
@@ -113,15 +114,28 @@ def parse_json(text: str | bytes, shape: Any = None) -> Any:
   return value
 
 
+def read_text(path: Path) -> str:
+  """A text of UTF-8 from a file.
+
+  Raises:
+    UserError: there is no such file, or it holds something else.
+  """
+  try:
+    return path.read_text(encoding='utf-8')
+  except (OSError, ValueError) as e:
+    raise unreadable(path, e) from e
+
+
 def read_json(path: Path, shape: Any = dict) -> Any:
   """A JSON object, or what else `shape` (see `misfit`) says, from a file.
 
   Raises:
     UserError: there is no such file, or it holds something else. Nothing else is raised.
   """
+  text = read_text(path)
   try:
-    return parse_json(path.read_text(encoding='utf-8'), shape)
-  except (OSError, ValueError) as e:
+    return parse_json(text, shape)
+  except ValueError as e:
     raise unreadable(path, e) from e
 
 

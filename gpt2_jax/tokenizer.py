@@ -35,7 +35,15 @@ from gpt2_jax import tokenizer_files as files
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import local
 from gpt2_jax.tokenizer_added import Finder
-from gpt2_jax.tokenizer_files import EOT, Added, Tables
+from gpt2_jax.tokenizer_tables import (
+  CHAR_TO_BYTE,
+  EOT,
+  Added,
+  Tables,
+  byte_to_char,
+  to_bytes,
+  to_chars,
+)
 
 PATTERN = released.r50k_pat_str
 MERGES_SHA256 = '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'  # as in tiktoken
@@ -61,11 +69,11 @@ class Tokenizer:
   def __init__(self, merges: Sequence[tuple[bytes, bytes]], tables: Tables | None = None):
     """A tokenizer with the ids of `tables`, by default in GPT-2's order: bytes, merges, the end."""
     self.merges = list(merges)
-    tokens = [bytes([b]) for b in files.byte_to_char()] + [a + b for a, b in self.merges]
+    tokens = [bytes([b]) for b in byte_to_char()] + [a + b for a, b in self.merges]
     self._ranks = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    names = {files.to_chars(token): i for token, i in self._ranks.items()}
+    names = {to_chars(token): i for token, i in self._ranks.items()}
     eot = len(names)
-    pairs = [(files.to_chars(a), files.to_chars(b)) for a, b in self.merges]
+    pairs = [(to_chars(a), to_chars(b)) for a, b in self.merges]
     default = Tables(names | {EOT: eot}, pairs, [Added(eot, EOT)], {}, False, eot)
     if tables is None and len(self._ranks) != len(tokens):
       raise UserError("the merges make the same token twice, which GPT-2's format has no id for.")
@@ -113,7 +121,7 @@ class Tokenizer:
   def _to_ids(self, ranks: np.ndarray) -> np.ndarray:
     ids = self._ids[ranks]
     if NO_ID in self._ids[:256] and NO_ID in ids:
-      byte = files.to_bytes(self._names[ranks[np.argmax(ids == NO_ID)]])
+      byte = to_bytes(self._names[ranks[np.argmax(ids == NO_ID)]])
       raise UserError(
         f'the text has the byte {byte!r}, which the vocabulary has no token for. '
         'Leave it out, or use another tokenizer.'
@@ -149,7 +157,7 @@ class Tokenizer:
         return False
       made.add(left + right)
     names = {name: i for i, name in enumerate(self._names[: len(self._ranks)])}
-    pairs = [(files.to_chars(a), files.to_chars(b)) for a, b in _first(self.merges).values()]
+    pairs = [(to_chars(a), to_chars(b)) for a, b in _first(self.merges).values()]
     bpe = tokenizers.models.BPE(vocab=names, merges=pairs)
     return len(set(self.merges)) == len(self.merges) and all(
       len(bpe.tokenize(name)) == 1 for name in names
@@ -187,7 +195,7 @@ class Tokenizer:
     table = {id: token for token, id in zip(self._ranks, self._ids.tolist()) if id != NO_ID}
     added = {token.content for token in self._tables.added}
     for name in self._names[len(self._ranks) :]:
-      text = None if name in added else files.to_bytes(name)
+      text = None if name in added else to_bytes(name)
       table[self._tables.vocab[name]] = text or name.encode()
     return table
 
@@ -225,7 +233,7 @@ def _valid(text: str) -> str:
 
 
 def _merges(pairs: Iterable[Sequence[str]]) -> list[tuple[bytes, bytes]]:
-  byte = files.CHAR_TO_BYTE
+  byte = CHAR_TO_BYTE
   return [(bytes(byte[c] for c in left), bytes(byte[c] for c in right)) for left, right in pairs]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import regex
 
-from gpt2_jax.tokenizer_files import Added
+from gpt2_jax.tokenizer_tables import Added
 
 WORD = regex.compile(r'[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]')  # Rust's \w
 SPACE = regex.compile(r'\p{White_Space}')  # Rust's \s
