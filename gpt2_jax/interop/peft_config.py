@@ -13,36 +13,18 @@ from gpt2_jax.config import LoRA
 from gpt2_jax.errors import UserError, brief
 from gpt2_jax.interop.foreign import is_off
 
-USED = (
-  'peft_type',
-  'r',
-  'lora_alpha',
-  'target_modules',
-  'exclude_modules',
-  'lora_dropout',
-  'use_rslora',
-  'base_model_name_or_path',
-  'revision',
-  'modules_to_save',
-  'layers_to_transform',
-  'layers_pattern',
-  'rank_pattern',
-  'alpha_pattern',
-  'ensure_weight_tying',
-  'init_lora_weights',
+USED = tuple(
+  """
+  peft_type r lora_alpha target_modules exclude_modules lora_dropout use_rslora
+  base_model_name_or_path revision modules_to_save layers_to_transform layers_pattern rank_pattern
+  alpha_pattern ensure_weight_tying init_lora_weights
+  """.split()
 )
-NEUTRAL = (  # for what is there: how it was begun, by which program
-  'auto_mapping',
-  'inference_mode',
-  'peft_version',
-  'task_type',
-  'fan_in_fan_out',
-  'corda_config',
-  'eva_config',
-  'loftq_config',
-  'megatron_core',
-  'qalora_group_size',
-  'runtime_config',
+NEUTRAL = tuple(
+  """
+  auto_mapping inference_mode peft_version task_type fan_in_fan_out corda_config eva_config
+  loftq_config megatron_core qalora_group_size runtime_config
+  """.split()
 )
 # Ways to begin that leave the base as it is. The others (pissa, olora, loftq, …) take from it what
 # the adapters begin with.
