@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError
-from gpt2_jax.interop import flax_msgpack, huggingface, llmc, nanogpt, torch_files
+from gpt2_jax.interop import flax_msgpack, huggingface, llmc, nanogpt, torch_files, torch_writing
 from gpt2_jax.interop.tensors import DTYPES, Source, Tensor, load_params, shapes
 from gpt2_jax.model import bind
 
@@ -275,7 +275,7 @@ def as_bits(value, read):
 def assert_read_again(value, load, read) -> None:
   with tempfile.TemporaryDirectory() as scratch:
     path = Path(scratch) / 'value.pt'
-    torch_files.write(path, value)
+    torch_writing.write(path, value)
     assert torch_files.is_torch_file(path)
     with zipfile.ZipFile(path) as archive:
       assert archive.testzip() is None
@@ -741,7 +741,7 @@ def tensor(*shape, dtype='float32', value=1.0) -> Tensor:
 )
 def test_nanogpts_that_contradict_themselves(tmp_path, parts, message):
   value = changed(**parts) if isinstance(parts.get('model', {}), dict) else parts
-  torch_files.write(tmp_path / 'ckpt.pt', value)
+  torch_writing.write(tmp_path / 'ckpt.pt', value)
   with pytest.raises(UserError, match=message) as error:
     nanogpt.open_source(tmp_path).tensor('ln_f.weight')
   assert 'ckpt.pt' in str(error.value)
@@ -751,7 +751,7 @@ def test_nanogpt_lacks_a_tensor_or_has_an_equal_head(tmp_path):
   value = changed()
   head = value['model']['transformer.wte.weight'].read()
   value['model']['lm_head.weight'] = Tensor(head.shape, 'float32', lambda: head)  # a copy
-  torch_files.write(tmp_path / 'ckpt.pt', value)
+  torch_writing.write(tmp_path / 'ckpt.pt', value)
   nanogpt.open_source(tmp_path)
   for name, message in (
     ('h.1.mlp.c_fc.bias', r'lacks the tensors: h\.1\.mlp\.c_fc\.bias'),
@@ -759,7 +759,7 @@ def test_nanogpt_lacks_a_tensor_or_has_an_equal_head(tmp_path):
   ):
     value = changed()
     del value['model'][f'transformer.{name}']
-    torch_files.write(tmp_path / f'{name}.pt', value)
+    torch_writing.write(tmp_path / f'{name}.pt', value)
     with pytest.raises(UserError, match=message):
       nanogpt.open_source(tmp_path / f'{name}.pt')
 

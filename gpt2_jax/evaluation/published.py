@@ -82,7 +82,7 @@ ROWS: tuple[tuple[Any, ...], ...] = (
 )
 
 
-def _published(source: str, protocol: str, metric: str, figures: tuple, why: str = '') -> Published:
+def _published(source: str, protocol: str, metric: str, figures: Any, why: str = '') -> Published:
   values = {name: figure for name, figure in zip(NAMES, figures) if figure is not None}
   return Published(source, protocol, metric, values, not why, why)
 

@@ -22,6 +22,7 @@ from flax.serialization import msgpack_serialize
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import check_place, read_json, unreadable
 from gpt2_jax.interop import huggingface
+from gpt2_jax.interop.huggingface_config import config_to_dict
 from gpt2_jax.interop.opening import PLAIN, Opening
 from gpt2_jax.interop.tensors import DTYPES, Source, Tensor, shapes
 
@@ -173,7 +174,7 @@ def write(source: Source, target: Path) -> None:
     node[last] = name
   target.mkdir()
   (target / 'config.json').write_text(
-    json.dumps(huggingface.config_to_dict(source), indent=2) + '\n', encoding='utf-8'
+    json.dumps(config_to_dict(source), indent=2) + '\n', encoding='utf-8'
   )
   if source.tokenizer is not None:
     source.tokenizer.save(target)

@@ -21,7 +21,7 @@ from gpt2_jax import bounds, tokenizer
 from gpt2_jax.config import MODEL, RATE, TANH_GELU, GPTConfig
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import unreadable
-from gpt2_jax.interop import foreign, torch_files
+from gpt2_jax.interop import foreign, torch_files, torch_writing
 from gpt2_jax.interop.opening import PLAIN, Opening
 from gpt2_jax.interop.tensors import (
   CONV1D,
@@ -207,7 +207,7 @@ def write(source: Source, target: Path, *, approximate: bool = False) -> None:
       model[f'transformer.{name}'] = Tensor(shape, source.dtype, read)
   model['lm_head.weight'] = model['transformer.wte.weight']
   record = source.record or {}
-  torch_files.write(
+  torch_writing.write(
     target,
     {
       'model': model,
