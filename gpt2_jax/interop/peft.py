@@ -76,46 +76,50 @@ def open_source(path: Path, open_base: Callable[[str], Source], base: str | None
     {key: tensor.shape for key, tensor in (adapters | saved).items()},
     file,
   )
-  zeros = {
-    key: np.zeros(shape, np.float32)
-    for key, shape in adapter_shapes(config).items()
-    if key.removesuffix('.lora_A').removesuffix('.lora_B') not in adapted.ranks
-  }
-  first = adapted.lora.alpha / adapted.lora.r
-  same = all(r == adapted.lora.r for r in adapted.ranks.values()) and (
-    len(set(adapted.scales.values())) == 1
-  )
-
-  def read(key: str) -> np.ndarray:
-    if key in saved:
-      return saved[key].read()
-    if '.lora_' not in key:
-      return model.read(
-        'wte.weight' if key == 'lm_head.weight' and model.config.tie_word_embeddings else key
-      )
-    if key in zeros:
-      return zeros[key]
-    tensor, module = adapters[key].read(), key.rpartition('.')[0]
-    if same:
-      return tensor
-    room = adapted.lora.r - adapted.ranks[module]
-    if key.endswith('A'):
-      return np.pad(tensor, ((0, room), (0, 0)))
-    factor = np.float32(adapted.scales[module] / first if first else 0)
-    return np.pad(tensor.astype(np.float32) * factor, ((0, 0), (0, room)))
-
   dtype = common_dtype((adapters | saved).values(), file)
   return dataclasses.replace(
     model,
     config=config,
     where=str(path),
     base=name,
-    read=read,
+    read=_reader(config, model, adapted, adapters, saved),
     load=None,
     replaced=tuple(saved),
-    dtype=dtype if dtype == model.dtype and same else 'float32',
+    dtype=dtype if dtype == model.dtype and adapted.uniform else 'float32',
     tokenizer=huggingface.load_tokenizer(path) or model.tokenizer,
   )
+
+
+def _reader(
+  config: GPTConfig,
+  model: Source,
+  adapted: peft_config.Adapted,
+  adapters: Mapping[str, Tensor],
+  saved: Mapping[str, Tensor],
+) -> Callable[[str], np.ndarray]:
+  """The function that reads a tensor: of the adapters, saved beside them, or the model's own."""
+  wanted = adapter_shapes(config)
+  r, first = adapted.lora.r, adapted.lora.alpha / adapted.lora.r
+
+  def read(key: str) -> np.ndarray:
+    if key in saved:
+      return saved[key].read()
+    if '.lora_' not in key:
+      tied = key == 'lm_head.weight' and model.config.tie_word_embeddings
+      return model.read('wte.weight' if tied else key)
+    module = key.rpartition('.')[0]
+    if module not in adapted.ranks:
+      return np.zeros(wanted[key], np.float32)
+    tensor = adapters[key].read()
+    if adapted.uniform:
+      return tensor
+    more = r - adapted.ranks[module]
+    if key.endswith('A'):
+      return np.pad(tensor, ((0, more), (0, 0)))
+    factor = np.float32(adapted.scales[module] / first if first else 0)
+    return np.pad(tensor.astype(np.float32) * factor, ((0, 0), (0, more)))
+
+  return read
 
 
 def _base_name(where: Path, keys: Mapping[str, Any]) -> str:

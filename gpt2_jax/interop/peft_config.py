@@ -47,6 +47,11 @@ class Adapted:
   scales: Mapping[str, float]
   lora: LoRA
 
+  @property
+  def uniform(self) -> bool:
+    """Whether all of them have one rank and one scale."""
+    return len(set(self.ranks.values())) == len(set(self.scales.values())) == 1
+
 
 def check(where: Path, keys: Mapping[str, Any]) -> None:
   """Raises a `UserError` that names the keys that can't be honoured."""

@@ -110,27 +110,22 @@ def write(source: Source, target: Path) -> None:
       'file': 'model.safetensors',
       'arrays': {name: _described(x) for name, x in params.items()},
     },
-    'programs': {
-      name: {
-        'file': f'{name}.bin',
-        'calling_convention_version': program.calling_convention_version,
-        'inputs': [
-          'parameters',
-          *(
-            {'name': label, **_described(x)}
-            for label, x in zip(INPUTS[name], program.in_avals[len(params) :], strict=True)
-          ),
-        ],
-        'outputs': [
-          {'name': label, **_described(x)}
-          for label, x in zip(('logits', 'k', 'v'), program.out_avals, strict=True)
-        ],
-      }
-      for name, program in programs.items()
-    },
+    'programs': {name: _signature(name, program, len(params)) for name, program in programs.items()},
   }
   (target / 'manifest.json').write_text(json.dumps(manifest, indent=2) + '\n')
   (target / 'README.md').write_text(_readme(config))
+
+
+def _signature(name: str, program: export.Exported, n_params: int) -> dict[str, Any]:
+  """A program's entry in the manifest: its file, inputs and outputs."""
+  named = zip(INPUTS[name], program.in_avals[n_params:], strict=True)
+  outputs = zip(('logits', 'k', 'v'), program.out_avals, strict=True)
+  return {
+    'file': f'{name}.bin',
+    'calling_convention_version': program.calling_convention_version,
+    'inputs': ['parameters', *({'name': label, **_described(x)} for label, x in named)],
+    'outputs': [{'name': label, **_described(x)} for label, x in outputs],
+  }
 
 
 def _shapes(config: GPTConfig, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
