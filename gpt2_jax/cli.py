@@ -197,7 +197,7 @@ class Sample:
 
 
 def text_of(model, prompt: str | list[int]) -> str:
-  """A prompt as it is printed."""
+  """Returns a prompt as it is printed."""
   return prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
 
 
@@ -232,8 +232,9 @@ Verb = (
 
 
 def parse(argv: Sequence[str]) -> Verb:
-  """The verb that a command line asks for. Exit status 2 where it is none; a message about it says
-  only the ends of long words.
+  """Returns the verb that a command line asks for. Exit status 2 where it is none.
+
+  A message about it shows the ends of long words only.
   """
   ask = functools.partial(
     tyro.cli, Verb, prog='gpt2-jax', registry=inputs.registry, config=(tyro.conf.OmitArgPrefixes,)

@@ -14,7 +14,7 @@ from gpt2_jax.errors import UserError, brief, saving
 
 
 def unreadable(path: str | os.PathLike, why: object) -> UserError:
-  """The error for a file that is not what its name says."""
+  """Returns the error for a file that is not what its name says."""
   return UserError(
     f"{path} can't be read: {why}. It is cut short or broken, or of another kind: "
     'fetch or write it again.'
@@ -22,7 +22,7 @@ def unreadable(path: str | os.PathLike, why: object) -> UserError:
 
 
 def local(path: str | os.PathLike, what: str = '') -> Path:
-  """A path of this machine as a user names it. Nothing is read or made.
+  """Returns a path of this machine as a user names it. Nothing is read or made.
 
   Args:
     path: which; a `Path` has lost one of the slashes of its `gs://`.
@@ -59,7 +59,7 @@ def name_of_file(value: Any) -> bool:
 
 
 def misfit(value: Any, shape: Any, where: str = '') -> str | None:
-  """What about a value of JSON is not as it should be; None where all is.
+  """Returns a text that says how a value of JSON differs from a shape; None where it does not.
 
   Args:
     value: of JSON.
@@ -96,7 +96,7 @@ def misfit(value: Any, shape: Any, where: str = '') -> str | None:
 
 
 def parse_json(text: str | bytes, shape: Any = None) -> Any:
-  """A value from JSON.
+  """Parses JSON.
 
   Args:
     text: of JSON.
@@ -115,7 +115,7 @@ def parse_json(text: str | bytes, shape: Any = None) -> Any:
 
 
 def read_text(path: Path) -> str:
-  """A text of UTF-8 from a file.
+  """Reads a text of UTF-8 from a file.
 
   Raises:
     UserError: there is no such file, or it holds something else.
@@ -127,7 +127,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path, shape: Any = dict) -> Any:
-  """A JSON object, or what else `shape` (see `misfit`) says, from a file.
+  """Reads a JSON object from a file, or a value of another `shape` (see `misfit`).
 
   Raises:
     UserError: there is no such file, or it holds something else. Nothing else is raised.
@@ -140,7 +140,7 @@ def read_json(path: Path, shape: Any = dict) -> Any:
 
 
 def read_lines(path: Path, shape: Any = dict) -> tuple[list[Any], int]:
-  """The values of a file of JSON lines, and how many lines are none, or not of this shape.
+  """Reads the values of a file of JSON lines, and counts the lines that are none of this shape.
 
   A last line without its end, which a kill has cut short, is not counted. No file: no lines.
 

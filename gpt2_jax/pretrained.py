@@ -28,7 +28,7 @@ from gpt2_jax.model import GPT2, bind
 
 
 def open_source(source: str | os.PathLike, opening: Opening = PLAIN) -> Source:
-  """A checkpoint of any kind, recognised by its content. Its tensors are read later, one at a time.
+  """Opens a checkpoint of any kind, recognised by its content. Tensors are read later, one at a time.
 
   Args:
     source: the workdir of a run, `DIR`, or one of its kept steps, `DIR@1200`, `DIR@best` or
@@ -82,7 +82,7 @@ def _open(source: str | os.PathLike, opening: Opening, above: tuple[Path, ...]) 
 
 
 def _adapters(path: Path, opening: Opening, above: tuple[Path, ...]) -> Source:
-  """PEFT's adapters, and the model that they belong to, which may be anywhere and of any format."""
+  """Opens PEFT's adapters and the model that they belong to, which may be of any format."""
   if path.resolve() in above:
     raise UserError(f'{path}: these adapters name themselves as the model that they belong to.')
 
@@ -108,7 +108,7 @@ def from_pretrained(
   base: str | None = None,
   ignore_extra: bool = False,
 ) -> GPT2:
-  """A model from anything that `open_source` reads.
+  """Returns a model from anything that `open_source` reads.
 
   Args:
     source: where from.
@@ -140,7 +140,7 @@ def from_pretrained(
 def open_model(
   checkpoint: str, spec: str | None, opening: Opening, *, needs_tokenizer: bool = True, **options
 ) -> GPT2:
-  """A model as the command line names it: --checkpoint, --tokenizer, --base, --ignore-extra.
+  """Returns a model as the command line names it: --checkpoint, --tokenizer, --base, --ignore-extra.
 
   Args:
     checkpoint: what `from_pretrained` reads, as are `options`.
@@ -173,7 +173,7 @@ def _model(source: Source, dtype: str | None = None) -> GPT2:
 
 
 def _source(model: GPT2) -> Source:
-  """A model's parameters as they are now, with what is known of where it is from."""
+  """Returns a model's parameters as they are now, with what is known of where it is from."""
   params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   made = source_of(model.config, params, 'this model', tokenizer=model.tokenizer)
   if model.source is None:
@@ -184,7 +184,7 @@ def _source(model: GPT2) -> Source:
 
 
 def merge_adapters(model: GPT2) -> GPT2:
-  """The same model with its LoRA adapters added into its weights. `model` stays as it is."""
+  """Returns the same model with its LoRA adapters added into its weights. `model` stays as it is."""
   source = _source(model)
   with sharding.mesh_of(nnx.state(model, nnx.Param)):
     return _model(peft.merged(source.astype('float32')), model.config.dtype)
@@ -214,7 +214,7 @@ def save_pretrained(
 def write(
   source: Source, target: str | os.PathLike, to: str, *, dtype: Any = None, **options
 ) -> None:
-  """As `save_pretrained`, from an opened checkpoint; `options` are those of the format."""
+  """Writes an opened checkpoint, as `save_pretrained` does; `options` are those of the format."""
   format = FORMATS.get(to)
   if format is None or format.writes is None:
     raise UserError(f'format {to!r} is none of {", ".join(written())}.')

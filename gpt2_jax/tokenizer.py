@@ -56,7 +56,7 @@ class Tokenizer:
   """
 
   def __init__(self, merges: Sequence[tuple[bytes, bytes]], tables: Tables | None = None):
-    """A tokenizer with the ids of `tables`, by default in GPT-2's order: bytes, merges, the end."""
+    """Makes a tokenizer with the ids of `tables`; default: GPT-2's order, bytes, merges, the end."""
     self.merges = list(merges)
     tokens = [bytes([b]) for b in byte_to_char()] + [a + b for a, b in self.merges]
     self._ranks = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
@@ -75,7 +75,7 @@ class Tokenizer:
     self.vocab_size = max(vocab.values()) + 1
 
   def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-    """The ids of a text. `<|endoftext|>` and other special tokens in it count with `allow_special`.
+    """Returns the ids of a text. The text of a special token is the token with `allow_special` only.
 
     Raises:
       UserError: the text has a byte that the vocabulary, an odd one, has no token for.
@@ -83,7 +83,7 @@ class Tokenizer:
     return self.encode_array(text, allow_special=allow_special).tolist()
 
   def encode_array(self, text: str, *, allow_special: bool = False) -> np.ndarray:
-    """As `encode`, to an array of uint32: quicker for long texts."""
+    """Returns the ids as an array of uint32, as `encode` does: quicker for long texts."""
     text = _valid(text)
     parts = [
       np.array([token.id], np.uint32) if token else self._between(text[start:stop])
@@ -92,12 +92,12 @@ class Tokenizer:
     return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.uint32), *parts])
 
   def special_in(self, text: str) -> str | None:
-    """The first special token that a text holds the text of."""
+    """Returns the first special token that a text holds the text of."""
     found = self._finder.special(_valid(text))
     return found and found.content
 
   def _between(self, text: str) -> np.ndarray:
-    """The ids of a text, or a part of one, in which no added token counts."""
+    """Returns the ids of a text, or a part of one, in which no added token counts."""
     if not self._tiktoken_is_exact:
       return self._to_ids(np.array(self._theirs_without_added.encode(text).ids, np.uint32))
     if self._tables.prefix_space and text and not text.startswith(' '):
@@ -158,7 +158,7 @@ class Tokenizer:
 
   @functools.cached_property
   def _theirs_without_added(self):
-    """The same tokenizer as an object of the package tokenizers, for ranks, without added tokens."""
+    """The same as an object of the package tokenizers, for ranks, without added tokens."""
     import tokenizers
 
     ranks = {name: i for i, name in enumerate(self._names)}
@@ -167,11 +167,11 @@ class Tokenizer:
     )
 
   def decode(self, tokens: Iterable[int]) -> str:
-    """The text of some ids; bytes that are not UTF-8 (a cut character) become U+FFFD."""
+    """Returns the text of some ids; bytes that are not UTF-8 (a cut character) become U+FFFD."""
     return self.decode_bytes(tokens).decode('utf-8', errors='replace')
 
   def decode_bytes(self, tokens: Iterable[int]) -> bytes:
-    """The bytes of some ids; of added tokens, the text."""
+    """Returns the bytes of some ids; of added tokens, the text."""
     tokens = [operator.index(token) for token in tokens]
     bad = next((t for t in tokens if t not in self.token_bytes), None)
     if bad is not None:
@@ -180,7 +180,7 @@ class Tokenizer:
 
   @functools.cached_property
   def token_bytes(self) -> dict[int, bytes]:
-    """The bytes of each id."""
+    """Returns the bytes of each id."""
     table = {id: token for token, id in zip(self._ranks, self._ids.tolist()) if id != NO_ID}
     added = {token.content for token in self._tables.added}
     for name in self._names[len(self._ranks) :]:
@@ -203,7 +203,7 @@ class Tokenizer:
 
 
 def _essence(tables: Tables) -> tuple:
-  """What the ids of a text depend on, beside the merges."""
+  """Returns everything that the ids of a text depend on, beside the merges."""
   added = [(t.id, t.content, t.single_word, t.lstrip, t.rstrip) for t in tables.added]
   essence = tables.vocab, added, tables.prefix_space, tables.eot
   if all(t.special for t in tables.added):
@@ -213,7 +213,7 @@ def _essence(tables: Tables) -> tuple:
 
 
 def _valid(text: str) -> str:
-  """The text; half of a surrogate pair in it, as JSON may hold, becomes U+FFFD."""
+  """Returns the text; half of a surrogate pair in it, as JSON may hold, becomes U+FFFD."""
   try:
     text.encode()
     return text
@@ -222,7 +222,7 @@ def _valid(text: str) -> str:
 
 
 def _first(merges: Iterable[tuple[bytes, bytes]]) -> dict[bytes, tuple[bytes, bytes]]:
-  """The first merge that makes each token, by the token."""
+  """Returns the first merge that makes each token, by the token."""
   found = {}
   for left, right in merges:
     found.setdefault(left + right, (left, right))
@@ -235,7 +235,7 @@ def _gpt2() -> Tokenizer:
 
 
 def trained_size(spec: str) -> int | None:
-  """N of `bpe:N`, a tokenizer that is to be trained; None for every other spec.
+  """Returns the N of `bpe:N`, a tokenizer that is to be trained; None for every other spec.
 
   Raises:
     UserError: N is not a number of at least 257 (the bytes and `<|endoftext|>`).
@@ -252,12 +252,12 @@ def trained_size(spec: str) -> int | None:
 
 
 def vocab_size(spec: str) -> int:
-  """Number of ids of the tokenizer that `spec` names; at most so many where it is trained."""
+  """Returns the number of ids of the tokenizer that `spec` names, or the most that it may have."""
   return GPT2_SIZE if spec == 'gpt2' else trained_size(spec) or load(spec).vocab_size
 
 
 def load(spec: str | os.PathLike) -> Tokenizer:
-  """The tokenizer `gpt2`, `byte`, or that of a folder.
+  """Returns the tokenizer `gpt2`, `byte`, or that of a folder.
 
   Raises:
     UserError: there is none, its files are broken, or it is still to be trained (`bpe:N`).
@@ -275,7 +275,7 @@ def load(spec: str | os.PathLike) -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
-  """A byte-level BPE of `size` ids (fewer where the texts hold fewer pairs), with GPT-2's pattern.
+  """Trains a byte-level BPE of `size` ids (fewer where texts hold fewer pairs) by GPT-2's pattern.
 
   The same texts in the same order give the same tokenizer.
   """

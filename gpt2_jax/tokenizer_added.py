@@ -22,7 +22,7 @@ Piece = tuple[Added | None, int, int]  # a token, or None for text between them;
 
 
 def pattern(words: Sequence[str]) -> str:
-  """A regular expression for the longest of some words: what they begin with alike stands once."""
+  """Returns a regular expression for the longest of some words, which share beginnings in it."""
   return _pattern(sorted(set(words)), 0)
 
 
@@ -53,7 +53,7 @@ class Finder:
     self._any_ordinary = any(not token.special for token in added)
 
   def pieces(self, text: str, special: bool) -> list[Piece]:
-    """What a text consists of, in order. With `rstrip`, tokens may take the same blanks.
+    """Returns the parts of a text, in order. With `rstrip`, tokens may take the same blanks.
 
     Args:
       text: without halves of surrogate pairs.
@@ -72,14 +72,14 @@ class Finder:
     return pieces
 
   def special(self, text: str) -> Added | None:
-    """The first special token that a text holds the text of."""
+    """Returns the first special token that a text holds the text of."""
     found = (token for token, *_ in self.pieces(text, special=True))
     return next((token for token in found if token and token.special), None)
 
   def _split(
     self, text: str, compiled: re.Pattern, special: bool, low: int, high: int
   ) -> list[Piece]:
-    """The pieces of text[low:high], which counts as a text of its own."""
+    """Returns the pieces of text[low:high], which counts as a text of its own."""
     pieces, done = [], low
     for match in compiled.finditer(text, low, high):
       token, (start, stop) = self._added[match[0]], match.span()

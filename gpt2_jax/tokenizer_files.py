@@ -43,19 +43,19 @@ def read_pairs(merges_txt: str) -> list[list[str]]:
 
 
 def merges_txt(pairs: Iterable[tuple[str, str]]) -> str:
-  """The content of a merges.txt, the same as OpenAI's vocab.bpe."""
+  """Returns the content of a merges.txt, the same as OpenAI's vocab.bpe."""
   return ''.join(['#version: 0.2\n', *(f'{a} {b}\n' for a, b in pairs)])
 
 
 def _shaped(value: Any, shape: Any, path: Path, at: str) -> Any:
-  """The value, if it has a shape (see `files.misfit`); `at` is its place in the file."""
+  """Returns the value, if it has a shape (see `files.misfit`); `at` is its place in the file."""
   if wrong := misfit(value, shape, at):
     raise unreadable(path, wrong)
   return value
 
 
 def _content(token: Any, where: str) -> str:
-  """The text of a token, which is given by it or by an object with flags."""
+  """Returns the text of a token, which is given by it or by an object with flags."""
   content = token.get('content') if isinstance(token, dict) else token
   if not isinstance(content, str) or not content or re.search('[\ud800-\udfff]', content):
     raise UserError(f'{where}: {content!r:.60} is no text of a token. Mend the entry or remove it.')
@@ -109,7 +109,7 @@ def _small(path: Path) -> dict[str, Any]:
 
 
 def _specials(settings: Mapping[str, Any], path: Path) -> tuple[dict[str, str], dict[str, Any]]:
-  """What some tokens are used as, and the special tokens, as given, by their texts."""
+  """Returns the roles of some tokens, and the special tokens, as given, by their texts."""
   roles = {role: _content(settings[role], f'{path}: {role}') for role in ROLES if settings.get(role)}
   specials = {content: settings[role] for role, content in roles.items()}
   for key in ('additional_special_tokens', 'extra_special_tokens'):
@@ -208,7 +208,7 @@ def _complete(
 
 
 def read(folder: Path) -> Tables:
-  """The tables of a folder.
+  """Returns the tables of a folder.
 
   Raises:
     UserError: there are none, or names the file and the entry that can't be used.
@@ -233,7 +233,7 @@ def tokenizer_json(
   added: Iterable[Added],
   prefix_space: bool,
 ) -> str:
-  """The content of a tokenizer.json. Added tokens are in `vocab` too, which fixes their ids."""
+  """Returns the content of a tokenizer.json. Added tokens are in `vocab` too: it has their ids."""
   level = {'type': 'ByteLevel', 'add_prefix_space': True, 'trim_offsets': True, 'use_regex': True}
   return json.dumps(
     {

@@ -53,7 +53,7 @@ class Tables:
 
 @functools.cache
 def byte_to_char() -> dict[int, str]:
-  """GPT-2's printable stand-in for each byte (openai/gpt-2 `src/encoder.py`), in id order."""
+  """Returns GPT-2's printable character for each byte (its `src/encoder.py`), in the order of ids."""
   visible = [
     *range(ord('!'), ord('~') + 1),
     *range(ord('¡'), ord('¬') + 1),
@@ -71,7 +71,7 @@ def to_chars(token: bytes) -> str:
 
 
 def to_bytes(name: str) -> bytes | None:
-  """The bytes that a token's name stands for; None where it stands for none."""
+  """Returns the bytes that a token's name stands for; None where it stands for none."""
   try:
     return bytes(map(CHAR_TO_BYTE.__getitem__, name))
   except KeyError:

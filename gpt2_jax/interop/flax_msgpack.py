@@ -48,7 +48,7 @@ def recognises(path: Path) -> bool:
 
 
 def open_source(path: Path, opening: Opening = PLAIN) -> Source:
-  """A folder with `flax_model.msgpack` and `config.json`, or the file in such a folder.
+  """Opens a folder with `flax_model.msgpack` and `config.json`, or the file in such a folder.
 
   Raises:
     UserError: names the file, and what about it can't be read or honoured.
@@ -92,7 +92,7 @@ def _leaves(unpacker: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple,
 
 
 def _leaf(value: Any, place: tuple[str, ...] = ()) -> np.ndarray:
-  """An array as it is unpacked, or the sum of its pieces."""
+  """Returns an array as it is unpacked, or the sum of its pieces."""
   if isinstance(value, dict):
     try:
       flat = np.concatenate(list(value['chunks'].values()))
@@ -105,7 +105,7 @@ def _leaf(value: Any, place: tuple[str, ...] = ()) -> np.ndarray:
 
 
 def _array(code: int, data: bytes) -> np.ndarray:
-  """An array from the bytes of an extension."""
+  """Returns an array from the bytes of an extension."""
   if code != NDARRAY:
     raise ValueError('it holds an extension of another kind than arrays')
   shape, dtype, content = msgpack.unpackb(data)

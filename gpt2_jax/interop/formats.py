@@ -23,7 +23,7 @@ class Option:
 
   @property
   def absent(self) -> Any:
-    """What the flag is where it is not given."""
+    """The flag's value where it is not given."""
     return False if self.type is bool else None
 
 
@@ -87,16 +87,16 @@ FORMATS = {
 
 
 def recognise(path: Path) -> str | None:
-  """The name of the format of a file or folder; None where it is none that is read."""
+  """Returns the name of the format of a file or folder; None where it is none that is read."""
   formats = ((name, each) for name, each in FORMATS.items() if each.known_by)
   return next((name for name, each in formats if each.module.recognises(path)), None)
 
 
 def written() -> list[str]:
-  """The names of the formats that are written."""
+  """Returns the names of the formats that are written."""
   return sorted(name for name, each in FORMATS.items() if each.writes)
 
 
 def options() -> dict[str, Option]:
-  """The options of all formats, by name."""
+  """Returns the options of all formats, by name."""
   return {name: option for each in FORMATS.values() for name, option in each.options.items()}

@@ -51,8 +51,9 @@ def recognises(path: Path) -> bool:
 
 
 def open_source(path: Path, opening: Opening = PLAIN) -> Source:
-  """A folder as transformers' `save_pretrained` leaves it, in any version; names of tensors may have
-  any prefix.
+  """Opens a folder as `save_pretrained` of any version of transformers leaves it.
+
+  Names of tensors may have any prefix.
 
   Raises:
     UserError: names the file, and what about it can't be read or honoured.
@@ -67,7 +68,7 @@ def open_source(path: Path, opening: Opening = PLAIN) -> Source:
 def assemble(
   path: Path, keys: Mapping[str, Any], tensors: dict[str, Tensor], opening: Opening
 ) -> Source:
-  """A `Source` of a folder from its config.json and its tensors."""
+  """Returns a `Source` of a folder from its config.json and its tensors."""
   config = config_from_dict(keys, f'{path / "config.json"}')
   tensors = {name: tensors[full] for full, name in foreign.plain_names(tensors, path).items()}
   if head := foreign.head_of(tensors):
@@ -102,7 +103,7 @@ def _drop_tied_head(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def load_tokenizer(path: Path) -> tokenizer.Tokenizer | None:
-  """The tokenizer of a folder; None, with a warning, where it has one that we can't use."""
+  """Returns the tokenizer of a folder; None, with a warning, where it has one that we can't use."""
   if not any((path / name).is_file() for name in TOKENIZER[:3]):
     return None
   try:
@@ -115,7 +116,7 @@ def load_tokenizer(path: Path) -> tokenizer.Tokenizer | None:
 
 
 def _indexed(folder: Path, index: Path) -> dict[str, Tensor]:
-  """Tensors of a sharded checkpoint."""
+  """Reads the tensors of a sharded checkpoint."""
   weight_map = read_json(index).get('weight_map')
   if not isinstance(weight_map, dict) or not weight_map:
     raise unreadable(index, 'it has no weight_map')
@@ -135,7 +136,7 @@ def _indexed(folder: Path, index: Path) -> dict[str, Tensor]:
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-  """Tensors of a file, unread."""
+  """Returns the tensors of a file, which are read later."""
   check_place(path)
   if path.suffix == '.safetensors':
     return safetensors_files.read(path)

@@ -105,7 +105,7 @@ def _is_honoured(key: str, value: Any) -> bool:
 
 
 def config_from_dict(keys: Mapping[str, Any], where: str = 'config.json') -> GPTConfig:
-  """The configuration that a `config.json` describes; of the language model, without another head.
+  """Returns the configuration that a `config.json` describes: of the language model, without a head.
 
   Raises:
     UserError: it is another model's, or names keys that can't be honoured.
@@ -134,7 +134,7 @@ def check_keys(keys: Mapping[str, Any], where: str | os.PathLike) -> None:
 
 
 def config_to_dict(source: Source) -> dict[str, Any]:
-  """The `config.json` of a model, with every key that transformers' GPT2Config has."""
+  """Returns the `config.json` of a model, with every key that transformers' GPT2Config has."""
   c = source.config
   if source.tokenizer is not None:
     ends = {'bos_token_id': source.tokenizer.eot, 'eos_token_id': source.tokenizer.eot}
@@ -157,7 +157,7 @@ def config_to_dict(source: Source) -> dict[str, Any]:
 
 
 def generation_keys(path: Path) -> dict[str, Any]:
-  """What a generation_config.json says; nothing where there is none."""
+  """Reads a generation_config.json; an empty dict where there is none."""
   keys = read_json(path) if path.is_file() else {}
   check_keys(keys, path)
   return keys

@@ -43,7 +43,7 @@ def recognises(path: Path) -> bool:
 
 
 def _names(n_layer: int) -> list[str]:
-  """Tensors in the file's order."""
+  """Returns the names of the tensors in the file's order."""
   return [
     name.replace('h.', f'h.{i}.', 1)
     for name in ORDER
@@ -52,7 +52,7 @@ def _names(n_layer: int) -> list[str]:
 
 
 def open_source(path: Path, _: Opening = PLAIN) -> Source:
-  """A model file of llm.c's Python or C code.
+  """Opens a model file of llm.c's Python or C code.
 
   Raises:
     UserError: names the file, and what about it is wrong.

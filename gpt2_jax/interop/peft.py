@@ -39,7 +39,7 @@ def recognises(path: Path) -> bool:
 
 
 def open_source(path: Path, open_base: Callable[[str], Source], base: str | None = None) -> Source:
-  """Adapters and the model that they belong to, kept apart.
+  """Opens adapters and the model that they belong to, and keeps them apart.
 
   Modules without adapters, where others of their kind have some, have B = 0; those of a lower rank
   are filled up with zeros; those of another scale have it in B. Modules that were saved beside the
@@ -97,7 +97,7 @@ def _reader(
   adapters: Mapping[str, Tensor],
   saved: Mapping[str, Tensor],
 ) -> Callable[[str], np.ndarray]:
-  """The function that reads a tensor: of the adapters, saved beside them, or the model's own."""
+  """Returns a function that reads a tensor: of the adapters, beside them, or the model's own."""
   wanted = adapter_shapes(config)
   r, first = adapted.lora.r, adapted.lora.alpha / adapted.lora.r
 
@@ -123,7 +123,7 @@ def _reader(
 
 
 def _base_name(where: Path, keys: Mapping[str, Any]) -> str:
-  """The model that adapter_config.json names, with its revision."""
+  """Returns the model that adapter_config.json names, with its revision."""
   name, revision = keys.get('base_model_name_or_path'), keys.get('revision')
   if not name or not isinstance(name, str):
     raise UserError(
@@ -148,7 +148,7 @@ def _open_base(where: Path, name: str, open_base: Callable[[str], Source], given
 
 
 def _tensors(path: Path) -> tuple[Path, dict[str, Tensor]]:
-  """The file of the tensors and these by PEFT's names, without what all of them begin with."""
+  """Returns the file of the tensors, and these by PEFT's names without their common prefix."""
   file = path / (FILE if (path / FILE).is_file() else BIN)
   check_place(file)
   state = safetensors_files.read(file) if file.name == FILE else torch_files.read(file)
@@ -168,7 +168,7 @@ def _tensors(path: Path) -> tuple[Path, dict[str, Tensor]]:
 def _with_saved(
   file: Path, keys: Mapping[str, Any], root: str, config: GPTConfig, saved: dict[str, Tensor]
 ) -> tuple[GPTConfig, dict[str, Tensor]]:
-  """The model's config with the modules that stand beside the adapters, and their tensors.
+  """Returns the model's config with the modules that stand beside the adapters, and their tensors.
 
   One of two tied embeddings that was trained is no longer tied to the other: PEFT copies it, unless
   it is lm_head and ensure_weight_tying is set. Embeddings that were saved since they grew stay tied.
@@ -206,8 +206,9 @@ def _with_saved(
 def _want(
   config: GPTConfig, adapted: peft_config.Adapted, saved: Mapping[str, Tensor]
 ) -> dict[str, tuple[int, ...]]:
-  """Name -> shape of the tensors that a file must have; those beside the adapters are optional, but
-  for a head.
+  """Returns {name: shape} of the tensors that a file must have.
+
+  Those beside the adapters are optional, but for a head.
   """
   want = {}
   for name, shape in adapter_shapes(config).items():
@@ -271,7 +272,7 @@ def write(source: Source, target: Path) -> None:
 
 
 def merged(source: Source) -> Source:
-  """The same model without adapters: W + alpha/r · A·B in place of each W that has them."""
+  """Returns the same model without adapters: W + alpha/r · A·B in place of each W that has them."""
   lora = source.config.lora
   if lora is None:
     return source

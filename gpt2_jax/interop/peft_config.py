@@ -92,7 +92,7 @@ def check(where: Path, keys: Mapping[str, Any]) -> None:
 
 
 def adapted(where: Path, keys: Mapping[str, Any], n_layer: int, root: str) -> Adapted:
-  """Which modules have adapters.
+  """Returns the modules that have adapters.
 
   Args:
     where: the file.
@@ -141,7 +141,7 @@ def adapted(where: Path, keys: Mapping[str, Any], n_layer: int, root: str) -> Ad
 
 
 def _is_target(keys: Mapping[str, Any], name: str) -> bool:
-  """PEFT's `check_target_module_exists`, of a module's full name."""
+  """Whether a module, by its full name, has adapters: PEFT's `check_target_module_exists`."""
   listed = lambda value: name in value or any(name.endswith(f'.{item}') for item in value)
   if excluded := keys.get('exclude_modules'):
     if _fullmatch(excluded, name) if isinstance(excluded, str) else listed(excluded):
@@ -176,7 +176,7 @@ def _fullmatch(pattern: str, name: str) -> bool:
 
 
 def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-  """The value of the first pattern that the end of a name matches."""
+  """Returns the value of the first pattern that the end of a name matches."""
   for pattern, value in patterns.items():
     if _fullmatch(rf'(.*\.)?({pattern})', name):
       return value
@@ -184,7 +184,7 @@ def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def _short(targets: str | list[str], kinds: set[str]) -> tuple[str, ...]:
-  """The targets as they stand in the file, where they name just these kinds of modules alone."""
+  """Returns the targets as the file has them, where they name just these kinds of modules."""
   named = sorted(targets) if isinstance(targets, list) else []
   found = {
     kind for kind in LoRA.modules for name in named if kind == name or kind.endswith('.' + name)

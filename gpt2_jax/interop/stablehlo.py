@@ -117,7 +117,7 @@ def write(source: Source, target: Path) -> None:
 
 
 def _signature(name: str, program: export.Exported, n_params: int) -> dict[str, Any]:
-  """A program's entry in the manifest: its file, inputs and outputs."""
+  """Returns a program's entry in the manifest: its file, inputs and outputs."""
   named = zip(INPUTS[name], program.in_avals[n_params:], strict=True)
   outputs = zip(('logits', 'k', 'v'), program.out_avals, strict=True)
   return {
@@ -129,7 +129,7 @@ def _signature(name: str, program: export.Exported, n_params: int) -> dict[str, 
 
 
 def _shapes(config: GPTConfig, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
-  """Our parameters, by their paths with dots."""
+  """Returns the shapes of our parameters, by their paths with dots."""
   shapes: Mapping[str, Any] = flatten_dict(
     jax.eval_shape(functools.partial(make_params, config, 0)), sep='.'
   )
@@ -137,7 +137,7 @@ def _shapes(config: GPTConfig, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _parameter(source: Source, name: str, shape: tuple[int, ...]) -> np.ndarray:
-  """One of them, which are the source's tensors with layers stacked and merged axes apart."""
+  """Reads one of our parameters: the source's tensors, with layers stacked and merged axes apart."""
   if not name.startswith('h.'):
     return source.tensor(name)
   layers = [source.tensor(f'h.{i}.{name.removeprefix("h.")}') for i in range(shape[0])]
@@ -176,7 +176,7 @@ def _programs(
 
 @contextlib.contextmanager
 def _without_paths() -> Iterator[None]:
-  """Leaves out of a program which lines of which files it comes from."""
+  """Keeps the names of files and lines out of a program."""
   name = 'jax_traceback_in_locations_limit'
   limit = getattr(jax.config, name)
   jax.config.update(name, 0)
@@ -196,7 +196,7 @@ def _serialized(program: export.Exported) -> bytearray:
 
 
 def _described(x) -> dict[str, Any]:
-  """Shape and dtype; a symbolic size is its letter."""
+  """Returns shape and dtype; a symbolic size is its letter."""
   return {'shape': [n if isinstance(n, int) else str(n) for n in x.shape], 'dtype': str(x.dtype)}
 
 

@@ -89,7 +89,7 @@ class _View:
 
   @property
   def span(self) -> int:
-    """Elements of the storage from the view's first to its last."""
+    """Counts the elements of the storage from the view's first to its last."""
     if 0 in self.shape:
       return 0
     return 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides))
@@ -197,7 +197,7 @@ def is_torch_file(path: Path) -> bool:
 
 
 def read(path: Path) -> Any:
-  """The object in a file, with a `Tensor` for each tensor, to be read later. Nothing is executed.
+  """Returns the object in a file, with a `Tensor` in place of each tensor. Nothing is executed.
 
   Raises:
     UserError: it is broken, or holds something else than plain values and tensors.
@@ -229,7 +229,7 @@ def _read_zip(file: BinaryIO, path: Path) -> tuple[Any, dict[str, _Storage]]:
   folder = found[0].removesuffix('data.pkl')
 
   def start(name: str) -> int:
-    """Where an entry's bytes start: behind a local header of 30 bytes, its name and extra field."""
+    """Returns an entry's first byte: after a local header of 30 bytes, its name and extra field."""
     info = entries.get(folder + name)
     if info is None:
       raise ValueError(f'it has no {name}')

@@ -45,7 +45,7 @@ def write(path: Path, value: Any) -> None:
 
 
 def _pickled(value: Any, keys: dict[Tensor, str]) -> bytes:
-  """The program that makes a value, in opcodes of pickle's protocol 2; adds its tensors to `keys`."""
+  """Returns a program that makes a value, in pickle's protocol 2; adds its tensors to `keys`."""
   many = lambda values: b'(' + b''.join(_pickled(v, keys) for v in values)
   if isinstance(value, Mapping):
     return b'}' + many(x for item in value.items() for x in item) + b'u'
