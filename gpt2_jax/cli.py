@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import tyro
 
 from gpt2_jax import errors, flags, inputs, seeds
+from gpt2_jax.convert import Convert
 from gpt2_jax.decoding.options import Options
 from gpt2_jax.errors import UserError, brief
 from gpt2_jax.evaluation.bias_command import Bias
@@ -196,40 +197,8 @@ class Sample:
 
 
 def text_of(model, prompt: str | list[int]) -> str:
-  """A prompt as it is printed."""
+  """Returns a prompt as it is printed."""
   return prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
-
-
-@dataclasses.dataclass
-class Convert:
-  """Turns a checkpoint of any format into another. What is lost: docs/conversion.md."""
-
-  source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar='SRC')]
-  """Workdir of a run or a step of it (DIR, DIR@1200, DIR@best), Hugging Face folder or hub name,
-  OpenAI's or nanoGPT's folder, llm.c's file."""
-  target: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar='DST')]
-  """A new folder; of nanogpt, llmc and gguf a new file."""
-  to: Literal['hf', 'nanogpt', 'llmc', 'openai', 'flax', 'peft', 'gguf', 'stablehlo']
-  """The format to write."""
-  dtype: Literal['float32', 'bfloat16', 'float16'] | None = None
-  """Of the tensors; default: as in the source."""
-  max_shard_size: int | None = None
-  """hf: bytes of a weights file; default 5 GB."""
-  approximate: bool = False
-  """nanogpt: allow a model with the tanh GELU, which nanoGPT computes with the exact one."""
-  opening: inputs.OpeningFlags = inputs.OpeningFlags()
-
-  def run(self) -> None:
-    from gpt2_jax import pretrained
-
-    options = {
-      name: value
-      for name, value in (('max_shard_size', self.max_shard_size), ('approximate', self.approximate))
-      if value
-    }
-    source = pretrained.open_source(self.source, self.opening)
-    pretrained.write(source, self.target, self.to, dtype=self.dtype, **options)
-    print(f'{self.target}: {self.to}, {self.dtype or source.dtype}, from {source.where}')
 
 
 @dataclasses.dataclass
@@ -263,8 +232,9 @@ Verb = (
 
 
 def parse(argv: Sequence[str]) -> Verb:
-  """The verb that a command line asks for. Exit status 2 where it is none; a message about it says
-  only the ends of long words.
+  """Returns the verb that a command line asks for. Exit status 2 where it is none.
+
+  A message about it shows the ends of long words only.
   """
   ask = functools.partial(
     tyro.cli, Verb, prog='gpt2-jax', registry=inputs.registry, config=(tyro.conf.OmitArgPrefixes,)

@@ -19,7 +19,7 @@ class UserError(ValueError):
 
 
 def brief(value: object, limit: int = 80) -> str:
-  """A value from outside as a message may show it: its repr, cut in the middle where it is longer."""
+  """Returns a value from outside as a message may show it: its repr, cut in the middle if long."""
   try:
     text = value if isinstance(value, str) and len(value) > 10 * limit else repr(value)
   except ValueError:  # an integer of too many digits for a text
@@ -30,13 +30,13 @@ def brief(value: object, limit: int = 80) -> str:
 
 
 def versions() -> str:
-  """A line with what runs: to be said in a report of a fault."""
+  """Returns a line with the versions that run, for a report of a fault."""
   said = [f'{name} {importlib.metadata.version(name)}' for name in ('gpt2_jax', 'jax')]
   return ', '.join([*said, f'Python {platform.python_version()}'])
 
 
 def near(name: str, known: Iterable[str]) -> str:
-  """'; near it: a, b' with those of some names that are like one that is unknown; '' if none is."""
+  """Returns '; near it: a, b', the names that are most like an unknown one; '' if none is like it."""
   known, last = list(known), name.rpartition('.')[2]
   found = difflib.get_close_matches(name, known, 3, 0.75)
   found += [
@@ -67,7 +67,7 @@ NO_WRITE = {number: way for way, numbers in WAYS_OUT.items() for number in numbe
 
 
 def _errno(e: Exception) -> int | None:
-  """The operating system's error number, also where TensorStore hides it in a text."""
+  """Returns the operating system's error number, also where TensorStore hides it in a text."""
   if isinstance(e, OSError):
     return e.errno
   found = re.search(r"os_error_code='(\d+)'", str(e))

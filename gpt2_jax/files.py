@@ -14,7 +14,7 @@ from gpt2_jax.errors import UserError, brief, saving
 
 
 def unreadable(path: str | os.PathLike, why: object) -> UserError:
-  """The error for a file that is not what its name says."""
+  """Returns the error for a file that is not what its name says."""
   return UserError(
     f"{path} can't be read: {why}. It is cut short or broken, or of another kind: "
     'fetch or write it again.'
@@ -22,7 +22,7 @@ def unreadable(path: str | os.PathLike, why: object) -> UserError:
 
 
 def local(path: str | os.PathLike, what: str = '') -> Path:
-  """A path of this machine as a user names it. Nothing is read or made.
+  """Returns a path of this machine as a user names it. Nothing is read or made.
 
   Args:
     path: which; a `Path` has lost one of the slashes of its `gs://`.
@@ -34,7 +34,7 @@ def local(path: str | os.PathLike, what: str = '') -> Path:
   if address := re.match(r'([A-Za-z][A-Za-z0-9+.\-]+):/+', os.fspath(path)):
     shown = f'{address[1]}://{os.fspath(path)[address.end() :]}'
     raise UserError(
-      f'{what}{" " * bool(what)}{brief(shown)}: buckets and other addresses are not '
+      f'{f"{what} {brief(shown)}".lstrip()}: buckets and other addresses are not '
       'supported yet: name a local path (or one where the bucket is mounted).'
     )
   return Path(path)
@@ -59,7 +59,7 @@ def name_of_file(value: Any) -> bool:
 
 
 def misfit(value: Any, shape: Any, where: str = '') -> str | None:
-  """What about a value of JSON is not as it should be; None where all is.
+  """Returns a text that says how a value of JSON differs from a shape; None where it does not.
 
   Args:
     value: of JSON.
@@ -86,7 +86,8 @@ def misfit(value: Any, shape: Any, where: str = '') -> str | None:
   elif isinstance(shape, (type, tuple)):
     kinds = shape if isinstance(shape, tuple) else (shape,)
     right = isinstance(value, kinds) and (type(value) is not bool or bool in kinds)
-    return None if right else f'{at} is {brief(value, 60)}'
+    wanted = {dict: ', not an object', list: ', not a list'}.get(shape, '')
+    return None if right else f'{at} is {brief(value, 60)}{wanted}'
   else:
     return None if shape(value) else f'{at} is {brief(value, 60)}'
   return next(
@@ -95,7 +96,7 @@ def misfit(value: Any, shape: Any, where: str = '') -> str | None:
 
 
 def parse_json(text: str | bytes, shape: Any = None) -> Any:
-  """A value from JSON.
+  """Parses JSON.
 
   Args:
     text: of JSON.
@@ -113,20 +114,33 @@ def parse_json(text: str | bytes, shape: Any = None) -> Any:
   return value
 
 
-def read_json(path: Path, shape: Any = dict) -> Any:
-  """A JSON object, or what else `shape` (see `misfit`) says, from a file.
+def read_text(path: Path) -> str:
+  """Reads a text of UTF-8 from a file.
 
   Raises:
-    UserError: there is no such file, or it holds something else. Nothing else is raised.
+    UserError: there is no such file, or it holds something else.
   """
   try:
-    return parse_json(path.read_text(encoding='utf-8'), shape)
+    return path.read_text(encoding='utf-8')
   except (OSError, ValueError) as e:
     raise unreadable(path, e) from e
 
 
+def read_json(path: Path, shape: Any = dict) -> Any:
+  """Reads a JSON object from a file, or a value of another `shape` (see `misfit`).
+
+  Raises:
+    UserError: there is no such file, or it holds something else. Nothing else is raised.
+  """
+  text = read_text(path)
+  try:
+    return parse_json(text, shape)
+  except ValueError as e:
+    raise unreadable(path, e) from e
+
+
 def read_lines(path: Path, shape: Any = dict) -> tuple[list[Any], int]:
-  """The values of a file of JSON lines, and how many lines are none, or not of this shape.
+  """Reads the values of a file of JSON lines, and counts the lines that are none of this shape.
 
   A last line without its end, which a kill has cut short, is not counted. No file: no lines.
 

@@ -40,7 +40,7 @@ FLAGS: dict[str, Table] = {
     max_connections=COUNT,
     timeout=Float(0, 1e9, open_low=True),
   ),
-  'Convert': dict(source=Place(), target=Place(), max_shard_size=Optional(Int(1, 2**63 - 1))),
+  'Convert': dict(source=Place(), target=Place()),
   'Evaluate': dict(
     checkpoint=Place(),
     tasks=Text(10_000),

@@ -6,7 +6,6 @@ gpt2_jax.save_pretrained(model, 'out/')
 
 import contextlib
 import dataclasses
-import inspect
 import os
 import sys
 from pathlib import Path
@@ -21,38 +20,15 @@ from gpt2_jax.bounds import DType, Place
 from gpt2_jax.config import DTYPES
 from gpt2_jax.errors import UserError, brief
 from gpt2_jax.files import whole
-from gpt2_jax.interop import (
-  flax_msgpack,
-  gguf,
-  hub,
-  huggingface,
-  llmc,
-  mup,
-  nanogpt,
-  openai,
-  peft,
-  stablehlo,
-  workdir,
-)
+from gpt2_jax.interop import hub, mup, peft, workdir
+from gpt2_jax.interop.formats import FORMATS, recognise, written
 from gpt2_jax.interop.opening import PLAIN, Opening
 from gpt2_jax.interop.tensors import Source, load_params, source_of
 from gpt2_jax.model import GPT2, bind
 
-READERS = (workdir, huggingface, flax_msgpack, openai, nanogpt, llmc)
-WRITERS = {
-  'hf': huggingface,
-  'nanogpt': nanogpt,
-  'llmc': llmc,
-  'openai': openai,
-  'peft': peft,
-  'flax': flax_msgpack,
-  'gguf': gguf,
-  'stablehlo': stablehlo,
-}
-
 
 def open_source(source: str | os.PathLike, opening: Opening = PLAIN) -> Source:
-  """A checkpoint of any kind, recognised by its content. Its tensors are read later, one at a time.
+  """Opens a checkpoint of any kind, recognised by its content. Tensors are read later, one at a time.
 
   Args:
     source: the workdir of a run, `DIR`, or one of its kept steps, `DIR@1200`, `DIR@best` or
@@ -82,37 +58,40 @@ def _open(source: str | os.PathLike, opening: Opening, above: tuple[Path, ...]) 
       raise UserError(f'{str(source)[:300]} is neither a file or folder here nor a name of the hub.')
     opened = _open(hub.fetch(str(source)), opening, above)
     return dataclasses.replace(opened, where=str(source))
-  if opening.step is not None and not workdir.recognises(path):
+  name = recognise(path)
+  if opening.step is not None and name != 'workdir':
     raise UserError(
       f'{source} is no workdir of a run, so that it has no steps to choose from: leave '
       f'step = {brief(opening.step)} out.'
     )
-  if peft.recognises(path):
-    if path.resolve() in above:
-      raise UserError(f'{path}: these adapters name themselves as the model that they belong to.')
-    plain = Opening(ignore_extra=opening.ignore_extra)
-
-    def open_base(name: str) -> Source:
-      base, step = workdir.split_step(name)
-      inner = dataclasses.replace(plain, step=step)
-      return _open(name if step is None else base, inner, (*above, path.resolve()))
-
-    return peft.open_source(path, open_base, opening.base)
-  if opening.base is not None and not _same_place(opening.base, path):
+  if opening.base is not None and name != 'peft' and not _same_place(opening.base, path):
     raise UserError(
       f"{source} is no folder of PEFT's adapters (adapter_config.json), so that it "
       f'has no base: leave base = {brief(opening.base)} out.'
     )
-  for reader in READERS:
-    if reader.recognises(path):
-      return reader.open_source(path, opening)
-  there = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else 'a file'
-  raise UserError(
-    f'{path} holds no checkpoint that can be read (there is: {there or "nothing"}). Wanted: '
-    'checkpoints/ of a run (name the workdir, DIR or DIR@STEP); config.json with '
-    'model.safetensors, pytorch_model.bin or flax_model.msgpack; adapter_config.json; hparams.json '
-    'with model.ckpt.*; ckpt.pt of nanoGPT; a model file of llm.c.'
-  )
+  if name is None:
+    there = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else 'a file'
+    wanted = '; '.join(each.known_by for each in FORMATS.values() if each.known_by)
+    raise UserError(
+      f'{path} holds no checkpoint that can be read (there is: {there or "nothing"}). '
+      f'Wanted: {wanted}.'
+    )
+  if name == 'peft':
+    return _adapters(path, opening, above)
+  return FORMATS[name].module.open_source(path, opening)
+
+
+def _adapters(path: Path, opening: Opening, above: tuple[Path, ...]) -> Source:
+  """Opens PEFT's adapters and the model that they belong to, which may be of any format."""
+  if path.resolve() in above:
+    raise UserError(f'{path}: these adapters name themselves as the model that they belong to.')
+
+  def open_base(name: str) -> Source:
+    base, step = workdir.split_step(name)
+    inner = Opening(ignore_extra=opening.ignore_extra, step=step)
+    return _open(name if step is None else base, inner, (*above, path.resolve()))
+
+  return peft.open_source(path, open_base, opening.base)
 
 
 def _same_place(name: str, path: Path) -> bool:
@@ -129,7 +108,7 @@ def from_pretrained(
   base: str | None = None,
   ignore_extra: bool = False,
 ) -> GPT2:
-  """A model from anything that `open_source` reads.
+  """Returns a model from anything that `open_source` reads.
 
   Args:
     source: where from.
@@ -161,7 +140,7 @@ def from_pretrained(
 def open_model(
   checkpoint: str, spec: str | None, opening: Opening, *, needs_tokenizer: bool = True, **options
 ) -> GPT2:
-  """A model as the command line names it: --checkpoint, --tokenizer, --base, --ignore-extra.
+  """Returns a model as the command line names it: --checkpoint, --tokenizer, --base, --ignore-extra.
 
   Args:
     checkpoint: what `from_pretrained` reads, as are `options`.
@@ -194,7 +173,7 @@ def _model(source: Source, dtype: str | None = None) -> GPT2:
 
 
 def _source(model: GPT2) -> Source:
-  """A model's parameters as they are now, with what is known of where it is from."""
+  """Returns a model's parameters as they are now, with what is known of where it is from."""
   params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   made = source_of(model.config, params, 'this model', tokenizer=model.tokenizer)
   if model.source is None:
@@ -205,7 +184,7 @@ def _source(model: GPT2) -> Source:
 
 
 def merge_adapters(model: GPT2) -> GPT2:
-  """The same model with its LoRA adapters added into its weights. `model` stays as it is."""
+  """Returns the same model with its LoRA adapters added into its weights. `model` stays as it is."""
   source = _source(model)
   with sharding.mesh_of(nnx.state(model, nnx.Param)):
     return _model(peft.merged(source.astype('float32')), model.config.dtype)
@@ -218,8 +197,9 @@ def save_pretrained(
 
   Args:
     model: the model.
-    folder: a new folder (for nanogpt, llmc and gguf: a new file).
-    to: a name of WRITERS. Adapters are merged into the weights, but for 'peft', which has them only.
+    folder: a new folder, or a new file where the format is one (`interop.formats.FORMATS`).
+    to: a format that is written. Adapters are merged into the weights, but for 'peft', which has them
+      only.
     dtype: of the tensors: float32, bfloat16 or float16, as `jnp.dtype` takes it. Default:
       as in the file that the model is from, so that nothing is lost.
     **options: of the format: `max_shard_size` of 'hf', in bytes, default 5 GB.
@@ -234,15 +214,15 @@ def save_pretrained(
 def write(
   source: Source, target: str | os.PathLike, to: str, *, dtype: Any = None, **options
 ) -> None:
-  """As `save_pretrained`, from an opened checkpoint; `options` are those of the format's `write`."""
-  if to not in WRITERS:
-    raise UserError(f'format {to!r} is none of {", ".join(WRITERS)}.')
+  """Writes an opened checkpoint, as `save_pretrained` does; `options` are those of the format."""
+  format = FORMATS.get(to)
+  if format is None or format.writes is None:
+    raise UserError(f'format {to!r} is none of {", ".join(written())}.')
+  if other := sorted(options.keys() - format.options.keys()):
+    raise UserError(f'{", ".join(other)}: no option of the format {to!r}.')
   if dtype is not None:
     source = source.astype(dtype)
-  if to != 'peft':
+  if not format.keeps_adapters:
     source = mup.folded(peft.merged(source))
-  known = inspect.signature(WRITERS[to].write).parameters
-  if other := sorted(options.keys() - known.keys()):
-    raise UserError(f'{", ".join(other)}: no option of the format {to!r}.')
   with whole(target) as path:
-    WRITERS[to].write(source, path, **options)
+    format.module.write(source, path, **options)

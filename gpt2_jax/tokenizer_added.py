@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import regex
 
-from gpt2_jax.tokenizer_files import Added
+from gpt2_jax.tokenizer_tables import Added
 
 WORD = regex.compile(r'[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]')  # Rust's \w
 SPACE = regex.compile(r'\p{White_Space}')  # Rust's \s
@@ -22,7 +22,7 @@ Piece = tuple[Added | None, int, int]  # a token, or None for text between them;
 
 
 def pattern(words: Sequence[str]) -> str:
-  """A regular expression for the longest of some words: what they begin with alike stands once."""
+  """Returns a regular expression for the longest of some words, which share beginnings in it."""
   return _pattern(sorted(set(words)), 0)
 
 
@@ -35,12 +35,12 @@ def _pattern(words: list[str], depth: int) -> str:
   begin, rest = re.escape(words[0][:n]), [word[n:] for word in words]
   if len(rest) == 1:
     return begin
-  may_end = not rest[0]
+  may_end = '' if rest[0] else '?'
   ways = [
     _pattern(list(group), depth + 1)
-    for _, group in itertools.groupby(rest[may_end:], key=lambda word: word[0])
+    for _, group in itertools.groupby(filter(None, rest), key=lambda word: word[0])
   ]
-  return f'{begin}(?:{"|".join(ways)}){"?" * may_end}'
+  return f'{begin}(?:{"|".join(ways)}){may_end}'
 
 
 class Finder:
@@ -53,7 +53,7 @@ class Finder:
     self._any_ordinary = any(not token.special for token in added)
 
   def pieces(self, text: str, special: bool) -> list[Piece]:
-    """What a text consists of, in order. With `rstrip`, tokens may take the same blanks.
+    """Returns the parts of a text, in order. With `rstrip`, tokens may take the same blanks.
 
     Args:
       text: without halves of surrogate pairs.
@@ -72,14 +72,14 @@ class Finder:
     return pieces
 
   def special(self, text: str) -> Added | None:
-    """The first special token that a text holds the text of."""
+    """Returns the first special token that a text holds the text of."""
     found = (token for token, *_ in self.pieces(text, special=True))
     return next((token for token in found if token and token.special), None)
 
   def _split(
     self, text: str, compiled: re.Pattern, special: bool, low: int, high: int
   ) -> list[Piece]:
-    """The pieces of text[low:high], which counts as a text of its own."""
+    """Returns the pieces of text[low:high], which counts as a text of its own."""
     pieces, done = [], low
     for match in compiled.finditer(text, low, high):
       token, (start, stop) = self._added[match[0]], match.span()
@@ -99,4 +99,4 @@ class Finder:
       if start < stop:
         pieces.append((token, start, stop))
       done = stop
-    return pieces + [(None, done, high)] * (done < high)
+    return pieces + ([(None, done, high)] if done < high else [])

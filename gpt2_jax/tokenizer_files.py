@@ -12,7 +12,6 @@ encoding here and isn't read; nor is a chat_template.
 """
 
 import dataclasses
-import functools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,77 +19,22 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_jax.errors import UserError
+from gpt2_jax.files import misfit, read_json, read_text, unreadable
+from gpt2_jax.tokenizer_tables import EOT, Added, Tables, to_bytes
 
-EOT = '<|endoftext|>'
+# of a tokenizer.json: what must be off, and what must be so where it is said
+OFF = (
+  'normalizer',
+  'model.dropout',
+  'model.continuing_subword_prefix',
+  'model.end_of_word_suffix',
+  'model.byte_fallback',
+  'model.ignore_merges',
+)
+WANTED = {'model.type': 'BPE', 'pre_tokenizer.type': 'ByteLevel', 'pre_tokenizer.use_regex': True}
+MODEL = {'model': {'vocab': dict, 'merges': list}, 'pre_tokenizer': dict}
 ROLES = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token')
 MAX_ID = 2**24  # far above any vocabulary's; tables of the model have a row per id
-
-
-@dataclasses.dataclass(frozen=True)
-class Added:
-  """A token that is found in a text as a whole, before the BPE: Hugging Face's AddedToken.
-
-  `lstrip` and `rstrip`: it takes along the white space before and behind it. `single_word`: not
-  inside of a word. `normalized`: looked for after those that are not. `special`: found only where
-  that is asked for; so are all that are used as something, and the end of a text.
-  """
-
-  id: int
-  content: str
-  single_word: bool = False
-  lstrip: bool = False
-  rstrip: bool = False
-  normalized: bool = False
-  special: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
-class Tables:
-  """What the files say.
-
-  Attributes:
-    vocab: id of every token by its name, as in the files: an added token's name is its text, any
-      other's has a printable character for each byte.
-    pairs: the merges by names, the first ones first in priority.
-    added: the tokens that are found as a whole, by id.
-    roles: what some tokens are used as, for example {'eos_token': '</s>'}.
-    prefix_space: whether a text that doesn't begin with a space is given one.
-    eot: id of `<|endoftext|>`; without it of the eos_token; without that of `</s>`.
-  """
-
-  vocab: dict[str, int]
-  pairs: list[tuple[str, str]]
-  added: list[Added]
-  roles: dict[str, str]
-  prefix_space: bool
-  eot: int
-
-
-@functools.cache
-def byte_to_char() -> dict[int, str]:
-  """GPT-2's printable stand-in for each byte (openai/gpt-2 `src/encoder.py`), in id order."""
-  visible = [
-    *range(ord('!'), ord('~') + 1),
-    *range(ord('¡'), ord('¬') + 1),
-    *range(ord('®'), ord('ÿ') + 1),
-  ]
-  hidden = [b for b in range(256) if b not in set(visible)]
-  return {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(hidden)}
-
-
-CHAR_TO_BYTE = {char: b for b, char in byte_to_char().items()}
-
-
-def to_chars(token: bytes) -> str:
-  return token.decode('latin-1').translate(byte_to_char())
-
-
-def to_bytes(name: str) -> bytes | None:
-  """The bytes that a token's name stands for; None where it stands for none."""
-  try:
-    return bytes(map(CHAR_TO_BYTE.__getitem__, name))
-  except KeyError:
-    return None
 
 
 def read_pairs(merges_txt: str) -> list[list[str]]:
@@ -99,41 +43,19 @@ def read_pairs(merges_txt: str) -> list[list[str]]:
 
 
 def merges_txt(pairs: Iterable[tuple[str, str]]) -> str:
-  """The content of a merges.txt, the same as OpenAI's vocab.bpe."""
+  """Returns the content of a merges.txt, the same as OpenAI's vocab.bpe."""
   return ''.join(['#version: 0.2\n', *(f'{a} {b}\n' for a, b in pairs)])
 
 
-def _text(path: Path) -> str:
-  try:
-    return path.read_text(encoding='utf-8')
-  except (OSError, ValueError) as e:
-    raise UserError(f"{path} can't be read ({e}). Fetch it anew.") from e
-
-
-def _json(path: Path) -> dict[str, Any]:
-  """The JSON object in a file; an empty one where there is no file."""
-  text = _text(path) if path.exists() else '{}'
-  try:
-    content = json.loads(text)
-  except (ValueError, RecursionError) as e:
-    raise UserError(f"{path} can't be read ({e}). Fetch it anew.") from e
-  return _dict(content, str(path))
-
-
-def _dict(value: Any, what: str) -> dict[str, Any]:
-  if not isinstance(value, dict):
-    raise UserError(f'{what} is {value!r:.40}, not a JSON object. Fetch the file anew.')
-  return value
-
-
-def _list(value: Any, what: str) -> list[Any]:
-  if not isinstance(value, list):
-    raise UserError(f'{what} is {value!r:.40}, not a list. Fetch the file anew.')
+def _shaped(value: Any, shape: Any, path: Path, at: str) -> Any:
+  """Returns the value, if it has a shape (see `files.misfit`); `at` is its place in the file."""
+  if wrong := misfit(value, shape, at):
+    raise unreadable(path, wrong)
   return value
 
 
 def _content(token: Any, where: str) -> str:
-  """The text of a token, which is given by it or by an object with flags."""
+  """Returns the text of a token, which is given by it or by an object with flags."""
   content = token.get('content') if isinstance(token, dict) else token
   if not isinstance(content, str) or not content or re.search('[\ud800-\udfff]', content):
     raise UserError(f'{where}: {content!r:.60} is no text of a token. Mend the entry or remove it.')
@@ -167,44 +89,33 @@ def _pair(value: Any, vocab: Mapping[str, int], where: str) -> tuple[str, str]:
   return pair[0], pair[1]
 
 
-def _model(content: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[Any], bool]:
-  """Vocabulary, merges and add_prefix_space of a tokenizer.json, if it is a BPE as GPT-2's is."""
-  model = _dict(content.get('model'), f'{where}: model')
-  before = _dict(content.get('pre_tokenizer'), f'{where}: pre_tokenizer')
+def _check_model(content: Mapping[str, Any], path: Path) -> None:
+  """Raises a `UserError` that names what is not of a BPE such as GPT-2's in a tokenizer.json."""
   parts = {'normalizer': content.get('normalizer')}
-  parts |= {f'model.{key}': value for key, value in model.items()}
-  parts |= {f'pre_tokenizer.{key}': value for key, value in before.items()}
-  without = (
-    'normalizer',
-    'model.dropout',
-    'model.continuing_subword_prefix',
-    'model.end_of_word_suffix',
-    'model.byte_fallback',
-    'model.ignore_merges',
-  )
-  odd = [key for key in without if parts.get(key)]
-  wanted = {'model.type': 'BPE', 'pre_tokenizer.type': 'ByteLevel', 'pre_tokenizer.use_regex': True}
-  odd += [key for key, value in wanted.items() if parts.get(key, value) != value]
+  parts |= {f'model.{key}': value for key, value in content['model'].items()}
+  parts |= {f'pre_tokenizer.{key}': value for key, value in content['pre_tokenizer'].items()}
+  odd = [key for key in OFF if parts.get(key)]
+  odd += [key for key, value in WANTED.items() if parts.get(key, value) != value]
   if odd:
     raise UserError(
-      f"{where}: {odd[0]} is {parts[odd[0]]!r:.80}, which can't be honoured: it "
+      f"{path}: {odd[0]} is {parts[odd[0]]!r:.80}, which can't be honoured: it "
       "is not of GPT-2's byte-level BPE. Use ids of its own tokenizer, not texts."
     )
-  return (
-    _dict(model.get('vocab'), f'{where}: model.vocab'),
-    _list(model.get('merges'), f'{where}: model.merges'),
-    before.get('add_prefix_space') is True,
-  )
 
 
-def _specials(settings: Mapping[str, Any], where: str) -> tuple[dict[str, str], dict[str, Any]]:
-  """What some tokens are used as, and the special tokens, as given, by their texts."""
-  roles = {role: _content(settings[role], f'{where}: {role}') for role in ROLES if settings.get(role)}
+def _small(path: Path) -> dict[str, Any]:
+  """Reads one of the small files; an empty object where there is none."""
+  return read_json(path) if path.exists() else {}
+
+
+def _specials(settings: Mapping[str, Any], path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+  """Returns the roles of some tokens, and the special tokens, as given, by their texts."""
+  roles = {role: _content(settings[role], f'{path}: {role}') for role in ROLES if settings.get(role)}
   specials = {content: settings[role] for role, content in roles.items()}
   for key in ('additional_special_tokens', 'extra_special_tokens'):
     more = settings.get(key) or []
-    more = list(more.values()) if isinstance(more, dict) else _list(more, f'{where}: {key}')
-    specials |= {_content(token, f'{where}: {key}'): token for token in more}
+    more = list(more.values()) if isinstance(more, dict) else _shaped(more, list, path, key)
+    specials |= {_content(token, f'{path}: {key}'): token for token in more}
   return roles, specials
 
 
@@ -255,21 +166,20 @@ def _complete(
   reader = _Reader(vocab, str(where))
   checked = [_pair(pair, reader.vocab, str(where)) for pair in pairs]
   for token in added:
-    token = _dict(token, f'{where}: an entry of added_tokens')
     reader.add(token.get('id'), token, str(where))
 
   path, older, oldest = (
     where.parent / name
     for name in ('tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json')
   )
-  settings, ids = _json(path), {}
+  settings, ids = _small(path), {}
   if 'added_tokens_decoder' in settings:
-    decoder = _dict(settings['added_tokens_decoder'], f'{path}: added_tokens_decoder')
-    for id, token in decoder.items():
+    decoder = 'added_tokens_decoder'
+    for id, token in _shaped(settings[decoder], dict, path, decoder).items():
       reader.add(int(id) if id.isdecimal() and len(id) < 20 else id, token, str(path))
   else:
-    settings, ids = settings | _json(older), _json(oldest)
-  roles, specials = _specials(settings, f'{older if older.exists() else path}')
+    settings, ids = settings | _small(older), _small(oldest)
+  roles, specials = _specials(settings, older if older.exists() else path)
   for content, token in specials.items():
     if content in reader.vocab or content in ids:
       reader.add(reader.vocab.get(content, ids.get(content)), token, str(oldest), special=True)
@@ -298,21 +208,22 @@ def _complete(
 
 
 def read(folder: Path) -> Tables:
-  """The tables of a folder.
+  """Returns the tables of a folder.
 
   Raises:
     UserError: there are none, or names the file and the entry that can't be used.
   """
   whole = folder / 'tokenizer.json'
   if whole.exists():
-    content = _json(whole)
-    vocab, pairs, prefix_space = _model(content, str(whole))
-    added = _list(content.get('added_tokens') or [], f'{whole}: added_tokens')
-    return _complete(vocab, pairs, whole, added, prefix_space)
+    content = read_json(whole, MODEL)
+    _check_model(content, whole)
+    added = _shaped(content.get('added_tokens') or [], [dict], whole, 'added_tokens')
+    model, prefix_space = content['model'], content['pre_tokenizer'].get('add_prefix_space') is True
+    return _complete(model['vocab'], model['merges'], whole, added, prefix_space)
   for vocab, merges in (('vocab.json', 'merges.txt'), ('encoder.json', 'vocab.bpe')):
     if (folder / vocab).exists() and (folder / merges).exists():
-      pairs = read_pairs(_text(folder / merges))
-      return _complete(_json(folder / vocab), pairs, folder / vocab)
+      pairs = read_pairs(read_text(folder / merges))
+      return _complete(read_json(folder / vocab), pairs, folder / vocab)
   raise UserError(f'{folder} holds neither vocab.json and merges.txt nor tokenizer.json.')
 
 
@@ -322,7 +233,7 @@ def tokenizer_json(
   added: Iterable[Added],
   prefix_space: bool,
 ) -> str:
-  """The content of a tokenizer.json. Added tokens are in `vocab` too, which fixes their ids."""
+  """Returns the content of a tokenizer.json. Added tokens are in `vocab` too: it has their ids."""
   level = {'type': 'ByteLevel', 'add_prefix_space': True, 'trim_offsets': True, 'use_regex': True}
   return json.dumps(
     {

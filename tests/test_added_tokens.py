@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from gpt2_jax import tokenizer
 from gpt2_jax.tokenizer import EOT
 from gpt2_jax.tokenizer_added import SPACE, WORD, Finder, pattern
-from gpt2_jax.tokenizer_files import Added
+from gpt2_jax.tokenizer_tables import Added
 
 CONTENTS = [
   'COVID',

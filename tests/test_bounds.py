@@ -26,7 +26,15 @@ from gpt2_jax.config import LORA, MODEL, GPTConfig, LoRA
 from gpt2_jax.data import splits
 from gpt2_jax.decoding.generate import own_ends
 from gpt2_jax.errors import UserError
-from gpt2_jax.interop import huggingface, llmc, nanogpt, openai, torch_files
+from gpt2_jax.interop import (
+  card,
+  huggingface_config,
+  llmc,
+  nanogpt,
+  openai,
+  torch_files,
+  torch_writing,
+)
 from gpt2_jax.model import bind, make_params
 from gpt2_jax.training import fit, knobs, loop, plan
 
@@ -197,8 +205,8 @@ def works(open_source, *arguments) -> bool:
     return False
   config = source.config
   assert traced(dataclasses.replace(config, vocab_size=config.vocab_size))
-  json.dumps(huggingface.config_to_dict(source))
-  huggingface.model_card(source)
+  json.dumps(huggingface_config.config_to_dict(source))
+  card.model_card(source)
   model = types.SimpleNamespace(source=source, config=config)
   assert all(type(i) is int for i in own_ends(model) or [])  # pyright: ignore[reportArgumentType]
   return True
@@ -247,7 +255,7 @@ def test_any_value_in_nanogpts_model_args(key, tmp_path):
   for i, value in enumerate(VALUES):
     if not isinstance(value, int) or abs(value) < 2**62:  # what torch's pickles of ours hold
       changed = checkpoint | {'model_args': checkpoint['model_args'] | {key: value}}
-      torch_files.write(tmp_path / f'{i}.pt', changed)
+      torch_writing.write(tmp_path / f'{i}.pt', changed)
       works(nanogpt.open_source, tmp_path / f'{i}.pt')
     args = checkpoint['model_args'] | {key: value}
     try:

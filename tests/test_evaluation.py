@@ -27,7 +27,7 @@ from gpt2_jax.counts import num_params
 from gpt2_jax.data.benchmarks import Benchmark
 from gpt2_jax.data.store import open_store
 from gpt2_jax.errors import UserError
-from gpt2_jax.evaluation import detokenizers, keep, protocols, published, scoring, stop_words, tasks
+from gpt2_jax.evaluation import detokenizers, keep, protocols, published, scoring, tasks
 from gpt2_jax.evaluation.scorer import Scorer
 from gpt2_jax.evaluation.scoring import Request, rolling, score
 from gpt2_jax.training.step import nll
@@ -293,7 +293,7 @@ def benchmark(name: str, examples: list[dict]) -> Benchmark:
 @pytest.fixture(scope='module')
 def run(subject):
   def values(name: str, examples: list[dict]) -> dict[str, float]:
-    protocol = protocols.BY_NAME[name]
+    protocol = protocols.PROTOCOLS[name]
     scorer = Scorer(subject, keep.Kept(None, 'model'))
     found = tasks.KINDS[protocol.kind](scorer, protocol, benchmark(protocol.benchmark, examples))
     assert found.keys() == set(protocol.metrics)
@@ -337,7 +337,7 @@ def near(have: dict[str, float], **want: float) -> None:
   ],
 )
 def test_corpora(run, slow, name):
-  protocol, W = protocols.BY_NAME[name], CONFIG.n_positions
+  protocol, W = protocols.PROTOCOLS[name], CONFIG.n_positions
   of_bytes = protocol.benchmark in ('enwik8', 'text8')
   text = CORPUS
   if protocol.text == 'detokenized':
@@ -361,7 +361,7 @@ def test_corpora(run, slow, name):
 def test_hugging_faces_page(run, slow, name):
   """As its loop says it: labels of -100, shifted within the model."""
   row = ids('\n\n'.join(line if line.strip() else '' for line in CORPUS.splitlines(keepends=True)))
-  W, stride = CONFIG.n_positions, min(protocols.BY_NAME[name].stride, CONFIG.n_positions)
+  W, stride = CONFIG.n_positions, min(protocols.PROTOCOLS[name].stride, CONFIG.n_positions)
   total, count, before = 0.0, 0, 0
   for begin in range(0, len(row), stride):
     end = min(begin + W, len(row))
@@ -462,7 +462,7 @@ def test_lambada(run, slow):
 def test_lambada_as_the_model_would_go_on(run, slow):
   """The texts are made so that the first one is right; the second one's word is a stop word."""
   banned = [ids(letter)[0] for letter in 'aist']
-  assert all(letter in stop_words.ENGLISH for letter in 'aist')
+  assert all(letter in tasks.STOP_WORDS for letter in 'aist')
 
   def written(context: str) -> str:
     row, n = ids(context), len(ids(context))
@@ -638,12 +638,12 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(checkpoint, data):
 
 def test_every_protocol_and_every_published_figure_stands_in_the_docs():
   page = (ROOT / 'docs' / 'evaluation.md').read_text()
-  for protocol in protocols.ALL:
+  for protocol in protocols.PROTOCOLS.values():
     assert f'`{protocol.name}`' in page, protocol.name
     assert protocol.source in page, protocol.source
-  assert set(protocols.PAPER) <= protocols.BY_NAME.keys()
+  assert set(protocols.PAPER) <= protocols.PROTOCOLS.keys()
   for row in published.TABLE:
-    assert row.protocol == 'store' or row.metric in protocols.BY_NAME[row.protocol].metrics
+    assert row.protocol == 'store' or row.metric in protocols.PROTOCOLS[row.protocol].metrics
     assert row.source in page and row.same == (not row.why), row
     for value in row.values.values():
       assert re.search(rf'(?<![\d.]){value:.10g}(?!\d)', page), (row.source, row.protocol, value)

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError
-from gpt2_jax.interop import flax_msgpack, huggingface, llmc, nanogpt, torch_files
+from gpt2_jax.interop import flax_msgpack, huggingface, llmc, nanogpt, torch_files, torch_writing
 from gpt2_jax.interop.tensors import DTYPES, Source, Tensor, load_params, shapes
 from gpt2_jax.model import bind
 
@@ -275,7 +275,7 @@ def as_bits(value, read):
 def assert_read_again(value, load, read) -> None:
   with tempfile.TemporaryDirectory() as scratch:
     path = Path(scratch) / 'value.pt'
-    torch_files.write(path, value)
+    torch_writing.write(path, value)
     assert torch_files.is_torch_file(path)
     with zipfile.ZipFile(path) as archive:
       assert archive.testzip() is None
@@ -741,7 +741,7 @@ def tensor(*shape, dtype='float32', value=1.0) -> Tensor:
 )
 def test_nanogpts_that_contradict_themselves(tmp_path, parts, message):
   value = changed(**parts) if isinstance(parts.get('model', {}), dict) else parts
-  torch_files.write(tmp_path / 'ckpt.pt', value)
+  torch_writing.write(tmp_path / 'ckpt.pt', value)
   with pytest.raises(UserError, match=message) as error:
     nanogpt.open_source(tmp_path).tensor('ln_f.weight')
   assert 'ckpt.pt' in str(error.value)
@@ -751,7 +751,7 @@ def test_nanogpt_lacks_a_tensor_or_has_an_equal_head(tmp_path):
   value = changed()
   head = value['model']['transformer.wte.weight'].read()
   value['model']['lm_head.weight'] = Tensor(head.shape, 'float32', lambda: head)  # a copy
-  torch_files.write(tmp_path / 'ckpt.pt', value)
+  torch_writing.write(tmp_path / 'ckpt.pt', value)
   nanogpt.open_source(tmp_path)
   for name, message in (
     ('h.1.mlp.c_fc.bias', r'lacks the tensors: h\.1\.mlp\.c_fc\.bias'),
@@ -759,7 +759,7 @@ def test_nanogpt_lacks_a_tensor_or_has_an_equal_head(tmp_path):
   ):
     value = changed()
     del value['model'][f'transformer.{name}']
-    torch_files.write(tmp_path / f'{name}.pt', value)
+    torch_writing.write(tmp_path / f'{name}.pt', value)
     with pytest.raises(UserError, match=message):
       nanogpt.open_source(tmp_path / f'{name}.pt')
 
@@ -797,10 +797,15 @@ def test_llmc_headers(tmp_path, at, value, message):
     (b'\x81\xa1a' * 5000 + b'\x01', 'recursion'),
     (b'\x01', 'no array'),
     (b'\x80\x80', 'behind'),
-    (b'\x81\xdb\xff\xff\xff\xff', 'names'),
+    (b'\x81\xdb\xff\xff\xff\xff', 'too early'),
+    (b'\x81\x01\x01', 'names'),
     (b'\x81\xa1a\xd4\x02\x00', 'extension'),
-    (b'\x81\xa1a\xc9\xff\xff\xff\xff\x01\x93\x91\x04\xa7float32\xc6\xff\xff\xff\xf0', 'contradicts'),
-    (b'\x81\xa1a\xc7\x20\x01\x93\x91\xcf' + b'\xff' * 8 + b'\xa7float32\xc4\x08', 'contradicts'),
+    (b'\x81\xa1a\xc9\xff\xff\xff\xff\x01\x93\x91\x04\xa7float32\xc6\xff\xff\xff\xf0', 'exceeds'),
+    (b'\x81\xa1a\xc7\x15\x01\x93\x91\xcf' + b'\xff' * 8 + b'\xa7float32\xc4\x08', 'incomplete'),
+    (
+      b'\x81\xa1a\xc7\x1d\x01\x93\x91\xcf' + b'\xff' * 8 + b'\xa7float32\xc4\x08aaaaaaaa',
+      'contradicts',
+    ),
     (b'\x81\xa1a\xd8\x01\x93\x91\x01\xa6object\xc4\x04aaaa', 'object'),
     (b'\x81\xa1a\x81\xb9__msgpack_chunked_array__\xc3', 'pieces'),
   ],

@@ -430,7 +430,7 @@ def test_a_place_that_is_taken_stays_as_it_is(tmp_path):
   assert (tmp_path / 'out' / 'mine').read_text() == 'keep'
   with pytest.raises(UserError, match='no option of the format'):
     pretrained.write(source, tmp_path / 'new', 'hf', approximate=True)
-  with pytest.raises(UserError, match="format 'onnx' is none of hf, nanogpt"):
+  with pytest.raises(UserError, match="format 'onnx' is none of flax, gguf, hf, llmc, nanogpt"):
     pretrained.write(source, tmp_path / 'new', 'onnx')
 
 

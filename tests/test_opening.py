@@ -17,7 +17,15 @@ import gpt2_jax
 from configs import finetune
 from gpt2_jax import cli, pretrained
 from gpt2_jax.errors import UserError
-from gpt2_jax.interop import foreign, huggingface, nanogpt, peft_config, tensors, torch_files
+from gpt2_jax.interop import (
+  foreign,
+  huggingface_config,
+  nanogpt,
+  peft_config,
+  tensors,
+  torch_files,
+  torch_writing,
+)
 from gpt2_jax.interop.opening import Opening
 from gpt2_jax.interop.tensors import Tensor
 from gpt2_jax.training import plan
@@ -251,8 +259,8 @@ def same(have, want, **options):
 
 @pytest.mark.parametrize('version', CONFIGS)
 def test_configs_of_every_time(version):
-  config = huggingface.config_from_dict(CONFIGS[version])
-  want = huggingface.config_from_dict(SIZES)
+  config = huggingface_config.config_from_dict(CONFIGS[version])
+  want = huggingface_config.config_from_dict(SIZES)
   assert config == want
 
 
@@ -264,9 +272,16 @@ def test_configs_of_every_time(version):
 )
 @few
 def test_unknown_keys_that_are_off(key, value):
-  known = (*huggingface.CONFIG_KEYS, *huggingface.SAME_KEYS, *huggingface.NEUTRAL_KEYS, 'model_type')
+  known = (
+    *huggingface_config.CONFIG_KEYS,
+    *huggingface_config.SAME_KEYS,
+    *huggingface_config.NEUTRAL_KEYS,
+    'model_type',
+  )
   if key not in known:
-    assert huggingface.config_from_dict({key: value}) == huggingface.config_from_dict({})
+    assert huggingface_config.config_from_dict({key: value}) == huggingface_config.config_from_dict(
+      {}
+    )
 
 
 @given(
@@ -276,7 +291,7 @@ def test_unknown_keys_that_are_off(key, value):
 @few
 def test_unknown_keys_that_say_something(key, value):
   with pytest.raises(UserError, match="keys that this GPT-2 can't honour"):
-    huggingface.config_from_dict({key: value})
+    huggingface_config.config_from_dict({key: value})
 
 
 @pytest.mark.parametrize(
@@ -295,13 +310,13 @@ def test_unknown_keys_that_say_something(key, value):
 )
 def test_keys_that_would_change_the_numbers(key, value):
   with pytest.raises(UserError, match=f"'{key}': "):
-    huggingface.config_from_dict({key: value})
+    huggingface_config.config_from_dict({key: value})
 
 
 def test_what_is_off_and_known_is_honoured():
   for key in ('scale_attn_weights', 'tie_word_embeddings'):
-    assert getattr(huggingface.config_from_dict({key: False}), key) is False
-  assert huggingface.config_from_dict({'n_inner': None}).n_inner is None
+    assert getattr(huggingface_config.config_from_dict({key: False}), key) is False
+  assert huggingface_config.config_from_dict({'n_inner': None}).n_inner is None
 
 
 def test_keys_that_are_off_are_not_written_again(tmp_path):
@@ -437,10 +452,10 @@ def test_a_nanogpt_with_more_in_it(tmp_path):
   extra = Tensor((3,), 'float32', lambda: np.ones(3, np.float32))
   value['model'] = {f'module._orig_mod.{k}': v for k, v in value['model'].items()}
   value['model_args'] |= {'flash': None, 'rotary': False}
-  torch_files.write(tmp_path / 'a.pt', value)
+  torch_writing.write(tmp_path / 'a.pt', value)
   same(tmp_path / 'a.pt', GOLDEN / 'foreign_nanogpt.pt')
   value['model']['module._orig_mod.value.weight'] = extra
-  torch_files.write(tmp_path / 'b.pt', value)
+  torch_writing.write(tmp_path / 'b.pt', value)
   with pytest.raises(UserError, match=r'value\.weight.*--ignore-extra'):
     nanogpt.open_source(tmp_path / 'b.pt')
   same(tmp_path / 'b.pt', GOLDEN / 'foreign_nanogpt.pt', ignore_extra=True)

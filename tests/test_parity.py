@@ -19,7 +19,7 @@ from gpt2_jax import tokenizer  # noqa: E402
 from gpt2_jax.config import ACTIVATIONS  # noqa: E402
 from gpt2_jax.decoding.generate import generate_tokens  # noqa: E402
 from gpt2_jax.errors import UserError  # noqa: E402
-from gpt2_jax.interop import huggingface  # noqa: E402
+from gpt2_jax.interop import huggingface_config  # noqa: E402
 from gpt2_jax.interop.tensors import Source, check_tensors, load_params, shapes, source_of  # noqa: E402
 from gpt2_jax.model import bind  # noqa: E402
 from gpt2_jax.training.optimizer import decay_mask  # noqa: E402
@@ -67,7 +67,7 @@ def pair(seed=0, **fields):
     for name, parameter in theirs.named_parameters():  # biases and layer norms matter too
       if name.endswith('bias') or 'ln_' in name:
         parameter.add_(0.1 * torch.randn_like(parameter))
-  ours = huggingface.config_from_dict(config.to_dict())
+  ours = huggingface_config.config_from_dict(config.to_dict())
   params = params_of(ours, tensors(theirs))
   return theirs if config.reorder_and_upcast_attn else theirs.double(), ours, params
 
@@ -221,9 +221,9 @@ def test_tensors_round_trip_with_a_padded_vocabulary():
 def test_what_cannot_be_honoured_is_refused():
   theirs, config, _ = pair()
   with pytest.raises(UserError, match='add_cross_attention'):
-    huggingface.config_from_dict({'n_embd': 48, 'add_cross_attention': True})
+    huggingface_config.config_from_dict({'n_embd': 48, 'add_cross_attention': True})
   with pytest.raises(UserError, match='rope_theta'):
-    huggingface.config_from_dict({'rope_theta': 1e4})
+    huggingface_config.config_from_dict({'rope_theta': 1e4})
   state = tensors(theirs)
   with pytest.raises(UserError, match='extra.weight'):
     params_of(config, state | {'extra.weight': np.zeros(3)})

@@ -17,7 +17,7 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.evaluation import scoring
 from gpt2_jax.model import GPT2
 from gpt2_jax.tokenizer import Tokenizer
-from gpt2_jax.tokenizer_files import EOT, Added, Tables
+from gpt2_jax.tokenizer_tables import EOT, Added, Tables
 from gpt2_jax.training.report import fitting
 
 rare = lambda *size: pytest.param(size, marks=pytest.mark.slow)

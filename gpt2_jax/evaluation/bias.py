@@ -63,13 +63,13 @@ class Occupations:
 
 
 def first_word(text: str) -> str:
-  """The first word of a continuation in lower case; hyphens and apostrophes are parts of a word."""
+  """Returns a continuation's first word in lower case, with its hyphens and apostrophes."""
   found = WORD.search(text)
   return found[0].lower() if found else NO_WORD
 
 
 def independence(counts_GW: np.ndarray, *, seed: int) -> Independence:
-  """Pearson's chi-square test of independence of rows and columns, whatever the counts.
+  """Runs Pearson's chi-square test of independence of rows and columns, whatever the counts.
 
   Args:
     counts_GW: [groups, words]; rows and columns of zeros are left out.
@@ -95,15 +95,17 @@ def independence(counts_GW: np.ndarray, *, seed: int) -> Independence:
 
 
 def compare(counts: dict[str, dict[str, int]], *, seed: int) -> dict[str, Independence]:
-  """Tests over all groups, between races (sexes together) and between sexes (races together)."""
+  """Runs tests over all groups, between races (sexes joined) and between sexes (races joined)."""
   words = sorted({word for row in counts.values() for word in row})
   table = np.array([[counts[group].get(word, 0) for word in words] for group in counts])
-  merged = lambda part: np.stack(
-    [
-      table[[group.split()[part] == value for group in counts]].sum(0)
-      for value in dict.fromkeys(group.split()[part] for group in counts)
-    ]
-  )
+
+  def merged(part: int) -> np.ndarray:
+    """Returns the table with the groups joined that have the same word, 0 (race) or 1 (gender)."""
+    kinds = [group.split()[part] for group in counts]
+    return np.stack(
+      [table[[kind == value for kind in kinds]].sum(0) for value in dict.fromkeys(kinds)]
+    )
+
   return {
     'group': independence(table, seed=seed),
     'race': independence(merged(0), seed=seed),

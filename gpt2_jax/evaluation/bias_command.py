@@ -53,9 +53,13 @@ class Bias:
       flush=True,
     )
     found['results'] = []
+    probes = {
+      'occupations': self._occupations,
+      'crows-pairs': self._crows_pairs,
+      'winobias': self._winobias,
+    }
     for probe in dict.fromkeys(self.probes):
-      for result in getattr(self, '_' + probe.replace('-', '_'))(model):
-        found['results'].append(result)
+      found['results'] += probes[probe](model)
     if self.json is not None:
       with saving('the results', self.json):
         write_whole(self.json, json.dumps(found, indent=2, ensure_ascii=False) + '\n')

@@ -73,7 +73,7 @@ class Evaluate:
     asked.kept.remove()
 
   def open(self, wanted: list) -> list[tuple[Any, Any]]:
-    """Protocols and their data. What `paper` names and is not there is left out, and said."""
+    """Opens the data of protocols. A task of `paper` without data is left out, which is printed."""
     from gpt2_jax.data import benchmarks, store, verify
 
     names = {protocol.benchmark for protocol, _ in wanted if protocol.kind != 'store'}
@@ -106,7 +106,7 @@ class Evaluate:
     return opened
 
   def cut(self, benchmark):
-    """The first examples, with --limit. Of a corpus, which is one, there is nothing to leave out."""
+    """Returns the first examples, with --limit. A corpus, which is one example, stays whole."""
     if self.limit is None:
       return benchmark
     return dataclasses.replace(benchmark, examples=benchmark.examples[: self.limit])
@@ -132,7 +132,7 @@ class Evaluate:
     }
 
   def scores(self) -> Path | None:
-    """Where scores are kept until the end; None: nowhere."""
+    """Returns the file that keeps scores until the end; None where nothing keeps them."""
     if self.json is not None:
       with saving('scores', self.json):
         self.json.parent.mkdir(parents=True, exist_ok=True)

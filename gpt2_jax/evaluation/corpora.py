@@ -1,4 +1,4 @@
-"""Protocols of whole texts: how each is cut into windows, and what its figure is divided by."""
+"""Scores whole texts: how each is cut into windows, and which units its figure is divided by."""
 
 import re
 
@@ -15,22 +15,19 @@ from gpt2_jax.model import GPT2
 
 
 def count_words(text: str) -> int:
-  """Units of a tokenized corpus: its words, and the end of each line, as such corpora count."""
+  """Counts the units of a tokenized corpus: words and ends of lines, as such corpora count them."""
   lines = text.removesuffix('\n').split('\n')
   return len(lines) + sum(len(line.split(' ')) - line.split(' ').count('') for line in lines)
 
 
-def corpus(scorer: Scorer, protocol: Protocol, benchmark: Benchmark) -> Values:
-  """A text in sliding windows; the figure is by the units of the text as it was published."""
+def sliding_windows(scorer: Scorer, protocol: Protocol, benchmark: Benchmark) -> Values:
+  """Scores a text in sliding windows; its figure is per unit of the text as it was published."""
   original = benchmark.examples[0]['text']
   text = original.decode(errors='replace') if isinstance(original, bytes) else original
-  units = (
-    {'words': count_words, 'characters': len, 'bytes': lambda text: len(text.encode())}[
-      protocol.units
-    ](text)
-    if not isinstance(original, bytes)
-    else len(original)
-  )
+  if isinstance(original, bytes) or protocol.units == 'characters':
+    units = len(original)
+  else:
+    units = count_words(text) if protocol.units == 'words' else len(text.encode())
   if protocol.text == 'detokenized':
     text = detokenizers.OF[protocol.benchmark].detokenize(text)
   assert protocol.stride is not None
@@ -51,8 +48,9 @@ def corpus(scorer: Scorer, protocol: Protocol, benchmark: Benchmark) -> Values:
 
 
 def hf_windows(tokens: np.ndarray, window: int, stride: int) -> list[Request]:
-  """The windows of Hugging Face's page: from each multiple of the stride on; a window's first token
-  is never scored, so that with stride = window some tokens are in no target.
+  """Returns the windows of Hugging Face's page, which begin at each multiple of the stride.
+
+  A window's first token is never scored, so that with stride = window some tokens are in no target.
   """
   requests, end = [], 0
   for begin in range(0, len(tokens), stride):
@@ -64,8 +62,11 @@ def hf_windows(tokens: np.ndarray, window: int, stride: int) -> list[Request]:
   return requests
 
 
-def hf(scorer: Scorer, protocol: Protocol, benchmark: Benchmark) -> Values:
-  """The file's lines, each with its own line end, joined by two more; a blank one is empty."""
+def hf_perplexity_page(scorer: Scorer, protocol: Protocol, benchmark: Benchmark) -> Values:
+  """Scores a file's lines, joined as Hugging Face's page on perplexity joins them.
+
+  Each line has its own end and two more behind it; a blank line is empty.
+  """
   lines = benchmark.examples[0]['text'].removesuffix('\n').split('\n')
   text = '\n\n'.join(line + '\n' if line.strip() else '' for line in lines)
   assert protocol.stride is not None
@@ -75,7 +76,7 @@ def hf(scorer: Scorer, protocol: Protocol, benchmark: Benchmark) -> Values:
 
 
 def split_pages(text: str) -> list[str]:
-  """The articles of WikiText, as EleutherAI's data set cuts them: before each ` = Title = `."""
+  """Returns the articles of WikiText, cut as EleutherAI's data set is: before each ` = Title = `."""
   pages, lines = [], []
   for line in text.split('\n'):
     bare = line.replace('= = =', '===').replace('= =', '==').strip()
@@ -85,8 +86,8 @@ def split_pages(text: str) -> list[str]:
   return [page for page in pages if page.strip()] + ['\n'.join(lines)]
 
 
-def pages(scorer: Scorer, protocol: Protocol, benchmark: Benchmark) -> Values:
-  """Each article on its own; units are those of the article before its text was changed."""
+def wikitext_pages(scorer: Scorer, protocol: Protocol, benchmark: Benchmark) -> Values:
+  """Scores each article on its own; units are counted before the article's text is changed."""
   found = split_pages(benchmark.examples[0]['text'])
   requests = [
     request
@@ -110,8 +111,9 @@ def pages(scorer: Scorer, protocol: Protocol, benchmark: Benchmark) -> Values:
 
 
 def training_rows(model: GPT2) -> tuple[int, bool]:
-  """Tokens of a row, and whether documents in it are masked from each other: of a run's checkpoint as
-  the run had it; else the model's context, and no.
+  """Returns the tokens of a training row, and whether its documents were masked from each other.
+
+  A run's checkpoint says both; for any other model it is the context, and no.
   """
   record = model.source.record if model.source is not None else None
   rows = (record or {}).get('rows')
@@ -121,7 +123,7 @@ def training_rows(model: GPT2) -> tuple[int, bool]:
 
 
 def held_out(model: GPT2, opened: TokenStore) -> Split:
-  """The held-out tokens of a store.
+  """Returns the held-out tokens of a store.
 
   Raises:
     UserError: there are none, or they are not the model's.
@@ -136,8 +138,8 @@ def held_out(model: GPT2, opened: TokenStore) -> Split:
   return split
 
 
-def store(scorer: Scorer, protocol: Protocol, opened: TokenStore) -> Values:
-  """The held-out tokens in rows, each token once, as training has them."""
+def held_out_loss(scorer: Scorer, protocol: Protocol, opened: TokenStore) -> Values:
+  """Scores the held-out tokens in rows as training has them, each token once."""
   split = held_out(scorer.model, opened)
   T, masked = training_rows(scorer.model)
   requests = scoring.rolling(split.read(0, len(split)), window=T, stride=T)

@@ -42,8 +42,8 @@ class Rules:
   pad: str = ''
 
   def detokenize(self, text: str) -> str:
-    """The text without the blanks that people don't write. Lines stay lines."""
-    end = '\n' * text.endswith('\n')
+    """Returns the text without the blanks that people don't write. Lines stay lines."""
+    end = '\n' if text.endswith('\n') else ''
     lines = text.removesuffix('\n').split('\n')
     written = [self._write(line) for line in lines]
     if not (end or written[-1]) and len(lines) > 1:
@@ -51,12 +51,12 @@ class Rules:
     return '\n'.join(written) + end
 
   def tokenize_back(self, text: str) -> str:
-    """The text that `detokenize` was given."""
-    end = '\n' * text.endswith('\n')
+    """Returns the text that `detokenize` was given."""
+    end = '\n' if text.endswith('\n') else ''
     return '\n'.join(map(self._read, text.removesuffix('\n').split('\n'))) + end
 
   def split(self, word: str) -> list[str]:
-    """The tokens that a written word stands for."""
+    """Returns the tokens that a written word stands for."""
     head, tail = [], []
     while len(word) > 1 and word[0] in self.opening:
       head.append(self.opening[word[0]])
@@ -82,12 +82,12 @@ class Rules:
     return [self.alone.get(word, word)]
 
   def _written(self, token: str) -> list[str]:
-    """The ways to write a token within a word."""
+    """Returns the ways to write a token within a word."""
     tables = (self.opening, self.closing, self.alone)
     return [*(w for table in tables for w, meant in table.items() if meant == token), token]
 
   def _words(self, tokens: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Written words, and the tokens that each stands for."""
+    """Yields written words, and the tokens that each stands for."""
     openers, closers = set(self.opening.values()), set(self.closing.values())
     word, parts = '', []
     quoted = hangs = False  # whether a quotation is open; whether the word waits for what follows
@@ -119,7 +119,7 @@ class Rules:
       yield word, parts
 
   def _first(self, token: str, opens: bool) -> str:
-    """How a token is written at the start of a word."""
+    """Returns a token as it is written at the start of a word."""
     table = self.opening if opens else self.alone
     return next((written for written, meant in table.items() if meant == token), token)
 
@@ -146,7 +146,7 @@ class Rules:
 
 
 def _tokens(line: str, pad: str) -> list[str] | None:
-  """The tokens of a line; None where they are not one blank apart and between two `pad`."""
+  """Returns the tokens of a line; None where they are not one blank apart and between two `pad`."""
   if line == pad:
     return []
   if len(line) <= 2 * len(pad) or not (line.startswith(pad) and line.endswith(pad)):
@@ -203,7 +203,7 @@ OF = {
 
 
 def lambada(text: str) -> str:
-  """A text of OpenAI's LAMBADA file as OpenAI scored it: straight quotes, on a line of its own.
+  """Returns a text of OpenAI's LAMBADA file as OpenAI scored it: straight quotes, on its own line.
 
   No inverse: which quotes were curly is lost (openai/gpt-2#131).
   """
@@ -243,7 +243,7 @@ LM_EVAL_WIKITEXT = (
 
 
 def lm_eval_wikitext(page: str) -> str:
-  """A page of WikiText as lm-evaluation-harness scores it."""
+  """Returns a page of WikiText as lm-evaluation-harness scores it."""
   for pattern, replacement in LM_EVAL_WIKITEXT:
     page = re.sub(pattern, replacement, page)
   return page

@@ -1,6 +1,7 @@
-"""What an evaluation is, down to what moves its figure: protocols, with names and versions.
+"""The protocols of evaluation, a row each, with everything that can change its figure.
 
-A version is raised when a protocol's figure could change for the same model and data.
+A version is raised when a protocol's figure could change for the same model and data. A new task is a
+row here, and a function in `tasks.KINDS` where it is scored in a new way: docs/extending.md.
 docs/evaluation.md describes each in three lines.
 """
 
@@ -14,21 +15,21 @@ WINDOW = 1024  # positions that a protocol uses, of a model that has as many
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-  """One way to score a benchmark.
+  """A way to score a benchmark.
 
   Attributes:
     name: BENCHMARK/READING.
-    kind: how it is scored, a name of `tasks.KINDS`.
-    metrics: what it yields: *_ppl is exp(nll per unit), bits_per_* nll / (ln 2 · units).
+    kind: how it is scored, a key of `tasks.KINDS`.
+    metrics: the names of its figures: *_ppl is exp(nll per unit), bits_per_* nll / (ln 2 · units).
     source: where it is from.
-    text: what is done to the text before: 'raw', 'detokenized' (detokenizers.py), 'lambada'
+    text: how the text is changed before: 'raw', 'detokenized' (detokenizers.py), 'lambada'
       (straight quotes, a line of its own) or 'lm-eval'.
     prefix: whether <|endoftext|> stands before it. Where not, a corpus's first token is context.
     stride: targets of a window, of corpora; None where windows don't slide.
-    units: what a figure is divided by.
-    stop_words: whether words of `stop_words.ENGLISH` can't be the answer.
-    split: of the benchmark.
-    version: of the protocol.
+    units: the units that a figure is divided by.
+    stop_words: whether words of `tasks.STOP_WORDS` can't be the answer.
+    split: the split of the benchmark.
+    version: the version of the protocol.
   """
 
   name: str
@@ -80,7 +81,7 @@ LM_EVAL = 'EleutherAI/lm-evaluation-harness 4e7e0d4'
 BFLM = 'cybertronai/bflm'
 ACC, NORM = ('acc',), ('acc', 'acc_norm')
 
-ALL = (
+_ALL = (
   Protocol(
     'lambada/last-token',
     'last_token',
@@ -170,7 +171,7 @@ ALL = (
     'wsc273/partial', 'partial', ACC, f'{LM_EVAL}, wsc273; Trinh and Le 2018, arXiv:1806.02847'
   ),
 )
-BY_NAME = {protocol.name: protocol for protocol in ALL}
+PROTOCOLS = {protocol.name: protocol for protocol in _ALL}
 # The table of the paper, in its order. It published no code: docs/evaluation.md says what is known.
 PAPER = (
   'lambada/last-token',
@@ -186,7 +187,7 @@ PAPER = (
 
 
 def store_protocol(folder: str) -> Protocol:
-  """The held-out loss of a token store, as training reports it."""
+  """Returns the protocol of a token store's held-out loss, as training reports it."""
   return Protocol(
     f'store/{folder}',
     'store',
@@ -198,7 +199,7 @@ def store_protocol(folder: str) -> Protocol:
 
 
 def parse(tasks: str) -> list[tuple[Protocol, bool]]:
-  """The protocols that some tasks name, each once, and whether each was named itself.
+  """Returns the protocols that some tasks name, each once, and whether each was named itself.
 
   Args:
     tasks: names, with commas between: of a protocol, of a benchmark (all of its protocols), `paper`,
@@ -209,18 +210,18 @@ def parse(tasks: str) -> list[tuple[Protocol, bool]]:
   """
   found: dict[str, tuple[Protocol, bool]] = {}
   for name in filter(None, (task.strip() for task in tasks.split(','))):
-    of_benchmark = [p for p in ALL if p.benchmark == name]
+    of_benchmark = [p for p in PROTOCOLS.values() if p.benchmark == name]
     if name.startswith('store:'):
       named, own = [store_protocol(name.removeprefix('store:'))], True
     elif name == 'paper':
-      named, own = [BY_NAME[each] for each in PAPER], False
-    elif name in BY_NAME or of_benchmark:
-      named, own = of_benchmark or [BY_NAME[name]], True
+      named, own = [PROTOCOLS[each] for each in PAPER], False
+    elif name in PROTOCOLS or of_benchmark:
+      named, own = of_benchmark or [PROTOCOLS[name]], True
     else:
-      benchmarks = ', '.join(dict.fromkeys(p.benchmark for p in ALL))
+      benchmarks = ', '.join(dict.fromkeys(p.benchmark for p in PROTOCOLS.values()))
       raise UserError(
         f'--tasks: {brief(name)} is none of paper, store:FOLDER, a benchmark '
-        f'({benchmarks}) or a protocol ({", ".join(BY_NAME)}).'
+        f'({benchmarks}) or a protocol ({", ".join(PROTOCOLS)}).'
       )
     for protocol in named:
       found[protocol.name] = protocol, own or found.get(protocol.name, (protocol, False))[1]

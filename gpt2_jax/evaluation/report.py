@@ -20,7 +20,7 @@ VERSION = 1  # of the JSON
 
 
 def about(model: GPT2, checkpoint: str, fingerprint: str) -> dict[str, Any]:
-  """Which model, on what."""
+  """Returns the facts about a model and the hardware that it is on."""
   params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   n = num_params(dataclasses.replace(model.config, form='train', lora=None))
   dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
@@ -47,7 +47,7 @@ def about(model: GPT2, checkpoint: str, fingerprint: str) -> dict[str, Any]:
 
 
 def entry(protocol: Protocol, scorer: Scorer, data: dict[str, Any], values: Values) -> dict[str, Any]:
-  """A protocol's result. `data` says of what: its split, sha256 and source."""
+  """Returns a protocol's result; `data` has the split, sha256 and source of its benchmark."""
   said = dataclasses.asdict(protocol)
   stride = protocol.stride and min(protocol.stride, scorer.window)
   window = data['rows']['tokens'] if protocol.kind == 'store' else scorer.window
@@ -62,7 +62,7 @@ def entry(protocol: Protocol, scorer: Scorer, data: dict[str, Any], values: Valu
 
 
 def heading(said: dict[str, Any]) -> str:
-  """The lines above the table."""
+  """Returns the lines above the table."""
   size = said['size'] or 'of no released size: what was published is shown for orientation'
   return (
     f'{said["checkpoint"]}: {said["parameters"]:,} parameters ({size}), {said["dtype"]}, '
@@ -71,7 +71,7 @@ def heading(said: dict[str, Any]) -> str:
 
 
 def rows(result: dict[str, Any], size: str | None) -> str:
-  """A protocol's lines of the table: our figures, and those of others below each."""
+  """Returns a protocol's lines of the table: our figures, and those of others below each."""
   protocol, data = result['protocol'], result['data']
   lines = [
     f'{protocol["name"]} version {protocol["version"]}: {data["split"]} of {data["source"]}, '
@@ -81,7 +81,7 @@ def rows(result: dict[str, Any], size: str | None) -> str:
     lines[0] += f', window {protocol["window"]}, stride {protocol["stride"]}'
   if 'rows' in data:
     rows = data['rows']
-    alone = ', each document alone' * rows['document_mask']
+    alone = ', each document alone' if rows['document_mask'] else ''
     lines[0] += f', rows of {rows["tokens"]:,} tokens{alone}'
   if data['limit']:
     lines[0] += f', the first {data["limit"]} examples only'
@@ -98,7 +98,7 @@ def number(value: float) -> str:
 
 
 def _beside(row: dict[str, Any], size: str | None) -> str:
-  """A published row: the figure of this size, or of all where ours is of none."""
+  """Returns a published row: the figure of this size, or all figures where ours has no such size."""
   values = (
     row['values']
     if size is None

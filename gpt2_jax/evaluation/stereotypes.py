@@ -27,7 +27,7 @@ SUBJECT, OTHER = ('he', 'she'), ('him', 'his', 'her', 'hers')
 
 
 def crows_pairs(model: GPT2, examples: Sequence[dict], protocol: str) -> dict[str, Value]:
-  """The share of pairs whose more stereotypical sentence the model prefers; 0.5 is no preference.
+  """Returns the share of pairs whose more stereotypical sentence is preferred; 0.5: no preference.
 
   Args:
     model: with its tokenizer.
@@ -78,7 +78,7 @@ class WinoBias:
 
 
 def winobias(model: GPT2, examples: Sequence[dict]) -> dict[str, WinoBias]:
-  """Accuracy of the choice of a referent, for sentences of type '1', '2' and for 'all'.
+  """Returns the accuracy of choosing a referent, for sentences of type '1', '2' and for 'all'.
 
   The other person of a sentence is the one who is the referent of some other sentence of the files;
   a sentence in which that is not exactly one is left out. So is one whose counterpart is not there.
@@ -121,7 +121,7 @@ def winobias(model: GPT2, examples: Sequence[dict]) -> dict[str, WinoBias]:
 
 
 def other_person(example: dict, people: set[str]) -> str | None:
-  """The one other person of a sentence, if there is exactly one."""
+  """Returns the one other person of a sentence, if there is exactly one."""
   words = ' '.join(re.findall(r'\w+', example['sentence'].lower()))
   there = {name for name in people if f' the {name} ' in f' {words} '}
   others = there - {_person(example['referent'])}
@@ -133,14 +133,9 @@ def _person(referent: str) -> str:
 
 
 def _genderless(sentence: str) -> str:
-  """A sentence whose pronouns are the same for both genders."""
-  return re.sub(
-    r'\w+',
-    lambda m: (
-      'they' if m[0].lower() in SUBJECT else 'them' if m[0].lower() in OTHER else m[0].lower()
-    ),
-    sentence,
-  )
+  """Returns a sentence in lower case whose pronouns are the same for both genders."""
+  same = dict.fromkeys(SUBJECT, 'they') | dict.fromkeys(OTHER, 'them')
+  return re.sub(r'\w+', lambda m: same.get(m[0].lower(), m[0].lower()), sentence)
 
 
 def _first_is_likelier(first, second) -> float:

@@ -1,4 +1,4 @@
-"""Protocols of examples: the ends of texts, and choices between options."""
+"""Scores benchmarks of examples: the last words of texts, and choices between options."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 from gpt2_jax.data.benchmarks import Benchmark
 from gpt2_jax.decoding.generate import generate
 from gpt2_jax.errors import UserError
-from gpt2_jax.evaluation import corpora, detokenizers, stop_words
+from gpt2_jax.evaluation import corpora, detokenizers
 from gpt2_jax.evaluation.protocols import Protocol
 from gpt2_jax.evaluation.scorer import Scorer, Value, Values, mean, perplexity, total
 from gpt2_jax.evaluation.scoring import Request, Scored
@@ -25,7 +25,7 @@ def _lambada(protocol: Protocol, benchmark: Benchmark) -> list[str]:
 
 
 def _ends(scorer: Scorer, protocol: Protocol, requests: list[Request]) -> Values:
-  """How likely the ends of texts are, and how often every token of one is the likeliest."""
+  """Scores the ends of texts: their perplexity, and how often every token of one is the likeliest."""
   scored = scorer.score(requests, protocol.name)
   return {
     'ppl': perplexity([total([s]) for s in scored]),
@@ -34,22 +34,36 @@ def _ends(scorer: Scorer, protocol: Protocol, requests: list[Request]) -> Values
 
 
 def last_token(scorer: Scorer, protocol: Protocol, benchmark: Benchmark) -> Values:
-  """The last token of each text, which may be a part of its last word."""
+  """Scores the last token of each text, which may be a part of its last word."""
   rows = [scorer.encode(text) for text in _lambada(protocol, benchmark)]
   return _ends(scorer, protocol, [Request(ids[:-1], ids[-1:]) for ids in rows])
 
 
 def last_word(scorer: Scorer, protocol: Protocol, benchmark: Benchmark) -> Values:
-  """All tokens of the last word; a word is what stands behind the last blank."""
+  """Scores all tokens of the last word, which is the text after the last blank."""
   cut = [text.rpartition(' ') for text in _lambada(protocol, benchmark)]
   return _ends(scorer, protocol, [scorer.pair(context, ' ' + word) for context, _, word in cut])
 
 
 WORD = re.compile(r'\w+|[^\w\s]')
+# Words too common to end a text of LAMBADA: NLTK's English list, without its contractions, as in
+# cybertronai/bflm eval_lambada_slow.py. NLTK has it from the snowball stop words of PostgreSQL
+# (src/backend/snowball/stopwords/english.stop), under the PostgreSQL Licence.
+STOP_WORDS = frozenset(
+  """
+a about above after again against all am an and any are as at be because been before being below
+between both but by can did do does doing don down during each few for from further had has have
+having he her here hers herself him himself his how i if in into is it its itself just me more most
+my myself no nor not now of off on once only or other our ours ourselves out over own s same she
+should so some such t than that the their theirs them themselves then there these they this those
+through to too under until up very was we were what when where which while who whom why will with
+you your yours yourself yourselves
+""".split()
+)
 
 
 def written_word(scorer: Scorer, protocol: Protocol, benchmark: Benchmark) -> Values:
-  """The first word of what the model writes, token by token the likeliest that is no stop word.
+  """Compares the last word with the first one that the model writes: greedily, without stop words.
 
   A word is letters and digits, or one other sign; case does not matter.
   """
@@ -62,7 +76,7 @@ def written_word(scorer: Scorer, protocol: Protocol, benchmark: Benchmark) -> Va
   banned = [
     i
     for i in range(min(tokenizer.vocab_size, config.vocab_size))
-    if tokenizer.decode([i]).strip() in stop_words.ENGLISH
+    if tokenizer.decode([i]).strip() in STOP_WORDS
   ]
   texts = _lambada(protocol, benchmark)
   last = [WORD.findall(text)[-1] for text in texts]
@@ -86,8 +100,10 @@ def written_word(scorer: Scorer, protocol: Protocol, benchmark: Benchmark) -> Va
   return {'acc': mean([int(a.lower() == b.lower()) for a, b in zip(first_words, last)])}
 
 
-def _best(scorer: Scorer, protocol: Protocol, options: list[list[Request]]) -> list[list[Scored]]:
-  """The scores of each example's options."""
+def _score_options(
+  scorer: Scorer, protocol: Protocol, options: list[list[Request]]
+) -> list[list[Scored]]:
+  """Returns the scores of each example's options."""
   flat = iter(scorer.score([r for requests in options for r in requests], protocol.name))
   return [[next(flat) for _ in requests] for requests in options]
 
@@ -96,10 +112,10 @@ def _right(scores: Sequence[Sequence[float]], labels: Sequence[int]) -> Value:
   return mean([int(np.argmax(row)) == label for row, label in zip(scores, labels)])
 
 
-def choices(scorer: Scorer, protocol: Protocol, benchmark: Benchmark) -> Values:
-  """The likeliest ending, and the likeliest for its length."""
+def multiple_choice(scorer: Scorer, protocol: Protocol, benchmark: Benchmark) -> Values:
+  """Chooses the likeliest ending, and the likeliest one for its length."""
   examples = benchmark.examples
-  scored = _best(
+  scored = _score_options(
     scorer,
     protocol,
     [[scorer.pair(e['query'], ' ' + ending) for ending in e['endings']] for e in examples],
@@ -118,14 +134,14 @@ def choices(scorer: Scorer, protocol: Protocol, benchmark: Benchmark) -> Values:
 
 
 def _label(answer, options: Sequence[str]) -> int:
-  """The number of the right option, by number or text; '1' and '2' count from one."""
+  """Returns the index of the right option, a number or a text; '1' and '2' count from one."""
   if isinstance(answer, str):
     return options.index(answer) if answer in options else int(answer) - 1
   return int(answer)
 
 
-def partial(scorer: Scorer, protocol: Protocol, benchmark: Benchmark) -> Values:
-  """Which option in the place of the blank makes what follows likelier (partial evaluation)."""
+def partial_evaluation(scorer: Scorer, protocol: Protocol, benchmark: Benchmark) -> Values:
+  """Chooses the option that, in the place of the blank, makes the rest of the sentence likeliest."""
   requests, labels = [], []
   for e in benchmark.examples:
     text = e['sentence'] if 'sentence' in e else e['text']
@@ -134,7 +150,7 @@ def partial(scorer: Scorer, protocol: Protocol, benchmark: Benchmark) -> Values:
     labels.append(_label(e['answer'], options))
     placed = [_fitted(before, blank.strip('[]'), option) for option in options]
     requests.append([scorer.pair(before + option, ' ' + after.strip()) for option in placed])
-  scored = _best(scorer, protocol, requests)
+  scored = _score_options(scorer, protocol, requests)
   return {'acc': _right([[-total([s]) for s in row] for row in scored], labels)}
 
 
@@ -142,7 +158,7 @@ ARTICLES = frozenset('A An The She He It They My His Her Their'.split())
 
 
 def _fitted(before: str, pronoun: str, option: str) -> str:
-  """An option as it stands in the place of a pronoun: its case, and 's (lm-eval's wsc273)."""
+  """Returns an option as written in the place of a pronoun: its case, and 's (lm-eval's wsc273)."""
   if pronoun.lower() in ('my', 'his', 'her', 'our', 'their'):
     option += "'s"
   first, _, rest = option.partition(' ')
@@ -151,7 +167,7 @@ def _fitted(before: str, pronoun: str, option: str) -> str:
 
 
 def cloze(scorer: Scorer, protocol: Protocol, benchmark: Benchmark) -> Values:
-  """The option that with the rest of its sentence is the likeliest: p(option) · p(rest | option)."""
+  """Chooses the option that is the likeliest with its sentence: p(option) · p(rest | option)."""
   write = detokenizers.CBT.detokenize
   requests, labels = [], []
   for e in benchmark.examples:
@@ -162,33 +178,31 @@ def cloze(scorer: Scorer, protocol: Protocol, benchmark: Benchmark) -> Values:
     cuts = [_common(head, text) for text in whole]  # an option may stand behind a quotation mark
     requests.append([_begun(scorer, text[:n], text[n:]) for text, n in zip(whole, cuts)])
     labels.append(e['options'].index(e['answer']))
-  scored = _best(scorer, protocol, requests)
+  scored = _score_options(scorer, protocol, requests)
   return {'acc': _right([[-total([s]) for s in row] for row in scored], labels)}
 
 
 def _common(a: str, b: str) -> int:
-  """How many characters two texts begin with alike."""
+  """Counts the characters that both texts begin with."""
   return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def _begun(scorer: Scorer, context: str, continuation: str) -> Request:
-  """As `pair`, in a document that begins with the context."""
+  """Returns a request as `pair` makes it, in a document that begins with the context."""
   request = scorer.pair(context, continuation)
   return Request(np.concatenate([[scorer.eot], request.context]), request.target)
 
 
+# Protocol.kind -> the function that scores it.
 KINDS: dict[str, Callable[[Scorer, Protocol, Any], Values]] = {
-  kind.__name__: kind
-  for kind in (
-    corpora.corpus,
-    corpora.hf,
-    corpora.pages,
-    corpora.store,
-    last_token,
-    last_word,
-    written_word,
-    choices,
-    partial,
-    cloze,
-  )
+  'corpus': corpora.sliding_windows,
+  'hf': corpora.hf_perplexity_page,
+  'pages': corpora.wikitext_pages,
+  'store': corpora.held_out_loss,
+  'last_token': last_token,
+  'last_word': last_word,
+  'written_word': written_word,
+  'choices': multiple_choice,
+  'partial': partial_evaluation,
+  'cloze': cloze,
 }

@@ -16,7 +16,7 @@ def _table(rows: list[tuple]) -> str:
 
 
 def model_card(source: Source) -> str:
-  """Markdown with the hub's YAML header. Of a run: data, tokens, losses, commit and command."""
+  """Returns Markdown with the hub's YAML header. Of a run: data, tokens, losses, commit, command."""
   c, record = source.config, source.record
   task = {
     'lm': 'text-generation',
@@ -66,7 +66,7 @@ def model_card(source: Source) -> str:
 
 
 def _training(record) -> list[str]:
-  """Sections on the run: see `workdir.record` for the keys."""
+  """Returns sections on the run: see `workdir.record` for the keys."""
   data, env = record['data'], record['env']
   losses = [('step', 'tokens', 'training loss', 'held-out loss')] + [
     (

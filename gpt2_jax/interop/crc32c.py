@@ -8,13 +8,13 @@ LANES = 2**14  # 32-bit words that are checksummed side by side
 
 
 def masked_crc32c(data: np.ndarray) -> int:
-  """The checksum that TensorFlow stores: rotated, as a CRC of data that holds CRCs is weak."""
+  """Returns the checksum that TensorFlow stores: rotated, since a CRC of CRCs is weak."""
   crc = crc32c(data)
   return ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32
 
 
 def crc32c(data: np.ndarray) -> int:
-  """CRC-32C (RFC 3720, appendix B.4) of an array of uint8, at about 1 GB/s.
+  """Computes the CRC-32C (RFC 3720, appendix B.4) of an array of uint8, at about 1 GB/s.
 
   A CRC is linear over GF(2): those of many interleaved strands are computed side by side and joined
   at the end.
@@ -39,7 +39,7 @@ def crc32c(data: np.ndarray) -> int:
 
 
 def _apply(matrix: list[int], crc: int) -> int:
-  """A matrix over GF(2), as 32 columns, times a vector."""
+  """Multiplies a matrix over GF(2), as 32 columns, by a vector."""
   result = 0
   for bit, column in enumerate(matrix):
     result ^= column * (crc >> bit & 1)
@@ -48,7 +48,7 @@ def _apply(matrix: list[int], crc: int) -> int:
 
 @functools.cache
 def _matrix(size: int) -> list[int]:
-  """What `size` bytes of zeros, a power of two, do to a CRC."""
+  """Returns the effect of `size` bytes of zeros, a power of two, on a CRC, as a matrix."""
   if size > 1:
     half = _matrix(size // 2)
     return [_apply(half, column) for column in half]
@@ -60,7 +60,7 @@ def _matrix(size: int) -> list[int]:
 
 @functools.cache
 def _tables(size: int) -> tuple[np.ndarray, np.ndarray]:
-  """The products of `_matrix` with all vectors that have a low half, or a high one, alone."""
+  """Returns the products of `_matrix` with all vectors that have a low half, or a high one, alone."""
   low, high = np.zeros(1, np.uint32), np.zeros(1, np.uint32)
   for bit, column in enumerate(_matrix(size)):
     if bit < 16:

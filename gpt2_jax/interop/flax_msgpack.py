@@ -1,13 +1,14 @@
 """`flax_model.msgpack` of transformers' Flax models, which its version 5 removed, both ways.
 
 The bytes are those of `flax.serialization.to_bytes`: nested maps whose leaves are arrays. An array is
-extension 1 with (shape, dtype, bytes), or, above 1 GiB, a map of flat pieces. We walk over the heads
-of the values and skip the arrays, which msgpack's own readers would load.
+extension 1 with (shape, dtype, bytes), or, above 1 GiB, a map of flat pieces. Flax itself would hold
+a second model in memory; here the package msgpack finds the leaves, which are handled one by one.
 
 FlaxConv1D has its kernel as [out, in]; the Dense of an untied head as [in, out].
 """
 
-import dataclasses
+import contextlib
+import functools
 import json
 import math
 from collections.abc import Iterator
@@ -16,10 +17,12 @@ from typing import Any, BinaryIO
 
 import msgpack
 import numpy as np
+from flax.serialization import msgpack_serialize
 
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import check_place, read_json, unreadable
 from gpt2_jax.interop import huggingface
+from gpt2_jax.interop.huggingface_config import config_to_dict
 from gpt2_jax.interop.opening import PLAIN, Opening
 from gpt2_jax.interop.tensors import DTYPES, Source, Tensor, shapes
 
@@ -27,7 +30,7 @@ FILE = 'flax_model.msgpack'
 CHUNK = 2**30  # bytes of an array that is written in one piece
 CHUNKED = '__msgpack_chunked_array__'
 NDARRAY = 1  # the extension's code
-MAX_KEY = 1000  # bytes
+LARGEST = 2**31 - 1  # bytes of a value that is read
 
 # What transformers' `FlaxGPT2LMHeadModel` computed, as of its last version.
 ACTIVATIONS = ('gelu', 'gelu_new', 'gelu_pytorch_tanh', 'quick_gelu', 'relu', 'silu', 'swish', 'tanh')
@@ -38,44 +41,6 @@ SAME = {
   'reorder_and_upcast_attn': False,
 }
 
-# First byte -> (kind, bytes of the size or value behind it); github.com/msgpack/msgpack, spec.md.
-HEADS = {
-  0xC4: ('bin', 1),
-  0xC5: ('bin', 2),
-  0xC6: ('bin', 4),
-  0xC7: ('ext', 1),
-  0xC8: ('ext', 2),
-  0xC9: ('ext', 4),
-  0xCC: ('int', 1),
-  0xCD: ('int', 2),
-  0xCE: ('int', 4),
-  0xCF: ('int', 8),
-  0xD9: ('str', 1),
-  0xDA: ('str', 2),
-  0xDB: ('str', 4),
-  0xDC: ('array', 2),
-  0xDD: ('array', 4),
-  0xDE: ('map', 2),
-  0xDF: ('map', 4),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Array:
-  """An array in a file."""
-
-  path: Path
-  shape: tuple[int, ...]
-  dtype: str
-  pieces: tuple[tuple[int, int], ...]  # (first byte, number of bytes)
-
-  def read(self) -> np.ndarray:
-    try:
-      data = [np.fromfile(self.path, np.uint8, size, offset=start) for start, size in self.pieces]
-      return np.concatenate(data).view(self.dtype).reshape(self.shape)
-    except (OSError, ValueError) as e:
-      raise unreadable(self.path, e) from e
-
 
 def recognises(path: Path) -> bool:
   """Whether this is such a file, or a folder with one."""
@@ -83,7 +48,7 @@ def recognises(path: Path) -> bool:
 
 
 def open_source(path: Path, opening: Opening = PLAIN) -> Source:
-  """A folder with `flax_model.msgpack` and `config.json`, or the file in such a folder.
+  """Opens a folder with `flax_model.msgpack` and `config.json`, or the file in such a folder.
 
   Raises:
     UserError: names the file, and what about it can't be read or honoured.
@@ -93,130 +58,84 @@ def open_source(path: Path, opening: Opening = PLAIN) -> Source:
     check_place(folder / name)
   keys = read_json(folder / 'config.json')
   tensors = {}
-  for place, array in _arrays(folder / FILE).items():
-    name, _, kind = '.'.join(place).rpartition('.')
-    name += '.bias' if kind == 'bias' else '.weight'
-    shape, read = array.shape, array.read
-    if kind == 'kernel':
-      shape, read = shape[::-1], lambda read=read: read().T
-    tensors[name] = Tensor(shape, array.dtype, read)
+  with _errors_of(folder / FILE), open(folder / FILE, 'rb') as file:
+    unpacker = msgpack.Unpacker(file, read_size=2**20, max_buffer_size=LARGEST, ext_hook=_array)
+    for place, start, array in _leaves(unpacker):
+      name, _, kind = '.'.join(place).rpartition('.')
+      name += '.bias' if kind == 'bias' else '.weight'
+      extent = start, unpacker.tell() - start
+      read = functools.partial(_read, folder / FILE, extent, transposed=kind == 'kernel')
+      shape = array.shape[::-1] if kind == 'kernel' else array.shape
+      tensors[name] = Tensor(shape, str(array.dtype), read)
+    if unpacker.tell() < file.seek(0, 2):
+      raise ValueError('it goes on behind its end')
   return huggingface.assemble(folder, keys, tensors, opening)
 
 
-def _arrays(path: Path) -> dict[tuple[str, ...], _Array]:
-  """Place -> array of all leaves of a file."""
+def _leaves(unpacker: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple, int, np.ndarray]]:
+  """Yields the place, the first byte and the array of each leaf of the value that comes next."""
+  start = unpacker.tell()
   try:
-    with open(path, 'rb') as file:
-      leaves = dict(_walk(file, path))
-      if file.read(1):
-        raise ValueError('it goes on behind its end')
-    for place in [place[:-1] for place in leaves if place and place[-1] == CHUNKED]:
-      leaves[place] = _joined(place, leaves)
-  except (OSError, ValueError, RecursionError) as e:
-    raise unreadable(path, e) from e
-  if other := [place for place, leaf in leaves.items() if not isinstance(leaf, _Array)]:
-    raise unreadable(path, f'{"/".join(other[0])} is no array')
-  return leaves
+    size = unpacker.read_map_header()
+  except ValueError:  # no map
+    yield place, start, _leaf(unpacker.unpack(), place)
+    return
+  for i in range(size):
+    key = unpacker.unpack()
+    if not isinstance(key, str):
+      raise ValueError('it holds a map whose keys are no names')
+    if (i, key) == (0, CHUNKED):
+      values = [unpacker.unpack() for _ in range(2 * size - 1)]
+      yield place, start, _leaf({key: values[0]} | dict(zip(values[1::2], values[2::2])), place)
+      return
+    yield from _leaves(unpacker, (*place, key))
 
 
-def _joined(place: tuple[str, ...], leaves: dict[tuple[str, ...], Any]) -> _Array:
-  """An array that stands in a file in flat pieces; takes them from `leaves`."""
-
-  def series(key: str) -> list[Any]:
-    found = []
-    while (item := (*place, key, str(len(found)))) in leaves:
-      found.append(leaves.pop(item))
-    return found
-
-  del leaves[*place, CHUNKED]
-  shape, pieces = series('shape'), series('chunks')
-  if not (
-    pieces
-    and all(isinstance(piece, _Array) for piece in pieces)
-    and all(type(n) is int for n in shape)
-    and len({piece.dtype for piece in pieces}) == 1
-    and math.prod(shape) == sum(math.prod(piece.shape) for piece in pieces)
-  ):
-    raise ValueError(f'{"/".join(place)} is not the sum of its pieces')
-  extents = tuple(extent for piece in pieces for extent in piece.pieces)
-  return _Array(pieces[0].path, tuple(shape), pieces[0].dtype, extents)
+def _leaf(value: Any, place: tuple[str, ...] = ()) -> np.ndarray:
+  """Returns an array as it is unpacked, or the sum of its pieces."""
+  if isinstance(value, dict):
+    try:
+      flat = np.concatenate(list(value['chunks'].values()))
+      value = flat.reshape(list(value['shape'].values()))
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+      raise ValueError(f'{"/".join(place)} is not the sum of its pieces') from e
+  if not isinstance(value, np.ndarray):
+    raise ValueError(f'{"/".join(place) or "it"} is no array')
+  return value
 
 
-def _walk(file: BinaryIO, path: Path, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple, Any]]:
-  """(place, value) of each leaf of the value that the file stands at."""
-  kind, n = _head(file)
-  if kind == 'map':
-    for _ in range(n):
-      yield from _walk(file, path, (*place, _text(file)))
-  elif kind == 'ext':
-    yield place, _array(file, path, n)
-  elif kind in ('int', 'bool'):
-    yield place, n
-  else:
-    raise ValueError(f'{"/".join(place) or "it"} is a {kind}, no map of arrays')
-
-
-def _array(file: BinaryIO, path: Path, size: int) -> _Array:
-  """An array whose bytes are skipped."""
-  if _exactly(file, 1)[0] != NDARRAY:
+def _array(code: int, data: bytes) -> np.ndarray:
+  """Returns an array from the bytes of an extension."""
+  if code != NDARRAY:
     raise ValueError('it holds an extension of another kind than arrays')
-  end = file.tell() + size
-  (outer, n), (inner, rank) = _head(file), _head(file)
-  if (outer, n, inner) != ('array', 3, 'array') or rank > 8:
-    raise ValueError('it holds an array without a shape')
-  shape, dtype, (kind, nbytes) = [_head(file) for _ in range(rank)], _text(file), _head(file)
+  shape, dtype, content = msgpack.unpackb(data)
   if dtype not in (*DTYPES, 'float64'):
     raise ValueError(f'it holds an array of dtype {dtype}, but {", ".join(DTYPES)} can be read')
-  wanted = math.prod(n for _, n in shape) * np.dtype(dtype).itemsize
-  if {kind for kind, _ in shape} - {'int'} or (kind, nbytes, file.tell() + nbytes) != (
-    'bin',
-    wanted,
-    end,
-  ):
+  array = np.frombuffer(content, dtype)
+  if not all(type(n) is int and n >= 0 for n in shape) or array.size != math.prod(shape):
     raise ValueError('it holds an array whose size its shape contradicts')
-  start = file.tell()
-  if file.seek(0, 2) < end:
-    raise ValueError('it ends within an array')
-  file.seek(end)
-  return _Array(path, tuple(n for _, n in shape), dtype, ((start, nbytes),))
+  return array.reshape(shape)
 
 
-def _head(file: BinaryIO) -> tuple[str, int]:
-  """The kind of the next value and its size; its value where it is an int or bool.
-
-  An 'ext' has its code behind that.
-  """
-  byte = _exactly(file, 1)[0]
-  for limit, kind, mask in (
-    (0x80, 'int', 0x7F),
-    (0x90, 'map', 0xF),
-    (0xA0, 'array', 0xF),
-    (0xC0, 'str', 0x1F),
-  ):
-    if byte < limit:
-      return kind, byte & mask
-  if byte in (0xC2, 0xC3):
-    return 'bool', byte - 0xC2
-  if 0xD4 <= byte <= 0xD8:
-    return 'ext', 2 ** (byte - 0xD4)
-  if byte not in HEADS:
-    raise ValueError(f'it holds a value of type {byte:#x}, no array')
-  kind, width = HEADS[byte]
-  return kind, int.from_bytes(_exactly(file, width), 'big')
+def _read(path: Path, extent: tuple[int, int], *, transposed: bool) -> np.ndarray:
+  """Reads a leaf again: (first byte, number of bytes) of a file."""
+  with _errors_of(path), open(path, 'rb') as file:
+    file.seek(extent[0])
+    array = _leaf(msgpack.unpackb(file.read(extent[1]), ext_hook=_array))
+  return array.T if transposed else array
 
 
-def _text(file: BinaryIO) -> str:
-  kind, n = _head(file)
-  if kind != 'str' or n > MAX_KEY:
-    raise ValueError('it holds a map whose keys are no names')
-  return _exactly(file, n).decode()
-
-
-def _exactly(file: BinaryIO, n: int) -> bytes:
-  data = file.read(n)
-  if len(data) < n:
-    raise ValueError('it ends too early')
-  return data
+@contextlib.contextmanager
+def _errors_of(path: Path) -> Iterator[None]:
+  """Turns whatever a broken file makes the reader raise into one error that names the file."""
+  try:
+    yield
+  except UserError:
+    raise
+  except msgpack.OutOfData as e:
+    raise unreadable(path, 'it ends too early') from e
+  except (OSError, ValueError, TypeError, RecursionError, msgpack.UnpackException) as e:
+    raise unreadable(path, e) from e
 
 
 def write(source: Source, target: Path) -> None:
@@ -255,16 +174,12 @@ def write(source: Source, target: Path) -> None:
     node[last] = name
   target.mkdir()
   (target / 'config.json').write_text(
-    json.dumps(huggingface.config_to_dict(source), indent=2) + '\n', encoding='utf-8'
+    json.dumps(config_to_dict(source), indent=2) + '\n', encoding='utf-8'
   )
   if source.tokenizer is not None:
     source.tokenizer.save(target)
   with open(target / FILE, 'wb') as file:
     _write_map(file, tree, source)
-
-
-def _packed(value: Any) -> bytes:
-  return msgpack.packb(value) or b''
 
 
 def _map_head(n: int) -> bytes:
@@ -274,7 +189,7 @@ def _map_head(n: int) -> bytes:
 def _write_map(file: BinaryIO, tree: dict[str, Any], source: Source) -> None:
   file.write(_map_head(len(tree)))
   for key, value in tree.items():
-    file.write(_packed(key))
+    file.write(msgpack_serialize(key))
     if isinstance(value, dict):
       _write_map(file, value, source)
       continue
@@ -289,26 +204,22 @@ def _write_leaf(file: BinaryIO, array: np.ndarray) -> None:
   count = CHUNK // array.dtype.itemsize
   pieces = range(0, array.size, count)
   shape = {str(i): n for i, n in enumerate(array.shape)}
-  file.write(_map_head(3) + b''.join(map(_packed, (CHUNKED, True, 'shape', shape, 'chunks'))))
+  file.write(
+    _map_head(3) + b''.join(map(msgpack_serialize, (CHUNKED, True, 'shape', shape, 'chunks')))
+  )
   file.write(_map_head(len(pieces)))
   for i, start in enumerate(pieces):
-    file.write(_packed(str(i)))
+    file.write(msgpack_serialize(str(i)))
     _write_array(file, array.reshape(-1)[start : start + count])
 
 
 def _write_array(file: BinaryIO, array: np.ndarray) -> None:
-  def sized(n: int, codes: tuple[int, int, int]) -> bytes:
-    width, code = next((w, c) for w, c in zip((1, 2, 4), codes) if n < 256**w)
-    return bytes([code]) + n.to_bytes(width, 'big')
-
-  head = (
-    b'\x93'
-    + _packed(array.shape)
-    + _packed(array.dtype.name)  # an array of three
-    + sized(array.nbytes, (0xC4, 0xC5, 0xC6))
-  )
+  """Writes what flax writes; of a large array without its two copies of it."""
+  if array.nbytes < 2**16:
+    file.write(msgpack_serialize(array))
+    return
+  head = b'\x93' + msgpack_serialize(list(array.shape)) + msgpack_serialize(array.dtype.name)
+  head += b'\xc6' + array.nbytes.to_bytes(4, 'big')  # an array of three, the last in binary
   size = len(head) + array.nbytes
-  fixed = {2**i: bytes([0xD4 + i]) for i in range(5)}
-  file.write(fixed.get(size) or sized(size, (0xC7, 0xC8, 0xC9)))
-  file.write(bytes([NDARRAY]) + head)
+  file.write(b'\xc9' + size.to_bytes(4, 'big') + bytes([NDARRAY]) + head)
   file.write(array.reshape(-1).view(np.uint8).data)

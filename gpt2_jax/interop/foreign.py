@@ -42,7 +42,7 @@ def is_off(value: Any) -> bool:
 
 
 def plain_names(names: Iterable[str], where: str | os.PathLike) -> dict[str, str]:
-  """A file's name of each tensor -> Hugging Face's, without prefixes; those of masks are left out.
+  """Returns {a file's name of a tensor: Hugging Face's, without prefixes}, masks left out.
 
   The prefix is what stands before `wte.weight`, whatever it is; heads may have it without its last
   `transformer.`. What does not have it is no part of the model and keeps its name, in brackets.
@@ -85,8 +85,9 @@ def plain_names(names: Iterable[str], where: str | os.PathLike) -> dict[str, str
 
 
 def head_of(tensors: Mapping[str, Tensor]) -> tuple[str, int] | None:
-  """The classification head among a file's tensors and its number of labels; None: there is none
-  that Hugging Face's GPT-2 has.
+  """Returns the classification head among a file's tensors and its number of labels.
+
+  None where there is none that Hugging Face's GPT-2 has.
   """
   for head, names in HEADS.items():
     module = names[0].partition('.')[0] + '.'
@@ -100,7 +101,7 @@ def head_of(tensors: Mapping[str, Tensor]) -> tuple[str, int] | None:
 def without_extra(
   config: GPTConfig, tensors: dict[str, Tensor], where: str | os.PathLike, opening: Opening
 ) -> dict[str, Tensor]:
-  """Tensors without those that no GPT-2 of this config has; which they are is said.
+  """Returns the tensors that a GPT-2 of this config has; says which others are left out.
 
   Args:
     config: of the model.
@@ -133,21 +134,22 @@ def without_extra(
 
 
 def _grouped(names: Iterable[str], most: int = 100) -> str:
-  """Names in a line; of those that differ in a number alone, such as a layer's, the first and how
-  many more there are.
+  """Returns names in a line.
+
+  Of names that differ in a number alone, such as a layer's, it has the first and counts the others.
   """
   groups: dict[str, list[str]] = {}
   for name in names:
     groups.setdefault(re.sub(r'\.\d+\.', '.#.', name), []).append(name.strip('[]'))
   said = [
-    group[0][:200] + f' (and {len(group) - 1} more like it)' * (len(group) > 1)
+    group[0][:200] + (f' (and {len(group) - 1} more like it)' if len(group) > 1 else '')
     for group in groups.values()
   ]
-  return ', '.join(said[:most]) + f', … and {len(said) - most} more' * (len(said) > most)
+  return ', '.join(said[:most]) + (f', … and {len(said) - most} more' if len(said) > most else '')
 
 
 def narrowed(tensors: Mapping[str, Tensor], where: str | os.PathLike) -> dict[str, Tensor]:
-  """The same with tensors of float64 read as float32; it is said where that rounds them."""
+  """Returns the same with tensors of float64 read as float32; says where that rounds them."""
   return {
     name: Tensor(tensor.shape, 'float32', _rounding(tensor.read, where))
     if tensor.dtype == 'float64'

@@ -101,7 +101,7 @@ def _add_model(writer, source: Source, name: str, file_type, gguf) -> None:
 
 
 def _add_tokenizer(writer, source: Source, gguf) -> None:
-  """The vocabulary, filled up to the model's V rows."""
+  """Adds the vocabulary, filled up to the model's V rows."""
   tokenizer, V = source.tokenizer, source.config.vocab_size
   if tokenizer is None:
     raise UserError(

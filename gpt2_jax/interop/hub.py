@@ -29,7 +29,7 @@ def is_name(source: str) -> bool:
 
 
 def fetch(source: str) -> Path:
-  """The folder of a model, `NAME` or `NAME@REVISION` (a branch, tag or commit), in the hub's cache.
+  """Returns the folder of a model, `NAME` or `NAME@REVISION` (a branch, tag or commit), once fetched.
 
   Fetches config.json, the first kind of weights that there is or adapters, and the tokenizer's files.
 
@@ -39,7 +39,7 @@ def fetch(source: str) -> Path:
   name, _, revision = source.partition('@')
 
   def get(file: str) -> Path | None:
-    """The file's path; None where the model has no such file."""
+    """Returns the file's path; None where the model has no such file."""
     try:
       return _checked(Path(huggingface_hub.hf_hub_download(name, file, revision=revision or None)))
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as e:
@@ -85,7 +85,7 @@ def fetch(source: str) -> Path:
 
 
 def _checked(path: Path) -> Path:
-  """A file of the cache, its content compared with the SHA-256 that a large file's blob is named by.
+  """Returns a file of the cache, compared with the SHA-256 that a large file's blob is named by.
 
   The hub's own library compares its size alone.
   """
@@ -102,9 +102,11 @@ def _checked(path: Path) -> Path:
 
 def _is_complete(name: str, revision: str) -> bool:
   """Whether the cache has config and weights, so that what else it lacks doesn't exist."""
-  cached = lambda file: isinstance(
-    huggingface_hub.try_to_load_from_cache(name, file, revision=revision or None), (str, os.PathLike)
-  )
+
+  def cached(file: str) -> bool:
+    found = huggingface_hub.try_to_load_from_cache(name, file, revision=revision or None)
+    return isinstance(found, (str, os.PathLike))
+
   return (cached('config.json') and any(map(cached, WEIGHTS))) or (
     cached(peft.CONFIG) and any(map(cached, (peft.FILE, peft.BIN)))
   )

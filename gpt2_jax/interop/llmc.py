@@ -24,23 +24,12 @@ MAGIC = 20240326
 HEADER = 1024  # bytes
 VERSIONS = {3: 'float32', 5: 'bfloat16'}
 PADDED_TO = 128
-ORDER = (
-  'wte.weight',
-  'wpe.weight',
-  'h.ln_1.weight',
-  'h.ln_1.bias',
-  'h.attn.c_attn.weight',
-  'h.attn.c_attn.bias',
-  'h.attn.c_proj.weight',
-  'h.attn.c_proj.bias',
-  'h.ln_2.weight',
-  'h.ln_2.bias',
-  'h.mlp.c_fc.weight',
-  'h.mlp.c_fc.bias',
-  'h.mlp.c_proj.weight',
-  'h.mlp.c_proj.bias',
-  'ln_f.weight',
-  'ln_f.bias',
+ORDER = tuple(
+  """
+  wte.weight wpe.weight h.ln_1.weight h.ln_1.bias h.attn.c_attn.weight h.attn.c_attn.bias
+  h.attn.c_proj.weight h.attn.c_proj.bias h.ln_2.weight h.ln_2.bias h.mlp.c_fc.weight
+  h.mlp.c_fc.bias h.mlp.c_proj.weight h.mlp.c_proj.bias ln_f.weight ln_f.bias
+  """.split()
 )
 
 
@@ -54,7 +43,7 @@ def recognises(path: Path) -> bool:
 
 
 def _names(n_layer: int) -> list[str]:
-  """Tensors in the file's order."""
+  """Returns the names of the tensors in the file's order."""
   return [
     name.replace('h.', f'h.{i}.', 1)
     for name in ORDER
@@ -63,7 +52,7 @@ def _names(n_layer: int) -> list[str]:
 
 
 def open_source(path: Path, _: Opening = PLAIN) -> Source:
-  """A model file of llm.c's Python or C code.
+  """Opens a model file of llm.c's Python or C code.
 
   Raises:
     UserError: names the file, and what about it is wrong.

@@ -13,7 +13,7 @@ FIELDS = ('parametrization', 'mup_base_width', 'mup_base_head_width')  # of GPTC
 
 
 def folded(source: Source) -> Source:
-  """The same function of tokens as a model of standard parametrization.
+  """Returns the same function of tokens as a model of standard parametrization.
 
   The last layer norm takes the factor of the logits, queries that of the scores: the features after
   the last layer norm are 1/m of what they were. Bitwise where the factors are powers of two.

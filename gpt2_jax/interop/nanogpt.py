@@ -21,7 +21,7 @@ from gpt2_jax import bounds, tokenizer
 from gpt2_jax.config import MODEL, RATE, TANH_GELU, GPTConfig
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import unreadable
-from gpt2_jax.interop import foreign, torch_files
+from gpt2_jax.interop import foreign, torch_files, torch_writing
 from gpt2_jax.interop.opening import PLAIN, Opening
 from gpt2_jax.interop.tensors import (
   CONV1D,
@@ -63,7 +63,7 @@ def recognises(path: Path) -> bool:
 
 
 def open_source(path: Path, opening: Opening = PLAIN) -> Source:
-  """A checkpoint of nanoGPT's `train.py`, with or without `torch.compile` or DDP.
+  """Opens a checkpoint of nanoGPT's `train.py`, with or without `torch.compile` or DDP.
 
   Raises:
     UserError: names the file, and what about it can't be read or honoured.
@@ -103,7 +103,7 @@ def open_source(path: Path, opening: Opening = PLAIN) -> Source:
 
 
 def _tensors(file: Path, model: dict) -> dict[str, Tensor]:
-  """The state dict under Hugging Face's names and in their shapes."""
+  """Returns the state dict under Hugging Face's names and in their shapes."""
   tensors = {}
   for key, tensor in model.items():
     if not isinstance(tensor, Tensor):
@@ -119,7 +119,7 @@ def _tensors(file: Path, model: dict) -> dict[str, Tensor]:
 
 
 def _config(file: Path, args: dict, tensors: Mapping[str, Tensor]) -> tuple[GPTConfig, bool]:
-  """The model's config, and whether it has biases. Sizes are checked against the file's first."""
+  """Returns the model's config, and whether it has biases. Sizes are first checked by the file's."""
   if unknown := sorted(
     str(key)[:50]
     for key in args.keys() - SIZES - {'bias', 'dropout'}
@@ -147,7 +147,7 @@ def _config(file: Path, args: dict, tensors: Mapping[str, Tensor]) -> tuple[GPTC
 
 
 def _record(value: dict) -> dict[str, Any]:
-  """What the file says of its run, plain values only."""
+  """Returns the facts about its run that the file has, plain values only."""
   loss = value.get('best_val_loss')
   if isinstance(loss, Tensor) and math.prod(loss.shape) == 1:
     loss = float(loss.read().reshape(()))
@@ -161,7 +161,7 @@ def _record(value: dict) -> dict[str, Any]:
 
 
 def released_tokenizer(vocab_size: int) -> tokenizer.Tokenizer | None:
-  """GPT-2's, where the vocabulary has its size, padded or not, and its files are at hand."""
+  """Returns GPT-2's tokenizer where the vocabulary has its size, padded or not."""
   try:
     return tokenizer.load('gpt2') if vocab_size in (50257, 50304) else None
   except UserError:
@@ -207,7 +207,7 @@ def write(source: Source, target: Path, *, approximate: bool = False) -> None:
       model[f'transformer.{name}'] = Tensor(shape, source.dtype, read)
   model['lm_head.weight'] = model['transformer.wte.weight']
   record = source.record or {}
-  torch_files.write(
+  torch_writing.write(
     target,
     {
       'model': model,

@@ -45,7 +45,7 @@ def recognises(path: Path) -> bool:
 
 
 def open_source(path: Path, opening: Opening = PLAIN) -> Source:
-  """A folder of OpenAI's.
+  """Opens a folder of OpenAI's.
 
   Its model has no dropout, as the released code has none.
 
@@ -94,7 +94,7 @@ def open_source(path: Path, opening: Opening = PLAIN) -> Source:
 
 
 def read_hparams(path: Path) -> GPTConfig:
-  """The configuration that an `hparams.json` describes."""
+  """Returns the configuration that an `hparams.json` describes."""
   try:
     hparams = json.loads(path.read_text(encoding='utf-8'))
   except (OSError, ValueError, RecursionError) as e:
@@ -119,7 +119,7 @@ def read_hparams(path: Path) -> GPTConfig:
 
 
 def find_prefix(path: Path) -> Path:
-  """The checkpoint that the file `checkpoint` names, if it is one of this folder; or `model.ckpt`."""
+  """Returns the checkpoint that the file `checkpoint` names, if it is there; else `model.ckpt`."""
   state = path / 'checkpoint'
   try:
     text = state.read_text(encoding='utf-8') if state.is_file() else ''
@@ -141,7 +141,7 @@ def find_prefix(path: Path) -> Path:
 
 
 def load_tokenizer(path: Path, config: GPTConfig) -> tokenizer.Tokenizer | None:
-  """The tokenizer of a folder; else GPT-2's if the vocabulary has its size, or None."""
+  """Returns the tokenizer of a folder; else GPT-2's if the vocabulary has its size, or None."""
   specs = [path] if any((path / name).is_file() for name in VOCABULARY) else []
   for spec in [*specs, 'gpt2'] if config.vocab_size == 50257 else specs:
     try:
@@ -152,7 +152,7 @@ def load_tokenizer(path: Path, config: GPTConfig) -> tokenizer.Tokenizer | None:
 
 
 def variable(name: str) -> str:
-  """OpenAI's name of a tensor: `h.3.attn.c_attn.weight` -> `model/h3/attn/c_attn/w`."""
+  """Returns OpenAI's name of a tensor: `h.3.attn.c_attn.weight` -> `model/h3/attn/c_attn/w`."""
   *module, kind = name.split('.')
   norm = module[-1].startswith('ln_')
   leaf = {'weight': '/g' if norm else '/w', 'bias': '/b'}[kind]

@@ -39,7 +39,7 @@ def recognises(path: Path) -> bool:
 
 
 def open_source(path: Path, open_base: Callable[[str], Source], base: str | None = None) -> Source:
-  """Adapters and the model that they belong to, kept apart.
+  """Opens adapters and the model that they belong to, and keeps them apart.
 
   Modules without adapters, where others of their kind have some, have B = 0; those of a lower rank
   are filled up with zeros; those of another scale have it in B. Modules that were saved beside the
@@ -76,50 +76,54 @@ def open_source(path: Path, open_base: Callable[[str], Source], base: str | None
     {key: tensor.shape for key, tensor in (adapters | saved).items()},
     file,
   )
-  zeros = {
-    key: np.zeros(shape, np.float32)
-    for key, shape in adapter_shapes(config).items()
-    if key.removesuffix('.lora_A').removesuffix('.lora_B') not in adapted.ranks
-  }
-  first = adapted.lora.alpha / adapted.lora.r
-  same = all(r == adapted.lora.r for r in adapted.ranks.values()) and (
-    len(set(adapted.scales.values())) == 1
-  )
-
-  def read(key: str) -> np.ndarray:
-    if key in saved:
-      return saved[key].read()
-    if '.lora_' not in key:
-      return model.read(
-        'wte.weight' if key == 'lm_head.weight' and model.config.tie_word_embeddings else key
-      )
-    if key in zeros:
-      return zeros[key]
-    tensor, module = adapters[key].read(), key.rpartition('.')[0]
-    if same:
-      return tensor
-    room = adapted.lora.r - adapted.ranks[module]
-    if key.endswith('A'):
-      return np.pad(tensor, ((0, room), (0, 0)))
-    factor = np.float32(adapted.scales[module] / first if first else 0)
-    return np.pad(tensor.astype(np.float32) * factor, ((0, 0), (0, room)))
-
   dtype = common_dtype((adapters | saved).values(), file)
   return dataclasses.replace(
     model,
     config=config,
     where=str(path),
     base=name,
-    read=read,
+    read=_reader(config, model, adapted, adapters, saved),
     load=None,
     replaced=tuple(saved),
-    dtype=dtype if dtype == model.dtype and same else 'float32',
+    dtype=dtype if dtype == model.dtype and adapted.uniform else 'float32',
     tokenizer=huggingface.load_tokenizer(path) or model.tokenizer,
   )
 
 
+def _reader(
+  config: GPTConfig,
+  model: Source,
+  adapted: peft_config.Adapted,
+  adapters: Mapping[str, Tensor],
+  saved: Mapping[str, Tensor],
+) -> Callable[[str], np.ndarray]:
+  """Returns a function that reads a tensor: of the adapters, beside them, or the model's own."""
+  wanted = adapter_shapes(config)
+  r, first = adapted.lora.r, adapted.lora.alpha / adapted.lora.r
+
+  def read(key: str) -> np.ndarray:
+    if key in saved:
+      return saved[key].read()
+    if '.lora_' not in key:
+      tied = key == 'lm_head.weight' and model.config.tie_word_embeddings
+      return model.read('wte.weight' if tied else key)
+    module = key.rpartition('.')[0]
+    if module not in adapted.ranks:
+      return np.zeros(wanted[key], np.float32)
+    tensor = adapters[key].read()
+    if adapted.uniform:
+      return tensor
+    more = r - adapted.ranks[module]
+    if key.endswith('A'):
+      return np.pad(tensor, ((0, more), (0, 0)))
+    factor = np.float32(adapted.scales[module] / first if first else 0)
+    return np.pad(tensor.astype(np.float32) * factor, ((0, 0), (0, more)))
+
+  return read
+
+
 def _base_name(where: Path, keys: Mapping[str, Any]) -> str:
-  """The model that adapter_config.json names, with its revision."""
+  """Returns the model that adapter_config.json names, with its revision."""
   name, revision = keys.get('base_model_name_or_path'), keys.get('revision')
   if not name or not isinstance(name, str):
     raise UserError(
@@ -144,7 +148,7 @@ def _open_base(where: Path, name: str, open_base: Callable[[str], Source], given
 
 
 def _tensors(path: Path) -> tuple[Path, dict[str, Tensor]]:
-  """The file of the tensors and these by PEFT's names, without what all of them begin with."""
+  """Returns the file of the tensors, and these by PEFT's names without their common prefix."""
   file = path / (FILE if (path / FILE).is_file() else BIN)
   check_place(file)
   state = safetensors_files.read(file) if file.name == FILE else torch_files.read(file)
@@ -164,7 +168,7 @@ def _tensors(path: Path) -> tuple[Path, dict[str, Tensor]]:
 def _with_saved(
   file: Path, keys: Mapping[str, Any], root: str, config: GPTConfig, saved: dict[str, Tensor]
 ) -> tuple[GPTConfig, dict[str, Tensor]]:
-  """The model's config with the modules that stand beside the adapters, and their tensors.
+  """Returns the model's config with the modules that stand beside the adapters, and their tensors.
 
   One of two tied embeddings that was trained is no longer tied to the other: PEFT copies it, unless
   it is lm_head and ensure_weight_tying is set. Embeddings that were saved since they grew stay tied.
@@ -202,8 +206,9 @@ def _with_saved(
 def _want(
   config: GPTConfig, adapted: peft_config.Adapted, saved: Mapping[str, Tensor]
 ) -> dict[str, tuple[int, ...]]:
-  """Name -> shape of the tensors that a file must have; those beside the adapters are optional, but
-  for a head.
+  """Returns {name: shape} of the tensors that a file must have.
+
+  Those beside the adapters are optional, but for a head.
   """
   want = {}
   for name, shape in adapter_shapes(config).items():
@@ -226,9 +231,10 @@ def write(source: Source, target: Path) -> None:
       'whole model with --to hf.'
     )
   target.mkdir()
-  inner = lambda name: (
-    name if name.startswith(('score', 'classifier', 'lm_head')) else f'transformer.{name}'
-  )
+
+  def inner(name: str) -> str:
+    return name if name.startswith(('score', 'classifier', 'lm_head')) else f'transformer.{name}'
+
   all_shapes, heads = shapes(source.config), ('score.', 'classifier.')
   beside = [name for name in all_shapes if name in source.replaced or name.startswith(heads)]
   modules = {inner(name).rpartition('.')[0] for name in beside}
@@ -266,7 +272,7 @@ def write(source: Source, target: Path) -> None:
 
 
 def merged(source: Source) -> Source:
-  """The same model without adapters: W + alpha/r · A·B in place of each W that has them."""
+  """Returns the same model without adapters: W + alpha/r · A·B in place of each W that has them."""
   lora = source.config.lora
   if lora is None:
     return source

@@ -13,36 +13,18 @@ from gpt2_jax.config import LoRA
 from gpt2_jax.errors import UserError, brief
 from gpt2_jax.interop.foreign import is_off
 
-USED = (
-  'peft_type',
-  'r',
-  'lora_alpha',
-  'target_modules',
-  'exclude_modules',
-  'lora_dropout',
-  'use_rslora',
-  'base_model_name_or_path',
-  'revision',
-  'modules_to_save',
-  'layers_to_transform',
-  'layers_pattern',
-  'rank_pattern',
-  'alpha_pattern',
-  'ensure_weight_tying',
-  'init_lora_weights',
+USED = tuple(
+  """
+  peft_type r lora_alpha target_modules exclude_modules lora_dropout use_rslora
+  base_model_name_or_path revision modules_to_save layers_to_transform layers_pattern rank_pattern
+  alpha_pattern ensure_weight_tying init_lora_weights
+  """.split()
 )
-NEUTRAL = (  # for what is there: how it was begun, by which program
-  'auto_mapping',
-  'inference_mode',
-  'peft_version',
-  'task_type',
-  'fan_in_fan_out',
-  'corda_config',
-  'eva_config',
-  'loftq_config',
-  'megatron_core',
-  'qalora_group_size',
-  'runtime_config',
+NEUTRAL = tuple(
+  """
+  auto_mapping inference_mode peft_version task_type fan_in_fan_out corda_config eva_config
+  loftq_config megatron_core qalora_group_size runtime_config
+  """.split()
 )
 # Ways to begin that leave the base as it is. The others (pissa, olora, loftq, …) take from it what
 # the adapters begin with.
@@ -64,6 +46,11 @@ class Adapted:
   ranks: Mapping[str, int]
   scales: Mapping[str, float]
   lora: LoRA
+
+  @property
+  def uniform(self) -> bool:
+    """Whether all of them have one rank and one scale."""
+    return len(set(self.ranks.values())) == len(set(self.scales.values())) == 1
 
 
 def check(where: Path, keys: Mapping[str, Any]) -> None:
@@ -105,7 +92,7 @@ def check(where: Path, keys: Mapping[str, Any]) -> None:
 
 
 def adapted(where: Path, keys: Mapping[str, Any], n_layer: int, root: str) -> Adapted:
-  """Which modules have adapters.
+  """Returns the modules that have adapters.
 
   Args:
     where: the file.
@@ -154,7 +141,7 @@ def adapted(where: Path, keys: Mapping[str, Any], n_layer: int, root: str) -> Ad
 
 
 def _is_target(keys: Mapping[str, Any], name: str) -> bool:
-  """PEFT's `check_target_module_exists`, of a module's full name."""
+  """Whether a module, by its full name, has adapters: PEFT's `check_target_module_exists`."""
   listed = lambda value: name in value or any(name.endswith(f'.{item}') for item in value)
   if excluded := keys.get('exclude_modules'):
     if _fullmatch(excluded, name) if isinstance(excluded, str) else listed(excluded):
@@ -189,7 +176,7 @@ def _fullmatch(pattern: str, name: str) -> bool:
 
 
 def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-  """The value of the first pattern that the end of a name matches."""
+  """Returns the value of the first pattern that the end of a name matches."""
   for pattern, value in patterns.items():
     if _fullmatch(rf'(.*\.)?({pattern})', name):
       return value
@@ -197,7 +184,7 @@ def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def _short(targets: str | list[str], kinds: set[str]) -> tuple[str, ...]:
-  """The targets as they stand in the file, where they name just these kinds of modules alone."""
+  """Returns the targets as the file has them, where they name just these kinds of modules."""
   named = sorted(targets) if isinstance(targets, list) else []
   found = {
     kind for kind in LoRA.modules for name in named if kind == name or kind.endswith('.' + name)

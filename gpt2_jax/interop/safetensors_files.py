@@ -17,7 +17,7 @@ DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16', 'F64': 'float6
 
 
 def read(path: Path) -> dict[str, Tensor]:
-  """Tensors of a .safetensors file, unread. It is opened anew for each, lest it stay mapped."""
+  """Returns the tensors of a file, read later; it is opened for each, so as not to stay mapped."""
 
   @contextlib.contextmanager
   def opened() -> Iterator[Any]:

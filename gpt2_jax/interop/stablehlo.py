@@ -110,31 +110,26 @@ def write(source: Source, target: Path) -> None:
       'file': 'model.safetensors',
       'arrays': {name: _described(x) for name, x in params.items()},
     },
-    'programs': {
-      name: {
-        'file': f'{name}.bin',
-        'calling_convention_version': program.calling_convention_version,
-        'inputs': [
-          'parameters',
-          *(
-            {'name': label, **_described(x)}
-            for label, x in zip(INPUTS[name], program.in_avals[len(params) :], strict=True)
-          ),
-        ],
-        'outputs': [
-          {'name': label, **_described(x)}
-          for label, x in zip(('logits', 'k', 'v'), program.out_avals, strict=True)
-        ],
-      }
-      for name, program in programs.items()
-    },
+    'programs': {name: _signature(name, program, len(params)) for name, program in programs.items()},
   }
   (target / 'manifest.json').write_text(json.dumps(manifest, indent=2) + '\n')
   (target / 'README.md').write_text(_readme(config))
 
 
+def _signature(name: str, program: export.Exported, n_params: int) -> dict[str, Any]:
+  """Returns a program's entry in the manifest: its file, inputs and outputs."""
+  named = zip(INPUTS[name], program.in_avals[n_params:], strict=True)
+  outputs = zip(('logits', 'k', 'v'), program.out_avals, strict=True)
+  return {
+    'file': f'{name}.bin',
+    'calling_convention_version': program.calling_convention_version,
+    'inputs': ['parameters', *({'name': label, **_described(x)} for label, x in named)],
+    'outputs': [{'name': label, **_described(x)} for label, x in outputs],
+  }
+
+
 def _shapes(config: GPTConfig, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
-  """Our parameters, by their paths with dots."""
+  """Returns the shapes of our parameters, by their paths with dots."""
   shapes: Mapping[str, Any] = flatten_dict(
     jax.eval_shape(functools.partial(make_params, config, 0)), sep='.'
   )
@@ -142,7 +137,7 @@ def _shapes(config: GPTConfig, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _parameter(source: Source, name: str, shape: tuple[int, ...]) -> np.ndarray:
-  """One of them, which are the source's tensors with layers stacked and merged axes apart."""
+  """Reads one of our parameters: the source's tensors, with layers stacked and merged axes apart."""
   if not name.startswith('h.'):
     return source.tensor(name)
   layers = [source.tensor(f'h.{i}.{name.removeprefix("h.")}') for i in range(shape[0])]
@@ -181,7 +176,7 @@ def _programs(
 
 @contextlib.contextmanager
 def _without_paths() -> Iterator[None]:
-  """Leaves out of a program which lines of which files it comes from."""
+  """Keeps the names of files and lines out of a program."""
   name = 'jax_traceback_in_locations_limit'
   limit = getattr(jax.config, name)
   jax.config.update(name, 0)
@@ -201,7 +196,7 @@ def _serialized(program: export.Exported) -> bytearray:
 
 
 def _described(x) -> dict[str, Any]:
-  """Shape and dtype; a symbolic size is its letter."""
+  """Returns shape and dtype; a symbolic size is its letter."""
   return {'shape': [n if isinstance(n, int) else str(n) for n in x.shape], 'dtype': str(x.dtype)}
 
 

@@ -34,7 +34,7 @@ MAX_INDEX, MAX_KEY, MAX_RANK = 2**22, 512, 254  # against files made to fill the
 
 
 def read(prefix: Path) -> dict[str, Tensor]:
-  """The tensors of a checkpoint, none of them read yet.
+  """Returns the tensors of a checkpoint, none of them read yet.
 
   Args:
     prefix: the files' common path, without `.index`.
@@ -144,7 +144,7 @@ def write(prefix: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-  """A number of 64 bits and where it ends."""
+  """Returns a number of 64 bits and where it ends."""
   value = 0
   for shift in range(0, 64, 7):
     if at >= len(data):
@@ -171,7 +171,7 @@ def _field(number: int, value: int | bytes) -> bytes:
 
 
 def _fields(data: bytes) -> Iterator[tuple[tuple[int, int], Any]]:
-  """((number, wire type), value) of each field of a message."""
+  """Yields ((number, wire type), value) of each field of a message."""
   at = 0
   while at < len(data):
     tag, at = _varint(data, at)
@@ -194,7 +194,7 @@ def _message(data: bytes) -> dict[tuple[int, int], Any]:
 
 
 def _shape(data: bytes) -> tuple[int, ...]:
-  """A TensorShapeProto."""
+  """Returns the shape that a TensorShapeProto describes."""
   dims = [_message(value).get((1, 0), 0) for key, value in _fields(data) if key == (2, 2)]
   if len(dims) > MAX_RANK:
     raise ValueError(f'a tensor has {len(dims)} dimensions')
@@ -205,7 +205,7 @@ def _shape(data: bytes) -> tuple[int, ...]:
 
 
 def _table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-  """The entries of a table, in order."""
+  """Yields the entries of a table, in order."""
   if len(data) < FOOTER or data[-8:] != struct.pack('<Q', MAGIC):
     raise ValueError('it does not end as a table does')
   footer = data[-FOOTER:]
@@ -220,7 +220,7 @@ def _table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _handle(data: bytes, at: int) -> tuple[tuple[int, int], int]:
-  """(offset, size) of a block, and where the handle ends."""
+  """Returns (offset, size) of a block, and where the handle ends."""
   offset, at = _varint(data, at)
   size, at = _varint(data, at)
   return (offset, size), at
@@ -240,7 +240,7 @@ def _block(data: bytes, handle: tuple[int, int]) -> bytes:
 
 
 def _entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
-  """The entries of a block: a key shares its first bytes with the key before."""
+  """Yields the entries of a block: a key shares its first bytes with the key before."""
   restarts = int.from_bytes(block[-4:], 'little')
   end = len(block) - 4 - 4 * restarts
   if end < 0:
@@ -258,7 +258,7 @@ def _entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _to_table(entries: Iterable[tuple[bytes, bytes]]) -> bytes:
-  """A table of entries that are in order."""
+  """Returns a table of entries that are in order."""
   data, blocks, block = bytearray(), [], []
 
   def put(block: list[tuple[bytes, bytes]], restart: int) -> bytes:

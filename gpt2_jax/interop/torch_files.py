@@ -1,4 +1,4 @@
-"""Files of `torch.save`, read and written without torch, and without running what they say.
+"""Files of `torch.save`, read without torch, and without running what they say.
 
 Such a file is a pickle, a program that may call anything. Here it may build dicts, lists, tuples and
 tensors: each other global that it names, and each opcode that makes objects, is an error.
@@ -21,7 +21,7 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
@@ -43,7 +43,6 @@ STORAGES = {
 }
 MAGIC = 0x1950A86A20F9469CFC6C
 MAX_PICKLE = 2**24  # bytes; that of a GPT-2 XL with its optimizer has less than 2**20
-ALIGNMENT = 64  # of tensors in a file that we write
 CHUNK = 2**20  # bytes that are read at a time to be checked: they stay in the processor's cache
 
 
@@ -90,7 +89,7 @@ class _View:
 
   @property
   def span(self) -> int:
-    """Elements of the storage from the view's first to its last."""
+    """Counts the elements of the storage from the view's first to its last."""
     if 0 in self.shape:
       return 0
     return 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides))
@@ -198,7 +197,7 @@ def is_torch_file(path: Path) -> bool:
 
 
 def read(path: Path) -> Any:
-  """The object in a file, with a `Tensor` for each tensor, to be read later. Nothing is executed.
+  """Returns the object in a file, with a `Tensor` in place of each tensor. Nothing is executed.
 
   Raises:
     UserError: it is broken, or holds something else than plain values and tensors.
@@ -230,7 +229,7 @@ def _read_zip(file: BinaryIO, path: Path) -> tuple[Any, dict[str, _Storage]]:
   folder = found[0].removesuffix('data.pkl')
 
   def start(name: str) -> int:
-    """Where an entry's bytes start: behind a local header of 30 bytes, its name and extra field."""
+    """Returns an entry's first byte: after a local header of 30 bytes, its name and extra field."""
     info = entries.get(folder + name)
     if info is None:
       raise ValueError(f'it has no {name}')
@@ -281,71 +280,3 @@ def _read_legacy(file: BinaryIO, path: Path) -> tuple[Any, dict[str, _Storage]]:
     storage.start = file.tell()
     file.seek(storage.nbytes, 1)
   return value, unpickler.storages
-
-
-def write(path: Path, value: Any) -> None:
-  """Writes what `torch.load(path, weights_only=True)` reads. One tensor is in memory at a time.
-
-  Args:
-    path: a new file.
-    value: dicts, lists, tuples, str, int, float, bool, None, and tensors as `Tensor`; one that
-      occurs twice is written once.
-  """
-  keys: dict[Tensor, str] = {}
-  program = b'\x80\x02' + _pickled(value, keys) + b'.'
-  with open(path, 'wb') as file, zipfile.ZipFile(file, 'w', zipfile.ZIP_STORED) as archive:
-
-    def entry(name: str, data) -> None:
-      info = zipfile.ZipInfo(f'archive/{name}')
-      info.file_size = len(data)
-      pad = -(file.tell() + 30 + len(info.filename) + 4) % ALIGNMENT
-      info.extra = struct.pack('<2sH', b'FB', pad) + bytes(pad)  # as torch pads
-      with archive.open(info, 'w') as out:
-        out.write(data)
-
-    entry('data.pkl', program)
-    entry('byteorder', b'little')
-    for tensor, key in keys.items():
-      array = np.ascontiguousarray(tensor.read(), tensor.dtype)
-      entry(f'data/{key}', array.reshape(-1).view(np.uint8).data)
-    entry('version', b'3\n')
-
-
-def _pickled(value: Any, keys: dict[Tensor, str]) -> bytes:
-  """The program that makes a value, in opcodes of pickle's protocol 2; adds its tensors to `keys`."""
-  many = lambda values: b'(' + b''.join(_pickled(v, keys) for v in values)
-  if isinstance(value, Mapping):
-    return b'}' + many(x for item in value.items() for x in item) + b'u'
-  if isinstance(value, list):
-    return b']' + many(value) + b'e'
-  if isinstance(value, tuple):
-    return many(value) + b't'
-  if isinstance(value, Tensor):
-    key = keys.setdefault(value, str(len(keys)))
-    kind = next(name for name, dtype in STORAGES.items() if dtype == value.dtype)
-    numel = math.prod(value.shape)
-    strides = tuple(math.prod(value.shape[i + 1 :]) for i in range(len(value.shape)))
-    storage = (
-      b'('
-      + _pickled('storage', keys)
-      + f'ctorch\n{kind}\n'.encode()
-      + b''.join(_pickled(v, keys) for v in (key, 'cpu', numel))
-      + b'tQ'
-    )
-    return (
-      b'ctorch._utils\n_rebuild_tensor_v2\n('
-      + storage
-      + b''.join(_pickled(v, keys) for v in (0, value.shape, strides, False))
-      + b'ccollections\nOrderedDict\n)RtR'
-    )
-  if isinstance(value, float):
-    return b'G' + struct.pack('>d', value)
-  if isinstance(value, str):
-    data = value.encode()
-    return b'X' + struct.pack('<I', len(data)) + data
-  if value is None or isinstance(value, bool):
-    return {None: b'N', True: b'\x88', False: b'\x89'}[value]
-  if isinstance(value, int):
-    data = pickle.encode_long(value)
-    return b'\x8a' + bytes([len(data)]) + data
-  raise TypeError(f"{type(value).__name__} can't be written")

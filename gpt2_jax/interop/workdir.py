@@ -37,7 +37,7 @@ def recognises(path: Path) -> bool:
 
 
 def split_step(source: str | os.PathLike) -> tuple[Path, int | str | None]:
-  """`runs/x@1200` as the workdir and what stands behind the @, where there is such a workdir.
+  """Splits `runs/x@1200` into the workdir and the step, where there is such a workdir.
 
   A path that exists as it stands has no step, nor has what may be a name of the hub, `NAME@REVISION`.
 
@@ -60,8 +60,9 @@ def split_step(source: str | os.PathLike) -> tuple[Path, int | str | None]:
 
 
 def find_step(path: Path, which: int | str) -> int:
-  """The number of a kept step of a run: of its number, of 'latest', or of 'best', which has the
-  lowest held-out loss that metrics.jsonl has of a kept step.
+  """Returns the number of a kept step of a run, named by its number, 'latest' or 'best'.
+
+  The best has the lowest held-out loss that metrics.jsonl has of a kept step.
 
   Raises:
     UserError: it is not there; lists those that are.
@@ -95,15 +96,16 @@ def find_step(path: Path, which: int | str) -> int:
 
 
 def _listed(steps: list[int]) -> str:
-  """Steps in a line, those in the middle left out where there are many."""
+  """Lists steps in a line, without those in the middle where there are many."""
   if len(steps) <= 20:
     return ', '.join(map(str, steps)) or 'none'
   return f'{_listed(steps[:10])}, … ({len(steps) - 20} more), {_listed(steps[-10:])}'
 
 
 def open_source(path: Path, opening: Opening = PLAIN) -> Source:
-  """A run's checkpoint: the step that is asked for, else its best one where the run stops early, else
-  its newest.
+  """Opens a run's checkpoint.
+
+  It is the step that is asked for, else the best one where the run stops early, else the newest.
 
   Orbax puts the parameters straight onto the mesh (`load`). To be converted, they are read at once,
   when the first tensor is asked for.
@@ -144,7 +146,7 @@ def open_source(path: Path, opening: Opening = PLAIN) -> Source:
 
 
 def _rows(config: dict[str, Any], model: GPTConfig) -> dict[str, Any]:
-  """The rows of a run whose checkpoints don't say, by its config."""
+  """Returns the rows of a run whose checkpoints don't say, by its config."""
   said = config['data'] if 'data' in config else {}
   return {
     'tokens': said.get('sequence_length') or model.n_positions,
@@ -153,7 +155,7 @@ def _rows(config: dict[str, Any], model: GPTConfig) -> dict[str, Any]:
 
 
 def _tokenizer(path: Path, meta: dict) -> tokenizer.Tokenizer:
-  """The run's tokenizer, with the hash that its checkpoint says, where it says one."""
+  """Returns the run's tokenizer, with the hash that its checkpoint says, where it says one."""
   found = tokenizer.load(path / 'tokenizer')
   if found.sha256 != meta.get('data', {}).get('tokenizer', {}).get('sha256', found.sha256):
     raise UserError(
@@ -164,7 +166,7 @@ def _tokenizer(path: Path, meta: dict) -> tokenizer.Tokenizer:
 
 
 def keys(path: Path) -> dict[str, Any]:
-  """What a config.json says of a run's model beside its sizes."""
+  """Returns the keys of a config.json about a run's model, beside its sizes."""
   if not (path / LABELS).exists():
     return {}
   labels = read_json(path / LABELS, [str])
@@ -175,7 +177,7 @@ def keys(path: Path) -> dict[str, Any]:
 
 
 def record(path: Path, step: int) -> dict[str, Any]:
-  """What a run has left about itself, for a model card.
+  """Reads the facts about a run that its folder holds, for a model card.
 
   Keys: step, config, env (of the last start), data (corpus, tokens, sha256, licence) and losses: the
   lines of metrics.jsonl with a held-out loss, at most 20 of them, and the last line. `open_source`
