@@ -65,23 +65,23 @@ def coerce(kind: Any, words: Sequence[str]) -> Any:
     ValueError: they spell none.
   """
   origin, args = typing.get_origin(kind), typing.get_args(kind)
+  if kind in AS_JSON:
+    [word] = words
+    return parse_json(word)
   if origin in (types.UnionType, typing.Union):
-    for arg in args:
+    for arg in sorted(args, key=lambda arg: arg is not NoneType):
       with contextlib.suppress(ValueError):
         return coerce(arg, words)
     raise ValueError
-  if kind not in AS_JSON and origin is tuple and args[-1] is not ...:
+  if origin is tuple and args[-1] is not ...:
     return tuple(coerce(arg, [word]) for arg, word in zip(args, words, strict=True))
-  if kind not in AS_JSON and origin in (tuple, Sequence):
-    return tuple(coerce(args[0], [word]) for word in words)
+  if origin in (tuple, Sequence):
+    return (tuple if origin is tuple else list)(coerce(args[0], [word]) for word in words)
   [word] = words
-  if kind in AS_JSON:
-    return parse_json(word)
   if kind in (int, float, str):
     return kind(word)
-  spelled = {
-    str(value): value for value in (args or (True, False) if kind is not NoneType else (None,))
-  }
+  of_kind = {bool: (True, False), NoneType: (None,)}
+  spelled = {str(value): value for value in of_kind.get(kind, args)}  # or of a Literal
   if word not in spelled:
     raise ValueError
   return spelled[word]
