@@ -1,6 +1,5 @@
 """`gpt2-jax sample --interactive`: one types prompts, and sees them continued."""
 
-import cmd
 import contextlib
 import io
 import os
@@ -60,14 +59,10 @@ def ctrl_c() -> Iterator[list[int]]:
     signal.signal(signal.SIGINT, before)
 
 
-class Session(cmd.Cmd):
-  """A model, the settings, and the text so far. Its methods do_NAME are the commands /NAME.
-
-  The loop is not that of `cmd.Cmd`, to which the line EOF is the end.
-  """
+class Session:
+  """A model, the settings, and the text so far. Its methods do_NAME are the commands /NAME."""
 
   def __init__(self, model: GPT2, options: Options, assistant: GPT2 | None = None):
-    super().__init__()
     self.model, self.assistant = model, assistant
     self.begun: str | None = None  # the last prompt
     self.text = ''  # that, and what was written
@@ -100,18 +95,13 @@ class Session(cmd.Cmd):
   def take(self, line: str) -> None:
     """Runs a command, or continues a prompt."""
     if line.startswith('/') and not line.startswith('//'):
-      self.onecmd(line[1:] or ' ')
+      name, _, rest = line[1:].partition(' ')
+      command = getattr(self, f'do_{name}', None)
+      if command is None:
+        raise UserError(f'there is no /{name}: see /help. A prompt that begins with / takes two.')
+      command(rest.strip())
     elif line.strip():
       self.begin(line.removeprefix('/'))
-
-  def default(self, line: str) -> None:
-    raise UserError(
-      f'there is no /{line.split(" ")[0]}: see /help. A prompt that begins with / takes two.'
-    )
-
-  def emptyline(self) -> bool:
-    self.default('')
-    return False
 
   def use(self, options: Options) -> None:
     """Makes some options those of the session.
@@ -187,7 +177,7 @@ class Session(cmd.Cmd):
 
   def do_help(self, _: str) -> None:
     """lists the commands"""
-    for name in self.get_names():
+    for name in dir(self):
       if name.startswith('do_'):
         print(f'/{name[3:]:9s}{getattr(self, name).__doc__}')
     print('Ctrl-C stops a text, Ctrl-D ends the session.', flush=True)

@@ -61,8 +61,8 @@ class Candidates(NamedTuple):
   new_BKD: jax.Array  # directions of the candidates' hidden states
   before_BS: jax.Array  # the slots of `said_BSD` that hold a token before the candidates
 
-  def likeness(self, precision) -> jax.Array:
-    """Returns the largest cosine of each candidate with a token before it, [B, K]."""
+  def choose(self, alpha: ArrayLike, precision) -> jax.Array:
+    """Returns which candidate is likely and unlike all tokens before it, [B]."""
     cosine_BKS = jnp.einsum(
       'BKD,BSD->BKS',
       self.new_BKD,
@@ -70,11 +70,8 @@ class Candidates(NamedTuple):
       precision=precision,
       preferred_element_type=jnp.float32,
     )
-    return jnp.where(self.before_BS[:, None], cosine_BKS, NEVER).max(-1)
-
-  def choose(self, alpha: ArrayLike, precision) -> jax.Array:
-    """Returns which candidate is likely and unlike what was said, [B]."""
-    ranks_BK = (1 - alpha) * jnp.exp(self.logprobs_BK) - alpha * self.likeness(precision)
+    alike_BK = jnp.where(self.before_BS[:, None], cosine_BKS, NEVER).max(-1)
+    ranks_BK = (1 - alpha) * jnp.exp(self.logprobs_BK) - alpha * alike_BK
     return jnp.argmax(jnp.where(self.logprobs_BK > NEVER, ranks_BK, NEVER), axis=-1)
 
   def push(self, chosen_B: jax.Array, endings: Endings) -> tuple[History, Record]:
