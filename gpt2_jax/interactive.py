@@ -16,7 +16,7 @@ from gpt2_jax.model import GPT2
 
 
 def note(text: str) -> None:
-  """What is no part of a text goes to standard error."""
+  """Prints what is no part of a text to standard error."""
   sys.stdout.flush()
   print(text, file=sys.stderr, flush=True)
 
@@ -44,7 +44,7 @@ def line_editing() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ctrl_c() -> Iterator[list[int]]:
-  """Within, the first Ctrl-C goes into a list, so that no step breaks off. The second one raises."""
+  """Puts the first Ctrl-C into a list, so that no step is broken off; the second one raises."""
   signals = []
 
   def handle(number, _):

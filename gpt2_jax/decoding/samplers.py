@@ -29,8 +29,8 @@ class Given:
   """
 
   V: int  # size of the vocabulary
-  eos_E: ArrayLike = ()  # end-of-sequence ids
-  ends_E: ArrayLike = ()  # all ids that end a text
+  eos_E: Any = ()  # end-of-sequence ids
+  ends_E: Any = ()  # all ids that end a text
   min_tokens_to_keep: int = 1  # when the choice is narrowed
   bos_is_forced: ArrayLike = np.False_  # whether `forced_bos_token_id` is asked for
   beams: bool = False
@@ -74,7 +74,7 @@ class SamplingRule:
       number: Any = self.off.__class__
       object.__setattr__(self, 'type', number | None if self.default is None else number)
 
-  def number(self, value: Any) -> np.generic:
+  def number(self, value: Any) -> Any:
     """Returns a number that `kind` has checked as what is traced; None, where not set, as `off`."""
     value = self.off if value is None else value
     if isinstance(value, bool):
