@@ -148,7 +148,7 @@ def stop(slots: Slots, stopped_B) -> Slots:
 
 
 def _process(chosen: Chosen, logits_BV: jax.Array, history: History) -> jax.Array:
-  """Scores by which tokens are chosen, in the order of `assemble.make_processors`."""
+  """Scores by which tokens are chosen, in the order of `SAMPLERS`."""
   c, V, running_B = chosen, logits_BV.shape[-1], history.running_B
 
   def where(wanted_B, process: Callable[[jax.Array, History], jax.Array], scores_BV):
