@@ -4,7 +4,7 @@ import contextlib
 import functools
 import operator
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -27,18 +27,18 @@ Texts = (
 
 
 def bucket(n: int, most: int, least: int = 16) -> int:
-  """n rounded up to a power of two, so that few lengths are compiled; at most `most`."""
+  """Returns n rounded up to a power of two, so that few lengths are compiled; at most `most`."""
   return min(most, max(least, 1 << (n - 1).bit_length()))
 
 
 @functools.cache
 def say_once(text: str) -> None:
-  """Says something that may concern many texts, once."""
+  """Prints a note that may concern many texts, once."""
   print(text, file=sys.stderr, flush=True)
 
 
 def special_note(tokenizer: Tokenizer, text: str) -> str | None:
-  """What is to be said of a text that is read without its special tokens; None: it has none."""
+  """Returns the note for a text that is read without its special tokens; None: it has none."""
   found = tokenizer.special_in(text)
   return found and (
     f'note: {brief(found)} in a prompt is read as text. To have the special token, '
@@ -54,7 +54,7 @@ def _is_id(value: Any) -> bool:
 
 
 def _ids(number: int, prompt: Any) -> list[int]:
-  """The ids of a prompt that is no text: a list, a tuple, an array of one axis."""
+  """Returns the ids of a prompt that is no text: a list, a tuple, an array of one axis."""
   if hasattr(prompt, 'tolist'):  # at once: an array on a device gives its elements slowly
     prompt = prompt.tolist()
   try:
@@ -65,21 +65,38 @@ def _ids(number: int, prompt: Any) -> list[int]:
     ) from None
 
 
+def id_list(name: str, value: Any, V: int) -> list[int]:
+  """Returns the ids that an option names: one, several or, if it is None, none.
+
+  Raises:
+    UserError: it names something that is no id of a vocabulary of V.
+  """
+  items = () if value is None else value if isinstance(value, Iterable) else (value,)
+  try:
+    ids = [operator.index(item) for item in items]
+  except TypeError:
+    raise UserError(f'{name} = {brief(value)} must be token ids.') from None
+  bad = next((i for i in ids if not 0 <= i < V), None)
+  if bad is not None:
+    raise UserError(f'{name} has token id {brief(bad)}, but the vocabulary has {V} ids.')
+  return ids
+
+
 def encode(
   texts: Texts,
   tokenizer: Tokenizer | None,
   config: GPTConfig,
   *,
-  room: int = 0,
+  leave: int = 0,
   allow_special: bool = False,
 ) -> list[list[int]]:
-  """Ids of a text, of texts, of ids or of lists of ids. An empty text becomes the end-of-text id.
+  """Returns the ids of a text, of texts, or lists of ids. An empty text becomes the end-of-text id.
 
   Args:
     texts: what to encode.
     tokenizer: for texts.
     config: its vocabulary and context bound the ids.
-    room: how many positions must be left.
+    leave: how many positions of the context must stay free.
     allow_special: whether special tokens count in a text. Where not, and there are some, it is said.
 
   Raises:
@@ -106,16 +123,16 @@ def encode(
       raise UserError(
         f'prompt {i} holds token id {brief(bad)}, but the vocabulary has {config.vocab_size} ids.'
       )
-    if config.n_positions <= room:
+    if config.n_positions <= leave:
       raise UserError(
         f'a model of n_positions = {config.n_positions} has no place for a token after '
         "another: it can't write. Features and scores it can give."
       )
-    if len(ids) + room > config.n_positions:
+    if len(ids) + leave > config.n_positions:
       raise UserError(
         f"prompt {i} has {len(ids)} tokens; the model's context of "
         f'{config.n_positions} (n_positions) has no room for '
-        f'{"more" if room else "them"}. Shorten it.'
+        f'{"more" if leave else "them"}. Shorten it.'
       )
     rows.append(ids)
   if not rows:
@@ -124,7 +141,7 @@ def encode(
 
 
 def pad(rows: Sequence[Sequence[int]], most: int) -> tuple[np.ndarray, np.ndarray]:
-  """Rows padded on the right to a bucket of at most `most`, [B, P], and their lengths, [B]."""
+  """Pads rows on the right to a bucket of at most `most`: [B, P], and their lengths, [B]."""
   lengths_B = np.array([len(ids) for ids in rows], np.int32)
   padded_BP = np.zeros((len(rows), bucket(int(lengths_B.max()), most)), np.int32)
   for row, ids in zip(padded_BP, rows):
@@ -133,18 +150,18 @@ def pad(rows: Sequence[Sequence[int]], most: int) -> tuple[np.ndarray, np.ndarra
 
 
 def split() -> int:
-  """What the number of rows must be a multiple of: the parts that the mesh cuts a batch into."""
+  """Returns the number of parts that the mesh cuts a batch into: rows must be a multiple of it."""
   mesh = jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty else mesh.shape['data'] * mesh.shape['fsdp']
 
 
 def place(x: np.ndarray) -> jax.Array:
-  """An array [B, …] on the devices, its rows split."""
+  """Puts an array [B, …] on the devices, its rows split."""
   return jax.device_put(x, sharding.layout(sharding.P(sharding.BATCH, *(None for _ in x.shape[1:]))))
 
 
 def fetch(tree):
-  """Arrays back on the host, whole."""
+  """Brings arrays back to the host, whole."""
   if sharding.in_mesh():
     tree = jax.tree.map(lambda x: sharding.reshard(x, sharding.P()), tree)
   return jax.device_get(tree)

@@ -1,13 +1,15 @@
-"""What a user types or keeps in a file: prompts, values of options, how a checkpoint is opened."""
+"""Prompts, values of options and the opening of a checkpoint, as a user types or stores them."""
 
 import contextlib
 import dataclasses
 import inspect
-import io
 import json
 import re
 import sys
+import types
+import typing
 from collections.abc import Sequence
+from types import NoneType
 from typing import Annotated, Any
 
 import tyro
@@ -18,12 +20,9 @@ from gpt2_jax.errors import UserError, brief
 from gpt2_jax.files import local, parse_json
 from gpt2_jax.interop.opening import Opening
 
-FIELDS = {field.name: field for field in dataclasses.fields(Options)}
+TYPES = typing.get_type_hints(Options)  # of the options, by name
 # what no list of words can spell, with how to write it
-AS_JSON = {
-  FIELDS['bad_words_ids'].type: '[[ID,…],…]',
-  FIELDS['sequence_bias'].type: '[[[ID,…],BIAS],…]',
-}
+AS_JSON = {TYPES['bad_words_ids']: '[[ID,…],…]', TYPES['sequence_bias']: '[[[ID,…],BIAS],…]'}
 WORD = re.compile(r"""\s* (?: ("(?:[^"\\]|\\.)*") | '([^']*)' | ([^\s"']\S*) ) (?=\s|$)""", re.X)
 
 
@@ -55,31 +54,58 @@ def _json(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
 
 
 def given(options: Options) -> dict[str, Any]:
-  """The options that are not at their defaults."""
-  return {name: value for name, value in vars(options).items() if value != FIELDS[name].default}
+  """Returns the options that are not at their defaults."""
+  return {name: value for name, value in vars(options).items() if value != getattr(Options, name)}
+
+
+def coerce(kind: Any, words: Sequence[str]) -> Any:
+  """Returns the value that some words spell, as they would after a flag of a type.
+
+  Raises:
+    ValueError: they spell none.
+  """
+  origin, args = typing.get_origin(kind), typing.get_args(kind)
+  if kind in AS_JSON:
+    [word] = words
+    return parse_json(word)
+  if origin in (types.UnionType, typing.Union):
+    for arg in sorted(args, key=lambda arg: arg is not NoneType):
+      with contextlib.suppress(ValueError):
+        return coerce(arg, words)
+    raise ValueError
+  if origin is tuple and args[-1] is not ...:
+    return tuple(coerce(arg, [word]) for arg, word in zip(args, words, strict=True))
+  if origin in (tuple, Sequence):
+    return (tuple if origin is tuple else list)(coerce(args[0], [word]) for word in words)
+  [word] = words
+  if kind in (int, float, str):
+    return kind(word)
+  of_kind = {bool: (True, False), NoneType: (None,)}
+  spelled = {str(value): value for value in of_kind.get(kind, args)}  # or of a Literal
+  if word not in spelled:
+    raise ValueError
+  return spelled[word]
 
 
 def changed(options: Options, name: str, words: Sequence[str]) -> Options:
-  """Options with one of them as some words say, as they would after its flag; no words: its default.
+  """Returns options with one of them as some words say; no words: its default.
 
   Raises:
     UserError: there is no such option, or they are no value of it.
   """
   name = name.replace('-', '_')
-  if not words or name not in FIELDS:
+  if not words or name not in TYPES:
     return Options.of(**vars(options) | {name: getattr(Options, name, None)})
-  kind: Any = FIELDS[name].type
+  kind: Any = TYPES[name]
   try:
-    with contextlib.redirect_stderr(io.StringIO()):  # a box of several lines
-      value = tyro.cli(kind, args=['--', *words], registry=registry, console_outputs=False)
-  except SystemExit:
+    return dataclasses.replace(options, **{name: coerce(kind, words)})
+  except ValueError:
     says = AS_JSON.get(kind) or re.sub(r'\b[a-z.]+\.', '', inspect.formatannotation(kind))
     raise UserError(f'{name} takes {says}, not {" ".join(words)}') from None
-  return dataclasses.replace(options, **{name: value})
 
 
 def words(line: str) -> list[str]:
-  r"""The words of a line. What is in '…' is taken as it is; in "…" a JSON string, as "\n", is read.
+  r"""Returns the words of a line. Text in '…' is taken as it is; in "…" it is a JSON string: "\n".
 
   Raises:
     UserError: a quotation mark has no second one, or JSON knows no such string.
@@ -99,7 +125,7 @@ def words(line: str) -> list[str]:
 
 
 def utf8(data: bytes, where: str) -> str:
-  """The text of some bytes.
+  """Returns the text of some bytes.
 
   Raises:
     UserError: they are not UTF-8; names the first one that is not.
@@ -112,22 +138,22 @@ def utf8(data: bytes, where: str) -> str:
 
 
 def typed(text: str, where: str) -> str:
-  """A text from the system, in which bytes that are no UTF-8 would stand as surrogates."""
+  """Returns a text of the system, in which bytes that are no UTF-8 would stand as surrogates."""
   return utf8(text.encode(errors='surrogateescape'), where)
 
 
 def lines(data: bytes, where: str) -> str:
-  """The text of some lines, which may end as Windows ends them, behind a byte order mark."""
+  """Returns the text of some lines, which may end as Windows ends them, behind a byte order mark."""
   return utf8(data, where).removeprefix('\ufeff').replace('\r\n', '\n')
 
 
 def piped() -> str:
-  """All of standard input."""
+  """Returns all of standard input."""
   return lines(sys.stdin.buffer.read(), 'standard input')
 
 
 def ids(text: str) -> list[int]:
-  """Token ids, with blanks or commas between them, in brackets or not.
+  """Returns token ids, with blanks or commas between them, in brackets or not.
 
   Raises:
     UserError: they are none.
@@ -143,8 +169,8 @@ def ids(text: str) -> list[int]:
 
 
 def read_prompts(path: str) -> list[str | list[int]]:
-  """The prompts of a file: each line of a .jsonl file has a "prompt", a text or a list of ids;
-  elsewhere each line is one.
+  """Returns the prompts of a file: each line of a .jsonl file has a "prompt", a text or a list of
+  ids; elsewhere each line is one.
 
   Lines with nothing but white space are left out. '-' is standard input.
 

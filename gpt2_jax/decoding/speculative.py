@@ -31,12 +31,8 @@ from gpt2_jax.decoding.loop import (
   read,
   row_keys,
 )
-from gpt2_jax.decoding.options import Options
 from gpt2_jax.decoding.pytree import register
-from gpt2_jax.decoding.values import AT_LEAST_1
 from gpt2_jax.decoding.warpers import NEVER, log_probs
-from gpt2_jax.errors import UserError
-from gpt2_jax.forms import for_decoding
 from gpt2_jax.layers import Cache, pick
 from gpt2_jax.model import Params, bind
 from gpt2_jax.sharding import by_rows
@@ -50,19 +46,18 @@ class Guesser(Protocol):
   """Who guesses. Registered as a JAX dataclass."""
 
   def start(self, request: Request, N: int) -> Any:
-    """What it has to remember, for N new tokens."""
+    """Returns the memory to begin with, for N new tokens."""
 
   def guess(
     self, request: Request, history: History, t_B: jax.Array, memory: Any, k: int
   ) -> tuple[jax.Array, jax.Array | None, Any]:
-    """k tokens that may come next, [B, k]; the distributions that they were drawn from, [B, k, V],
-    None where nothing was drawn; and its memory. Token number `t_B` of the new ones is the last.
+    """Returns k tokens that may come next, [B, k]; the distributions that they were drawn from,
+    [B, k, V], None where nothing was drawn; and its memory. The last new token is number `t_B`.
     """
     ...
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class Lookup:
   """Guesses what followed the last few tokens when they came before (prompt lookup decoding, Saxena
   2023): the latest of the longest matches. Without a match any guess will do.
@@ -97,7 +92,6 @@ class Lookup:
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class Draft:
   """Guesses as a smaller model does that has the same vocabulary, with the same processors."""
 
@@ -148,8 +142,8 @@ class Draft:
 
 
 def _keys(keys_B: jax.Array, positions_B: jax.Array, purpose: int) -> jax.Array:
-  """Keys for the token at each row's position. A guess after a rejected one is drawn anew with the
-  same key, which has decided nothing yet.
+  """Returns keys for the token at each row's position. A guess after a rejected one is drawn anew
+  with the same key, which has decided nothing yet.
   """
   fold = lambda key, position: jax.random.fold_in(jax.random.fold_in(key, position), purpose)
   return jax.vmap(fold)(keys_B, positions_B)
@@ -162,7 +156,7 @@ def decide(
   keys_B: jax.Array | None,
   history: History,
 ) -> jax.Array:
-  """The next token of each row: its guess, or another in place of it.
+  """Returns the next token of each row: its guess, or another in place of it.
 
   Args:
     scores_BV: of the model, processed.
@@ -216,7 +210,6 @@ def judge(rules: Rules, rows) -> tuple[History, Record]:
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class Speculation:
   """State of `Speculative`; t counts rounds, of 1 to k + 1 tokens, after the first token."""
 
@@ -228,20 +221,19 @@ class Speculation:
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class Speculative:
-  """As `Sample`, several tokens at a step: k guesses at a time. Draws have the same distribution, but
-  are others.
+  """Does what `Sample` does, several tokens at a step: k guesses at a time. Its draws are others,
+  of the same distribution.
   """
 
   guesser: Guesser
   k: int = dataclasses.field(metadata=dict(static=True))
 
   def start(self, model, request: Request, N: int, K: int) -> Speculation:
-    room = N + self.k  # of guesses behind the last token
-    first = Sample().start(model, request, room, K)
+    most = N + self.k  # with guesses behind the last token
+    first = Sample().start(model, request, most, K)
     return Speculation(
-      first.t, first.cache, first.history, first.record, self.guesser.start(request, room)
+      first.t, first.cache, first.history, first.record, self.guesser.start(request, most)
     )
 
   def step(self, model, request: Request, state: Speculation) -> Speculation:
@@ -269,37 +261,3 @@ class Speculative:
 
   def results(self, state: Speculation):
     return state.history, state.record, None
-
-
-def make_speculative(
-  config: GPTConfig, options: Options, assistant: tuple[GPTConfig, Params] | None
-) -> Speculative | None:
-  """The search, if an assistant or prompt lookup is asked for, not both.
-
-  Raises:
-    UserError: k is not a number of guesses, or the assistant doesn't fit.
-  """
-  o, lookup = options, options.prompt_lookup_num_tokens is not None
-  if assistant is None and not lookup:
-    return None
-  name = 'prompt_lookup_num_tokens' if lookup else 'num_assistant_tokens'
-  k = int(AT_LEAST_1.check(name, getattr(o, name)))
-  if k == Options.num_assistant_tokens and not lookup:
-    k = max(1, min(k, config.n_positions - 1))  # nobody asked for so many
-  if k >= config.n_positions:
-    raise UserError(f'{name} = {k} must be less than the context of {config.n_positions}.')
-  if assistant is None:
-    name = 'max_matching_ngram_size'
-    return Speculative(Lookup(AT_LEAST_1.check(name, getattr(o, name))), k)
-  draft = assistant[0]
-  if draft.vocab_size != config.vocab_size:
-    raise UserError(
-      f'the assistant model has {draft.vocab_size} ids, the model '
-      f'{config.vocab_size}: they must have the same vocabulary.'
-    )
-  if draft.n_positions < config.n_positions:
-    raise UserError(
-      f'the assistant model has a context of {draft.n_positions} (n_positions), less '
-      f"than the model's {config.n_positions}: it could not read as far."
-    )
-  return Speculative(Draft(*for_decoding(*assistant)), k)

@@ -19,7 +19,7 @@ import numpy as np
 from gpt2_jax import seeds, sharding
 from gpt2_jax.decoding import history as h
 from gpt2_jax.decoding.driver import REFUSED
-from gpt2_jax.decoding.generate import REASONS, own_ends, prepare
+from gpt2_jax.decoding.generate import own_ends, prepare
 from gpt2_jax.decoding.pieces import Pieces
 from gpt2_jax.errors import UserError
 from gpt2_jax.model import GPT2
@@ -268,7 +268,7 @@ class Engine:
         reason = h.STOP_STRING
     ticket = self.tickets[row]
     if reason != h.RUNNING:
-      why = REASONS[reason]
+      why = h.REASONS[reason]
       return self._end(row, 'length' if why == 'context' else why)
     if ticket.stream and (text := row.pieces.take()):
       self.outbox.append((ticket, Event(row, text, '', len(row.new), row.pieces.shown)))
