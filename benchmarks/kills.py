@@ -165,7 +165,7 @@ def check(run: Run, kills: int, rng: random.Random) -> list[str]:
       process = subprocess.Popen(command(run.folder, 'killed'), cwd=ROOT, stdout=out, stderr=out)
     if killed < kills:
       preparing = killed < PREPARATIONS * kills
-      aimed(run, process, 'preparation' if preparing else rng.choice(AIMS[1:]), rng, since)
+      aimed(run, process, 'preparation' if preparing else AIMS[1 + killed % 3], rng, since)
       phase = run.phase()
       process.kill()
     status = process.wait()

@@ -14,6 +14,7 @@ ones, `fsdp`) adds the collectives, once.
 
 import argparse
 import contextlib
+import os
 import statistics
 
 from benchmarks.common import Worker, report, take_turns
@@ -37,18 +38,19 @@ def setup(layers, rows, T, width):
   plan = make_plan(config)
   jax.set_mesh(plan.mesh)
 def compile():
+  global step
   began = time.perf_counter()
-  compiled = plan.compile_train_step()
-  return compiled, time.perf_counter() - began
+  step = plan.compile_train_step()
+  return time.perf_counter() - began
 def run(what, **asked):
   global tokens, state, step
   if what == 'setup':
     setup(**asked)
     return flops_per_token(plan.model, plan.T)
   if what == 'compile':
-    return compile()[1]
-  if step is None:
-    step, state = compile()[0], plan.init_state()
+    return compile()
+  if state is None:
+    state = plan.init_state()
     tokens = jax.device_put(np.random.default_rng(0).integers(
         0, 2048, (plan.A, plan.G // plan.A, plan.T + 1)).astype(np.int32), plan.batch_sharding)
     state, _ = step(state, tokens)
@@ -82,7 +84,8 @@ def train(sizes: list[dict], repeats: int, steps: bool = True) -> list[dict]:
       if count := size.get('devices'):
         extra = {
           'JAX_PLATFORMS': 'cpu',
-          'XLA_FLAGS': f'--xla_force_host_platform_device_count={count}',
+          'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} '
+          f'--xla_force_host_platform_device_count={count}',
         }
       worker = stack.enter_context(Worker(TRAIN, **UNCACHED, **extra))
       flops.append(worker.ask(what='setup', **{k: v for k, v in size.items() if k != 'devices'}))

@@ -78,7 +78,7 @@ def run(folder, slots):
 )
 
 
-def bodies(count: int = 48) -> list[dict]:
+def bodies(count: int) -> list[dict]:
   """Requests of all sorts; every third streams."""
   kinds = ({}, {'temperature': 0.7, 'top_k': 20}, {'temperature': 0}, {'top_p': 0.9})
   return [
@@ -136,9 +136,9 @@ async def load(port: int, asked: list[dict], want: list[str], clients: int, seco
 class Side:
   """A server that runs, and what its turns have shown."""
 
-  def __init__(self, name: str, slots: int, worker: Worker, folder: str):
+  def __init__(self, name: str, slots: int, worker: Worker, folder: str, asked: list[dict]):
     self.name, self.slots, self.worker = name, slots, worker
-    self.port, self.asked, self.turns = worker.ask(folder=folder, slots=slots), bodies(), []
+    self.port, self.asked, self.turns = worker.ask(folder=folder, slots=slots), asked, []
 
     async def one_by_one():
       return [(await ask(self.port, body))[0] for body in self.asked]
@@ -175,6 +175,7 @@ def main() -> None:
   flags.add_argument('--seconds', type=float, default=60, help='of a turn')
   flags.add_argument('--repeats', type=int, default=2, help='turns of each')
   flags.add_argument('--slots', type=int, default=32)
+  flags.add_argument('--requests', type=int, default=48, help='different ones, asked in turns')
   flags.add_argument('--json')
   args = flags.parse_args()
   import gpt2_jax
@@ -201,7 +202,11 @@ def main() -> None:
       kinds.append(('transformers', THEIRS, 1))
     sides = {
       f'{name}, {slots}': Side(
-        name, slots, stack.enter_context(Worker(code, JAX_PLATFORMS='cpu')), folder
+        name,
+        slots,
+        stack.enter_context(Worker(code, JAX_PLATFORMS='cpu')),
+        folder,
+        bodies(args.requests),
       )
       for name, code, slots in kinds
     }

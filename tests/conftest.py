@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(ROOT / '.jax_cache'))
-os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.03'
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # less optimised code: half the time to compile, which is most of the time these tests take
 QUICK = '--xla_backend_optimization_level=0'
@@ -20,6 +20,7 @@ os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count=8 {QUICK}'
 ONLINE = os.environ.get('HF_HUB_OFFLINE', '0')  # as the user has it
 os.environ['HF_HUB_OFFLINE'] = '1'
 
+import forked  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -90,15 +91,8 @@ def environment(devices: int = 1, **extra: str) -> dict[str, str]:
 
 
 def run(*command: str, cwd: Path = ROOT, timeout: float = 300, **env) -> subprocess.CompletedProcess:
-  """Runs Python with these arguments, in a process of its own."""
-  return subprocess.run(
-    [sys.executable, *command],
-    cwd=cwd,
-    env=environment(**env),
-    capture_output=True,
-    text=True,
-    timeout=timeout,
-  )
+  """Runs Python with these arguments, in a process of its own; its output is text."""
+  return forked.run([sys.executable, *command], timeout, cwd=cwd, env=environment(**env))
 
 
 def assert_close(have, want, tolerance: float = 1e-5) -> None:

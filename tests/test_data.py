@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import jax
 import numpy as np
 import pytest
@@ -156,7 +157,7 @@ def test_a_killed_prepare_goes_on(tmp_path):
     '--output',
     str(tmp_path / 'store'),
   ]
-  process = subprocess.Popen([sys.executable, *command], env=environment())
+  process = forked.Popen([sys.executable, *command], env=environment())
   deadline = time.monotonic() + 60
   while not list((tmp_path / 'store').glob('part-*.json')) and time.monotonic() < deadline:
     time.sleep(0.005)
@@ -197,7 +198,7 @@ def test_two_at_once_do_the_work_once(text_folder, tmp_path):
     str(tmp_path / 's'),
   ]
   both = [
-    subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) for _ in range(2)
+    forked.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) for _ in range(2)
   ]
   outputs = [process.communicate()[0] for process in both]
   assert [process.returncode for process in both] == [0, 0]

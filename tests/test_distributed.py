@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 from conftest import ROOT, environment, run
 from test_launch import arguments, finished, lines, plain  # noqa: F401
@@ -46,7 +47,7 @@ def start(
     else:
       flags = [f'--coordinator=127.0.0.1:{port}', f'--num_processes={n}', f'--process_id={i}']
     processes.append(
-      subprocess.Popen(
+      forked.Popen(
         [sys.executable, *command, *flags, *(more or {}).get(i, [])],
         cwd=ROOT,
         text=True,

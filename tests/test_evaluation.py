@@ -6,11 +6,11 @@ import json
 import math
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import jax
 import numpy as np
 import optax
@@ -623,16 +623,16 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(checkpoint, data):
     str(file),
   ]
   kept = data / 'result.json.scores'
-  process = subprocess.Popen(words, cwd=ROOT, env=environment(2))
+  process = forked.Popen(words, cwd=ROOT, env=environment(2))
   while not (kept.exists() and kept.stat().st_size) and process.poll() is None:
     time.sleep(0.01)
   process.kill()
   assert process.wait() == -signal.SIGKILL and kept.exists()
-  subprocess.run(words, cwd=ROOT, env=environment(2), check=True)
+  forked.run(words, cwd=ROOT, env=environment(2)).check_returncode()
   once = json.loads(file.read_text())['results']
   assert not kept.exists()
   file.unlink()
-  subprocess.run(words, cwd=ROOT, env=environment(2), check=True)
+  forked.run(words, cwd=ROOT, env=environment(2)).check_returncode()
   assert json.loads(file.read_text())['results'] == once
 
 

@@ -16,10 +16,11 @@ import tempfile
 import threading
 from pathlib import Path
 
+import forked
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, environment, make_text
+from conftest import ROOT, environment, make_text, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -456,7 +457,7 @@ with holding.held(sys.argv[1]):
 
 def test_a_lock_ends_with_its_process(tmp_path):
   """SIGKILL, with a forked child that lives on."""
-  process = subprocess.Popen(
+  process = forked.Popen(
     [sys.executable, '-c', HOLDER, str(tmp_path)],
     stdout=subprocess.PIPE,
     text=True,
@@ -606,16 +607,8 @@ def test_an_address_is_refused_by_each_function(door, tmp_path, monkeypatch):
 # --- the command line -----------------------------------------------------------------------------
 
 
-def launch(*arguments: str, **options) -> subprocess.CompletedProcess:
-  return subprocess.run(
-    [sys.executable, 'launch.py', *arguments],
-    cwd=ROOT,
-    env=environment(),
-    capture_output=True,
-    text=True,
-    timeout=120,
-    **options,
-  )
+def launch(*arguments: str) -> subprocess.CompletedProcess:
+  return run('launch.py', *arguments, timeout=120)
 
 
 def test_launch_tells_what_it_takes():

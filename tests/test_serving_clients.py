@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import pytest
 from conftest import ROOT, environment
 from hypothesis import HealthCheck, given, settings
@@ -381,7 +382,7 @@ def test_a_request_that_ends_a_process_is_finished_first(tmp_path):
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
-  process = subprocess.Popen(
+  process = forked.Popen(
     [
       sys.executable,
       '-m',

@@ -152,7 +152,7 @@ def test_scaling(tmp_path):
 def test_serving(tmp_path):
   pytest.importorskip('uvicorn')
   one, many, *theirs = rows_of(
-    tmp_path, 'serving', '--clients=3', '--seconds=2', '--slots=3', '--repeats=1'
+    tmp_path, 'serving', '--clients=3', '--seconds=2', '--slots=3', '--repeats=1', '--requests=12'
   )
   for row in (one, many, *theirs):
     assert row['wrong'] == 0

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import jax
 import numpy as np
 import optax
@@ -328,7 +329,7 @@ sys.argv = {command!r}
 runpy.run_path('launch.py', run_name='__main__')"""
   job = random.randrange(1, 4000) << 16
   processes = [
-    subprocess.Popen(
+    forked.Popen(
       [sys.executable, '-c', code],
       cwd=ROOT,
       stdout=subprocess.PIPE,
