@@ -133,20 +133,24 @@ def summed_over(spec: P) -> tuple[str, ...]:
   return ('data', 'seq') if 'fsdp' in spec else ('data', 'fsdp', 'seq')
 
 
-def sum_later(params):
+def sum_later(params, waits):
   """Parameters whose gradients stay apart on each device, to be added up over micro-batches and then
-  summed over the devices once, by `sum_now`. Layer norms are small: theirs are summed at once.
+  summed over the devices once, by `sum_now`; those that don't wait are summed at once.
+
+  Args:
+    params: the parameters.
+    waits: whether each one's gradient waits, in the same nested dict.
   """
   mesh = jax.sharding.get_abstract_mesh()
 
-  def later(path, x):
-    if any(str(getattr(key, 'key', '')).startswith('ln_') for key in path):
+  def later(x, wait):
+    if not wait:
       return x
     spec = spec_of(x)
     axes = frozenset(axis for axis in summed_over(spec) if mesh.shape[axis] > 1)
     return jax.sharding.reshard(x, P(*spec, reduced=axes)) if axes else x
 
-  return jax.tree_util.tree_map_with_path(later, params) if in_mesh() else params
+  return jax.tree.map(later, params, waits) if in_mesh() else params
 
 
 def sum_now(grads, params):

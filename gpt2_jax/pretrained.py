@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 
 from gpt2_jax import sharding, tokenizer
@@ -36,7 +35,8 @@ from gpt2_jax.interop import (
 )
 from gpt2_jax.interop.opening import PLAIN, Opening
 from gpt2_jax.interop.tensors import Source, load_params, source_of
-from gpt2_jax.model import GPT2, bind
+from gpt2_jax.model import bind
+from gpt2_jax.pretrained_model import Model, Pretrained, params_of
 
 READERS = (workdir, huggingface, flax_msgpack, openai, nanogpt, llmc)
 WRITERS = {
@@ -128,7 +128,7 @@ def from_pretrained(
   step: int | str | None = None,
   base: str | None = None,
   ignore_extra: bool = False,
-) -> GPT2:
+) -> Pretrained:
   """A model from anything that `open_source` reads.
 
   Args:
@@ -160,7 +160,7 @@ def from_pretrained(
 
 def open_model(
   checkpoint: str, spec: str | None, opening: Opening, *, needs_tokenizer: bool = True, **options
-) -> GPT2:
+) -> Pretrained:
   """A model as the command line names it: --checkpoint, --tokenizer, --base, --ignore-extra.
 
   Args:
@@ -184,19 +184,16 @@ def open_model(
   return model
 
 
-def _model(source: Source, dtype: str | None = None) -> GPT2:
+def _model(source: Source, dtype: str | None = None) -> Pretrained:
   config = source.config if dtype is None else dataclasses.replace(source.config, dtype=dtype)
   if sharding.in_mesh():
     sharding.check_divisible(jax.sharding.get_mesh(), config.divisible())
-  model = bind(config, load_params(source, dtype or 'float32'))
-  model.tokenizer, model.source = source.tokenizer, source
-  return model
+  return Pretrained(bind(config, load_params(source, dtype or 'float32')), source.tokenizer, source)
 
 
-def _source(model: GPT2) -> Source:
+def _source(model: Pretrained) -> Source:
   """A model's parameters as they are now, with what is known of where it is from."""
-  params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-  made = source_of(model.config, params, 'this model', tokenizer=model.tokenizer)
+  made = source_of(model.config, params_of(model), 'this model', tokenizer=model.tokenizer)
   if model.source is None:
     return made
   return dataclasses.replace(
@@ -204,15 +201,15 @@ def _source(model: GPT2) -> Source:
   )
 
 
-def merge_adapters(model: GPT2) -> GPT2:
+def merge_adapters(model: Model) -> Pretrained:
   """The same model with its LoRA adapters added into its weights. `model` stays as it is."""
-  source = _source(model)
-  with sharding.mesh_of(nnx.state(model, nnx.Param)):
+  source = _source(Pretrained.of(model))
+  with sharding.mesh_of(params_of(model)):
     return _model(peft.merged(source.astype('float32')), model.config.dtype)
 
 
 def save_pretrained(
-  model: GPT2, folder: str | os.PathLike, *, to: str = 'hf', dtype: Any = None, **options
+  model: Model, folder: str | os.PathLike, *, to: str = 'hf', dtype: Any = None, **options
 ) -> None:
   """Writes a model, in Hugging Face's format unless `to` says otherwise.
 
@@ -227,8 +224,8 @@ def save_pretrained(
   Raises:
     UserError: the place is taken, or the format can't express this model; nothing is written.
   """
-  with sharding.mesh_of(nnx.state(model, nnx.Param)):
-    write(_source(model), folder, to, dtype=dtype, **options)
+  with sharding.mesh_of(params_of(model)):
+    write(_source(Pretrained.of(model)), folder, to, dtype=dtype, **options)
 
 
 def write(

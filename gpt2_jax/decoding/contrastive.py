@@ -24,7 +24,8 @@ from gpt2_jax.decoding.loop import (
 )
 from gpt2_jax.decoding.pytree import register
 from gpt2_jax.decoding.warpers import NEVER, log_probs
-from gpt2_jax.layers import Cache, pick
+from gpt2_jax.kv_cache import Cache
+from gpt2_jax.layers import pick
 from gpt2_jax.model import GPT2
 from gpt2_jax.sharding import BATCH, by_rows, reshard
 
@@ -136,12 +137,7 @@ class Contrastive:
     x_B1D = pick(out.x_BTD, chosen_B)[:, None]
     said_BSD = jax.lax.dynamic_update_slice_in_dim(state.said_BSD, _directions(x_B1D), slot, axis=1)
     return Contrasting(
-      state.t + 1,
-      jax.tree.map(keep, out.cache),
-      history,
-      record,
-      next_logits(model, x_B1D)[:, 0],
-      said_BSD,
+      state.t + 1, out.cache.map(keep), history, record, next_logits(model, x_B1D)[:, 0], said_BSD
     )
 
   def running(self, state: Contrasting) -> jax.Array:

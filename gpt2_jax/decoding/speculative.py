@@ -37,7 +37,8 @@ from gpt2_jax.decoding.values import AT_LEAST_1
 from gpt2_jax.decoding.warpers import NEVER, log_probs
 from gpt2_jax.errors import UserError
 from gpt2_jax.forms import for_decoding
-from gpt2_jax.layers import Cache, pick
+from gpt2_jax.kv_cache import Cache
+from gpt2_jax.layers import pick
 from gpt2_jax.model import Params, bind
 from gpt2_jax.sharding import by_rows
 

@@ -11,7 +11,7 @@ from gpt2_jax.evaluation import detokenizers, scoring
 from gpt2_jax.evaluation.protocols import Protocol
 from gpt2_jax.evaluation.scorer import Scorer, Value, Values, per_unit, total
 from gpt2_jax.evaluation.scoring import Request
-from gpt2_jax.model import GPT2
+from gpt2_jax.pretrained_model import Pretrained
 
 
 def count_words(text: str) -> int:
@@ -109,7 +109,7 @@ def pages(scorer: Scorer, protocol: Protocol, benchmark: Benchmark) -> Values:
   }
 
 
-def training_rows(model: GPT2) -> tuple[int, bool]:
+def training_rows(model: Pretrained) -> tuple[int, bool]:
   """Tokens of a row, and whether documents in it are masked from each other: of a run's checkpoint as
   the run had it; else the model's context, and no.
   """
@@ -120,7 +120,7 @@ def training_rows(model: GPT2) -> tuple[int, bool]:
   return rows['tokens'], rows['document_mask']
 
 
-def held_out(model: GPT2, opened: TokenStore) -> Split:
+def held_out(model: Pretrained, opened: TokenStore) -> Split:
   """The held-out tokens of a store.
 
   Raises:

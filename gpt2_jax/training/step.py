@@ -16,6 +16,7 @@ from gpt2_jax.config import GPTConfig
 from gpt2_jax.counts import trainable_paths
 from gpt2_jax.loss import Loss
 from gpt2_jax.model import GPT2, Params, bind, make_params
+from gpt2_jax.parameters import map_rows
 from gpt2_jax.sharding import RULES, reshard
 from gpt2_jax.training import spikes
 
@@ -184,7 +185,8 @@ def make_train_step(
     if A == 1:
       loss, grads = jax.value_and_grad(loss_fn)(part, 0, jax.tree.map(lambda x: x[0], batch))
     else:
-      apart = fsdp.sum_later(part)
+      waits = map_rows(lambda row, _: row.kind != 'norm', part)  # layer norms are small
+      apart = fsdp.sum_later(part, waits)
       zeros = jnp.zeros(()), fsdp.zeros_apart(apart)
       (loss, grads), _ = jax.lax.scan(accumulate, zeros, (jnp.arange(A), batch))
       grads = fsdp.sum_now(grads, part)
