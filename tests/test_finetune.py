@@ -470,12 +470,12 @@ def test_a_longer_context(pretrained, tmp_path, mesh):
   with jax.set_mesh(made.mesh):
     spread = made.load_source()
     wpe = np.asarray(spread['wpe']['weight'])
-    np.testing.assert_array_equal(wpe[::2], old.wpe.weight[...])
+    np.testing.assert_array_equal(wpe[::2], old.model.wpe.weight[...])
     assert_close(wpe[1::2], (wpe[:-1:2] + wpe[2::2]) / 2, 1e-6)
     config.init_positions = 'extend'
     wpe = np.asarray(made.load_source()['wpe']['weight'])
     fresh = init_params(made.model, config.train.seed)['wpe']['weight']
-    np.testing.assert_array_equal(wpe[:32], old.wpe.weight[...])
+    np.testing.assert_array_equal(wpe[:32], old.model.wpe.weight[...])
     assert_close(wpe[32:], fresh[32:], 1e-6)
     config.init_positions = 'rotate'
     with pytest.raises(UserError, match="'rotate' is none of interpolate, extend"):

@@ -5,6 +5,7 @@ models with a head have them behind `transformer.`.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -19,10 +20,10 @@ from gpt2_jax import bounds, tokenizer
 from gpt2_jax.config import MODEL, GPTConfig
 from gpt2_jax.errors import UserError, brief
 from gpt2_jax.files import check_place, read_json, unreadable
-from gpt2_jax.interop import foreign, mup, safetensors_files, torch_files
+from gpt2_jax.interop import foreign, safetensors_files, torch_files
 from gpt2_jax.interop.card import model_card
 from gpt2_jax.interop.opening import PLAIN, Opening
-from gpt2_jax.interop.tensors import Source, Tensor, check_tensors, common_dtype, shapes
+from gpt2_jax.interop.tensors import Source, Tensor, check_tensors, common_dtype, full_name, shapes
 
 WEIGHTS = (
   'model.safetensors',
@@ -45,21 +46,9 @@ ARCHITECTURES = {
   'token_classification': 'GPT2ForTokenClassification',
 }
 
-# Fields of GPTConfig that their config.json has not.
-OURS = (
-  'init_scheme',
-  *mup.FIELDS,
-  'vocab_multiple',
-  'dtype',
-  'remat',
-  'attention',
-  'reduce_dtype',
-  'form',
-  'head',
-  'num_labels',
-  'lora',
-)
-CONFIG_KEYS = tuple(f.name for f in dataclasses.fields(GPTConfig) if f.name not in OURS)
+# Fields of GPTConfig that their config.json has, which stand first there.
+FIELDS = [field.name for field in dataclasses.fields(GPTConfig)]
+CONFIG_KEYS = (*FIELDS[: FIELDS.index('init_scheme')], 'classifier_dropout')
 # Keys that we write anew.
 MADE_KEYS = (
   'model_type',
@@ -365,11 +354,10 @@ def write(source: Source, target: Path, *, max_shard_size: int = MAX_SHARD_SIZE)
     source.tokenizer.save(target, model_max_length=source.config.n_positions)
   (target / 'README.md').write_text(model_card(source), encoding='utf-8')
 
-  heads = ('lm_head.', 'score.', 'classifier.')
   tensors = {}
   for name, shape in shapes(source.config).items():
-    full = name if name.startswith(heads) else f'transformer.{name}'
-    tensors[full] = Tensor(shape, source.dtype, lambda name=name: source.tensor(name))
+    read = functools.partial(source.tensor, name)
+    tensors[full_name(name)] = Tensor(shape, source.dtype, read)
   shards: list[dict[str, Tensor]] = [{}]
   for name, tensor in tensors.items():
     if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > max_shard_size:

@@ -121,6 +121,11 @@ def _all_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
   return {name: row.theirs(sizes) for name, row in _rows(config).items()}
 
 
+def full_name(name: str) -> str:
+  """The name of a tensor in the file of a model with a head."""
+  return name if row_of(name.split('.')).head else f'transformer.{name}'
+
+
 def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
   """Name -> shape of the tensors of a model, its adapters aside."""
   return _all_shapes(dataclasses.replace(config, lora=None))
