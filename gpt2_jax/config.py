@@ -48,29 +48,10 @@ ATTENTIONS = ('auto', 'xla', 'cudnn', 'splash', 'blocks')
 
 # Elementwise functions and sums along an axis: they cost less to compute again than to keep.
 CHEAP = frozenset(
-  (
-    'add',
-    'bitcast_convert_type',
-    'broadcast_in_dim',
-    'convert_element_type',
-    'div',
-    'erf',
-    'exp',
-    'integer_pow',
-    'logistic',
-    'max',
-    'min',
-    'mul',
-    'neg',
-    'pow',
-    'reduce_max',
-    'reduce_sum',
-    'rsqrt',
-    'select_n',
-    'square',
-    'sub',
-    'tanh',
-  )
+  """
+  add bitcast_convert_type broadcast_in_dim convert_element_type div erf exp integer_pow logistic
+  max min mul neg pow reduce_max reduce_sum rsqrt select_n square sub tanh
+  """.split()
 )
 
 

@@ -75,74 +75,25 @@ NEUTRAL_KEYS: dict[str, Any] = dict(
 )
 # The same, without defaults: what older versions and other tools wrote.
 KEPT_KEYS = frozenset(
-  (
-    'id2label',
-    'label2id',
-    'num_labels',
-    '_num_labels',
-    'author',
-    'created_date',
-    'language',
-    'license',
-    'problem_type',
-    'finetuning_task',
-    'task_specific_params',
-    'n_ctx',
-    'n_special',
-    'predict_special_tokens',
-    'gradient_checkpointing',
-    'is_decoder',
-    'is_encoder_decoder',
-    'chunk_size_feed_forward',
-    'output_attentions',
-    'output_hidden_states',
-    'output_past',
-    'return_dict',
-    'use_return_dict',
-    'torchscript',
-    'use_bfloat16',
-    'tf_legacy_loss',
-    'xla_device',
-    'eos_token_ids',
-    'tokenizer_class',
-    'prefix',
-    'sep_token_id',
-    'cls_token_id',
-    'mask_token_id',
-    'unk_token_id',
-    'decoder_start_token_id',
-    'attn_implementation',
-    '_attn_implementation',
-    '_attn_implementation_autoset',
-    'hidden_dropout',
-    'vocab_size_or_config_json_file',
-    # defaults of `generate`, which older files have here
-    'max_length',
-    'min_length',
-    'do_sample',
-    'early_stopping',
-    'num_beams',
-    'num_beam_groups',
-    'diversity_penalty',
-    'temperature',
-    'top_k',
-    'top_p',
-    'typical_p',
-    'repetition_penalty',
-    'length_penalty',
-    'no_repeat_ngram_size',
-    'encoder_no_repeat_ngram_size',
-    'bad_words_ids',
-    'num_return_sequences',
-    'output_scores',
-    'return_dict_in_generate',
-    'forced_bos_token_id',
-    'forced_eos_token_id',
-    'remove_invalid_values',
-    'exponential_decay_length_penalty',
-    'suppress_tokens',
-    'begin_suppress_tokens',
-  )
+  """
+  id2label label2id num_labels _num_labels author created_date language license problem_type
+  finetuning_task task_specific_params n_ctx n_special predict_special_tokens
+  gradient_checkpointing is_decoder is_encoder_decoder chunk_size_feed_forward output_attentions
+  output_hidden_states output_past return_dict use_return_dict torchscript use_bfloat16
+  tf_legacy_loss xla_device eos_token_ids tokenizer_class prefix sep_token_id cls_token_id
+  mask_token_id unk_token_id decoder_start_token_id attn_implementation _attn_implementation
+  _attn_implementation_autoset hidden_dropout vocab_size_or_config_json_file
+  """.split()
+)
+# Defaults of `generate`, which older files have there.
+KEPT_KEYS |= frozenset(
+  """
+  max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
+  temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+  encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
+  return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
+  exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+  """.split()
 )
 # What of the two is used, and what it may be.
 TOKEN_ID = bounds.Int(-(2**31), 2**31 - 1)  # one that is not in the vocabulary, as -1, is passed over
