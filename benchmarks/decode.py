@@ -105,7 +105,7 @@ def first_piece() -> float:
     n_head=sizes.n_head,
   )
   model = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))
-  model.tokenizer = tokenizer.load('byte')
+  model = gpt2_jax.Pretrained(model, tokenizer.load('byte'))
   seconds = 0.0
   for prompt, temperature, seed in (('def ', 0.9, 1), ('import os', 0.7, 2)):
     began = time.perf_counter()

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
 
 import gpt2_jax
 from gpt2_jax.data.store import Split, open_store
 from gpt2_jax.model import bind
+from gpt2_jax.pretrained_model import params_of
 from gpt2_jax.training.step import nll
 
 ROWS = 8
@@ -26,7 +26,7 @@ ROWS = 8
 def held_out_loss(model: gpt2_jax.GPT2, split: Split, tokens: int | None) -> tuple[float, int]:
   """Mean loss in nats, and over how many tokens."""
   config, T = model.config, model.config.n_positions
-  params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  params = params_of(model)
   losses = jax.jit(lambda params, tokens_BT1: nll(bind(config, params), tokens_BT1).each)
   count = min(len(split) - 1, tokens or len(split))
   total, seen = 0.0, 0
@@ -59,7 +59,7 @@ def main() -> None:
   rows = []
   for name, form in forms.items():
     loss, tokens = held_out_loss(form, store.splits[args.split], args.tokens)
-    size = sum(x.nbytes for x in jax.tree.leaves(nnx.state(form, nnx.Param)))
+    size = sum(x.nbytes for x in jax.tree.leaves(params_of(form)))
     rows.append(
       dict(
         form=name,

@@ -192,7 +192,7 @@ def main() -> None:
     n_head=sizes.n_head,
   )
   model = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))
-  model.tokenizer = tokenizer.load('byte')
+  model = gpt2_jax.Pretrained(model, tokenizer.load('byte'))
   with contextlib.ExitStack() as stack:
     rows = stack.enter_context(report(args.json))
     folder = str(Path(stack.enter_context(tempfile.TemporaryDirectory())) / 'tiny')

@@ -151,7 +151,7 @@ def save_model(folder: str, size: str) -> None:
     n_positions=sizes.n_positions, n_embd=sizes.n_embd, n_layer=sizes.n_layer, n_head=sizes.n_head
   )
   model = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))
-  model.tokenizer = tokenizer.load('gpt2')
+  model = gpt2_jax.Pretrained(model, tokenizer.load('gpt2'))
   gpt2_jax.save_pretrained(model, folder)
 
 

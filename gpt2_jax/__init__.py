@@ -19,6 +19,7 @@ if TYPE_CHECKING:
   from gpt2_jax.inference import Classified, Features, classify, features
   from gpt2_jax.model import GPT2, bind, init_params
   from gpt2_jax.pretrained import from_pretrained, merge_adapters, save_pretrained
+  from gpt2_jax.pretrained_model import Pretrained
 
 _PLACES = {
   'Classified': 'inference',
@@ -27,6 +28,7 @@ _PLACES = {
   'GPTConfig': 'config',
   'Generated': 'decoding.generate',
   'LoRA': 'config',
+  'Pretrained': 'pretrained_model',
   'Processor': 'decoding.processors',
   'UserError': 'errors',
   'bind': 'model',
@@ -48,6 +50,7 @@ __all__ = [
   'GPTConfig',
   'Generated',
   'LoRA',
+  'Pretrained',
   'Processor',
   'UserError',
   'bind',

@@ -4,14 +4,15 @@ Letters: `B` batch, `T` query positions, `S` key positions, `N` heads, `H` head 
 """
 
 import dataclasses
-import functools
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from gpt2_jax.matmul import kept, lies_whole, row_major
+
+Drop = Callable[[jax.Array], jax.Array]
 
 
 def causal_mask(T: int, S: int, offset: jax.Array | int = 0) -> jax.Array:
@@ -22,38 +23,33 @@ def causal_mask(T: int, S: int, offset: jax.Array | int = 0) -> jax.Array:
   return jnp.arange(S) <= jnp.arange(T)[:, None] + jnp.reshape(offset, (-1, 1, 1))
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Blocks:
-  """Keys or values whose S positions lie in X arrays, of which the first `used` alone are read.
+class Mask:
+  """Attention to what a mask lets a query see; `kernels.Kernel` has the same method."""
 
-  What is not read must be masked. A row's sums are then the same, to the last bit, however many
-  blocks are read for the sake of others: each adds exact zeros.
-  """
+  mask_BTS: jax.Array
 
-  parts: tuple[jax.Array, ...]  # X of [B, N, S/X, H]
-  used: jax.Array | int
+  def attend(
+    self, q_BTNH: jax.Array, k_BSNH: Any, v_BSNH: Any, **how: Any
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """The attended values [B, T, N, H] and, where they are made, the weights [B, N, T, S].
 
-  def each(self, product: Callable[..., jax.Array], *others: Sequence[jax.Array]) -> list[jax.Array]:
-    """`product` of each block, and of what belongs to it of `others`; zeros for those not used."""
-    if len(self.parts) == 1:
-      return [product(self.parts[0], *(other[0] for other in others))]
-    nothing = lambda *args: jnp.zeros_like(jax.eval_shape(product, *args))
-    return [
-      jax.lax.cond(x < self.used, product, nothing, *args)
-      for x, args in enumerate(zip(self.parts, *others))
-    ]
+    Args:
+      q_BTNH, k_BSNH, v_BSNH: queries, keys and values, the latter as a cache gives them.
+      **how: options of `attention`.
+    """
+    return attention(q_BTNH, k_BSNH, v_BSNH, self.mask_BTS, **how)
 
 
 def attention(
   q_BTNH: jax.Array,
-  k_BSNH: jax.Array | Blocks,
-  v_BSNH: jax.Array | Blocks,
+  k_BSNH: jax.Array,
+  v_BSNH: jax.Array,
   mask_BTS: jax.Array,
   *,
   scale: jax.Array | float,
   upcast: bool = False,
-  drop: Callable[[jax.Array], jax.Array] | None = None,
+  drop: Drop | None = None,
   precision: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """softmax(scale · q kᵀ) v, with the softmax in float32.
@@ -72,35 +68,29 @@ def attention(
     which the compiler drops where they are not used.
   """
   # heads first, as a cache holds them: keys and values of one are then read where they lie
-  q_BNTH = q_BTNH.swapaxes(1, 2)
-  k, v = (x if isinstance(x, Blocks) else Blocks((x.swapaxes(1, 2),), 1) for x in (k_BSNH, v_BSNH))
-  dtype, X = v.parts[0].dtype, len(v.parts)
-  wide = dtype if X == 1 else jnp.float32  # in which blocks are added up
+  q_BNTH, k_BNSH, v_BNSH = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSNH, v_BSNH))
+  scores_BNTS = scale * kept(scores(q_BNTH, k_BNSH, upcast, precision))
+  weights_BNTS = weights(scores_BNTS, mask_BTS, v_BNSH.dtype, drop)
+  out_BNTH = product('BNTS,BNSH->BNTH', weights_BNTS, v_BNSH, precision, v_BNSH.dtype)
+  return out_BNTH.swapaxes(1, 2), weights_BNTS
 
-  def score(k_BNSH):
-    if upcast:
-      return _product(
-        'BNTH,BNSH->BNTS',
-        q_BNTH.astype(jnp.float32),
-        k_BNSH.astype(jnp.float32),
-        'highest',
-        jnp.float32,
-      )
-    return _product('BNTH,BNSH->BNTS', q_BNTH, k_BNSH, precision, jnp.float32)
 
-  def attend(v_BNSH, weights_BNTS):
-    return _product('BNTS,BNSH->BNTH', weights_BNTS, v_BNSH, precision, wide)
+def scores(q_BNTH: jax.Array, k_BNSH: jax.Array, upcast: bool, precision: str | None) -> jax.Array:
+  """q kᵀ in float32, [B, N, T, S]; arguments as of `attention`."""
+  if upcast:
+    q_BNTH, k_BNSH, precision = q_BNTH.astype('float32'), k_BNSH.astype('float32'), 'highest'
+  return product('BNTH,BNSH->BNTS', q_BNTH, k_BNSH, precision, jnp.float32)
 
-  scores_BNTS = scale * kept(jnp.concatenate(k.each(score), -1))
+
+def weights(scores_BNTS: jax.Array, mask_BTS: jax.Array, dtype: Any, drop: Drop | None) -> jax.Array:
+  """The softmax of what is seen of the scores, in `dtype`, after dropout."""
   scores_BNTS = jnp.where(mask_BTS[:, None], scores_BNTS, jnp.finfo(jnp.float32).min)
   weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(dtype)
-  if drop is not None:
-    weights_BNTS = drop(weights_BNTS)
-  outs_BNTH = v.each(attend, jnp.split(weights_BNTS, X, axis=-1))
-  return functools.reduce(operator.add, outs_BNTH).astype(dtype).swapaxes(1, 2), weights_BNTS
+  return weights_BNTS if drop is None else drop(weights_BNTS)
 
 
-def _product(equation: str, x, y, precision, wide):
+def product(equation: str, x: jax.Array, y: jax.Array, precision: str | None, wide: Any) -> jax.Array:
+  """An einsum in the dtype `wide`, in the order of operands that the platform wants."""
   if x.dtype == jnp.bfloat16 and lies_whole(x):
     return row_major(equation, x, y, None, precision, wide)
   return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=wide)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from gpt2_jax import bounds
 from gpt2_jax.bounds import Bool, Choice, DType, Float, Int, Optional
 from gpt2_jax.errors import UserError, brief, near
+from gpt2_jax.parameters import ADAPTABLE, TABLE, Row
 
 Config = Any  # a run's ml_collections.ConfigDict (configs/base.py), or a section of it: untyped
 
@@ -46,29 +48,10 @@ ATTENTIONS = ('auto', 'xla', 'cudnn', 'splash', 'blocks')
 
 # Elementwise functions and sums along an axis: they cost less to compute again than to keep.
 CHEAP = frozenset(
-  (
-    'add',
-    'bitcast_convert_type',
-    'broadcast_in_dim',
-    'convert_element_type',
-    'div',
-    'erf',
-    'exp',
-    'integer_pow',
-    'logistic',
-    'max',
-    'min',
-    'mul',
-    'neg',
-    'pow',
-    'reduce_max',
-    'reduce_sum',
-    'rsqrt',
-    'select_n',
-    'square',
-    'sub',
-    'tanh',
-  )
+  """
+  add bitcast_convert_type broadcast_in_dim convert_element_type div erf exp integer_pow logistic
+  max min mul neg pow reduce_max reduce_sum rsqrt select_n square sub tanh
+  """.split()
 )
 
 
@@ -152,14 +135,15 @@ class LoRA:
   alpha: float
   target_modules: tuple[str, ...] = ('c_attn',)  # ends of names: 'c_proj', or 'mlp.c_proj' alone
   dropout: float = 0.0  # of the adapters' input
-  modules: ClassVar[tuple[str, ...]] = ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')
+  modules: ClassVar[tuple[str, ...]] = ADAPTABLE
 
   def __post_init__(self):
     set_checked(self, LORA, 'lora.')
     for target in self.target_modules:
       if not any(self._matches(module, target) for module in self.modules):
+        ends = dict.fromkeys(module.rpartition('.')[2] for module in self.modules)
         raise UserError(
-          f'lora.target_modules: {target!r} is none of c_attn, c_proj, c_fc, or '
+          f'lora.target_modules: {target!r} is none of {", ".join(ends)}, or '
           f'{", ".join(self.modules)}.'
         )
     if not self.target_modules:
@@ -221,27 +205,44 @@ class GPTConfig:
     set_checked(self, MODEL, 'model.')
     if self.n_embd % self.n_head:
       raise UserError(f'model.n_embd = {self.n_embd} must be a multiple of n_head = {self.n_head}.')
-    if 4 * self._size() > MOST_BYTES:
+    sizes = self.sizes
+    size = sum(math.prod(row.whole(sizes)) for row in self.parameters())
+    if 4 * size > MOST_BYTES:
       raise UserError(
-        f'a model of these sizes has {self._size():,} parameters, and no machine holds '
+        f'a model of these sizes has {size:,} parameters, and no machine holds '
         'them: make model.n_embd, n_layer, n_inner, n_positions or vocab_size smaller.'
       )
     self._check_mup()
 
-  def _size(self) -> int:
-    """Number of parameters, with the padding of the vocabulary. Nothing is made to count them."""
-    D, F, V = self.n_embd, self.F, self.padded_vocab_size
-    block = 4 * D * D + 2 * D * F + 9 * D + F
-    heads = {
-      'sequence_classification': self.num_labels * D,
-      'token_classification': self.num_labels * (D + 1),
-    }
-    if self.head == 'lm' and not self.tie_word_embeddings:
-      heads['lm'] = V * D
-    if self.lora is not None:
-      sides = {'attn.c_attn': 4 * D, 'attn.c_proj': 2 * D, 'mlp.c_fc': D + F, 'mlp.c_proj': F + D}
-      block += self.lora.r * sum(n for name, n in sides.items() if self.lora.adapts(name))
-    return (V + self.n_positions + 2) * D + self.n_layer * block + heads.get(self.head, 0)
+  @property
+  def sizes(self) -> dict[str, int]:
+    """The size of each axis of parameters, by its letter; V with the padding of the vocabulary."""
+    return dict(
+      L=self.n_layer,
+      V=self.padded_vocab_size,
+      T=self.n_positions,
+      D=self.n_embd,
+      C=3,
+      N=self.n_head,
+      H=self.H,
+      F=self.F,
+      K=self.num_labels,
+      R=self.lora.r if self.lora else 0,
+    )
+
+  def parameters(self) -> list[Row]:
+    """The rows of the table of parameters that a model of this config has."""
+
+    def has(row: Row) -> bool:
+      if row.kind == 'scale' and self.form != 'int8':
+        return False
+      if row.kind == 'adapter':
+        return self.adapter(row.module.removeprefix('h.')) is not None
+      if row.module == 'lm_head' and self.tie_word_embeddings:
+        return False
+      return row.head in ('', self.head)
+
+    return [row for row in TABLE if has(row)]
 
   def _check_mup(self):
     """Raises a `UserError` where the parametrization lacks something or can't be had."""

@@ -1,46 +1,31 @@
 """How large a model is, what of it is trained, and what a token costs."""
 
-import dataclasses
-import functools
-from typing import Any
-
-import jax
-from flax import nnx
-from flax.traverse_util import flatten_dict
+import math
 
 from gpt2_jax.config import GPTConfig
-from gpt2_jax.model import GPT2, make_params
-from gpt2_jax.sharding import without_mesh
 
 
-@functools.cache
+def param_shapes(config: GPTConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
+  """Path -> shape of each parameter, without the padding of the vocabulary."""
+  sizes = config.sizes | {'V': config.vocab_size}
+  return {row.path: row.whole(sizes) for row in config.parameters()}
+
+
 def trainable_paths(config: GPTConfig) -> frozenset[tuple[str, ...]]:
   """Paths of the parameters that are trained: all, or with adapters, them and a classifier's head."""
-  with without_mesh():
-    config = dataclasses.replace(config, vocab_multiple=1)
-    model = nnx.eval_shape(lambda: GPT2(config, rngs=nnx.Rngs(0)))
-  beside = nnx.Any(nnx.LoRAParam, nnx.PathContains('score'), nnx.PathContains('classifier'))
-  state = nnx.to_pure_dict(nnx.state(model, beside if config.lora else nnx.Param))
-  return frozenset(flatten_dict(state))
-
-
-@functools.cache
-def param_shapes(config: GPTConfig) -> dict[tuple[str, ...], Any]:
-  """Path -> shape of each parameter, without the padding of the vocabulary."""
-  config = dataclasses.replace(config, vocab_multiple=1)
-  with without_mesh():
-    return flatten_dict(jax.eval_shape(functools.partial(make_params, config, 0)))
+  beside = lambda row: row.kind == 'adapter' or row.head not in ('', 'lm')
+  return frozenset(row.path for row in config.parameters() if not config.lora or beside(row))
 
 
 def num_params(config: GPTConfig) -> int:
   """Number of parameters, without the padding of the vocabulary."""
-  return sum(leaf.size for leaf in param_shapes(config).values())
+  return sum(map(math.prod, param_shapes(config).values()))
 
 
 def num_trained(config: GPTConfig) -> int:
   """Number of parameters that are trained: see `trainable_paths`."""
   shapes = param_shapes(config)
-  return sum(shapes[path].size for path in trainable_paths(config))
+  return sum(math.prod(shapes[path]) for path in trainable_paths(config))
 
 
 def flops_per_token(config: GPTConfig, T: int) -> int:
@@ -51,7 +36,7 @@ def flops_per_token(config: GPTConfig, T: int) -> int:
   taken off (the formula of PaLM's appendix B and of nanoGPT).
   """
   c = config
-  P = num_params(c) - c.n_positions * c.n_embd
+  P = num_params(c) - math.prod(param_shapes(c).get(('wpe', 'weight'), (0,)))
   if not c.tie_word_embeddings:
     P -= c.vocab_size * c.n_embd
   return 6 * P + 12 * c.n_layer * c.n_embd * T

@@ -2,20 +2,20 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError
 from gpt2_jax.model import GPT2, Params, bind
+from gpt2_jax.parameters import ROWS
+from gpt2_jax.pretrained_model import Pretrained, params_of
 from gpt2_jax.sharding import mesh_of
 
-# axes that a block's weights contract with what comes in; they come first in the form 'train'
-CONTRACTED = {('attn', 'c_attn'): 1, ('attn', 'c_proj'): 2, ('mlp', 'c_fc'): 1, ('mlp', 'c_proj'): 1}
-TABLES = ('wte', 'lm_head')
+M = TypeVar('M', GPT2, Pretrained)
 
 
 def _in_steps(weight: jax.Array, ins: int) -> tuple[jax.Array, jax.Array]:
@@ -32,25 +32,22 @@ def _in_steps(weight: jax.Array, ins: int) -> tuple[jax.Array, jax.Array]:
 
 @functools.partial(jax.jit, static_argnames=('config', 'form'))
 def _to_form(config: GPTConfig, params: Params, form: str) -> Params:
-  def put(module: Params, weight: jax.Array, ins: int) -> Params:
-    if form == 'int8':
-      weight, scale = _in_steps(weight.astype(jnp.float32), ins)
-      return module | {'weight': weight, 'scale': scale}
-    return module | {'weight': weight.astype(config.dtype)}
-
-  def block(stacked: Params) -> Params:
-    layer = jax.tree.map(lambda x: x, stacked)  # a copy of the dicts
-    for (part, name), ins in CONTRACTED.items():
-      module = layer[part][name]
-      outs = module['weight'].ndim - ins
-      axes = (*range(ins, ins + outs), *range(ins))
-      layer[part][name] = put(module, module['weight'].transpose(axes), ins)
-    return layer
-
-  take = lambda i: jax.tree.map(lambda x: x[i], params['h'])
-  blocks = {i: block(take(i)) for i in range(config.n_layer)}
-  tables = {name: put(params[name], params[name]['weight'], 1) for name in TABLES if name in params}
-  return params | tables | {'h': blocks}
+  arrays: Any = flatten_dict(params)
+  made = {}
+  for row in config.parameters():
+    for layer in range(config.n_layer) if row.stacked else [None]:
+      array = arrays[row.path] if layer is None else arrays[row.path][layer]
+      path = row.path if layer is None else ('h', layer, *row.path[1:])
+      if f'{row.module}.scale' in ROWS and row.path[-1] == 'weight':
+        ins = len(row.contracted)
+        if row.stacked:  # [in, out]
+          array = array.transpose((*range(ins, array.ndim), *range(ins)))
+        if form == 'int8':
+          array, made[*path[:-1], 'scale'] = _in_steps(array.astype(jnp.float32), ins)
+        else:
+          array = array.astype(config.dtype)
+      made[path] = array
+  return unflatten_dict(made)
 
 
 def for_decoding(config: GPTConfig, params: Params) -> tuple[GPTConfig, Params]:
@@ -63,7 +60,7 @@ def for_decoding(config: GPTConfig, params: Params) -> tuple[GPTConfig, Params]:
   return dataclasses.replace(config, form='decode'), _to_form(config, params, 'decode')
 
 
-def quantize(model: GPT2) -> GPT2:
+def quantize(model: M) -> M:
   """The model with weights in int8, a float32 scale for each output channel and token.
 
   A quarter of the bytes of float32: for decoding that waits for memory. It costs some likelihood
@@ -76,10 +73,11 @@ def quantize(model: GPT2) -> GPT2:
   """
   if model.config.form != 'train':
     raise UserError(f'the model is in the form {model.config.form!r}: quantize it as it was loaded.')
-  params: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  params = params_of(model)
   with mesh_of(params):
     small = bind(
       dataclasses.replace(model.config, form='int8'), _to_form(model.config, params, 'int8')
     )
-  small.tokenizer, small.source = model.tokenizer, model.source
+  if isinstance(model, Pretrained):
+    return type(model)(small, model.tokenizer, model.source)
   return small

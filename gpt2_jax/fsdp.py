@@ -131,21 +131,23 @@ def summed_over(spec: P) -> tuple[str, ...]:
 
 class DeferredGradients:
   """Gradients that stay apart on each device, to be added up over micro-batches and then summed over
-  the devices once. Layer norms are small: theirs are summed in each micro-batch.
+  the devices once; those that don't wait are summed in each micro-batch.
   """
 
-  def __init__(self, params):
-    """`self.params` are `params`, marked so that the gradients by them are deferred."""
+  def __init__(self, params, waits):
+    """`self.params` are `params`, marked so that the gradients by them are deferred where `waits`, a
+    tree as `params`, says so.
+    """
 
-    def marked(path, x):
-      if any(str(getattr(key, 'key', '')).startswith('ln_') for key in path):
+    def marked(x, wait):
+      if not wait:
         return x
       spec = spec_of(x)
       axes = frozenset(axis for axis in summed_over(spec) if mesh.shape[axis] > 1)
       return reshard(x, P(*spec, reduced=axes)) if axes else x
 
     mesh = jax.sharding.get_abstract_mesh()
-    self.params = jax.tree_util.tree_map_with_path(marked, params) if in_mesh() else params
+    self.params = jax.tree.map(marked, params, waits) if in_mesh() else params
 
   def zeros(self):
     """Zeros for the gradients to be added to."""

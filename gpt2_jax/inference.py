@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
-from flax import nnx
 
 from gpt2_jax import batching
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError
-from gpt2_jax.model import GPT2, Params, bind
+from gpt2_jax.model import Params, bind
+from gpt2_jax.pretrained_model import Model, Pretrained, params_of
 from gpt2_jax.sharding import mesh_of, whole_rows
 from gpt2_jax.tokenizer import Tokenizer
 
@@ -74,7 +74,7 @@ def _batches(rows: list[list[int]], most: int) -> Iterator[tuple[list[list[int]]
 
 
 def features(
-  model: GPT2,
+  model: Model,
   texts: batching.Texts,
   *,
   hidden_states: bool = True,
@@ -99,10 +99,8 @@ def features(
   Raises:
     UserError: a text is longer than the context, or an id is not in the vocabulary.
   """
-  params = whole_rows(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-  rows = batching.encode(
-    texts, tokenizer or model.tokenizer, model.config, allow_special=allow_special
-  )
+  params, tokenizer = whole_rows(params_of(model)), tokenizer or Pretrained.of(model).tokenizer
+  rows = batching.encode(texts, tokenizer, model.config, allow_special=allow_special)
   as_float32 = lambda x: np.asarray(x, np.float32)
   found = []
   with mesh_of(params):
@@ -124,7 +122,7 @@ def features(
 
 
 def classify(
-  model: GPT2,
+  model: Model,
   texts: batching.Texts,
   *,
   tokenizer: Tokenizer | None = None,
@@ -142,10 +140,11 @@ def classify(
   config = model.config
   if config.head == 'lm':
     raise UserError('this model has no classification head: it is a language model, see generate.')
-  params = whole_rows(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-  named = (model.source.keys.get('id2label') if model.source is not None else None) or {}
+  params = whole_rows(params_of(model))
+  opened = Pretrained.of(model)
+  named = (opened.source.keys.get('id2label') if opened.source is not None else None) or {}
   names = [named.get(str(k), named.get(k, f'LABEL_{k}')) for k in range(config.num_labels)]
-  rows = batching.encode(texts, tokenizer or model.tokenizer, config, allow_special=allow_special)
+  rows = batching.encode(texts, tokenizer or opened.tokenizer, config, allow_special=allow_special)
   found = []
   with mesh_of(params):
     for batch, arrays in _batches(rows, config.n_positions):

@@ -12,7 +12,7 @@ from gpt2_jax import batching, inputs
 from gpt2_jax.decoding.generate import Generated, stream
 from gpt2_jax.decoding.options import Options
 from gpt2_jax.errors import UserError
-from gpt2_jax.model import GPT2
+from gpt2_jax.pretrained_model import Pretrained
 
 
 def note(text: str) -> None:
@@ -62,7 +62,7 @@ def ctrl_c() -> Iterator[list[int]]:
 class Session:
   """A model, the settings, and the text so far. Its methods do_NAME are the commands /NAME."""
 
-  def __init__(self, model: GPT2, options: Options, assistant: GPT2 | None = None):
+  def __init__(self, model: Pretrained, options: Options, assistant: Pretrained | None = None):
     self.model, self.assistant = model, assistant
     self.begun: str | None = None  # the last prompt
     self.text = ''  # that, and what was written

@@ -72,6 +72,11 @@ class Kernel:
   name: str
   documents_BT: Any
 
+  def attend(self, q_BTNH, k_BSNH, v_BSNH, *, scale, **how) -> tuple[jax.Array, None]:
+    """The attended values, [B, T, N, H]. What else `attention` can do, `choose` has looked at."""
+    del how
+    return self(q_BTNH, k_BSNH, v_BSNH, scale), None
+
   def __call__(self, q_BTNH, k_BSNH, v_BSNH, scale) -> jax.Array:
     """The attended values, [B, T, N, H]."""
     q_BTNH = (q_BTNH * scale).astype(q_BTNH.dtype)

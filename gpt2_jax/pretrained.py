@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 
 from gpt2_jax import sharding, tokenizer
@@ -24,7 +23,8 @@ from gpt2_jax.interop import hub, mup, peft, workdir
 from gpt2_jax.interop.formats import FORMATS, recognise, written
 from gpt2_jax.interop.opening import PLAIN, Opening
 from gpt2_jax.interop.tensors import Source, load_params, source_of
-from gpt2_jax.model import GPT2, bind
+from gpt2_jax.model import bind
+from gpt2_jax.pretrained_model import Model, Pretrained, params_of
 
 
 def open_source(source: str | os.PathLike, opening: Opening = PLAIN) -> Source:
@@ -107,7 +107,7 @@ def from_pretrained(
   step: int | str | None = None,
   base: str | None = None,
   ignore_extra: bool = False,
-) -> GPT2:
+) -> Pretrained:
   """Returns a model from anything that `open_source` reads.
 
   Args:
@@ -139,7 +139,7 @@ def from_pretrained(
 
 def open_model(
   checkpoint: str, spec: str | None, opening: Opening, *, needs_tokenizer: bool = True, **options
-) -> GPT2:
+) -> Pretrained:
   """Returns a model as the command line names it: --checkpoint, --tokenizer, --base, --ignore-extra.
 
   Args:
@@ -163,18 +163,16 @@ def open_model(
   return model
 
 
-def _model(source: Source, dtype: str | None = None) -> GPT2:
+def _model(source: Source, dtype: str | None = None) -> Pretrained:
   config = source.config if dtype is None else dataclasses.replace(source.config, dtype=dtype)
   if sharding.in_mesh():
     sharding.check_divisible(jax.sharding.get_mesh(), config.divisible())
-  model = bind(config, load_params(source, dtype or 'float32'))
-  model.tokenizer, model.source = source.tokenizer, source
-  return model
+  return Pretrained(bind(config, load_params(source, dtype or 'float32')), source.tokenizer, source)
 
 
-def _source(model: GPT2) -> Source:
+def _source(model: Pretrained) -> Source:
   """Returns a model's parameters as they are now, with what is known of where it is from."""
-  params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  params = params_of(model)
   made = source_of(model.config, params, 'this model', tokenizer=model.tokenizer)
   if model.source is None:
     return made
@@ -183,15 +181,15 @@ def _source(model: GPT2) -> Source:
   )
 
 
-def merge_adapters(model: GPT2) -> GPT2:
+def merge_adapters(model: Model) -> Pretrained:
   """Returns the same model with its LoRA adapters added into its weights. `model` stays as it is."""
-  source = _source(model)
-  with sharding.mesh_of(nnx.state(model, nnx.Param)):
+  source = _source(Pretrained.of(model))
+  with sharding.mesh_of(params_of(model)):
     return _model(peft.merged(source.astype('float32')), model.config.dtype)
 
 
 def save_pretrained(
-  model: GPT2, folder: str | os.PathLike, *, to: str = 'hf', dtype: Any = None, **options
+  model: Model, folder: str | os.PathLike, *, to: str = 'hf', dtype: Any = None, **options
 ) -> None:
   """Writes a model, in Hugging Face's format unless `to` says otherwise.
 
@@ -207,8 +205,8 @@ def save_pretrained(
   Raises:
     UserError: the place is taken, or the format can't express this model; nothing is written.
   """
-  with sharding.mesh_of(nnx.state(model, nnx.Param)):
-    write(_source(model), folder, to, dtype=dtype, **options)
+  with sharding.mesh_of(params_of(model)):
+    write(_source(Pretrained.of(model)), folder, to, dtype=dtype, **options)
 
 
 def write(

@@ -29,32 +29,25 @@ AXES = ('data', 'fsdp', 'seq', 'tensor')  # neighbours on the fastest links last
 BATCH = ('data', 'fsdp')  # the axes over which rows of a batch are split
 
 
+def activation(letters: str) -> P:
+  """Where an array of activations lies, by the letters of its axes: see `model.py`. Parameters:
+  `parameters.Row.layout`.
+  """
+  split = {'B': BATCH, 'T': 'seq', 'N': 'tensor', 'F': 'tensor', 'V': 'tensor'}
+  return P(*(split.get(letter) for letter in letters))  # every query sees all S keys
+
+
 @dataclasses.dataclass(frozen=True)
 class Rules:
-  """Where each kind of array lies. The suffix of a name gives the letters of its axes."""
+  """Where each kind of activation lies. The suffix of a name gives the letters of its axes."""
 
-  wte_vd: P = P('tensor', 'fsdp')
-  wpe_td: P = P(None, 'fsdp')
-  lm_head_vd: P = P('tensor', 'fsdp')
-  ln_d: P = P(None)
-  c_attn_dcnh: P = P('fsdp', None, 'tensor', None)
-  c_attn_cnh: P = P(None, 'tensor', None)
-  attn_proj_nhd: P = P('tensor', None, 'fsdp')
-  c_fc_df: P = P('fsdp', 'tensor')
-  c_fc_f: P = P('tensor')
-  mlp_proj_fd: P = P('tensor', 'fsdp')
-  proj_d: P = P(None)
-  head_dk: P = P('fsdp', None)
-  head_k: P = P(None)
-  act_btd: P = P(BATCH, 'seq', None)
-  act_btf: P = P(BATCH, 'seq', 'tensor')
-  act_btnh: P = P(BATCH, 'seq', 'tensor', None)
-  act_bsnh: P = P(BATCH, None, 'tensor', None)  # keys and values: every query sees all of them
-  act_cbtnh: P = P(None, BATCH, 'seq', 'tensor', None)
-  logits_btv: P = P(BATCH, 'seq', 'tensor')
-  cache_lbnsh: P = P(None, BATCH, 'tensor', None, None)
-  rows_b: P = P(BATCH)
-  rows_bt: P = P(BATCH, 'seq')
+  act_btd: P = activation('BTD')
+  act_btnh: P = activation('BTNH')
+  act_bsnh: P = activation('BSNH')
+  logits_btv: P = activation('BTV')
+  cache_lbnsh: P = activation('LBNSH')
+  rows_b: P = activation('B')
+  rows_bt: P = activation('BT')
 
 
 RULES = Rules()

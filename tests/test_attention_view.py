@@ -158,7 +158,7 @@ def test_a_classifier_attends_but_predicts_no_tokens(model):
   classifier = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))
   with pytest.raises(gpt2_jax.UserError, match='needs a tokenizer'):
     attention_data(classifier, 'a')
-  classifier.tokenizer = model.tokenizer
+  classifier = gpt2_jax.Pretrained(classifier, model.tokenizer)
   with pytest.raises(gpt2_jax.UserError, match='ask with lens=0'):
     attention_data(classifier, 'abc')
   assert attention_data(classifier, 'abc', lens=0)['lens'] == []

@@ -5,7 +5,6 @@ import json
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from scipy import stats
 
 import gpt2_jax
@@ -13,6 +12,7 @@ from gpt2_jax import cli, tokenizer
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.data import benchmarks
 from gpt2_jax.evaluation import bias, stereotypes
+from gpt2_jax.pretrained_model import params_of
 
 CROWS = """\
 ,sent_more,sent_less,stereo_antistereo,bias_type,annotations,anon_writer,anon_annotators
@@ -54,7 +54,7 @@ def model():
     vocab_size=257, n_positions=128, n_embd=32, n_layer=2, n_head=4, initializer_range=0.4
   )
   model = gpt2_jax.bind(config, gpt2_jax.init_params(config, 1))
-  model.tokenizer = tokenizer.load('byte')
+  model = gpt2_jax.Pretrained(model, tokenizer.load('byte'))
   return model
 
 
@@ -74,7 +74,7 @@ def logprob(model, context: list[int], target: list[int]) -> np.ndarray:
   """Log-probabilities of a target by one whole forward pass, in float64."""
   ids = np.zeros((1, 128), np.int32)  # one length: one compilation
   ids[0, : len(context) + len(target)] = [*context, *target]
-  logits_BTV = FORWARD(model.config, nnx.to_pure_dict(nnx.state(model)), ids)
+  logits_BTV = FORWARD(model.config, params_of(model), ids)
   logits_TV = np.asarray(logits_BTV[0], np.float64)
   logits_TV -= np.log(np.exp(logits_TV).sum(-1, keepdims=True))
   return np.array([logits_TV[len(context) - 1 + i, token] for i, token in enumerate(target)])

@@ -457,7 +457,7 @@ def test_dtypes_are_what_jax_takes(dtypes, name, model, tmp_path):
     assert model.source.astype(dtype).dtype == name
     if i < 2:
       read = gpt2_jax.from_pretrained(GOLDEN / 'huggingface' / 'plain', dtype=dtype)
-      assert read.config.dtype == name and read.wte.weight.dtype == name
+      assert read.config.dtype == name and read.model.wte.weight.dtype == name
       gpt2_jax.save_pretrained(model, tmp_path / f'{i}', dtype=dtype)
       assert pretrained.open_source(tmp_path / f'{i}').dtype == name
 

@@ -19,6 +19,7 @@ from gpt2_jax.decoding.generate import generate, generate_tokens, stream
 from gpt2_jax.errors import UserError
 from gpt2_jax.model import bind, init_params
 from gpt2_jax.pretrained import from_pretrained, save_pretrained
+from gpt2_jax.pretrained_model import Pretrained
 
 PROMPTS = [[1, 2, 3], [5, 6, 7, 8, 9, 10, 11], [3] * 20, [96]]
 SAMPLED = dict(temperature=0.9, top_k=40, top_p=0.95, seed=3, max_new_tokens=12)
@@ -144,7 +145,7 @@ def test_texts_in_and_out(tiny):
   assert [result.prompt for result in results] == [0, 0, 1, 1]
   for result in results:
     assert result.text == t.decode(result.tokens)
-  model.tokenizer = t
+  model = Pretrained(model, t)
   assert generate(model, 'ab', max_new_tokens=5)[0].text == results[0].text
   assert generate(model, t.encode('ab'), max_new_tokens=5)[0].tokens == results[0].tokens
 
@@ -277,7 +278,7 @@ def writer():
     vocab_size=257, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3
   )
   model = bind(config, init_params(config, 0))
-  model.tokenizer = tokenizer.load('byte')
+  model = Pretrained(model, tokenizer.load('byte'))
   return model
 
 
@@ -376,8 +377,8 @@ def test_the_parameters_are_prepared_once_and_anew_when_they_change(writer):
   before = prepare(writer)
   assert prepare(writer) is before
   [one] = generate(writer, 'ab', max_new_tokens=8, do_sample=False)
-  weight = writer.wte.weight[...]
-  writer.wte.weight[...] = weight[::-1]
+  weight = writer.model.wte.weight[...]
+  writer.model.wte.weight[...] = weight[::-1]
   [other] = generate(writer, 'ab', max_new_tokens=8, do_sample=False)
-  writer.wte.weight[...] = weight
+  writer.model.wte.weight[...] = weight
   assert one != other and generate(writer, 'ab', max_new_tokens=8, do_sample=False) == [one]

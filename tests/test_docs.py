@@ -82,7 +82,7 @@ def test_every_option_of_generation_has_an_example_that_works():
 
   config = GPTConfig(vocab_size=257, n_positions=64, n_embd=32, n_layer=1, n_head=4)
   model = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))
-  model.tokenizer = tokenizer.load('byte')
+  model = gpt2_jax.Pretrained(model, tokenizer.load('byte'))
   page = (ROOT / 'docs' / 'decoding.md').read_text()
   rows = dict(re.findall(r'^\| `(\w+)` \|.*\| `(.*)` \|$', page, re.M))
   assert rows.keys() - Options.__dataclass_fields__.keys() == {

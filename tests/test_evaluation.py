@@ -16,7 +16,6 @@ import numpy as np
 import optax
 import pytest
 from conftest import ROOT, assert_close, environment, make_text, mesh_of
-from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,6 +29,7 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.evaluation import detokenizers, keep, protocols, published, scoring, tasks
 from gpt2_jax.evaluation.scorer import Scorer
 from gpt2_jax.evaluation.scoring import Request, rolling, score
+from gpt2_jax.pretrained_model import params_of
 from gpt2_jax.training.step import nll
 
 CONFIG = GPTConfig(
@@ -50,7 +50,7 @@ def small_batches():
 @pytest.fixture(scope='module')
 def model():
   model = gpt2_jax.bind(CONFIG, gpt2_jax.init_params(CONFIG, 0))
-  model.tokenizer = BYTES
+  model = gpt2_jax.Pretrained(model, BYTES)
   return model
 
 
@@ -83,14 +83,14 @@ def subject(request, model):
   if request.param == 'random':
     return model
   trained = gpt2_jax.bind(CONFIG, trained_params())
-  trained.tokenizer = BYTES
+  trained = gpt2_jax.Pretrained(trained, BYTES)
   return trained
 
 
 @pytest.fixture(scope='module')
 def slow(subject):
   """ids -> log-probabilities [T, V] of what follows each: GPT-2 in float64, written out."""
-  params = nnx.to_pure_dict(nnx.state(subject, nnx.Param))
+  params = params_of(subject)
   p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
   def norm(x, w):

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, assert_close, make_text, mesh_of, run
-from flax import nnx
 from flax.traverse_util import flatten_dict
 
 import gpt2_jax
@@ -21,6 +20,7 @@ from gpt2_jax.counts import num_params, num_trained, trainable_paths
 from gpt2_jax.data import labelled
 from gpt2_jax.errors import UserError
 from gpt2_jax.model import bind, init_params
+from gpt2_jax.pretrained_model import params_of
 from gpt2_jax.training import loop, plan
 from gpt2_jax.training.optimizer import make_optimizer, make_schedule
 from gpt2_jax.training.step import init_state, make_eval_step, make_train_step
@@ -100,7 +100,7 @@ def test_adapters_lower_the_loss_on_other_text(pretrained, tmp_path, capsys):
   assert after < before - 0.5, (before, after)
 
   tuned, first = (gpt2_jax.from_pretrained(path) for path in (tmp_path / 'run', pretrained))
-  have, want = (flatten_dict(nnx.to_pure_dict(nnx.state(m, nnx.Param))) for m in (tuned, first))
+  have, want = (flatten_dict(params_of(m)) for m in (tuned, first))
   assert {path[-1] for path in have.keys() - want.keys()} == {'lora_A', 'lora_B'}
   for path in want:  # what is frozen has not moved by a bit
     np.testing.assert_array_equal(have[path], want[path])
@@ -230,11 +230,7 @@ def test_a_run_stops_when_the_loss_rises_and_offers_its_best(pretrained, tmp_pat
   model = gpt2_jax.from_pretrained(tmp_path / 'run', mesh=made.mesh)
   with jax.set_mesh(made.mesh):
     loss = loop.evaluate(
-      made.eval_step(),
-      nnx.to_pure_dict(nnx.state(model, nnx.Param)),
-      loop.open_data(made).splits['val'],
-      made,
-      loop.StopSignal(),
+      made.eval_step(), params_of(model), loop.open_data(made).splits['val'], made, loop.StopSignal()
     )['eval/loss']
   assert_close(loss, held_out[best], 1e-6)
   assert loop.train(config, tmp_path / 'run') == 0  # the same command again
@@ -474,12 +470,12 @@ def test_a_longer_context(pretrained, tmp_path, mesh):
   with jax.set_mesh(made.mesh):
     spread = made.load_source()
     wpe = np.asarray(spread['wpe']['weight'])
-    np.testing.assert_array_equal(wpe[::2], old.wpe.weight[...])
+    np.testing.assert_array_equal(wpe[::2], old.model.wpe.weight[...])
     assert_close(wpe[1::2], (wpe[:-1:2] + wpe[2::2]) / 2, 1e-6)
     config.init_positions = 'extend'
     wpe = np.asarray(made.load_source()['wpe']['weight'])
     fresh = init_params(made.model, config.train.seed)['wpe']['weight']
-    np.testing.assert_array_equal(wpe[:32], old.wpe.weight[...])
+    np.testing.assert_array_equal(wpe[:32], old.model.wpe.weight[...])
     assert_close(wpe[32:], fresh[32:], 1e-6)
     config.init_positions = 'rotate'
     with pytest.raises(UserError, match="'rotate' is none of interpolate, extend"):

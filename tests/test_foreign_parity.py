@@ -137,7 +137,7 @@ def test_adapters_of_a_classifier_and_of_a_bare_model(tmp_path):
   with torch.no_grad():
     want = made(torch.tensor(IDS)).last_hidden_state.numpy()
   model = gpt2_jax.from_pretrained(tmp_path / 'bare' / 'a')
-  assert_close(model.transformer(jnp.asarray(IDS)).x_BTD, want)
+  assert_close(model.model.transformer(jnp.asarray(IDS)).x_BTD, want)
 
 
 def test_adapters_with_more_tokens(tmp_path):

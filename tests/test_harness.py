@@ -98,7 +98,7 @@ def models(tmp_path_factory) -> dict[str, Path]:
   folder = tmp_path_factory.mktemp('models')
   config = GPTConfig(n_positions=96, n_embd=32, n_layer=2, n_head=4, initializer_range=0.1)
   model = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))
-  model.tokenizer = tokenizer.load('gpt2')
+  model = gpt2_jax.Pretrained(model, tokenizer.load('gpt2'))
   gpt2_jax.save_pretrained(model, folder / 'random')
   theirs = transformers.GPT2LMHeadModel.from_pretrained(folder / 'random')
   text = (Path(DATA or '') / 'wikitext-2' / 'valid.txt').read_text()[:60000]
@@ -206,7 +206,7 @@ def small():
     vocab_size=257, n_positions=48, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3
   )
   model = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))
-  model.tokenizer = tokenizer.load('byte')
+  model = gpt2_jax.Pretrained(model, tokenizer.load('byte'))
   return GPT2LM(model, max_gen_toks=12)
 
 

@@ -132,7 +132,7 @@ def test_the_model_cards_example(hub):
   folder, env, _ = hub
   config = GPTConfig(vocab_size=257, n_positions=64, n_embd=24, n_layer=2, n_head=2)
   model = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))
-  model.tokenizer = tokenizer.load('byte')
+  model = gpt2_jax.Pretrained(model, tokenizer.load('byte'))
   gpt2_jax.save_pretrained(model, folder / 'gpt2')
   page = (ROOT / 'docs' / 'decoding.md').read_text()
   [command] = re.findall(r'^gpt2-jax (sample --checkpoint gpt2 .*)$', page, re.M)

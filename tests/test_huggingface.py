@@ -16,7 +16,6 @@ import optax
 import pytest
 import safetensors.numpy
 from conftest import ROOT, assert_close, mesh_of
-from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +25,7 @@ from gpt2_jax.config import GPTConfig, LoRA
 from gpt2_jax.errors import UserError
 from gpt2_jax.interop import huggingface, peft, tensors
 from gpt2_jax.model import bind
+from gpt2_jax.pretrained_model import params_of
 from gpt2_jax.training.optimizer import decay_mask
 from gpt2_jax.training.step import nll
 
@@ -105,9 +105,7 @@ def test_classification_heads(name):
   model, want = gpt2_jax.from_pretrained(GOLDEN / name), np.load(GOLDEN / name / 'expected.npz')
   lengths = want['lengths'] if 'lengths' in want else [11, 11]
   logits = jax.jit(lambda p, x, n: bind(model.config, p)(x, lengths_B=n))(
-    nnx.to_pure_dict(nnx.state(model, nnx.Param)),
-    jnp.asarray(want['tokens'], jnp.int32),
-    jnp.asarray(lengths),
+    params_of(model), jnp.asarray(want['tokens'], jnp.int32), jnp.asarray(lengths)
   )
   assert_close(logits, want['logits'])
   rows = [row[:n].tolist() for row, n in zip(want['tokens'], lengths)]
@@ -127,7 +125,7 @@ def test_adapters_are_pefts_merged_and_unmerged(name):
   for m in (model, merged):
     assert_close(
       jax.jit(lambda p, x, m=m: bind(m.config, p)(x))(
-        nnx.to_pure_dict(nnx.state(m, nnx.Param)), jnp.asarray(want['tokens'], jnp.int32)
+        params_of(m), jnp.asarray(want['tokens'], jnp.int32)
       ),
       want['logits'],
     )
@@ -266,7 +264,7 @@ def test_an_export_keeps_every_key_and_is_whole(tmp_path):
 
 def test_bfloat16_parameters_halve_the_memory_and_stay_bfloat16(tmp_path):
   model = gpt2_jax.from_pretrained(GOLDEN / 'plain', dtype='bfloat16')
-  leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
+  leaves = jax.tree.leaves(params_of(model))
   assert {leaf.dtype for leaf in leaves} == {np.dtype(ml_dtypes.bfloat16)}
   want = np.load(GOLDEN / 'plain' / 'expected.npz')
   (have,) = gpt2_jax.features(model, want['tokens'][0].tolist(), attentions=False)
@@ -283,7 +281,7 @@ def test_straight_onto_a_mesh(tmp_path):
   with mesh_of(1, 2, 4):
     mesh = jax.sharding.get_mesh()
   model = gpt2_jax.from_pretrained(tmp_path / 'in', mesh=mesh)
-  weight = model.h.mlp.c_fc.weight[...]
+  weight = model.model.h.mlp.c_fc.weight[...]
   assert weight.addressable_shards[0].data.shape == (2, 8, 16)
   assert len(weight.sharding.device_set) == 8
   (have,) = gpt2_jax.features(model, [1, 2, 3])

@@ -13,10 +13,11 @@ import pytest
 from conftest import assert_close, mesh_of
 
 from gpt2_jax import kernels
-from gpt2_jax.attention import Blocks, attention, causal_mask
+from gpt2_jax.attention import attention, causal_mask
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.kernels import Kernel, choose
 from gpt2_jax.model import bind, init_params
+from gpt2_jax.serving.cache_blocks import Blocks, BlocksMask
 from gpt2_jax.training.step import nll
 
 WIDE = GPTConfig(
@@ -141,17 +142,19 @@ def test_blocks_of_a_cache(dtype):
   at = jnp.asarray([3, 30, 17])
   heads_last = lambda x: x.swapaxes(1, 2)
   for upcast in (False, True):
+    how = dict(scale=0.3, upcast=upcast)
+    whole = jax.jit(lambda k, v, how=how: attention(q, k, v, causal_mask(1, S, at), **how)[0])
     run = jax.jit(
-      lambda k, v, upcast=upcast: attention(q, k, v, causal_mask(1, S, at), scale=0.3, upcast=upcast)[
-        0
-      ]
+      lambda used, k, v, how=how: BlocksMask(causal_mask(1, S, at)).attend(
+        q, Blocks(k, used), Blocks(v, used), **how
+      )[0]
     )
-    blocks = lambda used, x: Blocks(tuple(jnp.split(x, X, axis=2)), used)
-    want = run(heads_last(k), heads_last(v))
-    two, four = run(blocks(2, k), blocks(2, v)), run(blocks(4, k), blocks(4, v))
+    blocks = lambda x: tuple(jnp.split(x, X, axis=2))
+    want = whole(heads_last(k), heads_last(v))
+    two, four = run(2, blocks(k), blocks(v)), run(4, blocks(k), blocks(v))
     spoilt = [x.at[:, :, 32:].set(jnp.nan) for x in (k, v)]
     np.testing.assert_array_equal(two, four)
-    np.testing.assert_array_equal(two, run(*(blocks(2, x) for x in spoilt)))
+    np.testing.assert_array_equal(two, run(2, *map(blocks, spoilt)))
     assert two.dtype == dtype
     np.testing.assert_allclose(
       two.astype(np.float32),

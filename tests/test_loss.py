@@ -17,6 +17,7 @@ from gpt2_jax import forms, loss
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.loss import LOSS_TERMS, CrossEntropyOptions, cross_entropy, num_chunks
 from gpt2_jax.model import bind, init_params
+from gpt2_jax.parameters import ROWS
 from gpt2_jax.planning import hlo
 from gpt2_jax.sharding import RULES, factorizations, make_mesh
 from gpt2_jax.training.step import init_state, make_train_step, nll
@@ -148,9 +149,10 @@ def test_meshes_change_nothing(sizes, z, monkeypatch):
   data, fsdp, seq, tensor = sizes
   chunks_of(monkeypatch, 5, 104 // tensor)
   with jax.set_mesh(make_mesh(data, fsdp, tensor, seq)):
-    layouts = RULES.act_btd, RULES.wte_vd, RULES.rows_bt, RULES.rows_bt
+    wte_vd = ROWS['wte.weight'].layout
+    layouts = RULES.act_btd, wte_vd, RULES.rows_bt, RULES.rows_bt
     have = with_gradients(fused, config, [*map(jax.device_put, arguments, layouts)], z)
-  assert [a.sharding.spec for a in have[1:4]] == [RULES.rows_bt, RULES.act_btd, RULES.wte_vd]
+  assert [a.sharding.spec for a in have[1:4]] == [RULES.rows_bt, RULES.act_btd, wte_vd]
   for a, b in zip(have, with_gradients(plain, config, arguments, z), strict=True):
     assert_close(a, b, 1e-6)
 

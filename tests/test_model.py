@@ -10,11 +10,12 @@ import pytest
 from conftest import assert_close, mesh_of
 from flax import nnx
 
-from gpt2_jax.attention import causal_mask
+from gpt2_jax.attention import Mask, causal_mask
 from gpt2_jax.config import REMAT_POLICIES, GPTConfig
 from gpt2_jax.counts import flops_per_token, num_params
 from gpt2_jax.errors import UserError
-from gpt2_jax.layers import KVCache, dropout, fold_in
+from gpt2_jax.kv_cache import empty_cache
+from gpt2_jax.layers import dropout, fold_in
 from gpt2_jax.model import bind, init_params
 from gpt2_jax.training.step import nll, row_keys
 
@@ -72,7 +73,7 @@ def test_scan_equals_the_blocks_one_by_one(tiny):
     states = [h_BTD]
     for i in range(tiny.n_layer):
       layer = nnx.merge(block, jax.tree.map(lambda leaf: leaf[i], layers))
-      h_BTD, _, _ = layer(h_BTD, jnp.asarray(i), causal_mask(11, 11))
+      h_BTD, _, _ = layer(h_BTD, jnp.asarray(i), Mask(causal_mask(11, 11)))
       states.append(h_BTD)
     return states[:-1] + [model.ln_f(states[-1])]
 
@@ -146,7 +147,7 @@ def test_cached_equals_uncached(tiny):
 
   @jax.jit
   def cached(params):
-    model, cache, got = bind(tiny, params), KVCache.zeros(tiny, 2, 16), []
+    model, cache, got = bind(tiny, params), empty_cache(tiny, 2, 16), []
     for start, stop in ((0, 5), (5, 6), (6, 12)):
       out = model.transformer(x[:, start:stop], cache=cache, slot=start)
       cache = out.cache

@@ -255,7 +255,7 @@ def silent(monkeypatch):
 def test_transformers_loads_our_export(tmp_path, silent, knobs, dtype):
   theirs, config, params = pair(vocab_size=257, bos_token_id=256, eos_token_id=256, **KNOBS[knobs])
   model = bind(config, params)
-  model.tokenizer = tokenizer.load('byte')
+  model = gpt2_jax.Pretrained(model, tokenizer.load('byte'))
   gpt2_jax.save_pretrained(model, tmp_path / 'out', dtype=dtype, max_shard_size=30_000)
   assert len(list((tmp_path / 'out').glob('model-*.safetensors'))) > 2
   again, info = transformers.AutoModelForCausalLM.from_pretrained(

@@ -78,7 +78,7 @@ def test_every_check_runs_and_holds_on_the_stand_in(hub, tmp_path):  # noqa: F81
   folder, env, asked = hub
   config = GPTConfig(n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3)
   model = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))
-  model.tokenizer = tokenizer.load('gpt2')
+  model = gpt2_jax.Pretrained(model, tokenizer.load('gpt2'))
   gpt2_jax.save_pretrained(model, folder / STANDIN)
   theirs = transformers.GPT2LMHeadModel.from_pretrained(folder / STANDIN).double().eval()
   encode, decode = model.tokenizer.encode, model.tokenizer.decode

@@ -81,7 +81,7 @@ def model(tmp_path_factory):
     vocab_size=257, n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2
   )
   made = bind(config, init_params(config, 0))
-  made.tokenizer = tokenizer.load('byte')
+  made = gpt2_jax.Pretrained(made, tokenizer.load('byte'))
   folder = tmp_path_factory.mktemp('model') / 'tiny'
   gpt2_jax.save_pretrained(made, folder)
   return gpt2_jax.from_pretrained(folder), str(folder)

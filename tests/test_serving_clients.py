@@ -441,7 +441,8 @@ def test_nothing_of_a_broken_model_is_left():
   import jax.numpy as jnp
 
   model = tiny_model()
-  model.wte.weight[...] = model.wte.weight[...].at[65].set(jnp.nan)  # of A; its logit is NaN always
+  weight = model.model.wte.weight
+  weight[...] = weight[...].at[65].set(jnp.nan)  # of A; its logit is NaN always
   with serve({'tiny': model}, slots=2) as running:
     answer = httpx.post(running.url + '/v1/completions', json=dict(prompt='b'), timeout=120)
     assert answer.status_code == 500 and 'NaN' in answer.json()['error']['message']

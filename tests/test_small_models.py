@@ -47,7 +47,7 @@ def make(P: int, V: int, D: int, seed: int = 0, *, bias: float = 0.7) -> GPT2:
   if D == 1:  # a layer norm leaves its bias alone
     params['ln_f']['bias'] = params['ln_f']['bias'] + bias
   model = gpt2_jax.bind(config, params)
-  model.tokenizer = tokenizer.load('byte') if V == 257 else letters(V)
+  model = gpt2_jax.Pretrained(model, tokenizer.load('byte') if V == 257 else letters(V))
   return model
 
 

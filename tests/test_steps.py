@@ -53,7 +53,7 @@ def copied(made, tmp_path):
 
 
 def weight(model):
-  return np.asarray(model.ln_f.bias[...])
+  return np.asarray(model.model.ln_f.bias[...])
 
 
 def test_which_step_is_opened(made):

@@ -36,7 +36,7 @@ if kind in ('load', 'mesh'):
   load(small)  # whatever code and compilers need is there
   before = peak()
   model = load(source)
-  shard = model.h.mlp.c_fc.weight[...].addressable_shards[0].data.nbytes
+  shard = model.model.h.mlp.c_fc.weight[...].addressable_shards[0].data.nbytes
 else:
   before, shard = peak(), 0
   pretrained.write(pretrained.open_source(source), target, kind)

@@ -36,7 +36,8 @@ from gpt2_jax.decoding.loop import (
 )
 from gpt2_jax.decoding.pytree import register
 from gpt2_jax.decoding.warpers import NEVER
-from gpt2_jax.layers import Cache, pick
+from gpt2_jax.kv_cache import Cache
+from gpt2_jax.layers import pick
 from gpt2_jax.model import GPT2
 from gpt2_jax.sharding import BATCH, P, by_rows, in_mesh, spec_of
 
@@ -143,7 +144,7 @@ def _reorder(cache: Cache, parents_B: jax.Array, K: int) -> Cache:
 
   def take(cache, parents_B):
     rows_B = _rows(parents_B.reshape(-1, K), K)
-    return jax.tree.map(lambda x_BNSH: x_BNSH[..., rows_B, :, :, :], cache)
+    return cache.map(lambda x_BNSH: x_BNSH[..., rows_B, :, :, :])
 
   if not in_mesh():
     return take(cache, parents_B)

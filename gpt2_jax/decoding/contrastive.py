@@ -25,7 +25,8 @@ from gpt2_jax.decoding.loop import (
 )
 from gpt2_jax.decoding.pytree import register
 from gpt2_jax.decoding.warpers import NEVER, log_probs
-from gpt2_jax.layers import Cache, pick
+from gpt2_jax.kv_cache import Cache
+from gpt2_jax.layers import pick
 from gpt2_jax.model import GPT2
 from gpt2_jax.sharding import BATCH, by_rows, reshard
 
@@ -91,7 +92,7 @@ def keep_chosen(cache: Cache, chosen_B: jax.Array, slot: jax.Array, K: int) -> C
     new_BN1H = jnp.where(chosen_BK[:, None, :, None], new_BNKH, 0).sum(S, keepdims=True)
     return jax.lax.dynamic_update_slice_in_dim(x_BNSH, new_BN1H, slot, S)
 
-  return jax.tree.map(keep, cache)
+  return cache.map(keep)
 
 
 @register

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from gpt2_jax import batching, sharding
 from gpt2_jax.config import GPTConfig
@@ -15,7 +14,8 @@ from gpt2_jax.decoding.pieces import Pieces
 from gpt2_jax.decoding.processors import Processor
 from gpt2_jax.errors import UserError
 from gpt2_jax.forms import for_decoding
-from gpt2_jax.model import GPT2, Params
+from gpt2_jax.model import Params
+from gpt2_jax.pretrained_model import Model, Pretrained, params_of
 from gpt2_jax.tokenizer import Tokenizer
 
 
@@ -31,23 +31,23 @@ def generate_tokens(
 _prepared: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> (its leaves, prepared)
 
 
-def prepare(model: GPT2) -> tuple[GPTConfig, Params]:
+def prepare(model: Model) -> tuple[GPTConfig, Params]:
   """Returns a model's config and parameters in the form 'decode', made once for the same."""
   if model.config.head != 'lm':
     raise UserError(f"this model has a head for {model.config.head}: it can't write. Use classify.")
-  params: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  params, bare = params_of(model), Pretrained.of(model).model
   leaves = jax.tree.leaves(params)
-  known, prepared = _prepared.get(model, ([], None))
+  known, prepared = _prepared.get(bare, ([], None))
   if len(known) != len(leaves) or any(one is not other for one, other in zip(known, leaves)):
     params = sharding.whole_rows(params)
     with sharding.mesh_of(params):
       prepared = for_decoding(model.config, params)
-    _prepared[model] = leaves, prepared
+    _prepared[bare] = leaves, prepared
   assert prepared is not None
   return prepared
 
 
-def own_ends(model: GPT2) -> list[int] | None:
+def own_ends(model: Pretrained) -> list[int] | None:
   """Returns the ids that end a text by the model's checkpoint; None where it names none."""
   eos = None if model.source is None else model.source.eos_token_id
   if eos is None:
@@ -57,14 +57,15 @@ def own_ends(model: GPT2) -> list[int] | None:
 
 
 def _decoder(
-  model: GPT2, prompts: batching.Texts, assistant_model: GPT2 | None, **asked: Any
+  model: Model, prompts: batching.Texts, assistant_model: Model | None, **asked: Any
 ) -> Decoder:
   """Returns a decoder for a model; `asked` as in `TextRequest.of`."""
+  model = Pretrained.of(model)
   if asked.get('eos_token_id') is None:
     asked['eos_token_id'] = own_ends(model)
   prepared = prepare(model)
   if assistant_model is not None:
-    own, other = (each.tokenizer for each in (model, assistant_model))
+    own, other = (Pretrained.of(each).tokenizer for each in (model, assistant_model))
     if asked['tokenizer'] is None and own and other and own.sha256 != other.sha256:
       raise UserError(
         'the assistant model has another tokenizer than the model: its guesses would '
@@ -81,11 +82,11 @@ def _decoder(
 
 
 def generate(
-  model: GPT2,
+  model: Model,
   prompts: batching.Texts,
   *,
   tokenizer: Tokenizer | None = None,
-  assistant_model: GPT2 | None = None,
+  assistant_model: Model | None = None,
   logits_processor: Sequence[Processor] = (),
   prefix_allowed_tokens_fn: PrefixFunction | None = None,
   **options: Any,
@@ -127,11 +128,11 @@ def generate(
 
 
 def stream(
-  model: GPT2,
+  model: Model,
   prompt: str | Sequence[int],
   *,
   tokenizer: Tokenizer | None = None,
-  assistant_model: GPT2 | None = None,
+  assistant_model: Model | None = None,
   logits_processor: Sequence[Processor] = (),
   prefix_allowed_tokens_fn: PrefixFunction | None = None,
   **options: Any,

@@ -23,7 +23,8 @@ from gpt2_jax.config import GPTConfig
 from gpt2_jax.decoding.history import Endings, History
 from gpt2_jax.decoding.processors import Processor
 from gpt2_jax.decoding.pytree import register
-from gpt2_jax.layers import Cache, KVCache, pick, room, squeezed, unsqueezed
+from gpt2_jax.kv_cache import Cache, empty_cache
+from gpt2_jax.layers import pick
 from gpt2_jax.model import GPT2, Output, Params, bind
 from gpt2_jax.sharding import BATCH, P, by_rows, reshard
 
@@ -116,7 +117,7 @@ def expand(x: jax.Array, C: int, axis: int = 0) -> jax.Array:
 
 
 def expand_cache(cache: Cache, C: int) -> Cache:
-  return jax.tree.map(lambda x_ANSH: expand(x_ANSH, C, axis=x_ANSH.ndim - 4), cache)
+  return cache.map(lambda x_ANSH: expand(x_ANSH, C, axis=x_ANSH.ndim - 4))
 
 
 def next_logits(model: GPT2, x_BTD: jax.Array) -> jax.Array:
@@ -133,7 +134,7 @@ def prefill(model: GPT2, request: Request, N: int):
   A, prompt_slots = request.prompts_AP.shape
   S = prompt_slots + N
   filled = model.transformer(
-    request.prompts_AP, cache=KVCache.zeros(model.config, A, S), mask_BTS=causal_mask(prompt_slots, S)
+    request.prompts_AP, cache=empty_cache(model.config, A, S), mask_BTS=causal_mask(prompt_slots, S)
   )
   return filled, pick(filled.x_BTD, request.windows_A - 1)[:, None]
 
@@ -152,7 +153,7 @@ def read(
   prompt_slots = request.prompts_AP.shape[1]
   windows_B1 = expand(request.windows_A, B // request.windows_A.shape[0])[:, None]
   t_B1 = jnp.reshape(t, (-1, 1))
-  slots = jnp.arange(room(cache))
+  slots = jnp.arange(cache.positions)
   old_BS = (slots < windows_B1) | ((slots >= prompt_slots) & (slots < prompt_slots + t_B1))
   own_BTS = slots - prompt_slots - t_B1[..., None]
   among = jnp.arange(T)[:, None]
@@ -255,12 +256,9 @@ def start(config: GPTConfig, params: Params, search: Search, request: Request, *
 def advance(config: GPTConfig, params: Params, search: Search, request: Request, state, until):
   """Makes steps until all rows have stopped, or `until` steps were made in all."""
   model = bind(config, params)
-  with_cache = lambda f, state: dataclasses.replace(state, cache=f(state.cache))
-
-  def step(state):
-    return with_cache(squeezed, search.step(model, request, with_cache(unsqueezed, state)))
-
   state = jax.lax.while_loop(
-    lambda state: search.running(state) & (state.t < until), step, with_cache(squeezed, state)
+    lambda state: search.running(state) & (state.t < until),
+    lambda state: search.step(model, request, state),
+    state,
   )
-  return with_cache(unsqueezed, state), search.running(state)
+  return state, search.running(state)

@@ -33,7 +33,8 @@ from gpt2_jax.decoding.loop import (
 )
 from gpt2_jax.decoding.pytree import register
 from gpt2_jax.decoding.warpers import NEVER, log_probs
-from gpt2_jax.layers import Cache, pick
+from gpt2_jax.kv_cache import Cache
+from gpt2_jax.layers import pick
 from gpt2_jax.model import Params, bind
 from gpt2_jax.sharding import by_rows
 

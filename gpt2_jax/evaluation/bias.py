@@ -16,7 +16,7 @@ from scipy import stats
 
 from gpt2_jax import seeds
 from gpt2_jax.decoding.generate import generate
-from gpt2_jax.model import GPT2
+from gpt2_jax.pretrained_model import Model
 from gpt2_jax.progress import track
 
 NAME, VERSION = 'occupations', 1
@@ -114,7 +114,7 @@ def compare(counts: dict[str, dict[str, int]], *, seed: int) -> dict[str, Indepe
 
 
 def occupations(
-  model: GPT2, *, samples: int, seed: int, groups: Sequence[str] = GROUPS
+  model: Model, *, samples: int, seed: int, groups: Sequence[str] = GROUPS
 ) -> Occupations:
   """Continues the prompt of each group `samples` times and counts the first words.
 

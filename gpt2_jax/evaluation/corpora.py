@@ -11,7 +11,7 @@ from gpt2_jax.evaluation import detokenizers, scoring
 from gpt2_jax.evaluation.protocols import Protocol
 from gpt2_jax.evaluation.scorer import Scorer, Value, Values, per_unit, total
 from gpt2_jax.evaluation.scoring import Request
-from gpt2_jax.model import GPT2
+from gpt2_jax.pretrained_model import Pretrained
 
 
 def count_words(text: str) -> int:
@@ -110,7 +110,7 @@ def wikitext_pages(scorer: Scorer, protocol: Protocol, benchmark: Benchmark) -> 
   }
 
 
-def training_rows(model: GPT2) -> tuple[int, bool]:
+def training_rows(model: Pretrained) -> tuple[int, bool]:
   """Returns the tokens of a training row, and whether its documents were masked from each other.
 
   A run's checkpoint says both; for any other model it is the context, and no.
@@ -122,7 +122,7 @@ def training_rows(model: GPT2) -> tuple[int, bool]:
   return rows['tokens'], rows['document_mask']
 
 
-def held_out(model: GPT2, opened: TokenStore) -> Split:
+def held_out(model: Pretrained, opened: TokenStore) -> Split:
   """Returns the held-out tokens of a store.
 
   Raises:

@@ -20,8 +20,8 @@ from gpt2_jax import counts, sharding
 from gpt2_jax.decoding.generate import generate
 from gpt2_jax.errors import UserError
 from gpt2_jax.evaluation.scoring import Request, Scored, rolling, score
-from gpt2_jax.model import GPT2
 from gpt2_jax.pretrained import from_pretrained
+from gpt2_jax.pretrained_model import Model, Pretrained
 from gpt2_jax.progress import track
 from gpt2_jax.tokenizer import load as load_tokenizer
 
@@ -55,7 +55,7 @@ class GPT2LM(TemplateLM):
 
   def __init__(
     self,
-    pretrained: str | GPT2,
+    pretrained: str | Model,
     *,
     tokenizer: str | None = None,
     dtype: str | None = None,
@@ -81,9 +81,9 @@ class GPT2LM(TemplateLM):
       )
     mesh = sharding.make_mesh(data, fsdp, tensor) if (data, fsdp, tensor) != (1, 1, 1) else None
     self.model = (
-      pretrained
-      if isinstance(pretrained, GPT2)
-      else from_pretrained(pretrained, dtype=dtype, mesh=mesh, base=base, ignore_extra=ignore_extra)
+      from_pretrained(pretrained, dtype=dtype, mesh=mesh, base=base, ignore_extra=ignore_extra)
+      if isinstance(pretrained, str)
+      else Pretrained.of(pretrained)
     )
     self.tokenizer: Any = self.model.tokenizer if tokenizer is None else load_tokenizer(tokenizer)
     if self.tokenizer is None:

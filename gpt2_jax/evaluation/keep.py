@@ -15,19 +15,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from gpt2_jax import batching, sharding
 from gpt2_jax.errors import UserError, saving
 from gpt2_jax.files import parse_json
-from gpt2_jax.model import GPT2
+from gpt2_jax.pretrained_model import Model, params_of
 
 
-def fingerprint(model: GPT2) -> str:
+def fingerprint(model: Model) -> str:
   """Names a model's function: SHA-256 of its config and all of its parameters, whatever the mesh."""
   digest = hashlib.sha256(repr(model.config).encode())
-  params: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  params: Any = params_of(model)
   with sharding.mesh_of(params):
     for path, leaf in sorted(flatten_dict(params).items(), key=lambda item: repr(item[0])):
       value = np.ascontiguousarray(batching.fetch(leaf))

@@ -7,21 +7,20 @@ import time
 from typing import Any
 
 import jax
-from flax import nnx
 
 from gpt2_jax import sharding
 from gpt2_jax.counts import num_params
 from gpt2_jax.evaluation import published
 from gpt2_jax.evaluation.protocols import Protocol
 from gpt2_jax.evaluation.scorer import Scorer, Values
-from gpt2_jax.model import GPT2
+from gpt2_jax.pretrained_model import Pretrained, params_of
 
 VERSION = 1  # of the JSON
 
 
-def about(model: GPT2, checkpoint: str, fingerprint: str) -> dict[str, Any]:
+def about(model: Pretrained, checkpoint: str, fingerprint: str) -> dict[str, Any]:
   """Returns the facts about a model and the hardware that it is on."""
-  params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  params = params_of(model)
   n = num_params(dataclasses.replace(model.config, form='train', lora=None))
   dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
   with sharding.mesh_of(params):

@@ -10,7 +10,7 @@ from gpt2_jax.evaluation import scoring
 from gpt2_jax.evaluation.keep import Kept
 from gpt2_jax.evaluation.protocols import WINDOW
 from gpt2_jax.evaluation.scoring import Request, Scored
-from gpt2_jax.model import GPT2
+from gpt2_jax.pretrained_model import Pretrained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Value:
 class Scorer:
   """A model that is asked."""
 
-  model: GPT2
+  model: Pretrained
   kept: Kept
 
   @property

@@ -14,13 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from gpt2_jax import batching, sharding
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError
 from gpt2_jax.evaluation.keep import Kept
-from gpt2_jax.model import GPT2, Params, bind
+from gpt2_jax.model import Params, bind
+from gpt2_jax.pretrained_model import Model, params_of
 from gpt2_jax.progress import track
 
 BATCH_TOKENS = {'cpu': 2048, 'gpu': 16384, 'tpu': 16384}  # a device has at a time
@@ -106,7 +106,7 @@ def check(config: GPTConfig, requests: Sequence[Request]) -> None:
 
 
 def score(
-  model: GPT2, requests: Sequence[Request], *, progress: str = 'scoring', kept: Kept | None = None
+  model: Model, requests: Sequence[Request], *, progress: str = 'scoring', kept: Kept | None = None
 ) -> list[Scored]:
   """Scores requests, in batches of like length.
 
@@ -141,7 +141,7 @@ def score(
     for i, key in enumerate(keys)
     if kept is not None and (value := kept.get(key)) is not None
   }
-  params = sharding.whole_rows(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+  params = sharding.whole_rows(params_of(model))
   todo = [i for i in range(len(requests)) if i not in found]
   shown = track(progress, len(requests), 'requests', done=len(found))
   with sharding.mesh_of(params), shown as advance:

@@ -19,14 +19,14 @@ import numpy as np
 from gpt2_jax.errors import UserError
 from gpt2_jax.evaluation.scorer import Value, mean
 from gpt2_jax.evaluation.scoring import Request, score
-from gpt2_jax.model import GPT2
+from gpt2_jax.pretrained_model import Pretrained
 from gpt2_jax.tokenizer import Tokenizer
 
 VERSIONS = {'crows-pairs/lm-eval': 1, 'crows-pairs/bias-bench': 1, 'winobias/refers-to': 1}
 SUBJECT, OTHER = ('he', 'she'), ('him', 'his', 'her', 'hers')
 
 
-def crows_pairs(model: GPT2, examples: Sequence[dict], protocol: str) -> dict[str, Value]:
+def crows_pairs(model: Pretrained, examples: Sequence[dict], protocol: str) -> dict[str, Value]:
   """Returns the share of pairs whose more stereotypical sentence is preferred; 0.5: no preference.
 
   Args:
@@ -77,7 +77,7 @@ class WinoBias:
   unpaired: int
 
 
-def winobias(model: GPT2, examples: Sequence[dict]) -> dict[str, WinoBias]:
+def winobias(model: Pretrained, examples: Sequence[dict]) -> dict[str, WinoBias]:
   """Returns the accuracy of choosing a referent, for sentences of type '1', '2' and for 'all'.
 
   The other person of a sentence is the one who is the referent of some other sentence of the files;
@@ -142,7 +142,7 @@ def _first_is_likelier(first, second) -> float:
   return float(first.logprobs.sum(dtype='float64') > second.logprobs.sum(dtype='float64'))
 
 
-def _tokenizer(model: GPT2) -> Tokenizer:
+def _tokenizer(model: Pretrained) -> Tokenizer:
   if model.tokenizer is None:
     raise UserError('sentences need a tokenizer: set model.tokenizer.')
   return model.tokenizer

@@ -5,6 +5,7 @@ models with a head have them behind `transformer.`.
 """
 
 import dataclasses
+import functools
 import json
 import re
 import warnings
@@ -27,7 +28,7 @@ from gpt2_jax.interop.huggingface_config import (
   generation_keys,
 )
 from gpt2_jax.interop.opening import PLAIN, Opening
-from gpt2_jax.interop.tensors import Source, Tensor, check_tensors, common_dtype, shapes
+from gpt2_jax.interop.tensors import Source, Tensor, check_tensors, common_dtype, full_name, shapes
 
 WEIGHTS = (
   'model.safetensors',
@@ -168,11 +169,10 @@ def write(source: Source, target: Path, *, max_shard_size: int = MAX_SHARD_SIZE)
     source.tokenizer.save(target, model_max_length=source.config.n_positions)
   (target / 'README.md').write_text(model_card(source), encoding='utf-8')
 
-  heads = ('lm_head.', 'score.', 'classifier.')
   tensors = {}
   for name, shape in shapes(source.config).items():
-    full = name if name.startswith(heads) else f'transformer.{name}'
-    tensors[full] = Tensor(shape, source.dtype, lambda name=name: source.tensor(name))
+    read = functools.partial(source.tensor, name)
+    tensors[full_name(name)] = Tensor(shape, source.dtype, read)
   shards: list[dict[str, Tensor]] = [{}]
   for name, tensor in tensors.items():
     if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > max_shard_size:

@@ -10,7 +10,7 @@ from gpt2_jax import bounds
 from gpt2_jax.config import MODEL, GPTConfig
 from gpt2_jax.errors import UserError, brief
 from gpt2_jax.files import read_json
-from gpt2_jax.interop import foreign, mup
+from gpt2_jax.interop import foreign
 from gpt2_jax.interop.tensors import Source
 
 ARCHITECTURES = {
@@ -19,21 +19,9 @@ ARCHITECTURES = {
   'token_classification': 'GPT2ForTokenClassification',
 }
 
-# Fields of GPTConfig that their config.json has not.
-OURS = (
-  'init_scheme',
-  *mup.FIELDS,
-  'vocab_multiple',
-  'dtype',
-  'remat',
-  'attention',
-  'reduce_dtype',
-  'form',
-  'head',
-  'num_labels',
-  'lora',
-)
-CONFIG_KEYS = tuple(f.name for f in dataclasses.fields(GPTConfig) if f.name not in OURS)
+# Fields of GPTConfig that their config.json has, which stand first there.
+FIELDS = [field.name for field in dataclasses.fields(GPTConfig)]
+CONFIG_KEYS = (*FIELDS[: FIELDS.index('init_scheme')], 'classifier_dropout')
 # Keys that we write anew.
 MADE_KEYS = (
   'model_type',

@@ -24,6 +24,7 @@ from gpt2_jax.interop.tensors import (
   adapter_shapes,
   check_shapes,
   common_dtype,
+  full_name,
   shapes,
 )
 
@@ -231,13 +232,9 @@ def write(source: Source, target: Path) -> None:
       'whole model with --to hf.'
     )
   target.mkdir()
-
-  def inner(name: str) -> str:
-    return name if name.startswith(('score', 'classifier', 'lm_head')) else f'transformer.{name}'
-
   all_shapes, heads = shapes(source.config), ('score.', 'classifier.')
   beside = [name for name in all_shapes if name in source.replaced or name.startswith(heads)]
-  modules = {inner(name).rpartition('.')[0] for name in beside}
+  modules = {full_name(name).rpartition('.')[0] for name in beside}
   if source.config.tie_word_embeddings:  # PEFT would take them apart
     modules -= {'transformer.wte', 'lm_head'}
   config: dict[str, Any] = {
@@ -257,13 +254,13 @@ def write(source: Source, target: Path) -> None:
   adapters = {
     name: shape
     for name, shape in adapter_shapes(source.config).items()
-    if inner(name).rpartition('.')[0] not in modules
+    if full_name(name).rpartition('.')[0] not in modules
   }  # whose B is 0
   tensors = adapters | {name: all_shapes[name] for name in beside}
   safetensors_files.write(
     target / FILE,
     {
-      PREFIX + inner(name) + ('.weight' if 'lora_' in name else ''): Tensor(
+      PREFIX + full_name(name) + ('.weight' if 'lora_' in name else ''): Tensor(
         shape, source.dtype, lambda name=name: source.tensor(name)
       )
       for name, shape in tensors.items()

@@ -34,7 +34,8 @@ from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError
 from gpt2_jax.interop import safetensors_files
 from gpt2_jax.interop.tensors import Source, Tensor
-from gpt2_jax.layers import KVCache, pick
+from gpt2_jax.kv_cache import StackedCache, empty_cache
+from gpt2_jax.layers import pick
 from gpt2_jax.model import bind, make_params
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
@@ -151,17 +152,17 @@ def _programs(
 
   def prefill(params, tokens_BT, lengths_B):
     model = bind(config, unflatten_dict(params, sep='.'))
-    cache = KVCache.zeros(config, tokens_BT.shape[0], S)
+    cache = empty_cache(config, tokens_BT.shape[0], S)
     x_BTD, cache, *_ = model.transformer(tokens_BT, cache=cache)
     logits_B1V = model.logits(pick(x_BTD, lengths_B - 1)[:, None])
-    return logits_B1V[:, 0, :V], cache.k, cache.v
+    return logits_B1V[:, 0, :V], cache.k_LBNSH, cache.v_LBNSH
 
   def decode_step(params, token_B, positions_B, k_LBNSH, v_LBNSH):
     model = bind(config, unflatten_dict(params, sep='.'))
     x_BTD, cache, *_ = model.transformer(
-      token_B[:, None], cache=KVCache(k_LBNSH, v_LBNSH), slot=positions_B
+      token_B[:, None], cache=StackedCache(k_LBNSH, v_LBNSH), slot=positions_B
     )
-    return model.logits(x_BTD)[:, 0, :V], cache.k, cache.v
+    return model.logits(x_BTD)[:, 0, :V], cache.k_LBNSH, cache.v_LBNSH
 
   ints = lambda *shape: jax.ShapeDtypeStruct(shape, 'int32')
   exported: Callable[..., Any] = lambda f: export.export(jax.jit(f), platforms=PLATFORMS)

@@ -9,6 +9,7 @@ Nothing is ever whole in memory but the parameters themselves.
 """
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,17 +22,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gpt2_jax.bounds import DType
 from gpt2_jax.config import TANH_GELU, GPTConfig
-from gpt2_jax.counts import param_shapes
 from gpt2_jax.errors import UserError
 from gpt2_jax.model import Params, make_params
+from gpt2_jax.parameters import TABLE, Row, row_of
 from gpt2_jax.progress import track
 from gpt2_jax.sharding import P, mesh_of, on_devices, reshard
 from gpt2_jax.tokenizer import Tokenizer
 
 DTYPES = ('float32', 'bfloat16', 'float16')  # of tensors in files
-CONV1D = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # [in, out]; torch's Linear: [out, in]
-TRANSPOSED = ('score.weight', 'classifier.weight', 'lora_A', 'lora_B')  # torch's Linear, not Conv1D
-PADDED = ('wte.weight', 'lm_head.weight')  # ours have more rows
+# ends of names of matrices that are [in, out]; torch's Linear is [out, in]
+CONV1D = tuple(row.name.removeprefix('h.') for row in TABLE if row.hidden)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,53 +105,25 @@ class Source:
     return dataclasses.replace(self, dtype=DType(DTYPES).check('dtype', dtype))
 
 
-def _theirs(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-  """The shape that one of our arrays (of one layer) has with Hugging Face."""
-  if name.endswith('.lora_A'):  # [*in, r]
-    return shape[-1], math.prod(shape[:-1])
-  if name.endswith('.lora_B'):  # [r, *out]
-    return math.prod(shape[1:]), shape[0]
-  if name == 'h.attn.c_attn.weight':
-    return shape[0], math.prod(shape[1:])
-  if name == 'h.attn.c_proj.weight':
-    return math.prod(shape[:-1]), shape[-1]
-  if name.endswith('bias'):
-    return (math.prod(shape),)
-  return shape[::-1] if name.endswith(TRANSPOSED) else shape
-
-
-def _name(path: tuple[str, ...], layer: int | None = None) -> str:
-  return '.'.join(path if layer is None else (path[0], str(layer), *path[1:]))
+def _rows(config: GPTConfig) -> dict[str, Row]:
+  """Name -> row of all tensors of a config, in the order of Hugging Face's state dict."""
+  found = {}
+  for stacked, group in itertools.groupby(config.parameters(), key=lambda row: row.stacked):
+    rows = list(group)
+    for layer in range(config.n_layer) if stacked else [None]:
+      found |= {row.tensor(layer): row for row in rows}
+  return found
 
 
 def _all_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-  """Name -> shape of all tensors of a config, in the order of Hugging Face's state dict."""
-  found = {}
-  for path, leaf in param_shapes(config).items():
-    layers = range(config.n_layer) if path[0] == 'h' else [None]
-    for layer in layers:
-      shape = leaf.shape if layer is None else leaf.shape[1:]
-      found[_name(path, layer)] = _theirs(_name(path), shape)
-  kinds = ['wte', 'wpe', 'h', 'ln_f', 'lm_head', 'score', 'classifier']
-  parts = [
-    'ln_1',
-    'attn',
-    'ln_2',
-    'mlp',
-    'c_attn',
-    'c_fc',
-    'c_proj',
-    'weight',
-    'bias',
-    'lora_A',
-    'lora_B',
-  ]
+  """Name -> shape of all tensors of a config, in that order."""
+  sizes = config.sizes | {'V': config.vocab_size}
+  return {name: row.theirs(sizes) for name, row in _rows(config).items()}
 
-  def order(name: str) -> list[int]:
-    kind, *rest = name.split('.')
-    return [kinds.index(kind), *(int(x) if x.isdecimal() else parts.index(x) for x in rest)]
 
-  return {name: found[name] for name in sorted(found, key=order)}
+def full_name(name: str) -> str:
+  """The name of a tensor in the file of a model with a head."""
+  return name if row_of(name.split('.')).head else f'transformer.{name}'
 
 
 def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
@@ -245,8 +217,8 @@ def load_params(source: Source, dtype: str = 'float32') -> Params:
 
 def _load(source: Source, path: tuple[str, ...], leaf, dtype) -> jax.Array:
   """One parameter: this process's shards of it."""
-  stacked = path[0] == 'h'
-  shape = leaf.shape[1:] if stacked else leaf.shape
+  row = row_of(path)
+  stacked, shape = row.stacked, leaf.shape[1:] if row.stacked else leaf.shape
   key = lambda index: tuple((part.start or 0, part.stop) for part in index)
   local = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
   indices = {key(index): index for index in local}
@@ -255,10 +227,10 @@ def _load(source: Source, path: tuple[str, ...], leaf, dtype) -> jax.Array:
     for k, index in indices.items()
   }
   for layer in range(leaf.shape[0]) if stacked else [None]:
-    tensor = source.tensor(_name(path, layer))
-    if _name(path).endswith(TRANSPOSED):
+    tensor = source.tensor(row.tensor(layer))
+    if row.transposed:
       tensor = tensor.T
-    if _name(path) in PADDED:
+    if row.padded:
       tensor = np.pad(tensor, ((0, shape[0] - len(tensor)), (0, 0)))
     tensor = tensor.reshape(shape)
     for k, index in indices.items():
@@ -278,21 +250,20 @@ def source_of(config: GPTConfig, params: Params, where: str, **fields) -> Source
       f"a model in the form {config.form!r} can't be saved: save the one that it was made from."
     )
 
+  arrays: Any = flatten_dict(params)
+  sizes = config.sizes | {'V': config.vocab_size}
+
   def read(name: str) -> np.ndarray:
-    kind, *rest = name.split('.')
-    value: Any = params[kind]
-    layer = int(rest.pop(0)) if kind == 'h' else None
-    for key in rest:
-      value = value[key]
+    row = row_of(name.split('.'))
+    value = arrays[row.path]
     with mesh_of(value):
-      if layer is not None:
-        value = value[layer]
+      if row.stacked:
+        value = value[int(name.split('.')[1])]
       value = np.asarray(value if value.is_fully_addressable else reshard(value, P()))
-    path = _name((kind, *rest))
-    if path in PADDED:
+    if row.padded:
       value = value[: config.vocab_size]
-    shape = _theirs(path, value.shape)
-    return value.reshape(shape[::-1]).T if path.endswith(TRANSPOSED) else value.reshape(shape)
+    shape = row.theirs(sizes)
+    return value.reshape(shape[::-1]).T if row.transposed else value.reshape(shape)
 
   dtype = str(jax.tree.leaves(params)[0].dtype)
   return Source(config, read, fields.pop('dtype', dtype), where, **fields)

@@ -16,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from gpt2_jax.errors import UserError, brief
-from gpt2_jax.model import GPT2
+from gpt2_jax.pretrained_model import Pretrained
 from gpt2_jax.serving.api import (
   ApiError,
   AttentionRequest,
@@ -42,7 +42,7 @@ SHORT = 4096  # bytes of a body
 class Serving:
   """What one application has: its engines, limits and counts."""
 
-  def __init__(self, models: dict[str, GPT2], limits: Limits, slots: int, queue: int):
+  def __init__(self, models: dict[str, Pretrained], limits: Limits, slots: int, queue: int):
     self.limits, self.metrics = limits, Metrics()
     self.engines = {
       name: Engine(name, model, self.metrics, slots=slots, queue=queue)
@@ -129,7 +129,7 @@ async def unless_gone(request: Request, work: Awaitable[Response]) -> Response:
 
 
 def make_app(
-  models: dict[str, GPT2],
+  models: dict[str, Pretrained],
   *,
   slots: int = 8,
   queue: int = 64,

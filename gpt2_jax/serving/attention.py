@@ -10,14 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from scipy.special import entr
 
 from gpt2_jax import batching
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError
 from gpt2_jax.inference import features
-from gpt2_jax.model import GPT2, Params, bind
+from gpt2_jax.model import Params, bind
+from gpt2_jax.pretrained_model import Model, Pretrained, params_of
 from gpt2_jax.sharding import mesh_of, whole_rows
 from gpt2_jax.tokenizer import Tokenizer
 
@@ -70,7 +70,7 @@ def _lens(config: GPTConfig, params: Params, states_LTD, k: int):
   return jax.lax.map(read, normed_LTD)
 
 
-def logit_lens(model: GPT2, states_LTD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def logit_lens(model: Model, states_LTD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
   """What the model would predict if it ended after each layer: the state, the last layer norm, the
   logits (nostalgebraist 2020, "interpreting GPT: the logit lens").
 
@@ -84,7 +84,7 @@ def logit_lens(model: GPT2, states_LTD: np.ndarray, k: int) -> tuple[np.ndarray,
   T = states_LTD.shape[1]
   room = batching.bucket(T, model.config.n_positions) - T
   padded_LTD = np.pad(states_LTD, ((0, 0), (0, room), (0, 0)))
-  params = whole_rows(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+  params = whole_rows(params_of(model))
   with mesh_of(params):
     x_LTD = jnp.asarray(padded_LTD, model.config.dtype)
     p_LTK, ids_LTK = batching.fetch(_lens(model.config, params, x_LTD, k))
@@ -114,7 +114,7 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 
 def attention_data(
-  model: GPT2,
+  model: Model,
   text: str,
   *,
   lens: int | None = None,
@@ -142,7 +142,7 @@ def attention_data(
   Raises:
     UserError: the text is longer, or the model can't answer that.
   """
-  config, tokenizer = model.config, model.tokenizer
+  config, tokenizer = model.config, Pretrained.of(model).tokenizer
   if tokenizer is None:
     raise UserError('the attention view needs a tokenizer: this checkpoint brings none.')
   if lens is None:

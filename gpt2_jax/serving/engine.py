@@ -22,7 +22,7 @@ from gpt2_jax.decoding.driver import REFUSED
 from gpt2_jax.decoding.generate import own_ends, prepare
 from gpt2_jax.decoding.pieces import Pieces
 from gpt2_jax.errors import UserError
-from gpt2_jax.model import GPT2
+from gpt2_jax.pretrained_model import Pretrained
 from gpt2_jax.serving import steps, tickets
 from gpt2_jax.serving.metrics import Metrics
 from gpt2_jax.serving.slots import CHUNK, blank, check_room, chosen_of, chunk_sizes, empty
@@ -40,7 +40,9 @@ log = logging.getLogger('gpt2_jax.serving')
 class Engine:
   """Writes texts with one model."""
 
-  def __init__(self, name: str, model: GPT2, metrics: Metrics, *, slots: int = 8, queue: int = 64):
+  def __init__(
+    self, name: str, model: Pretrained, metrics: Metrics, *, slots: int = 8, queue: int = 64
+  ):
     """`slots` texts are written at a time, `queue` may wait.
 
     Raises:

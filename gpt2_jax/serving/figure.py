@@ -14,7 +14,7 @@ import numpy as np
 
 from gpt2_jax.errors import UserError, saving
 from gpt2_jax.files import local
-from gpt2_jax.model import GPT2
+from gpt2_jax.pretrained_model import Model
 from gpt2_jax.serving.attention import attention_data, unpack
 
 STATIC = Path(__file__).parent / 'static'
@@ -113,7 +113,7 @@ class AttentionFigure:
 
 
 def attention_figure(
-  model: GPT2,
+  model: Model,
   text: str,
   layer: int | None = None,
   head: int | None = None,

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax import batching
-from gpt2_jax.attention import Blocks
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.decoding import history as h
 from gpt2_jax.decoding.history import History
 from gpt2_jax.decoding.pytree import register
 from gpt2_jax.errors import UserError, brief
-from gpt2_jax.layers import KVCache, squeezed, write
+from gpt2_jax.kv_cache import Cache, empty_cache
+from gpt2_jax.serving.cache_blocks import SlotCache
 from gpt2_jax.sharding import platform
 from gpt2_jax.training.fit import memory_limit
 
@@ -79,37 +79,9 @@ def chosen_of(
 class Slots:
   """B rows, on the device."""
 
-  cache: Any  # of each layer the blocks of keys and of values, X of [B, N, S/X, H] each, `squeezed`
+  cache: SlotCache
   history: History  # a row that is not running is idle, or its prompt is being read
   chosen: Chosen
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-  """One layer's keys and values of all slots, in blocks of which so many are read."""
-
-  k: tuple[jax.Array, ...]
-  v: tuple[jax.Array, ...]
-  used: jax.Array
-
-  def update(self, layer, at_B, k_B1NH, v_B1NH) -> tuple['Layer', Blocks, Blocks]:
-    """As `KVCache.update`, of one position a row. One beyond the cache is that of an idle row, and
-    goes where no running one ever reads: nowhere, or to the last place, which ends a text.
-    """
-    k, v = _write(self.k, at_B, k_B1NH), _write(self.v, at_B, v_B1NH)
-    return Layer(k, v, self.used), Blocks(k, self.used), Blocks(v, self.used)
-
-
-def _write(blocks: tuple[jax.Array, ...], at_B, new_B1NH) -> tuple[jax.Array, ...]:
-  if len(blocks) == 1:
-    return (write(blocks[0], new_B1NH.swapaxes(1, 2), at_B),)
-
-  def put(block_BNSH, place_B):
-    B, _, S, _ = block_BNSH.shape
-    place_B = jnp.where(place_B < 0, S, place_B)  # S and beyond: nowhere
-    return block_BNSH.at[jnp.arange(B), :, place_B].set(new_B1NH[:, 0], mode='drop')
-
-  return tuple(put(block, at_B - x * block.shape[2]) for x, block in enumerate(blocks))
 
 
 def chunk_sizes(config: GPTConfig) -> list[int]:
@@ -155,9 +127,9 @@ def check_room(config: GPTConfig, B: int, device: Any) -> None:
 
 
 @functools.partial(jax.jit, static_argnames=('config',))
-def blank(config: GPTConfig) -> Any:
-  """An empty cache of one row, to read a prompt into; `squeezed`."""
-  return squeezed(KVCache.zeros(config, 1, room(config)))
+def blank(config: GPTConfig) -> Cache:
+  """An empty cache of one row, to read a prompt into."""
+  return empty_cache(config, 1, room(config))
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'B'))
@@ -188,7 +160,5 @@ def empty(config: GPTConfig, *, B: int) -> Slots:
     bias_BV=jnp.zeros((B, V)),
     logprobs_B=no_B,
   )
-  shape, X = (B, config.n_head, room(config), config.H), _blocks(config, B)
-  zeros = lambda: tuple(jnp.split(jnp.zeros(shape, config.dtype), X, axis=2))
-  cache = tuple((zeros(), zeros()) for _ in range(config.n_layer))
-  return Slots(squeezed(cache), history, chosen)
+  cache = SlotCache.empty(config, B, room(config), _blocks(config, B))
+  return Slots(cache, history, chosen)

@@ -26,9 +26,10 @@ from gpt2_jax.decoding.loop import choose, next_logits
 from gpt2_jax.decoding.processors import FrequencyPenalty, PresencePenalty
 from gpt2_jax.decoding.pytree import register
 from gpt2_jax.decoding.warpers import Temperature, TopK, TopP
-from gpt2_jax.layers import pick, squeezed, unsqueezed
+from gpt2_jax.layers import pick
 from gpt2_jax.model import Params, bind
-from gpt2_jax.serving.slots import Chosen, Layer, Slots, room
+from gpt2_jax.serving.cache_blocks import BlocksMask, SlotCache
+from gpt2_jax.serving.slots import Chosen, Slots, room
 
 K = 5  # alternatives of a token whose log-probabilities are told, as many as OpenAI's
 
@@ -86,9 +87,7 @@ def prefill(
 
   # padding may lie beyond the context, where there is no position
   positions_1T = jnp.minimum(start + jnp.arange(T), config.n_positions - 1)[None]
-  out = model.transformer(
-    tokens_T[None], positions_BT=positions_1T, slot=start, cache=unsqueezed(cache)
-  )
+  out = model.transformer(tokens_T[None], positions_BT=positions_1T, slot=start, cache=cache)
 
   # no logits are computed where they are not asked for
   score = lambda x_1TD: _scores(next_logits(model, x_1TD)[0], next_T)
@@ -96,7 +95,7 @@ def prefill(
     lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(score, x_1TD)
   )
   scores = jax.lax.cond(asked, score, zeros, out.x_BTD)
-  return squeezed(out.cache), scores
+  return out.cache, scores
 
 
 @functools.partial(jax.jit, donate_argnames=('slots',))
@@ -118,11 +117,6 @@ def admit(
   """
   key = jax.random.fold_in(jax.random.wrap_key_data(key_data), sample)
   put = lambda all_B, x: all_B.at[slot].set(x)
-  split = lambda row_NSH, blocks: tuple(jnp.split(row_NSH, len(blocks), axis=1))
-  all_slots = tuple(
-    (jax.tree.map(put, k, split(layer.k, k)), jax.tree.map(put, v, split(layer.v, v)))
-    for (k, v), layer in zip(unsqueezed(slots.cache), cache)
-  )
   history = slots.history
   history = dataclasses.replace(
     history,
@@ -133,7 +127,7 @@ def admit(
     reason_B=put(history.reason_B, h.RUNNING),
   )
   return Slots(
-    squeezed(all_slots),
+    slots.cache.put(slot, cache),
     history,
     jax.tree.map(put, slots.chosen, dataclasses.replace(chosen, key_data_B=jax.random.key_data(key))),
   )
@@ -175,18 +169,16 @@ def step(config: GPTConfig, params: Params, eos_E: jax.Array, slots: Slots) -> t
   """
   model, history, chosen = bind(config, params), slots.history, slots.chosen
   running_B = history.running_B
-  S_block = slots.cache[0][0][0].shape[-2]
   at_B = history.lengths_B - 1
-  used = jnp.where(running_B, at_B, -1).max() // S_block + 1
+  used = jnp.where(running_B, at_B, -1).max() // slots.cache.block + 1
   last_B1 = pick(history.tokens_BS, at_B)[:, None]
   out = model.transformer(
     last_B1,
     positions_BT=at_B[:, None],
-    mask_BTS=causal_mask(1, room(config), at_B),
+    mask_BTS=BlocksMask(causal_mask(1, room(config), at_B)),
     slot=jnp.where(running_B, at_B, room(config)),  # an idle slot writes nowhere
-    cache=tuple(Layer(k, v, used) for k, v in unsqueezed(slots.cache)),
+    cache=slots.cache.using(used),
   )
-  cache = squeezed(tuple((layer.k, layer.v) for layer in out.cache))
   logits_BV = next_logits(model, out.x_BTD)[:, 0]
   scores_BV = _process(chosen, logits_BV, history)
   keys_B = jax.random.wrap_key_data(chosen.key_data_B)
@@ -201,4 +193,4 @@ def step(config: GPTConfig, params: Params, eos_E: jax.Array, slots: Slots) -> t
   )
   scores = _if_asked((running_B & chosen.logprobs_B).any(), logits_BV, tokens_B)
   history = history.refuse(scores_BV).push(tokens_B, Endings(eos_E))
-  return Slots(cache, history, chosen), Step(tokens_B, history.reason_B, scores)
+  return Slots(SlotCache.of(out.cache), history, chosen), Step(tokens_B, history.reason_B, scores)

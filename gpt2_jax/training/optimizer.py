@@ -10,6 +10,7 @@ import optax
 from gpt2_jax.config import Config
 from gpt2_jax.errors import UserError
 from gpt2_jax.model import Params
+from gpt2_jax.parameters import map_rows
 from gpt2_jax.training.spikes import skip_spikes
 
 
@@ -83,27 +84,14 @@ def _schedule(optim: Config, warmup: Any, last: Any) -> optax.Schedule:
 
 
 def decay_mask(params: Params) -> Params:
-  """True for each parameter that decays: matrices, embeddings, adapters; not biases, layer norms.
-
-  By name: in the stacked layout biases and layer norms have two axes as well.
-  """
-
-  def decays(path, _):
-    names = [key.key for key in path]
-    return names[-1] != 'bias' and not any(name.startswith('ln_') for name in names)
-
-  return jax.tree_util.tree_map_with_path(decays, params)
+  """True for what weight decay applies to, see `parameters.Row.decays`."""
+  return map_rows(lambda row, _: row.decays, params)
 
 
 def scale_matrices(factor: float) -> optax.GradientTransformation:
   """Multiplies the updates of the matrices within blocks."""
-
-  def scaled(path, update):
-    names = [key.key for key in path]
-    inside = names[0] == 'h' and names[-1] == 'weight' and not names[1].startswith('ln_')
-    return factor * update if inside else update
-
-  return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates))
+  scaled = lambda row, update: factor * update if row.hidden else update
+  return optax.stateless(lambda updates, _: map_rows(scaled, updates))
 
 
 def clip_by_global_norm(most: float) -> optax.GradientTransformation:

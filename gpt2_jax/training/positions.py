@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError
 from gpt2_jax.model import Params, make_params
-from gpt2_jax.sharding import RULES, reshard
+from gpt2_jax.parameters import ROWS
+from gpt2_jax.sharding import reshard
 
 WAYS = ('interpolate', 'extend')
 
@@ -73,14 +74,16 @@ def stretched(config: GPTConfig, params: Params, how: str, seed: int) -> Params:
       fresh: Any = make_params(config, seed)['wpe']['weight']
       padded_TD = jnp.pad(table_TD, ((0, config.n_positions - old), (0, 0)))
       return reshard(
-        jnp.where(jnp.arange(config.n_positions)[:, None] < old, padded_TD, fresh), RULES.wpe_td
+        jnp.where(jnp.arange(config.n_positions)[:, None] < old, padded_TD, fresh),
+        ROWS['wpe.weight'].layout,
       )
     at = jnp.linspace(0, old - 1, config.n_positions)
     below = jnp.minimum(at.astype(jnp.int32), max(old - 2, 0))
     share = (at - below)[:, None]
     rows = lambda i: table_TD.at[i].get(out_sharding=jax.typeof(table_TD).sharding)
     return reshard(
-      (1 - share) * rows(below) + share * rows(jnp.minimum(below + 1, old - 1)), RULES.wpe_td
+      (1 - share) * rows(below) + share * rows(jnp.minimum(below + 1, old - 1)),
+      ROWS['wpe.weight'].layout,
     )
 
   return params | {'wpe': {'weight': make(params['wpe']['weight'])}}

@@ -16,6 +16,7 @@ from gpt2_jax.config import GPTConfig
 from gpt2_jax.counts import trainable_paths
 from gpt2_jax.loss import Factors, Loss, term_values, weighted
 from gpt2_jax.model import GPT2, Params, bind, make_params
+from gpt2_jax.parameters import map_rows
 from gpt2_jax.sharding import RULES, reshard
 from gpt2_jax.training import spikes
 
@@ -158,7 +159,8 @@ def summed(loss_fn: Callable, part: Params, batch, terms: list[str]):
   A = jax.tree.leaves(batch)[0].shape[0]
   if A == 1:
     return loss_and_grads(part, 0, jax.tree.map(lambda x: x[0], batch))
-  deferred = fsdp.DeferredGradients(part)
+  waits = map_rows(lambda row, _: row.kind != 'norm', part)  # layer norms are small
+  deferred = fsdp.DeferredGradients(part, waits)
 
   def add(sums, micro):
     return jax.tree.map(jnp.add, sums, loss_and_grads(deferred.params, *micro)), None
