@@ -71,7 +71,9 @@ def attention(
   q_BNTH, k_BNSH, v_BNSH = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSNH, v_BSNH))
   scores_BNTS = scale * kept(scores(q_BNTH, k_BNSH, upcast, precision))
   weights_BNTS = weights(scores_BNTS, mask_BTS, v_BNSH.dtype, drop)
-  out_BNTH = product('BNTS,BNSH->BNTH', weights_BNTS, v_BNSH, precision, v_BNSH.dtype)
+  # a split in one part: else XLA makes this product inside of the softmax's loop on CPUs
+  (whole_BNTS,) = jnp.split(weights_BNTS, 1, axis=-1)
+  out_BNTH = product('BNTS,BNSH->BNTH', whole_BNTS, v_BNSH, precision, v_BNSH.dtype)
   return out_BNTH.swapaxes(1, 2), weights_BNTS
 
 

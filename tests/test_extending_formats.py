@@ -21,6 +21,7 @@ from gpt2_jax.interop import formats
 from gpt2_jax.interop.formats import Format, Option
 from gpt2_jax.interop.tensors import Source, check_tensors, shapes
 from gpt2_jax.model import bind, make_params
+from gpt2_jax.pretrained_model import Pretrained
 
 PAGE = (ROOT / 'docs' / 'extending.md').read_text()
 TINY = GPTConfig(vocab_size=257, n_positions=64, n_embd=8, n_layer=1, n_head=2)
@@ -102,8 +103,7 @@ def test_a_benchmark_task(monkeypatch, tmp_path, capsys):
   )
   rows = [{'query': 'Snow is', 'endings': ['white', 'red'], 'label': i} for i in (0, 1)]
   (tmp_path / 'colours.jsonl').write_text('\n'.join(map(json.dumps, rows)))
-  model = bind(TINY, make_params(TINY, 0))
-  model.tokenizer = tokenizer.load('byte')
+  model = Pretrained(bind(TINY, make_params(TINY, 0)), tokenizer.load('byte'))
   gpt2_jax.save_pretrained(model, tmp_path / 'hf')
 
   out = tmp_path / 'out.json'
