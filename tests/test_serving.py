@@ -834,10 +834,10 @@ def test_files_that_may_be_open(monkeypatch, capsys):
 def test_slots_that_no_memory_holds():
   form, params = prepare(tiny_model())
   [device] = params['wte']['weight'].devices()
-  slots.check_room(form, 8, device)
+  slots.check_memory(form, 8, device)
   for B in (10**9, 10**400):
     with pytest.raises(UserError, match=r'slots need .* GiB .*: at most --slots \d+'):
-      slots.check_room(form, B, device)
+      slots.check_memory(form, B, device)
 
 
 @pytest.mark.slow

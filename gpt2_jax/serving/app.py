@@ -103,11 +103,11 @@ class Serving:
     """Refuses new requests; those that run are finished."""
     self.draining = True
     for engine in self.engines.values():
-      engine.close()
+      engine.queue.close()
 
   @property
   def idle(self) -> bool:
-    return not self.behind and all(engine.idle for engine in self.engines.values())
+    return not self.behind and all(engine.queue.idle for engine in self.engines.values())
 
 
 async def unless_gone(request: Request, work: Awaitable[Response]) -> Response:
@@ -228,7 +228,7 @@ def make_app(
       'object': 'model',
       'created': 0,
       'owned_by': 'gpt2_jax',
-      'context_length': serving.engines[name].config.n_positions,
+      'context_length': serving.engines[name].model.config.n_positions,
       'root': (roots or {}).get(name, name),
     }
 
@@ -276,7 +276,7 @@ def make_app(
     def work():
       special = bool(asked.allow_special)
       [ids] = encode(engine, asked.input, param='input', allow_special=special)
-      most = min(limits.attention_tokens, engine.config.n_positions)
+      most = min(limits.attention_tokens, engine.model.config.n_positions)
       if len(ids) > most:
         raise ApiError(
           400,

@@ -27,7 +27,7 @@ def encode(
 ) -> list[list[int]]:
   """Ids of texts, of any length. Raises: ApiError: they can't be used."""
   # OpenAI's API has an error of its own for a context that is too long
-  unbounded = dataclasses.replace(engine.config, n_positions=1 << 30)
+  unbounded = dataclasses.replace(engine.model.config, n_positions=1 << 30)
   try:
     return batching.encode(
       texts or '', engine.model.tokenizer, unbounded, allow_special=allow_special
@@ -46,7 +46,7 @@ class Answer:
   def __init__(self, engine: Engine, asked: Completion, limits: Limits):
     self.engine, self.asked = engine, asked
     self.id, self.created = f'cmpl-{secrets.token_hex(12)}', int(time.time())
-    a, V = asked, engine.config.vocab_size
+    a, V = asked, engine.model.config.vocab_size
     self.n = a.n or 1
     self.best_of = a.best_of or self.n
     self.scored = a.logprobs is not None
@@ -72,7 +72,7 @@ class Answer:
       if isinstance(text, str) and not a.allow_special
     )
     self.note = next(filter(None, notes), None)
-    left = engine.config.n_positions - max(map(len, self.prompts))
+    left = engine.model.config.n_positions - max(map(len, self.prompts))
     # where nothing is left, one is asked for all the same, and refused
     self.most = max(1, min(TOKENS, left)) if a.max_tokens is None else a.max_tokens
     self._check_lengths(limits)
@@ -110,7 +110,7 @@ class Answer:
       raise ApiError(400, str(e), param='prompt') from None
 
   def _check_lengths(self, limits: Limits) -> None:
-    n_positions, texts = self.engine.config.n_positions, len(self.prompts) * self.best_of
+    n_positions, texts = self.engine.model.config.n_positions, len(self.prompts) * self.best_of
     if texts > limits.texts:
       raise ApiError(
         400,
@@ -145,7 +145,7 @@ class Answer:
   def submit(self, seconds: float) -> Ticket:
     """Asks the engine. Raises: ApiError: it is too busy, or being stopped."""
     try:
-      return self.engine.submit(self.rows, stream=bool(self.asked.stream), timeout=seconds)
+      return self.engine.queue.submit(self.rows, stream=bool(self.asked.stream), timeout=seconds)
     except Full:
       raise ApiError(
         429,

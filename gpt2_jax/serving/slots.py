@@ -118,7 +118,7 @@ def chunk_sizes(config: GPTConfig) -> list[int]:
   return sorted({batching.bucket(n, most, LEAST) for n in range(1, most + 1)})
 
 
-def room(config: GPTConfig) -> int:
+def cache_length(config: GPTConfig) -> int:
   """Places in a cache: the model's context, and what the last chunk of a prompt may be padded by."""
   S = config.n_positions
   return -(-S // CHUNK) * CHUNK if S > CHUNK else S
@@ -128,7 +128,7 @@ def _blocks(config: GPTConfig, B: int) -> int:
   """In how many blocks a cache of B slots lies. In one where a condition costs more than it spares
   (on a GPU, of a small cache); and of one row, which XLA would copy.
   """
-  S, X = room(config), 1
+  S, X = cache_length(config), 1
   if platform() == 'cpu' and B > 1:
     bytes_a_layer = B * config.n_head * S * config.H * jnp.dtype(config.dtype).itemsize
     while 2 * X <= min(BLOCKS, bytes_a_layer // BLOCK_BYTES) and S % (2 * X) == 0:
@@ -136,11 +136,11 @@ def _blocks(config: GPTConfig, B: int) -> int:
   return X
 
 
-def check_room(config: GPTConfig, B: int, device: Any) -> None:
+def check_memory(config: GPTConfig, B: int, device: Any) -> None:
   """Raises: UserError: the memory of a device can't hold the caches of B slots."""
-  each = 2 * config.n_layer * config.n_embd * room(config) * jnp.dtype(config.dtype).itemsize + 4 * (
-    config.vocab_size + config.n_positions
-  )
+  each = 2 * config.n_layer * config.n_embd * cache_length(config) * jnp.dtype(
+    config.dtype
+  ).itemsize + 4 * (config.vocab_size + config.n_positions)
   try:
     limit = memory_limit(device)
   except UserError:  # a chip of which it is not known
@@ -157,7 +157,7 @@ def check_room(config: GPTConfig, B: int, device: Any) -> None:
 @functools.partial(jax.jit, static_argnames=('config',))
 def blank(config: GPTConfig) -> Any:
   """An empty cache of one row, to read a prompt into; `squeezed`."""
-  return squeezed(KVCache.zeros(config, 1, room(config)))
+  return squeezed(KVCache.zeros(config, 1, cache_length(config)))
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'B'))
@@ -188,7 +188,7 @@ def empty(config: GPTConfig, *, B: int) -> Slots:
     bias_BV=jnp.zeros((B, V)),
     logprobs_B=no_B,
   )
-  shape, X = (B, config.n_head, room(config), config.H), _blocks(config, B)
+  shape, X = (B, config.n_head, cache_length(config), config.H), _blocks(config, B)
   zeros = lambda: tuple(jnp.split(jnp.zeros(shape, config.dtype), X, axis=2))
   cache = tuple((zeros(), zeros()) for _ in range(config.n_layer))
   return Slots(squeezed(cache), history, chosen)

@@ -28,7 +28,7 @@ from gpt2_jax.decoding.pytree import register
 from gpt2_jax.decoding.warpers import Temperature, TopK, TopP
 from gpt2_jax.layers import pick, squeezed, unsqueezed
 from gpt2_jax.model import Params, bind
-from gpt2_jax.serving.slots import Chosen, Layer, Slots, room
+from gpt2_jax.serving.slots import Chosen, Layer, Slots, cache_length
 
 K = 5  # alternatives of a token whose log-probabilities are told, as many as OpenAI's
 
@@ -182,8 +182,8 @@ def step(config: GPTConfig, params: Params, eos_E: jax.Array, slots: Slots) -> t
   out = model.transformer(
     last_B1,
     positions_BT=at_B[:, None],
-    mask_BTS=causal_mask(1, room(config), at_B),
-    slot=jnp.where(running_B, at_B, room(config)),  # an idle slot writes nowhere
+    mask_BTS=causal_mask(1, cache_length(config), at_B),
+    slot=jnp.where(running_B, at_B, cache_length(config)),  # an idle slot writes nowhere
     cache=tuple(Layer(k, v, used) for k, v in unsqueezed(slots.cache)),
   )
   cache = squeezed(tuple((layer.k, layer.v) for layer in out.cache))
