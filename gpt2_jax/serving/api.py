@@ -79,6 +79,19 @@ class ApiError(Exception):
     return Json(self.body(), self.status, self.headers)
 
 
+def busy() -> ApiError:
+  return ApiError(
+    429,
+    'The server is busy: too many requests wait. Try again later.',
+    code='rate_limit_exceeded',
+    headers={'Retry-After': '1'},
+  )
+
+
+def stopping() -> ApiError:
+  return ApiError(503, 'The server is being stopped.', headers={'Retry-After': '10'})
+
+
 def dumps(content: Any) -> bytes:
   """JSON; half of a surrogate pair, which a request may hold, becomes ?."""
   text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(',', ':'))

@@ -9,7 +9,7 @@ from typing import Any
 from gpt2_jax import batching, seeds
 from gpt2_jax.decoding.pieces import Pieces
 from gpt2_jax.errors import UserError, brief
-from gpt2_jax.serving.api import ApiError, Completion, Json, Limits
+from gpt2_jax.serving.api import ApiError, Completion, Json, Limits, busy, stopping
 from gpt2_jax.serving.engine import Engine
 from gpt2_jax.serving.tickets import Closing, Failed, Full, Prompt, Row, Scored, Ticket
 
@@ -147,14 +147,9 @@ class Answer:
     try:
       return self.engine.queue.submit(self.rows, stream=bool(self.asked.stream), timeout=seconds)
     except Full:
-      raise ApiError(
-        429,
-        'The server is busy: too many requests wait. Try again later.',
-        code='rate_limit_exceeded',
-        headers={'Retry-After': '1'},
-      ) from None
+      raise busy() from None
     except Closing:
-      raise ApiError(503, 'The server is being stopped.', headers={'Retry-After': '10'}) from None
+      raise stopping() from None
 
   async def whole(self, ticket: Ticket) -> Json:
     """All at once. Raises: ApiError."""
