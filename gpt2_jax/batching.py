@@ -4,7 +4,7 @@ import contextlib
 import functools
 import operator
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -65,12 +65,29 @@ def _ids(number: int, prompt: Any) -> list[int]:
     ) from None
 
 
+def id_list(name: str, value: Any, V: int) -> list[int]:
+  """Returns the ids that an option names: one, several or, if it is None, none.
+
+  Raises:
+    UserError: it names something that is no id of a vocabulary of V.
+  """
+  items = () if value is None else value if isinstance(value, Iterable) else (value,)
+  try:
+    ids = [operator.index(item) for item in items]
+  except TypeError:
+    raise UserError(f'{name} = {brief(value)} must be token ids.') from None
+  bad = next((i for i in ids if not 0 <= i < V), None)
+  if bad is not None:
+    raise UserError(f'{name} has token id {brief(bad)}, but the vocabulary has {V} ids.')
+  return ids
+
+
 def encode(
   texts: Texts,
   tokenizer: Tokenizer | None,
   config: GPTConfig,
   *,
-  room: int = 0,
+  leave: int = 0,
   allow_special: bool = False,
 ) -> list[list[int]]:
   """Ids of a text, of texts, of ids or of lists of ids. An empty text becomes the end-of-text id.
@@ -79,7 +96,7 @@ def encode(
     texts: what to encode.
     tokenizer: for texts.
     config: its vocabulary and context bound the ids.
-    room: how many positions must be left.
+    leave: how many positions of the context must stay free.
     allow_special: whether special tokens count in a text. Where not, and there are some, it is said.
 
   Raises:
@@ -106,16 +123,16 @@ def encode(
       raise UserError(
         f'prompt {i} holds token id {brief(bad)}, but the vocabulary has {config.vocab_size} ids.'
       )
-    if config.n_positions <= room:
+    if config.n_positions <= leave:
       raise UserError(
         f'a model of n_positions = {config.n_positions} has no place for a token after '
         "another: it can't write. Features and scores it can give."
       )
-    if len(ids) + room > config.n_positions:
+    if len(ids) + leave > config.n_positions:
       raise UserError(
         f"prompt {i} has {len(ids)} tokens; the model's context of "
         f'{config.n_positions} (n_positions) has no room for '
-        f'{"more" if room else "them"}. Shorten it.'
+        f'{"more" if leave else "them"}. Shorten it.'
       )
     rows.append(ids)
   if not rows:

@@ -72,10 +72,11 @@ class Int(Kind):
 
   low: int
   high: int = LARGE
+  words: str = ''  # in place of the ends, where these mean little
 
   @property
   def says(self) -> str:
-    return f'be a whole number from {self.low:,} to {self.high:,}'
+    return self.words or f'be a whole number from {self.low:,} to {self.high:,}'
 
   def take(self, value: Any) -> int:
     value = plain(value)
@@ -93,9 +94,12 @@ class Float(Kind):
   high: float
   open_low: bool = False
   open_high: bool = False
+  words: str = ''  # in place of the ends, where these mean little
 
   @property
   def says(self) -> str:
+    if self.words:
+      return self.words
     return f'lie in {"[("[self.open_low]}{self.low:g}, {self.high:g}{"])"[self.open_high]}'
 
   def take(self, value: Any) -> float:
@@ -106,6 +110,12 @@ class Float(Kind):
     _demand(not (self.open_low and number == self.low))
     _demand(not (self.open_high and number == self.high))
     return number
+
+
+AT_LEAST_0 = Int(0, int(FLOAT32), 'be a whole number of at least 0')
+AT_LEAST_1 = Int(1, int(FLOAT32), 'be a whole number of at least 1')
+FINITE = Float(-FLOAT32, FLOAT32, words='be a finite number')
+POSITIVE = Float(float(np.finfo(np.float32).tiny), FLOAT32, words='be positive')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -165,7 +165,7 @@ class Sample:
     from gpt2_jax.decoding.generate import generate
 
     ids = batching.encode(
-      prompts, model.tokenizer, model.config, room=1, allow_special=self.options.allow_special
+      prompts, model.tokenizer, model.config, leave=1, allow_special=self.options.allow_special
     )
     asked = {name: getattr(self, name) for name in ('checkpoint', 'tokenizer', 'assistant', 'int8')}
     asked |= {

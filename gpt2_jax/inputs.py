@@ -3,11 +3,13 @@
 import contextlib
 import dataclasses
 import inspect
-import io
 import json
 import re
 import sys
+import types
+import typing
 from collections.abc import Sequence
+from types import NoneType
 from typing import Annotated, Any
 
 import tyro
@@ -18,12 +20,9 @@ from gpt2_jax.errors import UserError, brief
 from gpt2_jax.files import local, parse_json
 from gpt2_jax.interop.opening import Opening
 
-FIELDS = {field.name: field for field in dataclasses.fields(Options)}
+TYPES = typing.get_type_hints(Options)  # of the options, by name
 # what no list of words can spell, with how to write it
-AS_JSON = {
-  FIELDS['bad_words_ids'].type: '[[ID,…],…]',
-  FIELDS['sequence_bias'].type: '[[[ID,…],BIAS],…]',
-}
+AS_JSON = {TYPES['bad_words_ids']: '[[ID,…],…]', TYPES['sequence_bias']: '[[[ID,…],BIAS],…]'}
 WORD = re.compile(r"""\s* (?: ("(?:[^"\\]|\\.)*") | '([^']*)' | ([^\s"']\S*) ) (?=\s|$)""", re.X)
 
 
@@ -55,27 +54,54 @@ def _json(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
 
 
 def given(options: Options) -> dict[str, Any]:
-  """The options that are not at their defaults."""
-  return {name: value for name, value in vars(options).items() if value != FIELDS[name].default}
+  """Returns the options that are not at their defaults."""
+  return {name: value for name, value in vars(options).items() if value != getattr(Options, name)}
+
+
+def coerce(kind: Any, words: Sequence[str]) -> Any:
+  """Returns the value that some words spell, as they would after a flag of a type.
+
+  Raises:
+    ValueError: they spell none.
+  """
+  origin, args = typing.get_origin(kind), typing.get_args(kind)
+  if origin in (types.UnionType, typing.Union):
+    for arg in args:
+      with contextlib.suppress(ValueError):
+        return coerce(arg, words)
+    raise ValueError
+  if kind not in AS_JSON and origin is tuple and args[-1] is not ...:
+    return tuple(coerce(arg, [word]) for arg, word in zip(args, words, strict=True))
+  if kind not in AS_JSON and origin in (tuple, Sequence):
+    return tuple(coerce(args[0], [word]) for word in words)
+  [word] = words
+  if kind in AS_JSON:
+    return parse_json(word)
+  if kind in (int, float, str):
+    return kind(word)
+  spelled = {
+    str(value): value for value in (args or (True, False) if kind is not NoneType else (None,))
+  }
+  if word not in spelled:
+    raise ValueError
+  return spelled[word]
 
 
 def changed(options: Options, name: str, words: Sequence[str]) -> Options:
-  """Options with one of them as some words say, as they would after its flag; no words: its default.
+  """Returns options with one of them as some words say; no words: its default.
 
   Raises:
     UserError: there is no such option, or they are no value of it.
   """
   name = name.replace('-', '_')
-  if not words or name not in FIELDS:
+  if not words or name not in TYPES:
     return Options.of(**vars(options) | {name: getattr(Options, name, None)})
-  kind: Any = FIELDS[name].type
+  kind: Any = TYPES[name]
   try:
-    with contextlib.redirect_stderr(io.StringIO()):  # a box of several lines
-      value = tyro.cli(kind, args=['--', *words], registry=registry, console_outputs=False)
-  except SystemExit:
+    return dataclasses.replace(options, **{name: coerce(kind, words)})
+  except ValueError:
     says = AS_JSON.get(kind) or re.sub(r'\b[a-z.]+\.', '', inspect.formatannotation(kind))
     raise UserError(f'{name} takes {says}, not {" ".join(words)}') from None
-  return dataclasses.replace(options, **{name: value})
 
 
 def words(line: str) -> list[str]:

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from gpt2_jax import tokenizer
 from gpt2_jax.config import GPTConfig
+from gpt2_jax.decoding.assemble import make_search
 from gpt2_jax.decoding.beams import Beams
+from gpt2_jax.decoding.decoder import Decoder, TextRequest
 from gpt2_jax.decoding.driver import run
-from gpt2_jax.decoding.generate import Decoder, generate_tokens
+from gpt2_jax.decoding.generate import generate_tokens
 from gpt2_jax.decoding.options import Options
-from gpt2_jax.decoding.searches import make_search
 from gpt2_jax.errors import UserError
 from gpt2_jax.interop.tensors import Source, load_params
 from gpt2_jax.model import bind, init_params
@@ -65,11 +66,11 @@ def test_what_transformers_find(params, name):
 @given(st.floats(-1, 2), st.integers(1, 3), st.lists(st.integers(0, 4), min_size=1, max_size=5))
 def test_with_enough_beams_nothing_is_missed(small, length_penalty, n, prompt):
   """25 beams are all texts of two tokens of five; so the best of three tokens are found."""
-  decoder = Decoder(
-    SMALL,
-    small,
-    prompt,
-    Options.of(
+  decoder = Decoder.of(
+    TextRequest.of(
+      SMALL,
+      small,
+      prompt,
       **GREEDY,
       num_beams=25,
       num_return_sequences=20 if n > 1 else 5,
@@ -78,7 +79,7 @@ def test_with_enough_beams_nothing_is_missed(small, length_penalty, n, prompt):
       early_stopping='never',
       length_penalty=length_penalty,
       top_logprobs=5,
-    ),
+    )
   )
   for _ in decoder.run():
     pass
@@ -119,7 +120,7 @@ def sums_of(params, prompt, texts):
 def test_what_greedy_decoding_finds(params, search):
   # beams are penalised by log-probability, others by logit; so small a penalty does nothing
   common = COMMON | dict(repetition_penalty=1.0001)
-  decoder = Decoder(CONFIG, params, PROMPTS, Options.of(**common))
+  decoder = Decoder.of(TextRequest.of(CONFIG, params, PROMPTS, **common))
   options = (
     BEAMS | dict(early_stopping=True)
     if search == 'one beam'

@@ -18,16 +18,16 @@ from gpt2_jax.decoding.assemble import make_processors
 from gpt2_jax.decoding.automaton import DEAD, Automaton
 from gpt2_jax.decoding.history import History
 from gpt2_jax.decoding.options import Options
-from gpt2_jax.decoding.prefix import PrefixConstrained
 from gpt2_jax.decoding.processors import (
   Guided,
   InfNanRemove,
   LogitNormalization,
   MinLength,
   NoRepeatNGram,
+  PrefixConstrained,
   SequenceBias,
 )
-from gpt2_jax.decoding.warpers import TopK, TopP, Typical, make_warpers, threshold
+from gpt2_jax.decoding.warpers import TopK, TopP, Typical, threshold
 from gpt2_jax.errors import UserError
 from gpt2_jax.sharding import BATCH, P
 
@@ -331,10 +331,10 @@ def test_beams_have_at_least_one_token_that_goes_on():
     dict(eta_cutoff=0.9),
   ):
     kept = lambda beams, ends: np.isfinite(
-      free(*make_warpers(Options(num_beams=beams, **narrow), ends=ends))(x_BV)
+      free(*make_processors(Options(num_beams=beams, **narrow), V=6, ends=range(ends)))(x_BV)
     ).sum()
     assert [kept(1, 2), kept(4, 0), kept(4, 1), kept(4, 2), kept(4, 9)] == [1, 2, 2, 3, 6]
-  typical = make_warpers(Options(num_beams=4, typical_p=0.01), ends=2)
+  typical = make_processors(Options(num_beams=4, typical_p=0.01), V=6, ends=[0, 1])
   assert np.isfinite(free(*typical)(x_BV)).sum() == 3
 
 
@@ -426,6 +426,7 @@ EVERY = dict(
   no_repeat_ngram_size=3,
   bad_words_ids=[[1, 3], [9]],
   min_length=4,
+  min_new_tokens=1,
   forced_bos_token_id=3,
   forced_eos_token_id=4,
   remove_invalid_values=True,
@@ -448,6 +449,7 @@ OTHER = dict(
   frequency_penalty=-1,
   no_repeat_ngram_size=1,
   bad_words_ids=[[4, 0]] * 3,
+  min_length=2,
   min_new_tokens=3,
   forced_bos_token_id=0,
   forced_eos_token_id=[1, 2, 3],
@@ -476,7 +478,7 @@ def every(options, V=37):
     ends=[EOS, STOP],
     guide=automaton,
     prefix_allowed_tokens_fn=lambda prompt, ids: range(V),
-    extra=[MinLength(np.int32([1]), 5)],
+    extra=[MinLength(5, np.int32([1]))],
   )
 
 
@@ -484,10 +486,12 @@ def test_all_in_the_order_of_hugging_face():
   assert [type(p).__name__ for p in every(EVERY)] == [
     'SequenceBias',
     'RepetitionPenalty',
-    'CountPenalty',
+    'FrequencyPenalty',
+    'PresencePenalty',
     'NoRepeatNGram',
     'SequenceBias',
     'MinLength',
+    'MinNewTokens',
     'PrefixConstrained',
     'Guided',
     'ForcedBOS',
@@ -599,8 +603,8 @@ def test_a_bias_has_three_forms():
     (dict(min_p=1.1), 'min_p = 1.1'),
     (dict(typical_p=0), r'typical_p = 0 must lie in \(0, 1\]'),
     (dict(typical_p=2), 'typical_p = 2'),
-    (dict(epsilon_cutoff=0.0), 'epsilon_cutoff = 0.0 must lie between 0 and 1'),
-    (dict(eta_cutoff=1.0), 'eta_cutoff = 1.0 must lie between 0 and 1'),
+    (dict(epsilon_cutoff=0.0), r'epsilon_cutoff = 0.0 must lie in \(0, 1\)'),
+    (dict(eta_cutoff=1.0), r'eta_cutoff = 1.0 must lie in \(0, 1\)'),
     (
       dict(do_sample=False, top_k=4, temperature=0.5),
       'temperature = 0.5, top_k = 4 would do nothing: do_sample=False',

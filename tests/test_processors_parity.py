@@ -16,7 +16,8 @@ from test_processors import EOS, apply, make_history, random_scores  # noqa: E40
 
 from gpt2_jax.decoding.assemble import make_processors  # noqa: E402
 from gpt2_jax.decoding.options import Options  # noqa: E402
-from gpt2_jax.decoding.warpers import WARPERS, MinP, TopP, Typical  # noqa: E402
+from gpt2_jax.decoding.samplers import SAMPLERS  # noqa: E402
+from gpt2_jax.decoding.warpers import MinP, TopP, Typical  # noqa: E402
 
 B, S, V = 4, 24, 61
 ids_ = st.lists(st.integers(0, V - 1), min_size=1, max_size=5)
@@ -138,5 +139,5 @@ def test_any_combination(theirs, options, seed, num_beams, do_sample):
   assume(options.get('forced_bos_token_id') not in suppressed)  # they refuse these
   assume(not set(options.get('forced_eos_token_id', [V])) <= set(suppressed))
   if not do_sample:
-    options = {name: value for name, value in options.items() if name not in WARPERS}
+    options = {name: value for name, value in options.items() if not SAMPLERS[name].draws}
   check(theirs, options, seed, do_sample=do_sample, num_beams=num_beams)

@@ -11,10 +11,10 @@ import pytest
 from conftest import mesh_of
 
 from gpt2_jax.config import GPTConfig
+from gpt2_jax.decoding.decoder import Decoder, TextRequest
 from gpt2_jax.decoding.driver import group, request_of
-from gpt2_jax.decoding.generate import Decoder, generate_tokens
+from gpt2_jax.decoding.generate import generate_tokens
 from gpt2_jax.decoding.loop import advance, start
-from gpt2_jax.decoding.options import Options
 from gpt2_jax.errors import UserError
 from gpt2_jax.model import bind, init_params
 
@@ -61,7 +61,8 @@ def told(results):
 
 def rounds(params, prompts, *, assistant=None, **options) -> tuple[int, np.ndarray]:
   """How many rounds follow the first token, and how many new tokens the rows get."""
-  job = (decoder := Decoder(TARGET, params, prompts, Options.of(**options), assistant=assistant)).job
+  decoder = Decoder.of(TextRequest.of(TARGET, params, prompts, assistant=assistant, **options))
+  job = decoder.job
   request, N = request_of(job, group(decoder.rows, whole=False), [row.ids for row in decoder.rows])
   state, _ = start(job.config, job.params, job.search, request, N=N, K=0)
   state, running = advance(job.config, job.params, job.search, request, state, N)

@@ -1,65 +1,24 @@
-"""Options to processors, each option checked."""
+"""From options to a search and to processors, each option checked."""
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from gpt2_jax.bounds import AT_LEAST_1, FINITE, FLOAT32, LARGE, Float
+from gpt2_jax.config import GPTConfig
 from gpt2_jax.decoding.automaton import Automaton
+from gpt2_jax.decoding.beams import Beams
+from gpt2_jax.decoding.contrastive import Contrastive
+from gpt2_jax.decoding.loop import Sample, Search
 from gpt2_jax.decoding.options import Options
-from gpt2_jax.decoding.prefix import PrefixConstrained
-from gpt2_jax.decoding.processors import (
-  CountPenalty,
-  Custom,
-  ExponentialDecay,
-  ForcedBOS,
-  ForcedEOS,
-  Guided,
-  InfNanRemove,
-  LogitNormalization,
-  MinLength,
-  NoRepeatNGram,
-  Processor,
-  RepetitionPenalty,
-  SequenceBias,
-  SuppressAtBegin,
-  SuppressTokens,
-  id_array,
-)
-from gpt2_jax.decoding.values import ABOVE_0, AT_LEAST_0, AT_LEAST_1, FINITE, id_list
-from gpt2_jax.decoding.warpers import NEVER, make_warpers
+from gpt2_jax.decoding.processors import Processor, id_array
+from gpt2_jax.decoding.samplers import SAMPLERS, Given
+from gpt2_jax.decoding.speculative import Draft, Lookup, Speculative
 from gpt2_jax.errors import UserError, brief
+from gpt2_jax.forms import for_decoding
+from gpt2_jax.model import Params
 
-
-def _word(name: str, value: Any, V: int) -> tuple[int, ...]:
-  ids = tuple(id_list(name, value, V))
-  if not ids:
-    raise UserError(f'{name} has an empty list of ids.')
-  return ids
-
-
-def _words(value: Any, V: int) -> list[tuple[int, ...]]:
-  name = 'bad_words_ids'
-  if value is not None and not (
-    isinstance(value, Iterable) and all(isinstance(word, Iterable) for word in value)
-  ):
-    raise UserError(f'{name} = {brief(value)} must be a list of lists of ids.')
-  return [_word(name, word, V) for word in (() if value is None else value)]
-
-
-def _biases(value: Any, V: int) -> dict[tuple[int, ...], float]:
-  name, biases = 'sequence_bias', {}
-  try:
-    listed = value.items() if isinstance(value, Mapping) else () if value is None else value
-    pairs = [(ids, bias) for ids, bias in listed]
-  except (TypeError, ValueError):
-    raise UserError(f'{name} = {brief(value)} must be {{ids: bias}} or [[ids, bias], …].') from None
-  for ids, bias in pairs:
-    ids = _word(name, ids, V)
-    infinite = isinstance(bias, float) and math.isinf(bias)
-    biases[ids] = bias if infinite else FINITE.check(f'{name} of {ids}', bias)
-  return biases
+FOR_BEAMS = ('length_penalty', 'early_stopping', 'num_beam_groups', 'diversity_penalty')
 
 
 def make_processors(
@@ -72,68 +31,174 @@ def make_processors(
   prefix_allowed_tokens_fn: Callable[[int, np.ndarray], Sequence[int]] | None = None,
   extra: Sequence[Processor] = (),
 ) -> tuple[Processor, ...]:
-  """The processors that options ask for, in the order of Hugging Face's `generate`.
+  """Returns the processors that options ask for, in the order of `SAMPLERS`.
 
   Args:
-    options: those of processors are checked, the others aren't.
+    options: those of `SAMPLERS` are checked, the others aren't.
     V: size of the vocabulary.
     eos: end-of-sequence ids.
     ends: all ids that end a text, those among them.
-    guide: what the text must match.
+    guide: what the text must match, the automaton of the option `regex`.
     prefix_allowed_tokens_fn: (index of the prompt, ids so far) -> ids that may follow.
     extra: the user's own, applied before the choice is narrowed.
 
   Raises:
     UserError: an option is out of range, or would do nothing.
   """
-  o, eos, ends = options, [int(i) for i in eos], id_array(ends)
-  number = lambda name, values: values.check(name, getattr(o, name))
-  ids = lambda name: id_list(name, getattr(o, name), V)
-  made: list[Processor] = []
-
-  if biases := _biases(o.sequence_bias, V):
-    made.append(SequenceBias.of(biases))
-  if (repetition := number('repetition_penalty', ABOVE_0)) != 1:
-    made.append(RepetitionPenalty(repetition))
-  counted = [number(name, FINITE) for name in ('presence_penalty', 'frequency_penalty')]
-  if any(counted):
-    made.append(CountPenalty(*counted))
-  if o.no_repeat_ngram_size is not None:
-    made.append(NoRepeatNGram(number('no_repeat_ngram_size', AT_LEAST_1)))
-  if words := {word: NEVER for word in _words(o.bad_words_ids, V) if word not in {(i,) for i in eos}}:
-    made.append(SequenceBias.of(words))
-  lengths = [number(name, AT_LEAST_0) for name in ('min_length', 'min_new_tokens')]
+  o = options
+  values = vars(o) | dict(
+    regex=guide, prefix_allowed_tokens_fn=prefix_allowed_tokens_fn, logits_processor=extra
+  )
+  idle = [
+    f'{name} = {brief(values[name])}'
+    for name, rule in SAMPLERS.items()
+    if rule.draws and not o.do_sample and values[name] != rule.default
+    if name != 'top_k' or o.penalty_alpha is None  # contrastive search has one, too
+  ]
+  if idle:
+    raise UserError(f'{", ".join(idle)} would do nothing: do_sample=False draws no tokens.')
+  beams, ends_E = o.num_beams > 1, id_array(ends)
+  given = Given(
+    V,
+    id_array(eos),
+    ends_E,
+    min_tokens_to_keep=max(int((ends_E < V).sum()), 1) + 1 if beams else 1,
+    bos_is_forced=np.bool_(o.forced_bos_token_id is not None),
+    beams=beams,
+  )
+  made = [
+    processor
+    for name, rule in SAMPLERS.items()
+    for processor in rule.processors(name, values[name], given, draws=o.do_sample)
+  ]
   if o.min_new_tokens > o.max_new_tokens:
     raise UserError(
       f'min_new_tokens = {o.min_new_tokens} is more than max_new_tokens = {o.max_new_tokens}.'
     )
-  if any(lengths):
-    made.append(MinLength(ends, *lengths))
-  if prefix_allowed_tokens_fn is not None:
-    made.append(PrefixConstrained.of(prefix_allowed_tokens_fn, beams=o.num_beams > 1))
-  if guide is not None:
-    made.append(Guided(guide, ends))
-  bos, last = ids('forced_bos_token_id'), ids('forced_eos_token_id')
-  if bos:
-    made.append(ForcedBOS(id_array(bos)))
-  if last:
-    made.append(ForcedEOS(id_array(last)))
-  if o.remove_invalid_values:
-    made.append(InfNanRemove())
-  if (decay := o.exponential_decay_length_penalty) is not None:
-    name = 'exponential_decay_length_penalty'
-    if not isinstance(decay, Sequence) or isinstance(decay, str) or len(decay) != 2:
-      raise UserError(f'{name} = {brief(decay)} must be (start, factor).')
-    if not eos:
-      raise UserError(f'{name} needs an id that ends a text: eos_token_id.')
-    start, factor = AT_LEAST_0.check(name + '[0]', decay[0]), ABOVE_0.check(name + '[1]', decay[1])
-    made.append(ExponentialDecay(id_array(eos), start, factor))
-  if never := ids('suppress_tokens'):
-    made.append(SuppressTokens(id_array(never)))
-  if first := ids('begin_suppress_tokens'):
-    made.append(SuppressAtBegin(id_array(first), np.bool_(bool(bos))))
-  made += [Custom(processor, type(processor)) for processor in extra]
-  made += make_warpers(o, ends=int((ends < V).sum()))
-  if o.renormalize_logits:
-    made.append(LogitNormalization())
   return tuple(made)
+
+
+def make_search(
+  config: GPTConfig, options: Options, *, ends: int, assistant: tuple[GPTConfig, Params] | None
+) -> tuple[Search, int | None, int]:
+  """Returns the search, the rows that it needs for each prompt (None: one a result), and how many
+  results a prompt has.
+
+  Args:
+    config: of the model.
+    options: what is asked for.
+    ends: how many ids end a text.
+    assistant: config and parameters of a model that guesses ahead.
+
+  Raises:
+    UserError: options that don't go together.
+  """
+  o = options
+  for name in ('max_new_tokens', 'num_return_sequences', 'num_beams', 'num_beam_groups'):
+    AT_LEAST_1.check(name, getattr(o, name))
+  asked = {
+    'num_beams > 1': o.num_beams > 1,
+    'penalty_alpha': o.penalty_alpha is not None,
+    'prompt_lookup_num_tokens': o.prompt_lookup_num_tokens is not None,
+    'assistant_model': assistant is not None,
+  }
+  searches = [name for name, given in asked.items() if given]
+  if len(searches) > 1:
+    raise UserError(f'{" and ".join(searches)} are different searches: ask for one of them.')
+  idle = [
+    f'{name} = {brief(getattr(o, name))}'
+    for name in FOR_BEAMS
+    if getattr(o, name) != getattr(Options, name)
+  ]
+  if idle and o.num_beams == 1:
+    raise UserError(f'{", ".join(idle)} would do nothing without beams: num_beams > 1.')
+  if o.num_beams > 1:
+    return _beams(o, ends), o.num_beams, o.num_return_sequences
+  if not o.do_sample and o.num_return_sequences > 1:
+    raise UserError(
+      f'num_return_sequences = {o.num_return_sequences} needs do_sample or '
+      'num_beams > 1: greedy decoding has one result.'
+    )
+  if o.penalty_alpha is not None:
+    return _contrastive(config, o), None, 1
+  search = Sample() if not searches else _speculative(config, o, assistant)
+  return search, None, o.num_return_sequences
+
+
+def _beams(o: Options, ends: int) -> Beams:
+  if o.num_return_sequences > o.num_beams:
+    raise UserError(
+      f'num_return_sequences = {o.num_return_sequences} is more than num_beams = {o.num_beams}.'
+    )
+  if o.context == 'slide':
+    raise UserError(
+      "context = 'slide' goes on from a row's last half, but beams differ there: "
+      "use context = 'stop' with num_beams > 1."
+    )
+  if not any(o.early_stopping is known for known in (False, True)) and o.early_stopping != 'never':
+    raise UserError(f"early_stopping = {brief(o.early_stopping)} must be False, True or 'never'.")
+  not_negative = Float(0, FLOAT32, words='be at least 0')
+  diversity = not_negative.check('diversity_penalty', o.diversity_penalty)
+  if o.num_beams % o.num_beam_groups:
+    raise UserError(
+      f'num_beams = {o.num_beams} must be a multiple of num_beam_groups = {o.num_beam_groups}.'
+    )
+  if (o.num_beam_groups > 1) != (diversity > 0):
+    raise UserError(
+      f'num_beam_groups = {o.num_beam_groups} and diversity_penalty = '
+      f'{o.diversity_penalty}: several groups need a penalty above 0, or they are all '
+      'the same, and without groups the penalty does nothing.'
+    )
+  if o.num_beam_groups > 1 and o.do_sample:
+    raise UserError(f'num_beam_groups = {o.num_beam_groups} needs do_sample=False.')
+  return Beams(
+    length_penalty=np.float32(FINITE.check('length_penalty', o.length_penalty)),
+    diversity=np.float32(diversity),
+    at_once=np.bool_(o.early_stopping is True),
+    patient=np.bool_(o.early_stopping == 'never'),
+    returned=np.int32(o.num_return_sequences),
+    num_beams=o.num_beams,
+    groups=o.num_beam_groups,
+    n_eos=ends,
+  )
+
+
+def _contrastive(config: GPTConfig, o: Options) -> Contrastive:
+  if o.do_sample or o.top_k is None:
+    raise UserError(
+      'penalty_alpha (contrastive search) needs do_sample=False and top_k, the number of candidates.'
+    )
+  k = min(AT_LEAST_1.check('top_k', o.top_k), config.vocab_size)
+  if k > config.n_positions:
+    raise UserError(
+      f'top_k = {k} candidates are more than the model reads at once: penalty_alpha '
+      f'takes at most {config.n_positions} (n_positions).'
+    )
+  return Contrastive(np.float32(Float(0, 1).check('penalty_alpha', o.penalty_alpha)), k)
+
+
+def _speculative(
+  config: GPTConfig, o: Options, assistant: tuple[GPTConfig, Params] | None
+) -> Speculative:
+  name = 'prompt_lookup_num_tokens' if assistant is None else 'num_assistant_tokens'
+  k = AT_LEAST_1.check(name, getattr(o, name))
+  if k == Options.num_assistant_tokens and assistant is not None:
+    k = max(1, min(k, config.n_positions - 1))  # nobody asked for so many
+  if k >= config.n_positions:
+    raise UserError(f'{name} = {k} must be less than the context of {config.n_positions}.')
+  if assistant is None:
+    name = 'max_matching_ngram_size'
+    longest = AT_LEAST_1.check(name, getattr(o, name))
+    return Speculative(Lookup(np.int32(min(longest, LARGE))), k)
+  draft = assistant[0]
+  if draft.vocab_size != config.vocab_size:
+    raise UserError(
+      f'the assistant model has {draft.vocab_size} ids, the model '
+      f'{config.vocab_size}: they must have the same vocabulary.'
+    )
+  if draft.n_positions < config.n_positions:
+    raise UserError(
+      f'the assistant model has a context of {draft.n_positions} (n_positions), less '
+      f"than the model's {config.n_positions}: it could not read as far."
+    )
+  return Speculative(Draft(*for_decoding(*assistant)), k)

@@ -5,7 +5,6 @@ it does not matter where the tokens of a text begin and end, even within a chara
 Letters beside the model's: `Q` states, `X` = 256 bytes.
 """
 
-import dataclasses
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -24,7 +23,6 @@ X = 256
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class Automaton:
   """A deterministic automaton that reads token ids; state 0 is the first."""
 

@@ -34,7 +34,6 @@ from gpt2_jax.sharding import BATCH, P, by_rows, in_mesh, spec_of
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class Texts:
   """As many beams of each prompt, best first."""
 
@@ -44,7 +43,6 @@ class Texts:
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class Searching:
   """State of `Beams`."""
 
@@ -119,7 +117,6 @@ def _reorder(cache: Cache, parents_B: jax.Array, K: int) -> Cache:
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class Beams:
   """Beam search. What ends a row ends a beam; the prompt is done when no other can be better.
 

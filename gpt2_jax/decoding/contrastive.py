@@ -30,7 +30,6 @@ from gpt2_jax.sharding import BATCH, by_rows, reshard
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class Contrasting:
   """State of `Contrastive`."""
 
@@ -50,7 +49,6 @@ def _directions(x_BTD: jax.Array) -> jax.Array:
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class Contrastive:
   """Of the k likeliest tokens the one with the most (1 - alpha)·p - alpha·(largest cosine of its last
   hidden state with those of all tokens before it).

@@ -14,7 +14,7 @@ from gpt2_jax.decoding import history as h
 from gpt2_jax.decoding.automaton import walk
 from gpt2_jax.decoding.history import History
 from gpt2_jax.decoding.loop import Request, Rules, Search, advance, start
-from gpt2_jax.decoding.prefix import PrefixConstrained
+from gpt2_jax.decoding.processors import PrefixConstrained
 from gpt2_jax.errors import UserError
 from gpt2_jax.model import Params
 

@@ -1,188 +1,31 @@
 """Text in, text out."""
 
-import dataclasses
-import functools
-import time
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gpt2_jax import batching, bounds, seeds, sharding
+from gpt2_jax import batching, sharding
 from gpt2_jax.config import GPTConfig
-from gpt2_jax.decoding import automaton
-from gpt2_jax.decoding import history as h
-from gpt2_jax.decoding.assemble import make_processors
-from gpt2_jax.decoding.driver import Job, Row, run
-from gpt2_jax.decoding.history import Endings
-from gpt2_jax.decoding.loop import Rules
-from gpt2_jax.decoding.options import Options
+from gpt2_jax.decoding.decoder import Decoder, Generated, PrefixFunction, TextRequest
 from gpt2_jax.decoding.pieces import Pieces
 from gpt2_jax.decoding.processors import Processor
-from gpt2_jax.decoding.searches import make_search
 from gpt2_jax.errors import UserError
 from gpt2_jax.forms import for_decoding
 from gpt2_jax.model import GPT2, Params
 from gpt2_jax.tokenizer import Tokenizer
 
-_stop_strings, _regex = map(functools.lru_cache(8), (automaton.stop_strings, automaton.regex))
-PrefixFunction = Callable[[int, np.ndarray], Sequence[int]]
-REASONS = {
-  h.END_ID: 'stop',
-  h.STOP_STRING: 'stop',
-  h.GUIDE: 'stop',
-  h.LIMIT: 'length',
-  h.CONTEXT: 'context',
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Generated:
-  """One continuation.
-
-  Attributes:
-    prompt: index of its prompt.
-    tokens: the new ids; an id that ended it is not among them, a stop string's are.
-    text: their text up to a stop string, None without a tokenizer.
-    finish_reason: 'stop' (an id or a string that ends the text came, or the regular expression is
-      done), 'length' (`max_new_tokens`), 'context' (the model has no more positions) or 'time'
-      (`max_time`).
-    logprobs: log-probability of each new id under the model, in nats, before any processor.
-    top_logprobs: id -> log-probability of the likeliest ids at each place, if asked for.
-    score: of a beam, what it was ranked by.
-  """
-
-  prompt: int
-  tokens: list[int]
-  text: str | None
-  finish_reason: str
-  logprobs: list[float]
-  top_logprobs: list[dict[int, float]] | None = None
-  score: float | None = None
-
-
-class Decoder:
-  """One request: its rows, and what they have come to."""
-
-  def __init__(
-    self,
-    config: GPTConfig,
-    params: Params,
-    prompts: batching.Texts,
-    options: Options,
-    *,
-    tokenizer: Tokenizer | None = None,
-    logits_processor: Sequence[Processor] = (),
-    prefix_allowed_tokens_fn: PrefixFunction | None = None,
-    assistant: tuple[GPTConfig, Params] | None = None,
-  ):
-    began = time.monotonic()
-    options.check_stopping(config.vocab_size)
-    seeds.check('seed', options.seed)
-    self.config, self.options, self.tokenizer = config, options, tokenizer
-    self.stop_strings = (
-      [options.stop_strings] if isinstance(options.stop_strings, str) else list(options.stop_strings)
-    )
-    eos = options.eos_token_id
-    if eos is None:
-      eos = () if tokenizer is None else tokenizer.eot
-    eos = np.atleast_1d(np.asarray(eos, np.int32))
-    self.ends = np.concatenate([eos, np.asarray(options.stop_token_ids, np.int32)])
-    stop = guide = None
-    V = config.vocab_size
-    if tokenizer is None and (self.stop_strings or options.regex is not None):
-      raise UserError('stop_strings and regex need a tokenizer: pass tokenizer=.')
-    if self.stop_strings:
-      stop = _stop_strings(tuple(self.stop_strings), tokenizer, V)
-    if options.regex is not None:
-      guide = _regex(options.regex, tokenizer, V, frozenset(self.ends.tolist()))
-    search, width, results = make_search(config, options, ends=len(self.ends), assistant=assistant)
-    made = make_processors(
-      options,
-      V=V,
-      eos=eos,
-      ends=self.ends,
-      guide=guide,
-      extra=tuple(logits_processor),
-      prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-    )
-    ids = batching.encode(prompts, tokenizer, config, room=1, allow_special=options.allow_special)
-    # what only an empty text matches is done
-    done = guide is not None and guide.complete(jnp.zeros(1, jnp.int32))[0]
-    reason = h.GUIDE if done else h.RUNNING
-    self.rows = [
-      Row(i, k, list(prompt), len(prompt), reason)
-      for i, prompt in enumerate(ids)
-      for k in range(results)
-    ]
-    self.job = Job(
-      *for_decoding(config, params),
-      search,
-      Rules(made, Endings(jnp.asarray(self.ends), stop, guide)),
-      seeds.key(options.seed) if options.do_sample else None,
-      min(options.max_new_tokens, bounds.LARGE),
-      options.top_logprobs,
-      options.context == 'slide',
-      None if options.max_time is None else began + options.max_time,
-      width,
-    )
-
-  def run(self, steps: int | None = None) -> Iterator[None]:
-    """Writes; yields after every so many steps."""
-    return run(self.job, self.rows, steps)
-
-  def results(self) -> list[Generated]:
-    return [self._result(row) for row in self.rows]
-
-  def text(self, row: Row) -> bytes:
-    """What a row shows."""
-    assert self.tokenizer is not None
-    data = self.tokenizer.decode_bytes(self.shown(row))
-    if row.reason == h.STOP_STRING:
-      data = data[: automaton.cut(data, self.stop_strings)]
-    return data
-
-  def shown(self, row: Row) -> list[int]:
-    """The ids that are part of the text: all but one that ended it."""
-    return row.new[:-1] if row.reason == h.END_ID else row.new
-
-  def _result(self, row: Row) -> Generated:
-    tokens = self.shown(row)
-    text = self.text(row).decode('utf-8', 'replace') if self.tokenizer else None
-    top = row.top[: len(tokens)] if self.options.top_logprobs else None
-    reason = 'time' if row.out_of_time else REASONS[row.reason]
-    return Generated(row.which, tokens, text, reason, row.logprobs[: len(tokens)], top, row.score)
-
 
 def generate_tokens(
-  config: GPTConfig,
-  params: Params,
-  prompts: batching.Texts,
-  *,
-  tokenizer: Tokenizer | None = None,
-  logits_processor: Sequence[Processor] = (),
-  prefix_allowed_tokens_fn: PrefixFunction | None = None,
-  assistant: tuple[GPTConfig, Params] | None = None,
-  **options: Any,
+  config: GPTConfig, params: Params, prompts: batching.Texts, **asked: Any
 ) -> list[Generated]:
-  """As `generate`, for a config and parameters, on the mesh that is set or on one device."""
-  decoder = Decoder(
-    config,
-    params,
-    prompts,
-    Options.of(**options),
-    tokenizer=tokenizer,
-    assistant=assistant,
-    logits_processor=logits_processor,
-    prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-  )
-  for _ in decoder.run():
-    pass
-  return decoder.results()
+  """As `generate`, for a config and parameters, on the mesh that is set or on one device; with the
+  fields of `TextRequest` in place of a model's own.
+  """
+  return Decoder.of(TextRequest.of(config, params, prompts, **asked)).finish()
 
 
 _prepared: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> (its leaves, prepared)
@@ -214,32 +57,27 @@ def own_ends(model: GPT2) -> list[int] | None:
 
 
 def _decoder(
-  model: GPT2, prompts, tokenizer, assistant_model, inputs: dict, options: dict
+  model: GPT2, prompts: batching.Texts, assistant_model: GPT2 | None, **asked: Any
 ) -> Decoder:
-  if options.get('eos_token_id') is None:
-    options = options | {'eos_token_id': own_ends(model)}
-  prepared, assistant = prepare(model), None
+  """Returns a decoder for a model; `asked` as in `TextRequest.of`."""
+  if asked.get('eos_token_id') is None:
+    asked['eos_token_id'] = own_ends(model)
+  prepared = prepare(model)
   if assistant_model is not None:
     own, other = (each.tokenizer for each in (model, assistant_model))
-    if tokenizer is None and own and other and own.sha256 != other.sha256:
+    if asked['tokenizer'] is None and own and other and own.sha256 != other.sha256:
       raise UserError(
         'the assistant model has another tokenizer than the model: its guesses would '
         'be of other texts. If the ids are the same all the same, say whose both are: '
         'tokenizer= (--tokenizer).'
       )
-    assistant = prepare(assistant_model)
-    if len({sharding.devices_of(params) for _, params in (prepared, assistant)}) > 1:
+    asked['assistant'] = prepare(assistant_model)
+    if len({sharding.devices_of(params) for _, params in (prepared, asked['assistant'])}) > 1:
       raise UserError(
         'the assistant model lies on other devices than the model: load both with the same mesh.'
       )
-  return Decoder(
-    *prepared,
-    prompts,
-    Options.of(**options),
-    assistant=assistant,
-    tokenizer=tokenizer or model.tokenizer,
-    **inputs,
-  )
+  asked['tokenizer'] = asked['tokenizer'] or model.tokenizer
+  return Decoder.of(TextRequest.of(*prepared, prompts, **asked))
 
 
 def generate(
@@ -278,15 +116,14 @@ def generate(
   decoder = _decoder(
     model,
     prompts,
-    tokenizer,
     assistant_model,
-    dict(logits_processor=logits_processor, prefix_allowed_tokens_fn=prefix_allowed_tokens_fn),
-    options,
+    tokenizer=tokenizer,
+    logits_processor=logits_processor,
+    prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+    **options,
   )
   with sharding.mesh_of(decoder.job.params):
-    for _ in decoder.run():
-      pass
-  return decoder.results()
+    return decoder.finish()
 
 
 def stream(
@@ -316,12 +153,14 @@ def stream(
   decoder = _decoder(
     model,
     prompt,
-    tokenizer,
     assistant_model,
-    dict(logits_processor=logits_processor, prefix_allowed_tokens_fn=prefix_allowed_tokens_fn),
-    options,
+    tokenizer=tokenizer,
+    logits_processor=logits_processor,
+    prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+    **options,
   )
-  if len(decoder.rows) != 1 or decoder.options.num_beams > 1 or decoder.tokenizer is None:
+  request = decoder.request
+  if len(decoder.rows) != 1 or request.options.num_beams > 1 or request.tokenizer is None:
     raise UserError(
       'stream writes one text as it is made: it takes one prompt, '
       'num_return_sequences = 1, num_beams = 1, and a tokenizer.'
@@ -331,8 +170,8 @@ def stream(
 
 def _pieces(decoder: Decoder) -> Generator[str, None, Generated]:
   [row], pushed = decoder.rows, 0
-  assert decoder.tokenizer is not None
-  pieces = Pieces(decoder.tokenizer, decoder.stop_strings)
+  assert decoder.request.tokenizer is not None
+  pieces = Pieces(decoder.request.tokenizer, decoder.request.stop_strings)
   steps, going = decoder.run(steps=1), True
   while going:
     with sharding.mesh_of(decoder.job.params):  # not while the caller has its turn

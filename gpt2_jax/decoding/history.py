@@ -10,10 +10,11 @@ from gpt2_jax.decoding.pytree import register
 
 # why a row stopped, in `History.reason_B`
 RUNNING, END_ID, STOP_STRING, GUIDE, LIMIT, CONTEXT, NOT_A_NUMBER, NO_TOKEN = range(8)
+# what a user is told of it, as `Generated.finish_reason`
+REASONS = {END_ID: 'stop', STOP_STRING: 'stop', GUIDE: 'stop', LIMIT: 'length', CONTEXT: 'context'}
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class Endings:
   """What ends a row, the same for all rows."""
 
@@ -23,7 +24,6 @@ class Endings:
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class History:
   """The ids of B rows, and how far each has come. Rows know nothing of each other."""
 

@@ -29,7 +29,6 @@ from gpt2_jax.sharding import BATCH, P, by_rows, reshard
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class Rules:
   """What holds for all rows."""
 
@@ -38,7 +37,6 @@ class Rules:
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class Request:
   """What is to be continued: A prompts, by B = A·C rows, those of one prompt side by side."""
 
@@ -56,7 +54,6 @@ class Request:
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class Record:
   """Log-probabilities under the model itself, before the processors; places are `History`'s."""
 
@@ -190,7 +187,6 @@ def choose(scores_BV: jax.Array, keys_B: jax.Array | None, history: History) -> 
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class Sampling:
   """State of `Sample`."""
 
@@ -201,7 +197,6 @@ class Sampling:
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class Sample:
   """Each row for itself: the likeliest token, or one drawn where the request has a key."""
 

@@ -5,25 +5,23 @@
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
-from gpt2_jax.bounds import plain
-from gpt2_jax.decoding.values import ABOVE_0, AT_LEAST_0, id_list
+from typing_extensions import Doc
+
+from gpt2_jax.batching import id_list
+from gpt2_jax.bounds import AT_LEAST_0, POSITIVE, plain
+from gpt2_jax.decoding.samplers import SAMPLERS
 from gpt2_jax.errors import UserError, brief
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-  """How to continue a text. An option left at its default does nothing."""
+class _Length:
+  """How much is written, how often, and when it stops."""
 
-  # how much, and when to stop
   max_new_tokens: int = 128
   """The most new tokens."""
-  min_new_tokens: int = 0
-  """Before so many new tokens no end-of-sequence id is drawn."""
-  min_length: int = 0
-  """As min_new_tokens, with the prompt counted in."""
   eos_token_id: int | Sequence[int] | None = None
   """Ids that end a text; default: the model's own, or the tokenizer's."""
   stop_token_ids: Sequence[int] = ()
@@ -34,58 +32,32 @@ class Options:
   """Seconds after which no more is written."""
   context: Literal['stop', 'slide'] = 'stop'
   """At the end of the model's context: stop, or go on from its last half, read anew."""
-
-  # how tokens are chosen
-  do_sample: bool = True
-  """Draw from the distribution; if not, take the likeliest token."""
   num_return_sequences: int = 1
   """Continuations of each prompt."""
+  do_sample: bool = True
+  """Draw from the distribution; if not, take the likeliest token."""
   seed: int = 0
   """The same prompt and seed give the same text. From 0 to 2**64 - 1."""
-  temperature: float = 1.0
-  """Below 1 the likely tokens become likelier."""
-  top_k: int | None = None
-  """Draw from the k likeliest tokens only."""
-  top_p: float | None = None
-  """Draw from the fewest tokens whose probability reaches p."""
-  min_p: float | None = None
-  """Draw from tokens at least min_p times as likely as the likeliest."""
-  typical_p: float | None = None
-  """Draw from the tokens nearest to the expected surprise, until their probability reaches p."""
-  epsilon_cutoff: float | None = None
-  """Draw from tokens of at least this probability."""
-  eta_cutoff: float | None = None
-  """As epsilon_cutoff, but less where the distribution is flat."""
 
-  # what is favoured or forbidden
-  repetition_penalty: float = 1.0
-  """Above 1, what the prompt and the text have becomes less likely."""
-  presence_penalty: float = 0.0
-  """Taken from the logit of each token that the text has."""
-  frequency_penalty: float = 0.0
-  """Taken from the logit of a token each time the text has it."""
-  no_repeat_ngram_size: int | None = None
-  """No n tokens in a row occur twice."""
-  bad_words_ids: Sequence[Sequence[int]] = ()
-  """Lists of ids that never occur."""
-  sequence_bias: Mapping[Any, float] | Sequence[Any] = ()
-  """Id or tuple of ids -> what is added to the logit of its last one."""
-  suppress_tokens: Sequence[int] = ()
-  """Ids that are never drawn."""
-  begin_suppress_tokens: Sequence[int] = ()
-  """Ids that are not drawn first."""
-  forced_bos_token_id: int | None = None
-  """The id that comes second, after a prompt of one."""
-  forced_eos_token_id: int | Sequence[int] | None = None
-  """The id that comes last, where max_new_tokens ends a text."""
-  exponential_decay_length_penalty: tuple[int, float] | None = None
-  """(start, factor): from so many new tokens on the end grows likelier."""
-  regex: str | None = None
-  """A regular expression that the new text matches as a whole."""
-  remove_invalid_values: bool = False
-  """Logits that are NaN become 0, infinite ones the largest number."""
-  renormalize_logits: bool = False
-  """Make log-probabilities of the logits, after all else."""
+
+_Sampling: Any = dataclasses.make_dataclass(
+  '_Sampling',
+  [
+    (name, Annotated[rule.type, Doc(rule.help)], rule.default)
+    for name, rule in SAMPLERS.items()
+    if rule.type is not None
+  ],
+  bases=(_Length,),
+  frozen=True,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(_Sampling):
+  """How to continue a text. An option left at its default does nothing.
+
+  The fields between `seed` and `num_beams` are the options of `SAMPLERS`.
+  """
 
   # searches
   num_beams: int = 1
@@ -146,7 +118,7 @@ class Options:
     if self.top_logprobs > V:
       raise UserError(f'top_logprobs = {self.top_logprobs}: the vocabulary has {V} ids.')
     if self.max_time is not None:
-      ABOVE_0.check('max_time', self.max_time)
+      POSITIVE.check('max_time', self.max_time)
     if not isinstance(self.allow_special, bool):
       raise UserError(f'allow_special = {brief(self.allow_special)} must be True or False.')
     if self.context not in ('stop', 'slide'):

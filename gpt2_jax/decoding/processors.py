@@ -6,19 +6,22 @@ cost no compilation, another set of processors does.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Protocol
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from gpt2_jax.batching import bucket
+from gpt2_jax.batching import bucket, id_list
 from gpt2_jax.decoding.automaton import Automaton
 from gpt2_jax.decoding.history import History
 from gpt2_jax.decoding.pytree import register
 from gpt2_jax.decoding.warpers import NEVER, log_probs
+from gpt2_jax.errors import UserError
 
 NOWHERE = np.iinfo(np.int32).max  # an id beyond any vocabulary: pads lists of ids
 ANY = -1  # in a prefix: whatever stands there, or nothing
@@ -34,7 +37,6 @@ class Processor(Protocol):
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class Custom:
   """A user's processor. Its class is named for JAX's sake: see `register`."""
 
@@ -56,21 +58,23 @@ def _among(ids_K: ArrayLike, V: int) -> jax.Array:
   return jnp.zeros(V, bool).at[jnp.asarray(ids_K)].set(True, mode='drop')
 
 
-def _only(ids_K: ArrayLike, when_B: jax.Array, scores_BV: jax.Array) -> jax.Array:
-  """Score 0 for some ids and -inf for all others, in some rows."""
+def _only(ids_K: ArrayLike, when_B1: jax.Array, scores_BV: jax.Array) -> jax.Array:
+  """Returns scores with 0 for some ids and -inf for all others, in some rows."""
   forced_V = jnp.where(_among(ids_K, scores_BV.shape[-1]), 0.0, NEVER)
-  return jnp.where(when_B[:, None], forced_V, scores_BV)
+  return jnp.where(when_B1, forced_V, scores_BV)
 
 
-def _never(ids_K: ArrayLike, when_B: jax.Array, scores_BV: jax.Array) -> jax.Array:
-  """Score -inf for some ids, in some rows."""
-  return jnp.where(when_B[:, None] & _among(ids_K, scores_BV.shape[-1]), NEVER, scores_BV)
+def _never(ids_K: ArrayLike, when_B1: jax.Array, scores_BV: jax.Array) -> jax.Array:
+  """Returns scores with -inf for some ids, in some rows."""
+  return jnp.where(when_B1 & _among(ids_K, scores_BV.shape[-1]), NEVER, scores_BV)
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class SequenceBias:
-  """Adds to the score of a token that would complete a listed sequence; -inf outweighs all."""
+  """Adds to the score of an id, or of the last of several ids in a row: {ids: bias}.
+
+  A bias of -inf outweighs all others.
+  """
 
   prefix_KP: ArrayLike  # the sequences but for their last ids, right-aligned, ANY before them
   last_K: ArrayLike  # their last ids
@@ -98,10 +102,9 @@ class SequenceBias:
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class RepetitionPenalty:
-  """Divides positive scores of tokens that the prompt or the text has, and multiplies negative ones
-  (Keskar et al. 2019, arXiv:1909.05858).
+  """Divides the positive scores of tokens that the prompt or the text has, and multiplies negative
+  ones: above 1 these tokens become less likely (Keskar et al. 2019, arXiv:1909.05858).
   """
 
   penalty: ArrayLike
@@ -112,22 +115,26 @@ class RepetitionPenalty:
 
 
 @register
-@dataclasses.dataclass(frozen=True)
-class CountPenalty:
-  """Subtracts from the scores of tokens that the new text has: once, and for each time (OpenAI's
-  presence and frequency penalties).
-  """
+class FrequencyPenalty:
+  """Subtracts from the score of a token for each time that the new text has it (OpenAI's API)."""
 
-  presence: ArrayLike
-  frequency: ArrayLike
+  penalty: ArrayLike
 
   def __call__(self, scores_BV: jax.Array, history: History) -> jax.Array:
-    counts_BV = history.counts(scores_BV.shape[-1], new=True)
-    return scores_BV - self.frequency * counts_BV - self.presence * (counts_BV > 0)
+    return scores_BV - self.penalty * history.counts(scores_BV.shape[-1], new=True)
 
 
 @register
-@dataclasses.dataclass(frozen=True)
+class PresencePenalty:
+  """Subtracts from the scores of tokens that the new text has (OpenAI's API)."""
+
+  penalty: ArrayLike
+
+  def __call__(self, scores_BV: jax.Array, history: History) -> jax.Array:
+    return scores_BV - self.penalty * (history.counts(scores_BV.shape[-1], new=True) > 0)
+
+
+@register
 class NoRepeatNGram:
   """Forbids tokens that would complete n tokens in a row a second time, the prompt's among them
   (Paulus et al. 2017, arXiv:1705.04304).
@@ -138,35 +145,42 @@ class NoRepeatNGram:
   def __call__(self, scores_BV: jax.Array, history: History) -> jax.Array:
     tokens_BS, lengths_B1 = history.tokens_BS, history.lengths_B[:, None]
     S, V = tokens_BS.shape[1], scores_BV.shape[-1]
-    n = jnp.minimum(self.n, S + 1)
+    n_X1 = jnp.minimum(jnp.reshape(self.n, (-1, 1)), S + 1)  # X: 1, or B
 
     def compare(j, same_BS):  # the j-th id before each place with the j-th before the next one
       wanted_B1 = jnp.take_along_axis(tokens_BS, jnp.maximum(lengths_B1 - j, 0), axis=1)
-      return same_BS & (jnp.roll(tokens_BS, j, axis=1) == wanted_B1)
+      return same_BS & ((j >= n_X1) | (jnp.roll(tokens_BS, j, axis=1) == wanted_B1))
 
     places = jnp.arange(S)
-    same_BS = jax.lax.fori_loop(1, n, compare, (places >= n - 1) & (places < lengths_B1))
-    return jnp.where(
-      jax.vmap(_among, (0, None))(jnp.where(same_BS, tokens_BS, NOWHERE), V), NEVER, scores_BV
-    )
+    same_BS = (places >= n_X1 - 1) & (places < lengths_B1)
+    same_BS = jax.lax.fori_loop(1, n_X1.max(), compare, same_BS)
+    again_BV = jax.vmap(_among, (0, None))(jnp.where(same_BS, tokens_BS, NOWHERE), V)
+    return jnp.where(again_BV, NEVER, scores_BV)
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class MinLength:
-  """Forbids the end before so many tokens, and so many new ones."""
+  """Forbids the end before so many tokens, the prompt's among them."""
 
+  length: ArrayLike
   ends_E: ArrayLike
-  length: ArrayLike = 0
-  new: ArrayLike = 0
 
   def __call__(self, scores_BV: jax.Array, history: History) -> jax.Array:
-    short_B = (history.lengths_B < self.length) | (history.new_B < self.new)
-    return _never(self.ends_E, short_B, scores_BV)
+    return _never(self.ends_E, history.lengths_B[:, None] < self.length, scores_BV)
 
 
 @register
-@dataclasses.dataclass(frozen=True)
+class MinNewTokens:
+  """Forbids the end before so many new tokens."""
+
+  new: ArrayLike
+  ends_E: ArrayLike
+
+  def __call__(self, scores_BV: jax.Array, history: History) -> jax.Array:
+    return _never(self.ends_E, history.new_B[:, None] < self.new, scores_BV)
+
+
+@register
 class Guided:
   """Allows only what an automaton can go on with, and the end exactly where it accepts."""
 
@@ -181,58 +195,130 @@ class Guided:
     return jnp.where(allowed_BV, scores_BV, NEVER)
 
 
+class AllowedTokens:
+  """A user's function that lists the tokens that may follow, and the first error that it raised.
+
+  A compiled program can't hold the function, or another one would have to be compiled for. It holds
+  a number, which is traced, and looks it up in `known` when it runs; there the function stays as long
+  as its request.
+  """
+
+  known: ClassVar[weakref.WeakValueDictionary[int, 'AllowedTokens']] = weakref.WeakValueDictionary()
+  numbers: ClassVar = itertools.count()
+
+  def __init__(self, function: Callable[[int, np.ndarray], Sequence[int]]):
+    self.function, self.number = function, next(self.numbers)
+    self.error: Exception | None = None
+    self.known[self.number] = self
+
+  def mask(self, V: int, tokens_BS, lengths_B, which_B, running_B) -> np.ndarray:
+    """Returns which tokens may follow, [B, V]: all in rows that have stopped, none after an error."""
+    allowed_BV = np.repeat(~running_B[:, None], V, axis=1)
+    try:
+      for b in np.flatnonzero(running_B if self.error is None else []):
+        which, ids = int(which_B[b]), tokens_BS[b, : lengths_B[b]]
+        allowed = id_list('prefix_allowed_tokens_fn', self.function(which, ids), V)
+        if not allowed:
+          raise UserError(f'prefix_allowed_tokens_fn({which}, {ids.tolist()}) allows no token.')
+        allowed_BV[b, allowed] = True
+    except Exception as e:  # raised here it would leave other devices waiting
+      self.error = e
+    return allowed_BV
+
+
 @register
-@dataclasses.dataclass(frozen=True)
+class PrefixConstrained:
+  """Allows only the tokens that a Python function lists (De Cao et al. 2020, arXiv:2010.00904).
+
+  The function gets the index of a row's prompt and the ids so far, as a NumPy array. An error in it
+  forbids all tokens from there on, and is kept as `error`.
+  """
+
+  number: ArrayLike
+  beams: bool = dataclasses.field(default=False, metadata=dict(static=True))
+  asked: AllowedTokens | None = dataclasses.field(default=None, metadata=dict(host=True))
+
+  @classmethod
+  def of(cls, function: Callable, *, beams: bool = False) -> 'PrefixConstrained':
+    asked = AllowedTokens(function)
+    return cls(np.int32(asked.number), beams, asked)
+
+  @property
+  def error(self) -> Exception | None:
+    """The exception of the function, or a UserError: it allows nothing, or ids that don't exist."""
+    return self.asked and self.asked.error
+
+  def __call__(self, scores_BV: jax.Array, history: History) -> jax.Array:
+    h, (B, V) = history, scores_BV.shape
+
+    def ask(number, *rows) -> np.ndarray:
+      asked = AllowedTokens.known.get(int(number))
+      # where nobody waits for the text any more
+      return np.zeros((B, V), bool) if asked is None else asked.mask(V, *map(np.asarray, rows))
+
+    allowed_BV = jax.pure_callback(
+      ask,
+      jax.ShapeDtypeStruct((B, V), bool),
+      self.number,
+      h.tokens_BS,
+      h.lengths_B,
+      h.which_B,
+      h.running_B,
+    )
+    # where all that is allowed is forbidden already, in all beams of a prompt, it's allowed again
+    possible_B = (allowed_BV & (scores_BV != NEVER)).any(-1)
+    if self.beams:
+      possible_B = ((h.which_B[:, None] == h.which_B) & possible_B & h.running_B).any(-1)
+    return jnp.where(allowed_BV, jnp.where(possible_B[:, None], scores_BV, 0.0), NEVER)
+
+
+@register
 class ForcedBOS:
-  """Leaves one token only after a prompt of one."""
+  """Allows this id only as the second one, after a prompt of one."""
 
   ids_K: ArrayLike
 
   def __call__(self, scores_BV: jax.Array, history: History) -> jax.Array:
-    return _only(self.ids_K, history.lengths_B == 1, scores_BV)
+    return _only(self.ids_K, history.lengths_B[:, None] == 1, scores_BV)
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class ForcedEOS:
-  """Leaves some tokens only for the last place there is."""
+  """Allows these ids only at the last place, where max_new_tokens ends a text."""
 
   ids_K: ArrayLike
 
   def __call__(self, scores_BV: jax.Array, history: History) -> jax.Array:
-    return _only(self.ids_K, history.new_B == history.limits_B - 1, scores_BV)
+    return _only(self.ids_K, (history.new_B == history.limits_B - 1)[:, None], scores_BV)
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class InfNanRemove:
-  """NaN becomes 0, an infinity the largest or the least finite number."""
+  """Makes 0 of NaN among the scores, and the largest or least number of an infinite one."""
 
   def __call__(self, scores_BV: jax.Array, history: History) -> jax.Array:
     return jnp.nan_to_num(scores_BV, nan=0.0)
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class ExponentialDecay:
-  """Raises the scores of ends by |score| · (factor ^ (new - start) - 1) after so many new tokens."""
+  """Raises the scores of ends after `start` new tokens by |score| · (factor ^ (new - start) - 1)."""
 
-  ends_E: ArrayLike
   start: ArrayLike
   factor: ArrayLike
+  eos_E: ArrayLike
 
   def __call__(self, scores_BV: jax.Array, history: History) -> jax.Array:
     late_B1 = (history.new_B - self.start)[:, None]
     most = jnp.finfo(jnp.float32).max  # an infinite power times a score of 0 would be NaN
     more_B1 = jnp.minimum(jnp.float32(self.factor) ** jnp.maximum(late_B1, 0), most) - 1
-    raised_BV = (late_B1 > 0) & _among(self.ends_E, scores_BV.shape[-1]) & jnp.isfinite(scores_BV)
+    raised_BV = (late_B1 > 0) & _among(self.eos_E, scores_BV.shape[-1]) & jnp.isfinite(scores_BV)
     return jnp.where(raised_BV, scores_BV + jnp.abs(scores_BV) * more_B1, scores_BV)
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class SuppressTokens:
-  """Forbids tokens."""
+  """Forbids these ids."""
 
   ids_K: ArrayLike
 
@@ -241,22 +327,20 @@ class SuppressTokens:
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class SuppressAtBegin:
-  """Forbids tokens as the first new one; as the second, where the first is forced (`ForcedBOS`)."""
+  """Forbids these ids as the first new one; as the second, where the first is forced."""
 
   ids_K: ArrayLike
-  forced: ArrayLike = False
+  bos_is_forced: ArrayLike
 
   def __call__(self, scores_BV: jax.Array, history: History) -> jax.Array:
-    first_B = jnp.where((history.prompt_B == 1) & self.forced, 1, 0)
-    return _never(self.ids_K, history.new_B == first_B, scores_BV)
+    first_B = jnp.where((history.prompt_B == 1) & self.bos_is_forced, 1, 0)
+    return _never(self.ids_K, (history.new_B == first_B)[:, None], scores_BV)
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class LogitNormalization:
-  """Makes log-probabilities of the scores."""
+  """Makes log-probabilities of the scores, after all else."""
 
   def __call__(self, scores_BV: jax.Array, history: History) -> jax.Array:
     return log_probs(scores_BV)

@@ -31,12 +31,8 @@ from gpt2_jax.decoding.loop import (
   read,
   row_keys,
 )
-from gpt2_jax.decoding.options import Options
 from gpt2_jax.decoding.pytree import register
-from gpt2_jax.decoding.values import AT_LEAST_1
 from gpt2_jax.decoding.warpers import NEVER, log_probs
-from gpt2_jax.errors import UserError
-from gpt2_jax.forms import for_decoding
 from gpt2_jax.layers import Cache, pick
 from gpt2_jax.model import Params, bind
 from gpt2_jax.sharding import by_rows
@@ -62,7 +58,6 @@ class Guesser(Protocol):
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class Lookup:
   """Guesses what followed the last few tokens when they came before (prompt lookup decoding, Saxena
   2023): the latest of the longest matches. Without a match any guess will do.
@@ -97,7 +92,6 @@ class Lookup:
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class Draft:
   """Guesses as a smaller model does that has the same vocabulary, with the same processors."""
 
@@ -216,7 +210,6 @@ def judge(rules: Rules, rows) -> tuple[History, Record]:
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class Speculation:
   """State of `Speculative`; t counts rounds, of 1 to k + 1 tokens, after the first token."""
 
@@ -228,7 +221,6 @@ class Speculation:
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class Speculative:
   """As `Sample`, several tokens at a step: k guesses at a time. Draws have the same distribution, but
   are others.
@@ -269,37 +261,3 @@ class Speculative:
 
   def results(self, state: Speculation):
     return state.history, state.record, None
-
-
-def make_speculative(
-  config: GPTConfig, options: Options, assistant: tuple[GPTConfig, Params] | None
-) -> Speculative | None:
-  """The search, if an assistant or prompt lookup is asked for, not both.
-
-  Raises:
-    UserError: k is not a number of guesses, or the assistant doesn't fit.
-  """
-  o, lookup = options, options.prompt_lookup_num_tokens is not None
-  if assistant is None and not lookup:
-    return None
-  name = 'prompt_lookup_num_tokens' if lookup else 'num_assistant_tokens'
-  k = int(AT_LEAST_1.check(name, getattr(o, name)))
-  if k == Options.num_assistant_tokens and not lookup:
-    k = max(1, min(k, config.n_positions - 1))  # nobody asked for so many
-  if k >= config.n_positions:
-    raise UserError(f'{name} = {k} must be less than the context of {config.n_positions}.')
-  if assistant is None:
-    name = 'max_matching_ngram_size'
-    return Speculative(Lookup(AT_LEAST_1.check(name, getattr(o, name))), k)
-  draft = assistant[0]
-  if draft.vocab_size != config.vocab_size:
-    raise UserError(
-      f'the assistant model has {draft.vocab_size} ids, the model '
-      f'{config.vocab_size}: they must have the same vocabulary.'
-    )
-  if draft.n_positions < config.n_positions:
-    raise UserError(
-      f'the assistant model has a context of {draft.n_positions} (n_positions), less '
-      f"than the model's {config.n_positions}: it could not read as far."
-    )
-  return Speculative(Draft(*for_decoding(*assistant)), k)

@@ -7,17 +7,13 @@ GPT-2's vocabulary, `threshold` 0.4.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from gpt2_jax.decoding.history import History
-from gpt2_jax.decoding.options import Options
 from gpt2_jax.decoding.pytree import register
-from gpt2_jax.decoding.values import POSITIVE, Range
-from gpt2_jax.errors import UserError, brief
 
 NEVER = float('-inf')  # the score of a token that can't be drawn
 LANES = 256  # partial sums of a row: faster than one, and rounded less
@@ -85,9 +81,11 @@ class _Warper:
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class Temperature:
-  """Divides the scores; where the largest would be infinite, their distances to it."""
+  """Divides the logits: below 1 the likely tokens become likelier (Ackley et al. 1985).
+
+  Where the largest would be infinite, the distances to it are divided.
+  """
 
   temperature: ArrayLike
 
@@ -98,9 +96,8 @@ class Temperature:
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class TopK(_Warper):
-  """Keeps the k likeliest tokens (Fan et al. 2018, arXiv:1805.04833)."""
+  """Keeps the k likeliest tokens only (Fan et al. 2018, arXiv:1805.04833)."""
 
   k: ArrayLike
 
@@ -110,7 +107,6 @@ class TopK(_Warper):
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class TopP(_Warper):
   """Keeps the fewest tokens whose probability reaches p (Holtzman et al. 2019, arXiv:1904.09751).
 
@@ -128,9 +124,8 @@ class TopP(_Warper):
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class MinP(_Warper):
-  """Keeps tokens at least p times as likely as the likeliest (Nguyen et al. 2024,
+  """Keeps tokens at least min_p times as likely as the likeliest (Nguyen et al. 2024,
   arXiv:2407.01082).
   """
 
@@ -142,7 +137,6 @@ class MinP(_Warper):
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class Typical(_Warper):
   """Keeps the tokens whose surprise is nearest to the expected one, until their probability reaches p
   (locally typical sampling, Meister et al. 2022, arXiv:2202.00666).
@@ -160,7 +154,6 @@ class Typical(_Warper):
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class Epsilon(_Warper):
   """Keeps tokens of at least this probability (Hewitt et al. 2022, arXiv:2210.15191)."""
 
@@ -171,9 +164,10 @@ class Epsilon(_Warper):
 
 
 @register
-@dataclasses.dataclass(frozen=True)
 class Eta(_Warper):
-  """Keeps tokens of a probability of at least min(ε, √ε·exp(-entropy)) (arXiv:2210.15191)."""
+  """Keeps tokens of at least this probability ε, or √ε·exp(-entropy) where that is less
+  (arXiv:2210.15191).
+  """
 
   epsilon: ArrayLike
 
@@ -186,42 +180,3 @@ class Eta(_Warper):
 def entropy(log_BV: jax.Array) -> jax.Array:
   """Entropy of log-probabilities in nats, [B, 1]; one of -inf has none."""
   return -jnp.where(log_BV > NEVER, jnp.exp(log_BV) * log_BV, 0).sum(-1, keepdims=True)
-
-
-SHARE = Range('lie in (0, 1]', lambda x: 0 < x <= 1)
-CUTOFF = Range('lie between 0 and 1', lambda x: 0 < x < 1)
-
-# option -> what it makes, its range, and a value that does nothing; in Hugging Face's order
-WARPERS = {
-  'temperature': (Temperature, Range('be positive (greedy: do_sample=False)', POSITIVE), 1),
-  'top_k': (TopK, Range('be a whole number of at least 1', lambda x: x >= 1, whole=True), None),
-  'top_p': (TopP, SHARE, 1),
-  'min_p': (MinP, Range('lie in [0, 1]', lambda x: 0 <= x <= 1), 0),
-  'typical_p': (Typical, SHARE, 1),
-  'epsilon_cutoff': (Epsilon, CUTOFF, None),
-  'eta_cutoff': (Eta, CUTOFF, None),
-}
-
-
-def make_warpers(options: Options, *, ends: int) -> tuple[Any, ...]:
-  """The warpers that options ask for, of a text that so many ids can end.
-
-  Raises:
-    UserError: an option is out of range, or would do nothing.
-  """
-  given = {
-    name: value for name in WARPERS if (value := getattr(options, name)) != getattr(Options, name)
-  }
-  if not options.do_sample:
-    contrastive = ['top_k'] if options.penalty_alpha is not None else []
-    idle = [f'{name} = {brief(value)}' for name, value in given.items() if name not in contrastive]
-    if idle:
-      raise UserError(f'{", ".join(idle)} would do nothing: do_sample=False draws no tokens.')
-  keep = max(ends, 1) + 1 if options.num_beams > 1 else 1
-  made = []
-  for name, value in given.items():
-    make, values, neutral = WARPERS[name]
-    number = values.check(name, value)
-    if value != neutral:
-      made.append(make(number) if make is Temperature else make(number, min_tokens_to_keep=keep))
-  return tuple(made) if options.do_sample else ()

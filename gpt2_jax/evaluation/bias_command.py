@@ -45,7 +45,7 @@ class Bias:
     model = pretrained.open_model(self.checkpoint, self.tokenizer, self.opening)
     if 'occupations' in self.probes:  # the others may take their time before it
       prompts = [bias.PROMPT.format(group) for group in bias.GROUPS]
-      batching.encode(prompts, model.tokenizer, model.config, room=1)
+      batching.encode(prompts, model.tokenizer, model.config, leave=1)
     found = report.about(model, self.checkpoint, keep.fingerprint(model))
     print(
       f'{self.checkpoint}: {found["parameters"]:,} parameters, {found["dtype"]}, '

@@ -216,7 +216,7 @@ class _Count:
     self._add(kind, times, operand * (len(groups[0]) if kind == 'all-gather' else 1), ici, dcn)
 
   def _traffic(self, i: Instruction, operands: list[tuple[Array, ...]]) -> float:
-    """Returns the bytes of main memory that an instruction reads and writes; for slices, the slice's."""
+    """Returns the bytes of main memory that an instruction reads and writes, or of its slice."""
     if i.op in ('dynamic-slice', 'slice', 'gather'):
       return 2 * _main(i.arrays)
     if i.op == 'dynamic-update-slice':

@@ -89,15 +89,7 @@ def abstract_request(config: GPTConfig, texts: Texts) -> Request:
     return reshard(jnp.zeros((texts.rows, *shape), jnp.int32), spec)
 
   def make():
-    processors = make_processors(
-      options,
-      V=config.vocab_size,
-      eos=eos,
-      ends=eos,
-      guide=None,
-      extra=(),
-      prefix_allowed_tokens_fn=None,
-    )
+    processors = make_processors(options, V=config.vocab_size, eos=eos, ends=eos)
     size = batching.bucket(texts.prompt, 1 << 30) + texts.new
     history = History(zeros(size), *(zeros() for _ in range(8)))
     return Request(

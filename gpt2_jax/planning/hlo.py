@@ -170,7 +170,7 @@ def _iota(dims: str, permutation: str | None) -> np.ndarray:
 
 
 def _mesh_groups(text: str) -> np.ndarray:
-  """Returns the groups of "mesh['a'=2,'b'=4] {'b'}": along axes of a mesh, or parts of them ('b':(1)2).
+  """Groups of "mesh['a'=2,'b'=4] {'b'}": along axes of a mesh or parts of them ('b':(1)2).
 
   In front of the axes may stand the order of the devices, "device_ids=([2,4]T(1,0))" or a list.
   """
@@ -213,7 +213,7 @@ def _groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
 
 
 def groups_of(instruction: Instruction, devices: int) -> tuple[tuple[int, ...], ...]:
-  """Returns the device numbers that a collective joins; for a collective-permute, its (from, to) pairs.
+  """Returns the device numbers that a collective joins; a collective-permute's (from, to) pairs.
 
   Args:
     instruction: the collective.

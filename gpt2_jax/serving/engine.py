@@ -14,7 +14,6 @@ import jax
 from gpt2_jax import sharding
 from gpt2_jax.decoding import history as h
 from gpt2_jax.decoding.driver import REFUSED
-from gpt2_jax.decoding.generate import REASONS
 from gpt2_jax.decoding.pieces import Pieces
 from gpt2_jax.errors import UserError
 from gpt2_jax.model import GPT2
@@ -162,7 +161,7 @@ class Engine:
       if row.pieces.stopped:
         reason = h.STOP_STRING
     if reason != h.RUNNING:
-      why = REASONS[reason]
+      why = h.REASONS[reason]
       return self._end(row, 'length' if why == 'context' else why)
     ticket = self.queue.tickets[row]
     if ticket.stream and (text := row.pieces.take()):

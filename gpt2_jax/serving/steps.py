@@ -23,7 +23,7 @@ from gpt2_jax.config import GPTConfig
 from gpt2_jax.decoding import history as h
 from gpt2_jax.decoding.history import Endings, History
 from gpt2_jax.decoding.loop import choose, next_logits
-from gpt2_jax.decoding.processors import CountPenalty
+from gpt2_jax.decoding.processors import FrequencyPenalty, PresencePenalty
 from gpt2_jax.decoding.pytree import register
 from gpt2_jax.decoding.warpers import Temperature, TopK, TopP
 from gpt2_jax.layers import pick, squeezed, unsqueezed
@@ -156,9 +156,9 @@ def _process(chosen: Chosen, logits_BV: jax.Array, history: History) -> jax.Arra
     change = lambda scores_BV: jnp.where(wanted_B[:, None], process(scores_BV, history), scores_BV)
     return jax.lax.cond(wanted_B.any(), change, lambda scores_BV: scores_BV, scores_BV)
 
-  penalty = CountPenalty(c.presence_B[:, None], c.frequency_B[:, None])
   scores_BV = where(c.biased_B, lambda scores_BV, _: scores_BV + c.bias_BV, logits_BV)
-  scores_BV = where((c.presence_B != 0) | (c.frequency_B != 0), penalty, scores_BV)
+  scores_BV = where(c.frequency_B != 0, FrequencyPenalty(c.frequency_B[:, None]), scores_BV)
+  scores_BV = where(c.presence_B != 0, PresencePenalty(c.presence_B[:, None]), scores_BV)
   scores_BV = where(c.temperature_B != 1, Temperature(c.temperature_B[:, None]), scores_BV)
   scores_BV = where(c.top_k_B < V, TopK(c.top_k_B[:, None]), scores_BV)
   return where(c.top_p_B < 1, TopP(c.top_p_B[:, None]), scores_BV)
