@@ -10,11 +10,12 @@ import numpy as np
 
 from gpt2_jax import seeds, sharding
 from gpt2_jax.decoding.generate import own_ends, prepare
+from gpt2_jax.decoding.pieces import Pieces
 from gpt2_jax.errors import UserError
 from gpt2_jax.model import GPT2
 from gpt2_jax.serving import steps
-from gpt2_jax.serving.slots import CHUNK, Slots, blank, check_memory, chosen_of, chunk_sizes, empty
-from gpt2_jax.serving.tickets import Row
+from gpt2_jax.serving.slots import CHUNK, Slots, blank, check_memory, choice_of, chunk_sizes, empty
+from gpt2_jax.serving.tickets import Prompt, Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +118,10 @@ class DeviceBatch:
     self._slots, result = steps.step(self._form, self.params, self._eos, self.slots)
     return PendingStep(rows, result, began)
 
-  def warm(self, row: Row) -> None:
-    """Compiles all that requests will need, with some row in slots of its own."""
-    slots, row.slot = empty(self._form, B=len(self.rows)), 0
+  def warm(self, pieces: Pieces) -> None:
+    """Compiles all that requests will need, with a row in slots of its own."""
+    row = Row(Prompt([0], 1), 1, 0, 0, choice_of(self._form.vocab_size, {}), pieces, slot=0)
+    slots = empty(self._form, B=len(self.rows))
     for T in self._chunks:
       ids_2T = np.zeros((2, T), np.int32)
       row.prompt.cache, _ = steps.prefill(
@@ -136,17 +138,9 @@ class DeviceBatch:
     return row.prompt.cache
 
   def _admitted(self, slots: Slots, row: Row) -> Slots:
-    ids, chosen = row.prompt.ids, chosen_of(self._form.vocab_size, **row.options)
+    ids = row.prompt.ids
     tokens_S = np.zeros(self._form.n_positions, np.int32)
     tokens_S[: len(ids)] = ids
-    return steps.admit(
-      slots,
-      row.slot,
-      self._cache(row),
-      tokens_S,
-      len(ids),
-      row.limit,
-      seeds.key_data(row.seed),
-      row.sample,
-      chosen,
-    )
+    key_data = seeds.key_data(row.seed)
+    new = steps.NewRow(tokens_S, len(ids), row.limit, key_data, row.sample, row.choice)
+    return steps.admit(slots, row.slot, self._cache(row), new)

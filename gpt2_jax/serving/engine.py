@@ -10,6 +10,7 @@ import threading
 import time
 
 import jax
+import numpy as np
 
 from gpt2_jax import sharding
 from gpt2_jax.decoding import history as h
@@ -26,10 +27,6 @@ from gpt2_jax.serving.steps import Scores
 from gpt2_jax.serving.tickets import Event, Failed, Prompt, Row, Scored, Ticket
 
 BUDGET = 2 * CHUNK  # ids of prompts that are read between two steps
-
-DEFAULTS = dict(
-  temperature=1.0, top_k=None, top_p=1.0, presence=0.0, frequency=0.0, bias={}, logprobs=False
-)  # of `chosen_of`
 
 log = logging.getLogger('gpt2_jax.serving')
 
@@ -59,7 +56,7 @@ class Engine:
 
   def warm(self) -> None:
     """Compiles all that requests will need."""
-    self.batch.warm(Row(Prompt([0], 1), 1, 0, 0, DEFAULTS, Pieces(self.model.tokenizer)))
+    self.batch.warm(Pieces(self.model.tokenizer))
 
   def _run(self) -> None:
     """What the thread does, until the queue is closed and empty."""
@@ -134,7 +131,7 @@ class Engine:
     made = pending.result
     tokens_B, reason_B = (x.tolist() for x in jax.device_get((made.tokens_B, made.reason_B)))
     self.metrics.step.observe(time.perf_counter() - pending.began)
-    asked = any(row is not None and row.options['logprobs'] for row in pending.rows)
+    asked = any(row is not None and row.choice.logprobs_B for row in pending.rows)
     scores = jax.device_get(made.scores) if asked else None
     for b, row in enumerate(pending.rows):
       if row is None or row.done:
@@ -144,7 +141,7 @@ class Engine:
       if reason_B[b] in REFUSED:
         self._fail(row, Failed(REFUSED[reason_B[b]]))
       else:
-        told = scores if row.options['logprobs'] else None
+        told = scores if row.choice.logprobs_B else None
         self._add_token(row, _scored(tokens_B[b], told, b), reason_B[b])
       if reason_B[b] != h.RUNNING:
         self.batch.ended_B[b] = False  # the device knows
@@ -212,7 +209,7 @@ class Engine:
 
 def _scored(token: int, scores: Scores | None, i: int) -> Scored:
   """A token, and what the i-th of some scores says of its place."""
-  if scores is None:
+  if scores is None or np.isnan(scores.logprobs[i]):
     return Scored(token, None, None)
   top = dict(zip(scores.top_ids[i].tolist(), scores.top_logprobs[i].tolist()))
   return Scored(token, float(scores.logprobs[i]), top)

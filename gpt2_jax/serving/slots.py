@@ -1,7 +1,8 @@
-"""The state of a server's B slots on the device: their cache, their texts, how they choose."""
+"""The state of a server's B slots on the device: cache, texts, and how each chooses its tokens."""
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,74 +15,63 @@ from gpt2_jax.config import GPTConfig
 from gpt2_jax.decoding import history as h
 from gpt2_jax.decoding.history import History
 from gpt2_jax.decoding.pytree import register
+from gpt2_jax.decoding.samplers import SAMPLERS
 from gpt2_jax.errors import UserError, brief
 from gpt2_jax.layers import KVCache, squeezed, write
 from gpt2_jax.sharding import platform
 from gpt2_jax.training.fit import memory_limit
 
-CHUNK = 128  # ids of a prompt that are read at a time: others wait no longer
-LEAST = 32  # to what a chunk is padded at least
-BLOCKS = 8  # of a cache, at most
-BLOCK_BYTES = 1 << 20  # of a block, at least
+CHUNK = 128  # the most ids of a prompt that are read at a time: others wait no longer
+LEAST = 32  # the shortest length that a chunk is padded to
+BLOCKS = 8  # the most blocks of a cache
+BLOCK_BYTES = 1 << 20  # the least bytes of a block
+
+
+# The rules that are numbers of a row: all but lists, texts and functions.
+RULES = {name: rule for name, rule in SAMPLERS.items() if rule.kind is not None}
 
 
 @register
 @dataclasses.dataclass(frozen=True)
-class Chosen:
-  """How rows choose their tokens; of one row the same without B."""
+class Choice:
+  """How B rows choose their tokens; one row's has the same fields without the axis B."""
 
-  key_data_B: jax.Array  # of the key of request and sample: JAX passes it on faster than a key
-  greedy_B: jax.Array
-  temperature_B: jax.Array
-  top_k_B: jax.Array  # the vocabulary's size: all
-  top_p_B: jax.Array
-  presence_B: jax.Array
-  frequency_B: jax.Array
-  biased_B: jax.Array
+  greedy_B: jax.Array  # whether the likeliest token is taken
+  numbers: dict[str, jax.Array]  # of `RULES`, [B] each; a rule's `off` does nothing
+  biased_B: jax.Array  # whether the bias is not zero
   bias_BV: jax.Array  # added to the logits
   logprobs_B: jax.Array  # whether log-probabilities are asked for
 
 
-def chosen_of(
+def choice_of(
   V: int,
+  numbers: Mapping[str, Any],
   *,
-  temperature: float,
-  top_k: int | None,
-  top_p: float,
-  presence: float,
-  frequency: float,
-  bias: dict[int, float],
-  logprobs: bool,
-) -> Chosen:
-  """How one row chooses, for `admit`; temperature 0 takes the likeliest token. V: size of the
-  vocabulary.
-  """
+  greedy: bool = False,
+  bias: Mapping[int, float] | None = None,
+  logprobs: bool = False,
+) -> Choice:
+  """Returns how one row chooses, for a model with V ids; `numbers` are options of `RULES`."""
   bias_V = np.zeros(V, np.float32)
-  bias_V[list(bias)] = list(bias.values())
-  draws = temperature > 0
-  values: dict[str, Any] = dict(
-    key_data_B=None,
-    greedy_B=np.bool_(not draws),
-    temperature_B=np.maximum(np.float32(temperature if draws else 1), np.finfo(np.float32).tiny),
-    top_k_B=np.int32(V if top_k is None or not draws else min(top_k, V)),
-    top_p_B=np.float32(top_p if draws else 1),
-    presence_B=np.float32(presence),
-    frequency_B=np.float32(frequency),
-    biased_B=np.bool_(bool(bias)),
-    bias_BV=bias_V,
-    logprobs_B=np.bool_(logprobs),
-  )
-  return Chosen(**values)
+  for token, value in (bias or {}).items():
+    bias_V[token] = value
+  values: dict[str, Any] = {
+    name: rule.number(None if greedy and rule.draws else numbers.get(name))
+    for name, rule in RULES.items()
+  }
+  fields: list[Any] = [np.bool_(greedy), values, np.bool_(bool(bias)), bias_V, np.bool_(logprobs)]
+  return Choice(*fields)
 
 
 @register
 @dataclasses.dataclass(frozen=True)
 class Slots:
-  """B rows, on the device."""
+  """The state of B slots on the device."""
 
   cache: Any  # of each layer the blocks of keys and of values, X of [B, N, S/X, H] each, `squeezed`
-  history: History  # a row that is not running is idle, or its prompt is being read
-  chosen: Chosen
+  history: History  # of a slot that does not run: it is idle, or its prompt is being read
+  key_data_B: jax.Array  # of the key of request and sample: JAX passes it on faster than a key
+  choice: Choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,20 +103,20 @@ def _write(blocks: tuple[jax.Array, ...], at_B, new_B1NH) -> tuple[jax.Array, ..
 
 
 def chunk_sizes(config: GPTConfig) -> list[int]:
-  """To how many ids a chunk of a prompt is padded, so that few lengths are compiled; ascending."""
+  """Returns the lengths that chunks of a prompt are padded to, in order: few, as all are compiled."""
   most = min(CHUNK, config.n_positions)
   return sorted({batching.bucket(n, most, LEAST) for n in range(1, most + 1)})
 
 
 def cache_length(config: GPTConfig) -> int:
-  """Places in a cache: the model's context, and what the last chunk of a prompt may be padded by."""
+  """Returns how many positions a cache has: the model's context, and the padding of a last chunk."""
   S = config.n_positions
   return -(-S // CHUNK) * CHUNK if S > CHUNK else S
 
 
 def _blocks(config: GPTConfig, B: int) -> int:
-  """In how many blocks a cache of B slots lies. In one where a condition costs more than it spares
-  (on a GPU, of a small cache); and of one row, which XLA would copy.
+  """Returns the number of blocks of a cache of B slots: 1 where a condition costs more than it saves
+  (on a GPU, in a small cache), and for one row, whose blocks XLA would copy.
   """
   S, X = cache_length(config), 1
   if platform() == 'cpu' and B > 1:
@@ -137,7 +127,11 @@ def _blocks(config: GPTConfig, B: int) -> int:
 
 
 def check_memory(config: GPTConfig, B: int, device: Any) -> None:
-  """Raises: UserError: the memory of a device can't hold the caches of B slots."""
+  """Checks that the memory of a device can hold the caches of B slots.
+
+  Raises:
+    UserError: it can't; names how many slots are wise.
+  """
   each = 2 * config.n_layer * config.n_embd * cache_length(config) * jnp.dtype(
     config.dtype
   ).itemsize + 4 * (config.vocab_size + config.n_positions)
@@ -156,15 +150,15 @@ def check_memory(config: GPTConfig, B: int, device: Any) -> None:
 
 @functools.partial(jax.jit, static_argnames=('config',))
 def blank(config: GPTConfig) -> Any:
-  """An empty cache of one row, to read a prompt into; `squeezed`."""
+  """Returns an empty cache of one row, to read a prompt into; `squeezed`."""
   return squeezed(KVCache.zeros(config, 1, cache_length(config)))
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'B'))
 def empty(config: GPTConfig, *, B: int) -> Slots:
-  """B idle slots, each with room for the model's context."""
+  """Returns B idle slots, each with positions for the model's whole context."""
   V, S = config.vocab_size, config.n_positions
-  zero_B, no_B, real_B = jnp.zeros(B, jnp.int32), jnp.zeros(B, bool), jnp.zeros(B)
+  zero_B, no_B = jnp.zeros(B, jnp.int32), jnp.zeros(B, bool)
   history = History(
     tokens_BS=jnp.zeros((B, S), jnp.int32),
     lengths_B=zero_B + 1,
@@ -176,19 +170,10 @@ def empty(config: GPTConfig, *, B: int) -> Slots:
     guide_B=zero_B,
     reason_B=zero_B + h.LIMIT,
   )
-  chosen = Chosen(
-    key_data_B=jax.random.key_data(jax.random.split(jax.random.key(0), B)),
-    greedy_B=~no_B,
-    temperature_B=real_B + 1,
-    top_k_B=zero_B + V,
-    top_p_B=real_B + 1,
-    presence_B=real_B,
-    frequency_B=real_B,
-    biased_B=no_B,
-    bias_BV=jnp.zeros((B, V)),
-    logprobs_B=no_B,
-  )
+  key_data_B = jax.random.key_data(jax.random.split(jax.random.key(0), B))
+  off = {name: jnp.asarray([rule.number(None)] * B) for name, rule in RULES.items()}
+  choice = Choice(~no_B, off, no_B, jnp.zeros((B, V)), no_B)
   shape, X = (B, config.n_head, cache_length(config), config.H), _blocks(config, B)
   zeros = lambda: tuple(jnp.split(jnp.zeros(shape, config.dtype), X, axis=2))
   cache = tuple((zeros(), zeros()) for _ in range(config.n_layer))
-  return Slots(squeezed(cache), history, chosen)
+  return Slots(squeezed(cache), history, key_data_B, choice)

@@ -32,7 +32,7 @@ class Serving:
     }
     self.draining, self.connections = False, 1000
     self._one_at_a_time = asyncio.Semaphore(1)  # forward passes beside the engines
-    self._passes, self._most_passes = 0, queue  # how many wait or run
+    self.passes, self._most_passes = 0, queue  # how many of these wait or run
 
   def engine(self, name: str | None) -> Engine:
     """Returns the engine of a model; None: of the first one.
@@ -58,9 +58,9 @@ class Serving:
     Raises:
       ApiError: too many requests wait for such work, it waited too long, or its input can't be used.
     """
-    if self._passes >= self._most_passes:
+    if self.passes >= self._most_passes:
       raise busy()
-    self._passes += 1
+    self.passes += 1
     try:
       async with asyncio.timeout(self.limits.seconds):
         await self._one_at_a_time.acquire()
@@ -75,7 +75,7 @@ class Serving:
     except UserError as e:
       raise ApiError(400, str(e), param='input') from None
     finally:
-      self._passes -= 1
+      self.passes -= 1
 
   def drain(self) -> None:
     """Refuses new requests from now on; those that run are finished."""
@@ -86,4 +86,4 @@ class Serving:
   @property
   def idle(self) -> bool:
     """Whether no request is being worked on."""
-    return not self._passes and all(engine.queue.idle for engine in self.engines.values())
+    return not self.passes and all(engine.queue.idle for engine in self.engines.values())

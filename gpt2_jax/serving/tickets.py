@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from gpt2_jax.decoding.pieces import Pieces
+from gpt2_jax.serving.slots import Choice
 
 BUFFER = 256  # pieces of a text that its reader may be behind
 
@@ -71,7 +72,7 @@ class Row:
   limit: int  # the most new ids
   seed: int
   sample: int  # its number among the texts of its prompt
-  options: dict[str, Any]  # of `slots.chosen_of`
+  choice: Choice  # how it chooses its tokens
   pieces: Pieces
   index: int = 0  # its number in the request
   new: list[Scored] = dataclasses.field(default_factory=list)
