@@ -138,7 +138,7 @@ def test_each_rule_is_that_of_the_library():
   lengths_B = jnp.full(B, 9)
   history = dataclasses.replace(
     state.history,
-    tokens_BS=jnp.asarray(rng.integers(0, 4, (B, S))),
+    tokens_BS=jnp.asarray(rng.integers(0, 2, (B, S))),
     lengths_B=lengths_B,
     prompt_B=lengths_B - 8,
     reason_B=jnp.zeros_like(lengths_B),
