@@ -145,6 +145,7 @@ def test_each_rule_is_that_of_the_library():
   )
   numbers = [slots.choice_of(V, numbers) for numbers in asked]
   choice = jax.tree.map(lambda *x: jnp.stack(x), *numbers)
+  assert {*slots.COMMON} < {*slots.RULES}
   found_BV = jax.jit(steps.process)(choice, logits_BV, history, eos)
   for b, options in enumerate(asked):
     row = lambda x, b=b: x[b : b + 1]

@@ -29,37 +29,60 @@ BLOCK_BYTES = 1 << 20  # the least bytes of a block
 
 # The rules that are numbers of a row: all but lists, texts and functions.
 RULES = {name: rule for name, rule in SAMPLERS.items() if rule.kind is not None}
+FLOATS = [name for name, rule in RULES.items() if isinstance(rule.off, float)]
+INTS = [name for name in RULES if name not in FLOATS]  # flags among them
+# The rules that many requests use. A step in which no row wants another one does not ask for each of
+# the others, as conditions cost time, above all on a GPU.
+COMMON = ('frequency_penalty', 'presence_penalty', 'temperature', 'top_k', 'top_p')
 
 
 @register
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """How B rows choose their tokens; one row's has the same fields without the axis B."""
+  """How B rows choose their tokens; one row's has the same fields without the axis B. The numbers of
+  all rules lie in two arrays, since each array of a program costs time.
+  """
 
   greedy_B: jax.Array  # whether the likeliest token is taken
-  numbers: dict[str, jax.Array]  # of `RULES`, [B] each; a rule's `off` does nothing
+  floats_BR: jax.Array  # numbers of the rules `FLOATS`; a rule's `off` does nothing
+  ints_BR: jax.Array  # and of `INTS`
+  level_B: jax.Array  # which rules are wanted: 0 none, 1 some of `COMMON`, 2 others
   biased_B: jax.Array  # whether the bias is not zero
   bias_BV: jax.Array  # added to the logits
   logprobs_B: jax.Array  # whether log-probabilities are asked for
 
+  @property
+  def numbers(self) -> dict[str, jax.Array]:
+    """The numbers of each rule, [B]."""
+    return dict(zip(FLOATS, self.floats_BR.T)) | dict(zip(INTS, self.ints_BR.T))
+
 
 def choice_of(
   V: int,
-  numbers: Mapping[str, Any],
+  options: Mapping[str, Any],
   *,
   greedy: bool = False,
   bias: Mapping[int, float] | None = None,
   logprobs: bool = False,
 ) -> Choice:
-  """Returns how one row chooses, for a model with V ids; `numbers` are options of `RULES`."""
+  """Returns how one row chooses, for a model with V ids; `options` are those of `RULES`."""
+  numbers = {
+    name: rule.number(None if greedy and rule.draws else options.get(name))
+    for name, rule in RULES.items()
+  }
+  wanted = [name for name, rule in RULES.items() if numbers[name] != rule.off]
   bias_V = np.zeros(V, np.float32)
   for token, value in (bias or {}).items():
     bias_V[token] = value
-  values: dict[str, Any] = {
-    name: rule.number(None if greedy and rule.draws else numbers.get(name))
-    for name, rule in RULES.items()
-  }
-  fields: list[Any] = [np.bool_(greedy), values, np.bool_(bool(bias)), bias_V, np.bool_(logprobs)]
+  fields: list[Any] = [
+    np.bool_(greedy),
+    np.array([numbers[name] for name in FLOATS], np.float32),
+    np.array([numbers[name] for name in INTS], np.int32),
+    np.int32(max((1 if name in COMMON else 2 for name in wanted), default=0)),
+    np.bool_(bool(bias)),
+    bias_V,
+    np.bool_(logprobs),
+  ]
   return Choice(*fields)
 
 
@@ -157,8 +180,8 @@ def blank(config: GPTConfig) -> Any:
 @functools.partial(jax.jit, static_argnames=('config', 'B'))
 def empty(config: GPTConfig, *, B: int) -> Slots:
   """Returns B idle slots, each with positions for the model's whole context."""
-  V, S = config.vocab_size, config.n_positions
-  zero_B, no_B = jnp.zeros(B, jnp.int32), jnp.zeros(B, bool)
+  S = config.n_positions
+  zero_B = jnp.zeros(B, jnp.int32)
   history = History(
     tokens_BS=jnp.zeros((B, S), jnp.int32),
     lengths_B=zero_B + 1,
@@ -171,8 +194,8 @@ def empty(config: GPTConfig, *, B: int) -> Slots:
     reason_B=zero_B + h.LIMIT,
   )
   key_data_B = jax.random.key_data(jax.random.split(jax.random.key(0), B))
-  off = {name: jnp.asarray([rule.number(None)] * B) for name, rule in RULES.items()}
-  choice = Choice(~no_B, off, no_B, jnp.zeros((B, V)), no_B)
+  idle = choice_of(config.vocab_size, {}, greedy=True)
+  choice = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, *np.shape(x))), idle)
   shape, X = (B, config.n_head, cache_length(config), config.H), _blocks(config, B)
   zeros = lambda: tuple(jnp.split(jnp.zeros(shape, config.dtype), X, axis=2))
   cache = tuple((zeros(), zeros()) for _ in range(config.n_layer))

@@ -12,7 +12,6 @@ processors; a rule that no running row wants is not run.
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -28,12 +27,9 @@ from gpt2_jax.decoding.pytree import register
 from gpt2_jax.decoding.samplers import Given
 from gpt2_jax.layers import pick, squeezed, unsqueezed
 from gpt2_jax.model import Params, bind
-from gpt2_jax.serving.slots import RULES, Choice, Layer, Slots, cache_length
+from gpt2_jax.serving.slots import COMMON, RULES, Choice, Layer, Slots, cache_length
 
 K = 5  # alternatives of a token whose log-probabilities are told, as many as OpenAI's
-# The rules that many requests use. All others together are behind one more condition, as conditions
-# cost time, above all on a GPU.
-COMMON = ('frequency_penalty', 'presence_penalty', 'temperature', 'top_k', 'top_p')
 
 
 @register
@@ -178,7 +174,7 @@ def process(choice: Choice, logits_BV: jax.Array, history: History, eos_E: jax.A
   """Returns the scores by which tokens are chosen: the logits after the bias and the rules that rows
   want, in the order of `SAMPLERS`.
   """
-  given = Given(logits_BV.shape[-1], eos_E, eos_E)
+  given, running_B = Given(logits_BV.shape[-1], eos_E, eos_E), history.running_B
 
   def where(wanted_B, process: Callable[[jax.Array], jax.Array], scores_BV):
     def change(scores_BV):
@@ -186,23 +182,16 @@ def process(choice: Choice, logits_BV: jax.Array, history: History, eos_E: jax.A
 
     return jax.lax.cond(wanted_B.any(), change, lambda scores_BV: scores_BV, scores_BV)
 
-  wanted = {
-    name: (choice.numbers[name] != rule.off) & history.running_B for name, rule in RULES.items()
-  }
-
-  def follow(names: Iterable[str], scores_BV):
-    for name in names:
-      processor = RULES[name].processor(choice.numbers[name][:, None], given)
-      scores_BV = where(wanted[name], functools.partial(processor, history=history), scores_BV)
+  def follow(rules: Iterable[str], scores_BV):
+    for name in rules:
+      number_B, rule = choice.numbers[name], RULES[name]
+      processor = functools.partial(rule.processor(number_B[:, None], given), history=history)
+      scores_BV = where((number_B != rule.off) & running_B, processor, scores_BV)
     return scores_BV
 
-  scores_BV = where(
-    choice.biased_B & history.running_B, lambda x_BV: x_BV + choice.bias_BV, logits_BV
-  )
-  rare = functools.reduce(operator.or_, (wanted[name].any() for name in RULES if name not in COMMON))
-  return jax.lax.cond(
-    rare, functools.partial(follow, RULES), functools.partial(follow, COMMON), scores_BV
-  )
+  scores_BV = where(choice.biased_B & running_B, lambda x_BV: x_BV + choice.bias_BV, logits_BV)
+  follow_level = [functools.partial(follow, rules) for rules in ((), COMMON, RULES)]
+  return jax.lax.switch(jnp.where(running_B, choice.level_B, 0).max(), follow_level, scores_BV)
 
 
 @functools.partial(jax.jit, static_argnames=('config',), donate_argnames=('slots',))
