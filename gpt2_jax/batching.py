@@ -27,18 +27,18 @@ Texts = (
 
 
 def bucket(n: int, most: int, least: int = 16) -> int:
-  """n rounded up to a power of two, so that few lengths are compiled; at most `most`."""
+  """Returns n rounded up to a power of two, so that few lengths are compiled; at most `most`."""
   return min(most, max(least, 1 << (n - 1).bit_length()))
 
 
 @functools.cache
 def say_once(text: str) -> None:
-  """Says something that may concern many texts, once."""
+  """Prints a note that may concern many texts, once."""
   print(text, file=sys.stderr, flush=True)
 
 
 def special_note(tokenizer: Tokenizer, text: str) -> str | None:
-  """What is to be said of a text that is read without its special tokens; None: it has none."""
+  """Returns the note for a text that is read without its special tokens; None: it has none."""
   found = tokenizer.special_in(text)
   return found and (
     f'note: {brief(found)} in a prompt is read as text. To have the special token, '
@@ -54,7 +54,7 @@ def _is_id(value: Any) -> bool:
 
 
 def _ids(number: int, prompt: Any) -> list[int]:
-  """The ids of a prompt that is no text: a list, a tuple, an array of one axis."""
+  """Returns the ids of a prompt that is no text: a list, a tuple, an array of one axis."""
   if hasattr(prompt, 'tolist'):  # at once: an array on a device gives its elements slowly
     prompt = prompt.tolist()
   try:
@@ -90,7 +90,7 @@ def encode(
   leave: int = 0,
   allow_special: bool = False,
 ) -> list[list[int]]:
-  """Ids of a text, of texts, of ids or of lists of ids. An empty text becomes the end-of-text id.
+  """Returns the ids of a text, of texts, or lists of ids. An empty text becomes the end-of-text id.
 
   Args:
     texts: what to encode.
@@ -141,7 +141,7 @@ def encode(
 
 
 def pad(rows: Sequence[Sequence[int]], most: int) -> tuple[np.ndarray, np.ndarray]:
-  """Rows padded on the right to a bucket of at most `most`, [B, P], and their lengths, [B]."""
+  """Pads rows on the right to a bucket of at most `most`: [B, P], and their lengths, [B]."""
   lengths_B = np.array([len(ids) for ids in rows], np.int32)
   padded_BP = np.zeros((len(rows), bucket(int(lengths_B.max()), most)), np.int32)
   for row, ids in zip(padded_BP, rows):
@@ -150,18 +150,18 @@ def pad(rows: Sequence[Sequence[int]], most: int) -> tuple[np.ndarray, np.ndarra
 
 
 def split() -> int:
-  """What the number of rows must be a multiple of: the parts that the mesh cuts a batch into."""
+  """Returns the number of parts that the mesh cuts a batch into: rows must be a multiple of it."""
   mesh = jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty else mesh.shape['data'] * mesh.shape['fsdp']
 
 
 def place(x: np.ndarray) -> jax.Array:
-  """An array [B, …] on the devices, its rows split."""
+  """Puts an array [B, …] on the devices, its rows split."""
   return jax.device_put(x, sharding.layout(sharding.P(sharding.BATCH, *(None for _ in x.shape[1:]))))
 
 
 def fetch(tree):
-  """Arrays back on the host, whole."""
+  """Brings arrays back to the host, whole."""
   if sharding.in_mesh():
     tree = jax.tree.map(lambda x: sharding.reshard(x, sharding.P()), tree)
   return jax.device_get(tree)

@@ -196,7 +196,7 @@ class Sample:
 
 
 def text_of(model, prompt: str | list[int]) -> str:
-  """A prompt as it is printed."""
+  """Returns a prompt as it is printed."""
   return prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
 
 

@@ -1,4 +1,4 @@
-"""What a user types or keeps in a file: prompts, values of options, how a checkpoint is opened."""
+"""Prompts, values of options and the opening of a checkpoint, as a user types or stores them."""
 
 import contextlib
 import dataclasses
@@ -65,23 +65,23 @@ def coerce(kind: Any, words: Sequence[str]) -> Any:
     ValueError: they spell none.
   """
   origin, args = typing.get_origin(kind), typing.get_args(kind)
+  if kind in AS_JSON:
+    [word] = words
+    return parse_json(word)
   if origin in (types.UnionType, typing.Union):
-    for arg in args:
+    for arg in sorted(args, key=lambda arg: arg is not NoneType):
       with contextlib.suppress(ValueError):
         return coerce(arg, words)
     raise ValueError
-  if kind not in AS_JSON and origin is tuple and args[-1] is not ...:
+  if origin is tuple and args[-1] is not ...:
     return tuple(coerce(arg, [word]) for arg, word in zip(args, words, strict=True))
-  if kind not in AS_JSON and origin in (tuple, Sequence):
-    return tuple(coerce(args[0], [word]) for word in words)
+  if origin in (tuple, Sequence):
+    return (tuple if origin is tuple else list)(coerce(args[0], [word]) for word in words)
   [word] = words
-  if kind in AS_JSON:
-    return parse_json(word)
   if kind in (int, float, str):
     return kind(word)
-  spelled = {
-    str(value): value for value in (args or (True, False) if kind is not NoneType else (None,))
-  }
+  of_kind = {bool: (True, False), NoneType: (None,)}
+  spelled = {str(value): value for value in of_kind.get(kind, args)}  # or of a Literal
   if word not in spelled:
     raise ValueError
   return spelled[word]
@@ -105,7 +105,7 @@ def changed(options: Options, name: str, words: Sequence[str]) -> Options:
 
 
 def words(line: str) -> list[str]:
-  r"""The words of a line. What is in '…' is taken as it is; in "…" a JSON string, as "\n", is read.
+  r"""Returns the words of a line. Text in '…' is taken as it is; in "…" it is a JSON string: "\n".
 
   Raises:
     UserError: a quotation mark has no second one, or JSON knows no such string.
@@ -125,7 +125,7 @@ def words(line: str) -> list[str]:
 
 
 def utf8(data: bytes, where: str) -> str:
-  """The text of some bytes.
+  """Returns the text of some bytes.
 
   Raises:
     UserError: they are not UTF-8; names the first one that is not.
@@ -138,22 +138,22 @@ def utf8(data: bytes, where: str) -> str:
 
 
 def typed(text: str, where: str) -> str:
-  """A text from the system, in which bytes that are no UTF-8 would stand as surrogates."""
+  """Returns a text of the system, in which bytes that are no UTF-8 would stand as surrogates."""
   return utf8(text.encode(errors='surrogateescape'), where)
 
 
 def lines(data: bytes, where: str) -> str:
-  """The text of some lines, which may end as Windows ends them, behind a byte order mark."""
+  """Returns the text of some lines, which may end as Windows ends them, behind a byte order mark."""
   return utf8(data, where).removeprefix('\ufeff').replace('\r\n', '\n')
 
 
 def piped() -> str:
-  """All of standard input."""
+  """Returns all of standard input."""
   return lines(sys.stdin.buffer.read(), 'standard input')
 
 
 def ids(text: str) -> list[int]:
-  """Token ids, with blanks or commas between them, in brackets or not.
+  """Returns token ids, with blanks or commas between them, in brackets or not.
 
   Raises:
     UserError: they are none.
@@ -169,8 +169,8 @@ def ids(text: str) -> list[int]:
 
 
 def read_prompts(path: str) -> list[str | list[int]]:
-  """The prompts of a file: each line of a .jsonl file has a "prompt", a text or a list of ids;
-  elsewhere each line is one.
+  """Returns the prompts of a file: each line of a .jsonl file has a "prompt", a text or a list of
+  ids; elsewhere each line is one.
 
   Lines with nothing but white space are left out. '-' is standard input.
 

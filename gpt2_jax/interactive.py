@@ -1,7 +1,6 @@
 """`gpt2-jax sample --interactive`: one types prompts, and sees them continued."""
 
 import contextlib
-import inspect
 import io
 import os
 import signal
@@ -17,7 +16,7 @@ from gpt2_jax.model import GPT2
 
 
 def note(text: str) -> None:
-  """What is no part of a text goes to standard error."""
+  """Prints what is no part of a text to standard error."""
   sys.stdout.flush()
   print(text, file=sys.stderr, flush=True)
 
@@ -45,7 +44,7 @@ def line_editing() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ctrl_c() -> Iterator[list[int]]:
-  """Within, the first Ctrl-C goes into a list, so that no step breaks off. The second one raises."""
+  """Puts the first Ctrl-C into a list, so that no step is broken off; the second one raises."""
   signals = []
 
   def handle(number, _):
@@ -65,7 +64,7 @@ class Session:
 
   def __init__(self, model: GPT2, options: Options, assistant: GPT2 | None = None):
     self.model, self.assistant = model, assistant
-    self.prompt: str | None = None  # the last one
+    self.begun: str | None = None  # the last prompt
     self.text = ''  # that, and what was written
     self.ids: list[int] | None = None  # of the text, if none of it was cut off
     self.use(options)
@@ -94,6 +93,7 @@ class Session:
     return inputs.typed(line, 'the line')
 
   def take(self, line: str) -> None:
+    """Runs a command, or continues a prompt."""
     if line.startswith('/') and not line.startswith('//'):
       name, _, rest = line[1:].partition(' ')
       command = getattr(self, f'do_{name}', None)
@@ -104,7 +104,11 @@ class Session:
       self.begin(line.removeprefix('/'))
 
   def use(self, options: Options) -> None:
-    """Raises: UserError: no text can be streamed with these options."""
+    """Makes some options those of the session.
+
+    Raises:
+      UserError: no text can be streamed with them.
+    """
     self.pieces('', options)
     self.options = options
 
@@ -112,16 +116,16 @@ class Session:
     return stream(self.model, prompt, assistant_model=self.assistant, **inputs.given(options))
 
   def begin(self, prompt: str) -> None:
-    self.prompt, self.text = prompt, prompt
+    self.begun = self.text = prompt
     self.go_on(prompt, show=prompt)
 
   def go_on(self, text: str | list[int], show: str = '') -> None:
     """Continues a text, until Ctrl-C."""
-    pieces = self.pieces(text, self.options)
-    self.ids = None
     [ids] = batching.encode(
-      text, self.model.tokenizer, self.model.config, allow_special=self.options.allow_special
+      text, self.model.tokenizer, self.model.config, leave=1, allow_special=self.options.allow_special
     )
+    pieces = self.pieces(ids, self.options)
+    self.ids = None
     print(show, end='', flush=True)
     end = 'stopped: /more goes on'
     try:
@@ -158,10 +162,10 @@ class Session:
 
   def do_again(self, _: str) -> None:
     """the same prompt with the next seed"""
-    if self.prompt is None:
+    if self.begun is None:
       raise UserError('there is no prompt yet.')
     self.do_seed(str(self.options.seed + 1))
-    self.begin(self.prompt)
+    self.begin(self.begun)
 
   def do_more(self, _: str) -> None:
     """goes on where the last text ended"""
@@ -173,9 +177,9 @@ class Session:
 
   def do_help(self, _: str) -> None:
     """lists the commands"""
-    for name, command in inspect.getmembers(self, inspect.ismethod):
+    for name in dir(self):
       if name.startswith('do_'):
-        print(f'/{name[3:]:9s}{command.__doc__}')
+        print(f'/{name[3:]:9s}{getattr(self, name).__doc__}')
     print('Ctrl-C stops a text, Ctrl-D ends the session.', flush=True)
 
   def do_quit(self, _: str) -> None:

@@ -21,6 +21,7 @@ import gpt2_jax
 from gpt2_jax import batching, cli, inputs, tokenizer
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.decoding.options import Options
+from gpt2_jax.decoding.samplers import SAMPLERS
 from gpt2_jax.errors import UserError
 from gpt2_jax.model import bind, init_params
 
@@ -99,7 +100,7 @@ def sample(model, monkeypatch, capsys):
 
 
 def test_every_option_is_a_flag_with_its_docstring(capsys):
-  assert SPELLED.keys() == inputs.FIELDS.keys()
+  assert SPELLED.keys() == inputs.TYPES.keys()
   want = Options(**{name: value for name, (_, value) in SPELLED.items()})
   assert len(inputs.given(want)) == len(SPELLED)
   flags, options = [], Options()
@@ -126,6 +127,7 @@ def test_every_option_is_a_flag_with_its_docstring(capsys):
   printed = re.sub(r'[\s│]+', ' ', capsys.readouterr().out)
   source = (ROOT / 'gpt2_jax' / 'decoding' / 'options.py').read_text()
   described = re.findall(r'^  (\w+): .*\n  """(.*)"""$', source, re.M)
+  described += [(name, rule.help) for name, rule in SAMPLERS.items() if rule.type is not None]
   assert len(described) == len(SPELLED)
   for name, text in described:
     assert '--' + name.replace('_', '-') in printed and text in printed, name
@@ -369,10 +371,10 @@ def test_a_session_writes_what_generate_does(model, sample):
   assert len(shown) == len(SPELLED) and shown[:6] == [
     '* max_new_tokens = 7',
     "* stop_strings = ('a\\n', 'b\\\\n')",
+    '* suppress_tokens = [256]',
     '* temperature = 0.9',
     '* top_k = 5',
-    '* suppress_tokens = [256]',
-    '  min_new_tokens = 0',
+    '  eos_token_id = None',
   ]
 
 

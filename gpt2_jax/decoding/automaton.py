@@ -30,12 +30,12 @@ class Automaton:
   accept_Q: jax.Array  # bool, whether what was read is accepted
 
   def step(self, state_B: jax.Array, tokens_B: jax.Array) -> jax.Array:
-    """The state after a token; a token that is not allowed changes nothing."""
+    """Returns the states after a token each, [B]; one that is not allowed changes nothing."""
     next_B = self.next_QV[state_B, tokens_B]
     return jnp.where(next_B == DEAD, state_B, next_B)
 
   def allowed(self, state_B: jax.Array) -> jax.Array:
-    """Which tokens lead on, [B, V]."""
+    """Returns which tokens lead on, [B, V]."""
     return self.next_QV[state_B] != DEAD
 
   def accepts(self, state_B: jax.Array) -> jax.Array:
@@ -47,7 +47,7 @@ class Automaton:
 
 
 def walk(automaton: Automaton, state: int, tokens: Iterable[int]) -> int:
-  """The state after some tokens, on the host: `Automaton.step` for each in turn."""
+  """Returns the state after some tokens, on the host: `Automaton.step` for each in turn."""
   next_QV = np.asarray(automaton.next_QV)  # copied once; JAX keeps it
   for token in tokens:
     if next_QV[state, token] != DEAD:
@@ -88,7 +88,7 @@ def cut(data: bytes, strings: str | Sequence[str]) -> int | None:
 
 
 def held_back(data: bytes, strings: str | Sequence[str]) -> int:
-  """How many bytes at the end of `data` may be the beginning of a stop string.
+  """Returns how many bytes at the end of `data` may be the beginning of a stop string.
 
   A stream may show what comes before: no stop string that is still to end (see `cut`) begins there.
   """
@@ -126,7 +126,7 @@ def regex(pattern: str, tokenizer: Tokenizer, V: int, ends: Collection[int] = ()
 
 
 def json_schema(schema: str) -> str:
-  """The regular expression of the JSON texts that a schema, itself a JSON text, describes.
+  """Returns the regular expression of the JSON texts that a schema, itself a JSON text, describes.
 
   Raises:
     UserError: the schema is not valid, or uses what outlines-core can't express.
@@ -153,7 +153,7 @@ def _encode(strings: str | Sequence[str]) -> list[bytes]:
 
 
 def _most(V: int) -> int:
-  """The most states of a table with V columns."""
+  """Returns the most states that a table with V columns may have."""
   return max(8, TABLE_BYTES // (4 * V))
 
 
@@ -248,7 +248,7 @@ def _match(pattern: str, most: int) -> tuple[np.ndarray, np.ndarray]:
 def _lift(
   step_QX: np.ndarray, other_Q: np.ndarray, tokenizer: Tokenizer, V: int, skip: Collection[int] = ()
 ) -> np.ndarray:
-  """The states after all bytes of each token, [Q, V], from those after a byte, [Q + 1, X].
+  """Returns the states after all bytes of each token, [Q, V], from those after a byte, [Q + 1, X].
 
   Args:
     step_QX: states after a byte. DEAD, which as an index is the last row, leads to itself.

@@ -1,13 +1,21 @@
 """Beam search: plain, sampled, and in groups. Semantics are those of Hugging Face's `generate`.
 
-Letters: `A` prompts, `K` beams of each or of a group of each, `B` = A·K rows, those of one prompt
-side by side, `J` candidates for the beams of a prompt, `G` groups.
-A score of -inf says that there is no such beam.
+Letters: `A` prompts, `G` groups of beams, `K` beams of each group of a prompt, `B` = A·G·K rows,
+those of one prompt side by side, `J` candidates for the K beams of a group, `M` = K·V continuations.
+For example, A = 2 prompts with num_beams = 4 and num_beam_groups = 2 have G = 2, K = 2 and B = 8:
+
+    row       0   1   2   3   4   5   6   7
+    prompt    0   0   0   0   1   1   1   1
+    group     0   0   1   1   0   0   1   1
+
+The groups take their turns: group 0 has the rows 0, 1, 4, 5, and with one id that ends a text J = 4
+candidates for its 2 beams of each prompt. A row continues a beam of its own group: row 6 ("beam 2" of
+prompt 1) may go on from beam 2 or 3. A score of -inf says that there is no such beam.
 """
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +43,7 @@ from gpt2_jax.sharding import BATCH, P, by_rows, in_mesh, spec_of
 
 @register
 class Texts:
-  """As many beams of each prompt, best first."""
+  """Beams, as many of each prompt, the best first."""
 
   history: History
   record: Record
@@ -52,8 +60,40 @@ class Searching:
   finished: Texts  # scored by the sum / length ** length_penalty
 
 
+class Shared(NamedTuple):
+  """What holds for all rows."""
+
+  search: 'Beams'
+  rules: Rules
+  t: jax.Array  # how many new tokens the beams have
+
+
+class Rows(NamedTuple):
+  """Rows before a step."""
+
+  logits_BV: jax.Array  # of the running beams
+  keys_B: jax.Array | None  # of their prompts; None: the best candidates are taken
+  running: Texts
+  finished: Texts
+
+
+class Extended(NamedTuple):
+  """Rows after a step."""
+
+  running: Texts
+  finished: Texts
+  parents_B: jax.Array  # which beam of its prompt each running one continues
+
+
+def zeros_like_rows(rows_B: jax.Array, A: int, V: int) -> jax.Array:
+  """Returns zeros [A, V] that lie where the rows do: within `shard_map`, an array that is made of
+  nothing counts as the same on all devices, and no loop may carry it along with others.
+  """
+  return jnp.zeros((A, V), jnp.int32) + 0 * rows_B[:A, None]
+
+
 def _rows(which_AJ: jax.Array, K: int) -> jax.Array:
-  """The rows, [A·J], of some of each prompt's K beams."""
+  """Returns the rows, [A·J], of some of each prompt's K beams."""
   return (which_AJ + K * jnp.arange(which_AJ.shape[0])[:, None]).ravel()
 
 
@@ -61,18 +101,8 @@ def _take(tree: Any, rows: jax.Array) -> Any:
   return jax.tree.map(lambda x: x[rows], tree)
 
 
-def _beside(A: int, *trees: Any) -> Any:
-  """The beams that several trees have of each prompt, side by side."""
-
-  def join(*xs):
-    x_AJ = jnp.concatenate([x.reshape(A, x.shape[0] // A, *x.shape[1:]) for x in xs], axis=1)
-    return x_AJ.reshape(A * x_AJ.shape[1], *x_AJ.shape[2:])
-
-  return jax.tree.map(join, *trees)
-
-
 def _split(A: int, G: int, tree: Any) -> Any:
-  """The beams of each of the G groups of a prompt, [G, A·K]."""
+  """Returns the rows of each of the G groups, [G, A·K]."""
 
   def split(x):
     K = x.shape[0] // (A * G)
@@ -91,20 +121,25 @@ def _merge(A: int, tree: Any) -> Any:
   return jax.tree.map(merge, tree)
 
 
-def _reasons(scores_B: jax.Array) -> jax.Array:
-  """That beams are running, if they are there."""
+def _existing(scores_B: jax.Array) -> jax.Array:
+  """Returns RUNNING for the beams that there are, NO_TOKEN for the others."""
   return jnp.where(scores_B > NEVER, RUNNING, NO_TOKEN)
 
 
 def _best(A: int, n: int, *texts: Texts) -> Texts:
-  """The n best beams of each prompt."""
-  both = _beside(A, *texts)
-  scores_AJ = both.scores_B.reshape(A, -1)
-  return _take(both, _rows(jax.lax.top_k(scores_AJ, n)[1], scores_AJ.shape[1]))
+  """Returns the n best beams of each prompt."""
+
+  def join(*xs):
+    x_AJ = jnp.concatenate([x.reshape(A, x.shape[0] // A, *x.shape[1:]) for x in xs], axis=1)
+    return x_AJ.reshape(A * x_AJ.shape[1], *x_AJ.shape[2:])
+
+  all_of_them = jax.tree.map(join, *texts)
+  scores_AJ = all_of_them.scores_B.reshape(A, -1)
+  return _take(all_of_them, _rows(jax.lax.top_k(scores_AJ, n)[1], scores_AJ.shape[1]))
 
 
 def _reorder(cache: Cache, parents_B: jax.Array, K: int) -> Cache:
-  """The cache of beams that continue others, numbered among the K of their prompt."""
+  """Returns the cache of beams that continue others, numbered among the K of their prompt."""
 
   def take(cache, parents_B):
     rows_B = _rows(parents_B.reshape(-1, K), K)
@@ -139,125 +174,129 @@ class Beams:
   groups: int = dataclasses.field(metadata=dict(static=True))
   n_eos: int = dataclasses.field(metadata=dict(static=True))  # how many ids end a beam
 
+  @property
+  def K(self) -> int:
+    """How many beams a group of a prompt has."""
+    return self.num_beams // self.groups
+
   def _ranked(self, scores: jax.Array, lengths: jax.Array) -> jax.Array:
     return scores / lengths.astype(jnp.float32) ** self.length_penalty
 
-  def _candidates(self, rules: Rules, t, scores_BV, logits_BV, keys_B, running: Texts):
-    """The J best continuations of each prompt's K beams by a token, or J that are drawn.
+  def _candidates(self, shared: Shared, scores_BV: jax.Array, rows: Rows):
+    """Takes the J best continuations of the K beams of a group by a token, or J that are drawn.
 
     Returns:
       The continuations, the beams that they continue, [A, J], and their last ids, [A, J].
     """
     B, V = scores_BV.shape
-    K = self.num_beams // self.groups
+    K, running = self.K, rows.running
     A, J = B // K, min(max(2, 1 + self.n_eos) * K, K * V)  # K go on, whatever ids end a beam
     sums_BV = jnp.where(scores_BV > NEVER, running.scores_B[:, None] + scores_BV, NEVER)
     scores_AM = sums_BV.reshape(A, K * V)
     drawn_AM = scores_AM
-    if keys_B is not None:
-      keys_A = jax.vmap(jax.random.fold_in)(keys_B, running.history.prompt_B + t)[::K]
+    if rows.keys_B is not None:
+      places_B = running.history.prompt_B + shared.t
+      keys_A = jax.vmap(jax.random.fold_in)(rows.keys_B, places_B)[::K]
       drawn_AM += jax.vmap(lambda key: jax.random.gumbel(key, (K * V,)))(keys_A)
     picks_AJ = jax.lax.top_k(drawn_AM, J)[1]
     parents_AJ, tokens_AJ = picks_AJ // V, picks_AJ % V
     at_picks = lambda x_AM: jnp.take_along_axis(x_AM, picks_AJ, axis=1).ravel()
     scores_C = at_picks(scores_AM)
 
-    # what the likeliest ids are is the parent's; what the chosen one's log-probability is, is not
+    # the likeliest ids are those of the parent; the chosen one's log-probability is its own
     places_B = running.history.lengths_B
-    record = running.record.put(places_B, jnp.zeros_like(places_B), logits_BV)
+    record = running.record.put(places_B, jnp.zeros_like(places_B), rows.logits_BV)
     history, record, places_C = _take((running.history, record, places_B), _rows(parents_AJ, K))
-    logprobs_C = at_picks(jax.nn.log_softmax(logits_BV, axis=-1).reshape(A, K * V))
+    logprobs_C = at_picks(jax.nn.log_softmax(rows.logits_BV, axis=-1).reshape(A, K * V))
     here_CS = jnp.arange(record.logprobs_BS.shape[1]) == places_C[:, None]
     record = dataclasses.replace(
       record, logprobs_BS=jnp.where(here_CS, logprobs_C[:, None], record.logprobs_BS)
     )
-    history = dataclasses.replace(history, reason_B=_reasons(scores_C))
-    history = history.push(tokens_AJ.ravel(), rules.endings)
+    history = dataclasses.replace(history, reason_B=_existing(scores_C))
+    history = history.push(tokens_AJ.ravel(), shared.rules.endings)
     return Texts(history, record, scores_C), parents_AJ, tokens_AJ
 
-  def _extend(self, rules: Rules, t, chosen_AV, logits_BV, keys_B, running: Texts, finished: Texts):
+  def _extend(self, shared: Shared, chosen_AV: jax.Array, rows: Rows) -> tuple[Extended, jax.Array]:
     """Puts one more token to the K beams of a group of each prompt.
 
     Args:
-      rules: what holds for all rows.
-      t: how many new tokens the beams have.
+      shared: what holds for all rows.
       chosen_AV: how many beams of earlier groups have chosen a token.
-      logits_BV: of the running beams.
-      keys_B: of their prompts; None: the best candidates are taken.
-      running, finished: the beams.
+      rows: of the group, A·K.
 
     Returns:
-      The running and the finished beams, the beam that each running one continues, `chosen_AV`.
+      The rows, with parents among the group's beams, and `chosen_AV` with this group's.
     """
-    A = chosen_AV.shape[0]
-    K = logits_BV.shape[0] // A
+    A, K, running = chosen_AV.shape[0], self.K, rows.running
     costs_BV = self.diversity * jnp.repeat(chosen_AV, K, axis=0)
-    scores_BV = process(rules, jax.nn.log_softmax(logits_BV, axis=-1) - costs_BV, running.history)
+    logprobs_BV = jax.nn.log_softmax(rows.logits_BV, axis=-1)
+    scores_BV = process(shared.rules, logprobs_BV - costs_BV, running.history)
     able = running.history.refuse(scores_BV)
     broken_A = (able.reason_B == NOT_A_NUMBER).reshape(A, K).any(1)
     scores_BV = jnp.where(able.running_B[:, None], scores_BV, NEVER)
-    candidates, parents_AJ, tokens_AJ = self._candidates(
-      rules, t, scores_BV, logits_BV, keys_B, running
-    )
-    J, scores_AJ = parents_AJ.shape[1], candidates.scores_B.reshape(parents_AJ.shape)
-    goes_on_AJ = candidates.history.running_B.reshape(A, J)
+    texts, parents_AJ, tokens_AJ = self._candidates(shared, scores_BV, rows)
+    J, scores_AJ = parents_AJ.shape[1], texts.scores_B.reshape(parents_AJ.shape)
+    goes_on_AJ = texts.history.running_B.reshape(A, J)
 
     # an end counts among the K best candidates only
     ended_AJ = (scores_AJ > NEVER) & ~goes_on_AJ & (jnp.arange(J) < K)
-    ranked_AJ = jnp.where(ended_AJ, self._ranked(scores_AJ, t + 1), NEVER)
-    finished = _best(A, K, finished, dataclasses.replace(candidates, scores_B=ranked_AJ.ravel()))
+    ranked_AJ = jnp.where(ended_AJ, self._ranked(scores_AJ, shared.t + 1), NEVER)
+    ended = dataclasses.replace(texts, scores_B=ranked_AJ.ravel())
+    finished = _best(A, K, rows.finished, ended)
     scores_AK, best_AK = jax.lax.top_k(jnp.where(goes_on_AJ, scores_AJ, NEVER), K)
-    running = _take(candidates, _rows(best_AK, J))
+    running = _take(texts, _rows(best_AK, J))
     parents_AK, tokens_AK = (jnp.take_along_axis(x, best_AK, axis=1) for x in (parents_AJ, tokens_AJ))
     count = lambda chosen_V, tokens_K, there_K: chosen_V.at[tokens_K].add(there_K.astype(jnp.int32))
     chosen_AV = jax.vmap(count)(chosen_AV, tokens_AK, scores_AK > NEVER)
 
-    h = running.history
-    most_A = jnp.minimum(h.limits_B, h.context_B - h.prompt_B)[::K]
-    length_A = jnp.where(
-      jnp.logical_and(self.patient, jnp.greater(self.length_penalty, 0)), most_A, t + 1
-    )
     # in groups a beam that has just ended is hoped for as well, as it was in their last version
-    hope_A = self._ranked((scores_AJ if self.groups > 1 else scores_AK).max(1), length_A)
-    worst_A = finished.scores_B.reshape(A, K)[:, -1]
-    done_A = broken_A | ((worst_A > NEVER) & (self.at_once | (hope_A <= worst_A)))
-
+    hope_A = (scores_AJ if self.groups > 1 else scores_AK).max(1)
+    done_A = broken_A | self._done(shared.t, hope_A, running.history, finished)
     scores_B = jnp.where(done_A[:, None], NEVER, scores_AK).ravel()
-    running = Texts(dataclasses.replace(h, reason_B=_reasons(scores_B)), running.record, scores_B)
+    history = dataclasses.replace(running.history, reason_B=_existing(scores_B))
+    running = Texts(history, running.record, scores_B)
     broken_B, h = jnp.repeat(broken_A, K), finished.history
     finished = Texts(  # the broken ones come first: they are reported
       dataclasses.replace(h, reason_B=jnp.where(broken_B, NOT_A_NUMBER, h.reason_B)),
       finished.record,
       jnp.where(broken_B, jnp.inf, finished.scores_B),
     )
-    return running, finished, parents_AK.ravel(), chosen_AV
+    return Extended(running, finished, parents_AK.ravel()), chosen_AV
 
-  def _advance(self, request: Request, t, logits_BV, running: Texts, finished: Texts):
-    """The beams with one more token, and the beam of its prompt that each running one continues."""
+  def _done(self, t, hope_A: jax.Array, running: History, finished: Texts) -> jax.Array:
+    """Whether no beam of a prompt's group, with a sum of at most `hope_A`, becomes better than all of
+    its finished ones, [A].
+    """
+    most_A = jnp.minimum(running.limits_B, running.context_B - running.prompt_B)[:: self.K]
+    far = jnp.logical_and(self.patient, jnp.greater(self.length_penalty, 0))
+    ranked_A = self._ranked(hope_A, jnp.where(far, most_A, t + 1))
+    worst_A = finished.scores_B.reshape(-1, self.K)[:, -1]
+    return (worst_A > NEVER) & (self.at_once | (ranked_A <= worst_A))
 
-    def each(shared, rows):
-      search, rules, t = shared
-      A, G, K = len(rows[0]) // self.num_beams, self.groups, self.num_beams // self.groups
+  def _advance(self, request: Request, t, logits_BV, running: Texts, finished: Texts) -> Extended:
+    """Puts one more token to all beams."""
 
-      def group(chosen_AV, part):
-        *part, chosen_AV = search._extend(rules, t, chosen_AV, *part)
-        return chosen_AV, part
+    def each(shared: Shared, rows: Rows) -> Extended:
+      search, (B, V) = shared.search, rows.logits_BV.shape
+      A, G = B // search.num_beams, search.groups
 
-      none_AV = jnp.zeros((A, rows[0].shape[1]), jnp.int32)
-      none_AV += 0 * rows[2].history.lengths_B[:A, None]  # so it lies where the rows do
-      parts = jax.lax.scan(group, none_AV, _split(A, G, rows))[1]
-      running, finished, parents_B = _merge(A, parts)
-      return running, finished, parents_B + jnp.arange(parents_B.size) // K % G * K
+      def group(chosen_AV, turn):
+        g, part = turn
+        extended, chosen_AV = search._extend(shared, chosen_AV, part)
+        return chosen_AV, extended._replace(parents_B=extended.parents_B + g * search.K)
 
-    rows = logits_BV, row_keys(request.key, request.samples_B), running, finished
-    return by_rows(each, (self, request.rules, t), rows)
+      none_AV = zeros_like_rows(rows.finished.history.lengths_B, A, V)
+      return _merge(A, jax.lax.scan(group, none_AV, (jnp.arange(G), _split(A, G, rows)))[1])
+
+    rows = Rows(logits_BV, row_keys(request.key, request.samples_B), running, finished)
+    return by_rows(each, Shared(self, request.rules, t), rows)
 
   def start(self, model: GPT2, request: Request, N: int, K: int) -> Searching:
     def one_a_group(_, texts: Texts) -> tuple[Texts, Texts]:
-      first_B = jnp.arange(texts.scores_B.size) % (self.num_beams // self.groups) == 0
+      first_B = jnp.arange(texts.scores_B.size) % self.K == 0
       running_B = texts.history.running_B  # what isn't, is finished as it is
       scores_B = jnp.where(first_B & running_B, 0, NEVER)
-      history = dataclasses.replace(texts.history, reason_B=_reasons(scores_B))
+      history = dataclasses.replace(texts.history, reason_B=_existing(scores_B))
       return (
         Texts(history, texts.record, scores_B),
         dataclasses.replace(texts, scores_B=jnp.where(running_B, NEVER, 0)),
@@ -267,11 +306,9 @@ class Beams:
     logits_BV = expand(next_logits(model, x_A1D)[:, 0], self.num_beams)
     record = Record.zeros(request.history, K)
     texts = Texts(request.history, record, jnp.zeros_like(record.logprobs_BS[:, 0]))
-    running, finished, parents_B = self._advance(
-      request, jnp.asarray(0), logits_BV, *by_rows(one_a_group, None, texts)
-    )
-    del parents_B  # all beams have the same cache
-    return Searching(jnp.asarray(1), expand_cache(filled.cache, self.num_beams), running, finished)
+    first = self._advance(request, jnp.asarray(0), logits_BV, *by_rows(one_a_group, None, texts))
+    cache = expand_cache(filled.cache, self.num_beams)  # the same for all beams
+    return Searching(jnp.asarray(1), cache, first.running, first.finished)
 
   def step(self, model: GPT2, request: Request, state: Searching) -> Searching:
     history = state.running.history
@@ -292,7 +329,7 @@ class Beams:
 
 @functools.partial(jax.jit, static_argnames='n')
 def _results(search: Beams, running: Texts, finished: Texts, n: int) -> Texts:
-  """The n best of each prompt: where it isn't done, those that run are among them."""
+  """Returns the n best beams of each prompt; where it isn't done, running ones are among them."""
 
   def each(search: Beams, rows: tuple[Texts, Texts]) -> Texts:
     running, finished = rows

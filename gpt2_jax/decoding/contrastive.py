@@ -4,13 +4,14 @@ Semantics are those of Hugging Face's `generate`, in its versions 4. Letters: `K
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
-from gpt2_jax.decoding.history import History
+from gpt2_jax.decoding.history import Endings, History
 from gpt2_jax.decoding.loop import (
   Record,
   Request,
@@ -48,6 +49,51 @@ def _directions(x_BTD: jax.Array) -> jax.Array:
   return (x * jax.lax.rsqrt(squares)).astype(x_BTD.dtype)
 
 
+class Candidates(NamedTuple):
+  """The K candidates for the next token of each row, and what they are compared with."""
+
+  history: History
+  record: Record
+  logits_BV: jax.Array
+  logprobs_BK: jax.Array
+  tokens_BK: jax.Array
+  said_BSD: jax.Array
+  new_BKD: jax.Array  # directions of the candidates' hidden states
+  before_BS: jax.Array  # the slots of `said_BSD` that hold a token before the candidates
+
+  def choose(self, alpha: ArrayLike, precision) -> jax.Array:
+    """Returns which candidate is likely and unlike all tokens before it, [B]."""
+    cosine_BKS = jnp.einsum(
+      'BKD,BSD->BKS',
+      self.new_BKD,
+      self.said_BSD,
+      precision=precision,
+      preferred_element_type=jnp.float32,
+    )
+    alike_BK = jnp.where(self.before_BS[:, None], cosine_BKS, NEVER).max(-1)
+    ranks_BK = (1 - alpha) * jnp.exp(self.logprobs_BK) - alpha * alike_BK
+    return jnp.argmax(jnp.where(self.logprobs_BK > NEVER, ranks_BK, NEVER), axis=-1)
+
+  def push(self, chosen_B: jax.Array, endings: Endings) -> tuple[History, Record]:
+    """Puts the chosen candidates to the rows."""
+    tokens_B = jnp.take_along_axis(self.tokens_BK, chosen_B[:, None], axis=1)[:, 0]
+    record = self.record.put(self.history.lengths_B, tokens_B, self.logits_BV)
+    return self.history.push(tokens_B, endings), record
+
+
+def keep_chosen(cache: Cache, chosen_B: jax.Array, slot: jax.Array, K: int) -> Cache:
+  """Returns a cache in which, of the K candidates from `slot` on, the chosen one stands first."""
+
+  def keep(x_BNSH):
+    S = x_BNSH.ndim - 2
+    new_BNKH = jax.lax.dynamic_slice_in_dim(x_BNSH, slot, K, S)
+    chosen_BK = chosen_B[:, None] == jnp.arange(K)
+    new_BN1H = jnp.where(chosen_BK[:, None, :, None], new_BNKH, 0).sum(S, keepdims=True)
+    return jax.lax.dynamic_update_slice_in_dim(x_BNSH, new_BN1H, slot, S)
+
+  return jax.tree.map(keep, cache)
+
+
 @register
 class Contrastive:
   """Of the k likeliest tokens the one with the most (1 - alpha)·p - alpha·(largest cosine of its last
@@ -76,66 +122,42 @@ class Contrastive:
     )
     return self.step(model, request, state)
 
+  def _propose(self, rules: Rules, rows: tuple[History, jax.Array]):
+    """Returns the histories, and the k likeliest tokens with their log-probabilities, [B, k]."""
+    history, logits_BV = rows
+    scores_BV = process(rules, logits_BV, history)
+    return history.refuse(scores_BV), *jax.lax.top_k(log_probs(scores_BV), self.k)
+
   def step(self, model: GPT2, request: Request, state: Contrasting) -> Contrasting:
-    prompt_slots = request.prompts_AP.shape[1]
-    slot = prompt_slots + state.t
-    C = request.C
-    precision = model.config.precision
-
-    def propose(rules: Rules, rows):
-      history, logits_BV = rows
-      scores_BV = process(rules, logits_BV, history)
-      logprobs_BK, tokens_BK = jax.lax.top_k(log_probs(scores_BV), self.k)
-      return history.refuse(scores_BV), logprobs_BK, tokens_BK
-
-    def choose(shared, rows):
-      alpha, slot, endings = shared
-      history, record, logits_BV, logprobs_BK, tokens_BK, said_BSD, new_BKD, windows_B = rows
-      slots = jnp.arange(said_BSD.shape[1])
-      before_BS = (slots < windows_B[:, None]) | ((slots >= prompt_slots) & (slots < slot))
-      cosine_BKS = jnp.einsum(
-        'BKD,BSD->BKS', new_BKD, said_BSD, precision=precision, preferred_element_type=jnp.float32
-      )
-      alike_BK = jnp.where(before_BS[:, None], cosine_BKS, NEVER).max(-1)
-      ranks_BK = jnp.where(
-        logprobs_BK > NEVER, (1 - alpha) * jnp.exp(logprobs_BK) - alpha * alike_BK, NEVER
-      )
-      chosen_B = jnp.argmax(ranks_BK, axis=-1)
-      tokens_B = jnp.take_along_axis(tokens_BK, chosen_B[:, None], axis=1)[:, 0]
-      record = record.put(history.lengths_B, tokens_B, logits_BV)
-      return history.push(tokens_B, endings), record, chosen_B
-
     history, logprobs_BK, tokens_BK = by_rows(
-      propose, request.rules, (state.history, state.logits_BV)
+      self._propose, request.rules, (state.history, state.logits_BV)
     )
     out = read(model, request, tokens_BK, state.t, state.cache, alone=True)
-    history, record, chosen_B = by_rows(
-      choose,
-      (self.alpha, slot, request.rules.endings),
-      (
-        history,
-        state.record,
-        state.logits_BV,
-        logprobs_BK,
-        tokens_BK,
-        state.said_BSD,
-        _directions(out.x_BTD),
-        expand(request.windows_A, C),
-      ),
+    prompt_slots, precision = request.prompts_AP.shape[1], model.config.precision
+    slot, slots = prompt_slots + state.t, jnp.arange(state.said_BSD.shape[1])
+    windows_B1 = expand(request.windows_A, request.C)[:, None]
+
+    def choose(shared, candidates: Candidates):
+      alpha, endings = shared
+      chosen_B = candidates.choose(alpha, precision)
+      return *candidates.push(chosen_B, endings), chosen_B
+
+    candidates = Candidates(
+      history=history,
+      record=state.record,
+      logits_BV=state.logits_BV,
+      logprobs_BK=logprobs_BK,
+      tokens_BK=tokens_BK,
+      said_BSD=state.said_BSD,
+      new_BKD=_directions(out.x_BTD),
+      before_BS=(slots < windows_B1) | ((slots >= prompt_slots) & (slots < slot)),
     )
-
-    def keep(x_BNSH):
-      S = x_BNSH.ndim - 2
-      new_BNKH = jax.lax.dynamic_slice_in_dim(x_BNSH, slot, self.k, S)
-      chosen_BK = chosen_B[:, None] == jnp.arange(self.k)
-      new_BN1H = jnp.where(chosen_BK[:, None, :, None], new_BNKH, 0).sum(S, keepdims=True)
-      return jax.lax.dynamic_update_slice_in_dim(x_BNSH, new_BN1H, slot, S)
-
+    history, record, chosen_B = by_rows(choose, (self.alpha, request.rules.endings), candidates)
     x_B1D = pick(out.x_BTD, chosen_B)[:, None]
     said_BSD = jax.lax.dynamic_update_slice_in_dim(state.said_BSD, _directions(x_B1D), slot, axis=1)
     return Contrasting(
       state.t + 1,
-      jax.tree.map(keep, out.cache),
+      keep_chosen(out.cache, chosen_B, slot, self.k),
       history,
       record,
       next_logits(model, x_B1D)[:, 0],

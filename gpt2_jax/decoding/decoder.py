@@ -55,26 +55,16 @@ class Generated:
 
 @dataclasses.dataclass(frozen=True)
 class TextRequest:
-  """Which texts are to be continued, by which model, and how.
-
-  Attributes:
-    config, params: the model, best in the form 'decode'.
-    prompts: a text, texts, ids, or lists of ids.
-    options: how.
-    tokenizer: for texts, of prompts and of results.
-    logits_processor: the user's own processors.
-    prefix_allowed_tokens_fn: (index of the prompt, ids so far) -> ids that may come next.
-    assistant: config and parameters of a model that guesses ahead.
-  """
+  """Which texts are to be continued, by which model, and how."""
 
   config: GPTConfig
-  params: Params
+  params: Params  # best in the form 'decode'
   prompts: batching.Texts
   options: Options = Options()
-  tokenizer: Tokenizer | None = None
-  logits_processor: Sequence[Processor] = ()
+  tokenizer: Tokenizer | None = None  # for texts, of prompts and of results
+  logits_processor: Sequence[Processor] = ()  # the user's own
   prefix_allowed_tokens_fn: PrefixFunction | None = None
-  assistant: tuple[GPTConfig, Params] | None = None
+  assistant: tuple[GPTConfig, Params] | None = None  # a model that guesses ahead
 
   @classmethod
   def of(cls, config: GPTConfig, params: Params, prompts: batching.Texts, **asked: Any):
@@ -95,6 +85,11 @@ class TextRequest:
       eos = () if self.tokenizer is None else self.tokenizer.eot
     return np.atleast_1d(np.asarray(eos, np.int32))
 
+  @property
+  def ends(self) -> np.ndarray:
+    """All ids that end a text."""
+    return np.concatenate([self.eos, np.asarray(self.options.stop_token_ids, np.int32)])
+
   def check(self) -> None:
     """Checks what `make_search` and `make_processors` don't.
 
@@ -108,13 +103,12 @@ class TextRequest:
 
   def endings(self) -> Endings:
     """Returns what ends a text: ids, stop strings, a regular expression."""
-    V, options = self.config.vocab_size, self.options
-    ends = np.concatenate([self.eos, np.asarray(options.stop_token_ids, np.int32)])
+    V, regex, ends = self.config.vocab_size, self.options.regex, self.ends
     stop = guide = None
     if self.stop_strings:
       stop = _stop_strings(tuple(self.stop_strings), self.tokenizer, V)
-    if options.regex is not None:
-      guide = _regex(options.regex, self.tokenizer, V, frozenset(ends.tolist()))
+    if regex is not None:
+      guide = _regex(regex, self.tokenizer, V, frozenset(ends.tolist()))
     return Endings(jnp.asarray(ends), stop, guide)
 
   def rows(self, results: int, guide: automaton.Automaton | None) -> list[Row]:
@@ -146,8 +140,7 @@ class Decoder:
     """
     began, options = time.monotonic(), request.options
     request.check()
-    endings = request.endings()
-    ends = np.asarray(endings.eos_E)
+    endings, ends = request.endings(), request.ends
     search, width, results = make_search(
       request.config, options, ends=len(ends), assistant=request.assistant
     )
@@ -181,12 +174,13 @@ class Decoder:
     return run(self.job, self.rows, steps)
 
   def finish(self) -> list[Generated]:
-    """Writes all there is to write."""
+    """Returns the results when all is written."""
     for _ in self.run():
       pass
     return self.results()
 
   def results(self) -> list[Generated]:
+    """Returns what has been written so far, a result a row."""
     return [self._result(row) for row in self.rows]
 
   def text(self, row: Row) -> bytes:

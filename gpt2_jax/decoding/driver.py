@@ -1,4 +1,7 @@
-"""The host's side of decoding: rows to compiled requests and back, window after window."""
+"""The loop on the host: makes compiled requests of rows, and writes what they found into the rows.
+
+A text beyond the model's context is written in several windows, each a request of its own.
+"""
 
 import dataclasses
 import time
@@ -11,7 +14,7 @@ import numpy as np
 from gpt2_jax import batching
 from gpt2_jax.config import GPTConfig
 from gpt2_jax.decoding import history as h
-from gpt2_jax.decoding.automaton import walk
+from gpt2_jax.decoding.automaton import Automaton, walk
 from gpt2_jax.decoding.history import History
 from gpt2_jax.decoding.loop import Request, Rules, Search, advance, start
 from gpt2_jax.decoding.processors import PrefixConstrained
@@ -48,7 +51,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """What is asked for, whichever rows it is asked of."""
+  """A request without its rows: the model, and how tokens are chosen."""
 
   config: GPTConfig
   params: Params
@@ -63,8 +66,8 @@ class Job:
 
 
 def group(rows: Sequence[Row], *, whole: bool) -> list[list[Row]]:
-  """Rows in groups that share the reading of their prompt, as large as keeps all devices busy; or the
-  `whole` of each prompt's.
+  """Returns rows in groups that share the reading of their prompt: all rows of a prompt if
+  `whole`, or as many as keep all devices busy.
   """
   prompts = [[row for row in rows if row.which == which] for which in range(rows[-1].which + 1)]
   if whole:
@@ -78,8 +81,8 @@ def group(rows: Sequence[Row], *, whole: bool) -> list[list[Row]]:
 def request_of(
   job: Job, groups: Sequence[Sequence[Row]], windows: Sequence[Sequence[int]]
 ) -> tuple[Request, int]:
-  """The request for groups of rows, each with the ids that the model reads first; and the most new
-  tokens, rounded up.
+  """Returns the request for groups of rows, each with the ids that the model reads first, and the
+  most new tokens, rounded up.
   """
   c = job.config
   groups = [list(group) for group in groups]
@@ -93,17 +96,18 @@ def request_of(
   rows = [row for group in groups for row in group]
   window_of = [int(n) for n, group in zip(windows_A, groups) for _ in group]
   longest = max(len(row.ids) for row in rows)
-  room = max(
+  most = max(
     min(job.max_new_tokens - len(row.new), c.n_positions - n) for row, n in zip(rows, window_of)
   )
-  N = batching.bucket(room, c.n_positions)
+  N = batching.bucket(most, c.n_positions)
   tokens_BS = np.zeros((len(rows), batching.bucket(longest, 1 << 30) + N), np.int32)
   for row, tokens_S in zip(rows, tokens_BS):
     tokens_S[: len(row.ids)] = row.ids
   ints = lambda values: batching.place(np.array(list(values), np.int32))
-  state = lambda automaton: ints(
-    0 if automaton is None else walk(automaton, 0, row.new) for row in rows
-  )
+
+  def state(automaton: Automaton | None) -> jax.Array:
+    return ints(0 if automaton is None else walk(automaton, 0, row.new) for row in rows)
+
   history = History(
     tokens_BS=batching.place(tokens_BS),
     lengths_B=ints(len(row.ids) for row in rows),

@@ -22,8 +22,8 @@ from gpt2_jax.tokenizer import Tokenizer
 def generate_tokens(
   config: GPTConfig, params: Params, prompts: batching.Texts, **asked: Any
 ) -> list[Generated]:
-  """As `generate`, for a config and parameters, on the mesh that is set or on one device; with the
-  fields of `TextRequest` in place of a model's own.
+  """Does what `generate` does for a config and parameters, on the mesh that is set or on one device.
+  `asked`: as in `TextRequest.of`.
   """
   return Decoder.of(TextRequest.of(config, params, prompts, **asked)).finish()
 
@@ -32,7 +32,7 @@ _prepared: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> (
 
 
 def prepare(model: GPT2) -> tuple[GPTConfig, Params]:
-  """A model's config and parameters in a form to decode with; made once for the same parameters."""
+  """Returns a model's config and parameters in the form 'decode', made once for the same."""
   if model.config.head != 'lm':
     raise UserError(f"this model has a head for {model.config.head}: it can't write. Use classify.")
   params: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
@@ -48,7 +48,7 @@ def prepare(model: GPT2) -> tuple[GPTConfig, Params]:
 
 
 def own_ends(model: GPT2) -> list[int] | None:
-  """The ids that end a text by the model's checkpoint; None where it names none."""
+  """Returns the ids that end a text by the model's checkpoint; None where it names none."""
   eos = None if model.source is None else model.source.eos_token_id
   if eos is None:
     return None

@@ -1,4 +1,4 @@
-"""What has been written so far, row by row: all that a processor may look at."""
+"""The state of rows: their ids so far, and why they stopped. Processors see nothing else."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ REASONS = {END_ID: 'stop', STOP_STRING: 'stop', GUIDE: 'stop', LIMIT: 'length', 
 
 @register
 class Endings:
-  """What ends a row, the same for all rows."""
+  """The ends of a text: ids, and automata of stop strings and of a regular expression."""
 
   eos_E: jax.Array  # ids that end it; E may be 0
   stop: Automaton | None = None  # accepts a text that has a stop string in it
@@ -39,7 +39,7 @@ class History:
 
   @property
   def new_B(self) -> jax.Array:
-    """How many ids are new."""
+    """The number of new ids of each row."""
     return self.lengths_B - self.prompt_B
 
   @property
@@ -47,24 +47,25 @@ class History:
     return self.reason_B == RUNNING
 
   def counts(self, V: int, *, new: bool = False) -> jax.Array:
-    """How often each id of the vocabulary stands in each row, or among its `new` ones, [B, V]."""
+    """Counts each id of the vocabulary in each row, or among its `new` ids, [B, V]."""
     places = jnp.arange(self.tokens_BS.shape[1])
     real_BS = places < self.lengths_B[:, None]
     if new:
       real_BS &= places >= self.prompt_B[:, None]
-    count = lambda tokens_S, real_S: (
-      jnp.zeros(V, jnp.int32).at[tokens_S].add(real_S.astype(jnp.int32), mode='drop')
-    )
+
+    def count(tokens_S, real_S):
+      return jnp.zeros(V, jnp.int32).at[tokens_S].add(real_S.astype(jnp.int32), mode='drop')
+
     return jax.vmap(count)(self.tokens_BS, real_BS)
 
   def last(self, n: int) -> tuple[jax.Array, jax.Array]:
-    """The last n ids of each row, [B, n], oldest first, and which of them there are, [B, n]."""
+    """Returns the last n ids of each row, [B, n], oldest first, and which there are, [B, n]."""
     places_Bn = self.lengths_B[:, None] - n + jnp.arange(n)
     tokens_Bn = jnp.take_along_axis(self.tokens_BS, jnp.maximum(places_Bn, 0), axis=1)
     return tokens_Bn, places_Bn >= 0
 
   def refuse(self, scores_BV: jax.Array) -> 'History':
-    """Stops the rows whose scores no token can be chosen by: a NaN among them, or nothing allowed."""
+    """Stops the rows by whose scores no token can be chosen: one is NaN, or no token is allowed."""
     why_B = jnp.where(
       jnp.isnan(scores_BV).any(-1),
       NOT_A_NUMBER,
@@ -73,7 +74,7 @@ class History:
     return dataclasses.replace(self, reason_B=jnp.where(self.running_B, why_B, self.reason_B))
 
   def push(self, tokens_B: jax.Array, endings: Endings) -> 'History':
-    """With one more id in each row that is running, and stopped where that ends it."""
+    """Adds an id to each row that is running, and stops the rows that it ends."""
     running_B = self.running_B
     here_BS = (jnp.arange(self.tokens_BS.shape[1]) == self.lengths_B[:, None]) & running_B[:, None]
     stop_B, guide_B, reason_B = self.stop_B, self.guide_B, jnp.zeros_like(self.reason_B)

@@ -30,7 +30,7 @@ from gpt2_jax.sharding import BATCH, P, by_rows, reshard
 
 @register
 class Rules:
-  """What holds for all rows."""
+  """The processors and the endings of all rows."""
 
   processors: tuple[Processor, ...]
   endings: Endings
@@ -38,7 +38,7 @@ class Rules:
 
 @register
 class Request:
-  """What is to be continued: A prompts, by B = A·C rows, those of one prompt side by side."""
+  """A prompts that B = A·C rows continue, those of one prompt side by side."""
 
   prompts_AP: jax.Array  # ids that the model reads first, padded on the right
   windows_A: jax.Array  # how many, at least 1
@@ -49,7 +49,7 @@ class Request:
 
   @property
   def C(self) -> int:
-    """How many rows continue a prompt."""
+    """The number of rows that continue a prompt."""
     return self.samples_B.shape[0] // self.windows_A.shape[0]
 
 
@@ -85,30 +85,30 @@ class Record:
 
 
 class Search(Protocol):
-  """How tokens are chosen: what `start` and `advance` compile. Registered as a JAX dataclass.
+  """The interface of a search, which `start` and `advance` compile. Implementations are registered.
 
   Its state is a pytree with a `t`, how many steps were made, and a `cache`.
   """
 
   def start(self, model: GPT2, request: Request, N: int, K: int) -> Any:
-    """The state after the first step, with room for N new tokens and K top log-probabilities."""
+    """Returns the state after the first step, for N new tokens and K top log-probabilities."""
     ...
 
   def step(self, model: GPT2, request: Request, state: Any) -> Any:
-    """The state after one more step."""
+    """Returns the state after one more step."""
     ...
 
   def running(self, state: Any) -> jax.Array:
-    """Whether any row wants one."""
+    """Whether any row wants another step."""
     ...
 
   def results(self, state: Any) -> tuple[History, Record, jax.Array | None]:
-    """What has been found, as many rows for each prompt, and the rows' scores if they have any."""
+    """Returns what has been found, as many rows for each prompt, and their scores, if any."""
     ...
 
 
 def expand(x: jax.Array, C: int, axis: int = 0) -> jax.Array:
-  """Each index of an axis C times, side by side. On a mesh nothing moves."""
+  """Repeats each index of an axis C times, side by side. On a mesh nothing moves."""
   before, n, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
   wide = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), (*before, n, C, *after))
   # a reshape forgets how an axis of one row is laid out
@@ -120,7 +120,7 @@ def expand_cache(cache: Cache, C: int) -> Cache:
 
 
 def next_logits(model: GPT2, x_BTD: jax.Array) -> jax.Array:
-  """Logits over the true vocabulary, [B, T, V], each row whole on its devices."""
+  """Returns logits over the true vocabulary, [B, T, V], each row whole on its devices."""
   return reshard(model.logits(x_BTD), P(BATCH, None, None))[..., : model.config.vocab_size]
 
 
@@ -141,7 +141,7 @@ def prefill(model: GPT2, request: Request, N: int):
 def read(
   model: GPT2, request: Request, tokens_BT: jax.Array, t, cache: Cache, *, alone: bool = False
 ) -> Output:
-  """The model's `Output` for T tokens, the first of which is each row's new one number t (from 0).
+  """Returns the model's `Output` for T tokens, the first of which is each row's new token t (from 0).
 
   Args:
     tokens_BT: the tokens; they follow each other, or are T alternatives that don't see each other,
@@ -179,7 +179,7 @@ def row_keys(key: jax.Array | None, samples_B: jax.Array) -> jax.Array | None:
 
 
 def choose(scores_BV: jax.Array, keys_B: jax.Array | None, history: History) -> jax.Array:
-  """The next token of each row: drawn, or the likeliest."""
+  """Returns the next token of each row: drawn, or the likeliest."""
   if keys_B is None:
     return jnp.argmax(scores_BV, axis=-1).astype(jnp.int32)
   keys_B = jax.vmap(jax.random.fold_in)(keys_B, history.lengths_B)

@@ -1,4 +1,4 @@
-"""Text that is shown while it is written."""
+"""Text that is shown while it is written, in pieces that never have to be taken back."""
 
 import codecs
 import dataclasses
@@ -14,7 +14,7 @@ def _decoder():
 
 @dataclasses.dataclass
 class Pieces:
-  """The text of ids that come one after another, up to the first stop string, piece by piece.
+  """The text of ids that come one after another, piece by piece, up to the first stop string.
 
   The pieces joined are the text. Each is valid Unicode: a character is shown when its last byte has
   come, and nothing is shown that may turn out to be part of a stop string.
@@ -34,7 +34,7 @@ class Pieces:
     self._longest = max((len(string.encode()) for string in self.stop_strings), default=0)
 
   def push(self, token: int) -> None:
-    """One more id.
+    """Takes one more id.
 
     Raises:
       UserError: the tokenizer has no such id.
@@ -49,7 +49,7 @@ class Pieces:
         self.stopped = True
 
   def take(self, *, final: bool = False) -> str:
-    """What can be shown and was not yet; of the `final` call, all that there is."""
+    """Returns the text that can be shown and was not yet; with `final`, all the rest."""
     final |= self.stopped
     held = 0
     if self.stop_strings and not final:
@@ -61,5 +61,5 @@ class Pieces:
 
   @property
   def shown(self) -> int:
-    """How many bytes `take` has gone through."""
+    """The number of bytes that `take` has returned."""
     return self._shown

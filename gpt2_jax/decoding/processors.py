@@ -1,4 +1,4 @@
-"""What is done to the scores before a token is chosen: Hugging Face's "logits processors".
+"""Rules that change the scores before a token is chosen: Hugging Face's "logits processors".
 
 A processor is a frozen dataclass that maps scores [B, V] to scores [B, V], row by row, given what
 has been written. Its numbers are traced, and its lists are padded to powers of two: other numbers
@@ -48,13 +48,13 @@ class Custom:
 
 
 def id_array(ids: Iterable[int]) -> np.ndarray:
-  """Ids, padded to a bucket."""
+  """Returns ids, padded to a bucket."""
   ids = [int(i) for i in ids if i >= 0]
   return np.array(ids + [NOWHERE] * (bucket(len(ids), NOWHERE, 4) - len(ids)), np.int32)
 
 
 def _among(ids_K: ArrayLike, V: int) -> jax.Array:
-  """Which ids of the vocabulary are listed, [V]."""
+  """Returns which ids of the vocabulary are listed, [V]."""
   return jnp.zeros(V, bool).at[jnp.asarray(ids_K)].set(True, mode='drop')
 
 

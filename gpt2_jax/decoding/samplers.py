@@ -29,8 +29,8 @@ class Given:
   """
 
   V: int  # size of the vocabulary
-  eos_E: ArrayLike = ()  # end-of-sequence ids
-  ends_E: ArrayLike = ()  # all ids that end a text
+  eos_E: Any = ()  # end-of-sequence ids
+  ends_E: Any = ()  # all ids that end a text
   min_tokens_to_keep: int = 1  # when the choice is narrowed
   bos_is_forced: ArrayLike = np.False_  # whether `forced_bos_token_id` is asked for
   beams: bool = False
@@ -51,10 +51,10 @@ class SamplingRule:
       same for all rows of a request, so the server has it not.
     off: the number that does nothing.
     default: of the option.
-    type: of the option; None: it is no field of `Options`, but an argument of its own.
     draws: whether the rule matters only where tokens are drawn.
     of: where `kind` is None, what makes the processors of (`make`, the option's name, its value, what
       is given): none where the value asks for nothing.
+    type: of the option; None: it is no field of `Options`, but an argument of its own.
     help: what the option does; default: as the docstring of `make` begins.
   """
 
@@ -62,16 +62,19 @@ class SamplingRule:
   kind: Kind | None = None
   off: float = 0
   default: Any = None
-  type: Any = None
   draws: bool = False
   of: Callable[[Any, str, Any, Given], list[p.Processor]] | None = None
+  type: Any = None
   help: str = ''
 
   def __post_init__(self):
     begin = (inspect.getdoc(self.make) or '').split('\n\n')[0].replace('\n', ' ')
     object.__setattr__(self, 'help', self.help or begin)
+    if self.kind is not None:  # a number that has no default may be None
+      number: Any = self.off.__class__
+      object.__setattr__(self, 'type', number | None if self.default is None else number)
 
-  def number(self, value: Any) -> np.generic:
+  def number(self, value: Any) -> Any:
     """Returns a number that `kind` has checked as what is traced; None, where not set, as `off`."""
     value = self.off if value is None else value
     if isinstance(value, bool):
@@ -96,15 +99,6 @@ class SamplingRule:
     value = self.kind.check(name, value)
     idle = value == self.off or (self.draws and not draws)
     return [] if idle else [self.processor(self.number(value), given)]
-
-
-def _number(
-  make: Any, kind: Kind, off: float, default: float | None = None, *, draws: bool = False
-) -> SamplingRule:
-  """Returns the row of a number; where it has no `default`, it may be None."""
-  return SamplingRule(
-    make, kind, off, default, type(off) | None if default is None else type(off), draws
-  )
 
 
 def _as_it_is(make: Any, name: str, value: Any, given: Given) -> list[p.Processor]:
@@ -171,10 +165,10 @@ HEAT = dataclasses.replace(POSITIVE, words='be positive (greedy: do_sample=False
 
 SAMPLERS: dict[str, SamplingRule] = {
   'sequence_bias': SamplingRule(p.SequenceBias, of=_sequence_bias, default=(), type=Biases),
-  'repetition_penalty': _number(p.RepetitionPenalty, POSITIVE, 1.0, 1.0),
-  'frequency_penalty': _number(p.FrequencyPenalty, FINITE, 0.0, 0.0),
-  'presence_penalty': _number(p.PresencePenalty, FINITE, 0.0, 0.0),
-  'no_repeat_ngram_size': _number(p.NoRepeatNGram, AT_LEAST_1, 0),
+  'repetition_penalty': SamplingRule(p.RepetitionPenalty, POSITIVE, 1.0, 1.0),
+  'frequency_penalty': SamplingRule(p.FrequencyPenalty, FINITE, 0.0, 0.0),
+  'presence_penalty': SamplingRule(p.PresencePenalty, FINITE, 0.0, 0.0),
+  'no_repeat_ngram_size': SamplingRule(p.NoRepeatNGram, AT_LEAST_1, 0),
   'bad_words_ids': SamplingRule(
     p.SequenceBias,
     of=_bad_words,
@@ -182,8 +176,8 @@ SAMPLERS: dict[str, SamplingRule] = {
     type=Sequence[Ids],
     help='Lists of ids that never occur.',
   ),
-  'min_length': _number(p.MinLength, AT_LEAST_0, 0, 0),
-  'min_new_tokens': _number(p.MinNewTokens, AT_LEAST_0, 0, 0),
+  'min_length': SamplingRule(p.MinLength, AT_LEAST_0, 0, 0),
+  'min_new_tokens': SamplingRule(p.MinNewTokens, AT_LEAST_0, 0, 0),
   'prefix_allowed_tokens_fn': SamplingRule(p.PrefixConstrained, of=_prefix_constrained),
   'regex': SamplingRule(
     p.Guided,
@@ -193,19 +187,19 @@ SAMPLERS: dict[str, SamplingRule] = {
   ),
   'forced_bos_token_id': SamplingRule(p.ForcedBOS, of=_of_ids, type=int | None),
   'forced_eos_token_id': SamplingRule(p.ForcedEOS, of=_of_ids, type=int | Ids | None),
-  'remove_invalid_values': _number(p.InfNanRemove, Bool(), False, False),
+  'remove_invalid_values': SamplingRule(p.InfNanRemove, Bool(), False, False),
   'exponential_decay_length_penalty': SamplingRule(
     p.ExponentialDecay, of=_exponential_decay, type=tuple[int, float] | None
   ),
   'suppress_tokens': SamplingRule(p.SuppressTokens, of=_of_ids, default=(), type=Ids),
   'begin_suppress_tokens': SamplingRule(p.SuppressAtBegin, of=_of_ids, default=(), type=Ids),
   'logits_processor': SamplingRule(p.Custom, of=_each),
-  'temperature': _number(w.Temperature, HEAT, 1.0, 1.0, draws=True),
-  'top_k': _number(w.TopK, AT_LEAST_1, LARGE, draws=True),
-  'top_p': _number(w.TopP, SHARE, 1.0, draws=True),
-  'min_p': _number(w.MinP, Float(0, 1), 0.0, draws=True),
-  'typical_p': _number(w.Typical, SHARE, 1.0, draws=True),
-  'epsilon_cutoff': _number(w.Epsilon, CUTOFF, 0.0, draws=True),
-  'eta_cutoff': _number(w.Eta, CUTOFF, 0.0, draws=True),
-  'renormalize_logits': _number(p.LogitNormalization, Bool(), False, False),
+  'temperature': SamplingRule(w.Temperature, HEAT, 1.0, 1.0, draws=True),
+  'top_k': SamplingRule(w.TopK, AT_LEAST_1, LARGE, draws=True),
+  'top_p': SamplingRule(w.TopP, SHARE, 1.0, draws=True),
+  'min_p': SamplingRule(w.MinP, Float(0, 1), 0.0, draws=True),
+  'typical_p': SamplingRule(w.Typical, SHARE, 1.0, draws=True),
+  'epsilon_cutoff': SamplingRule(w.Epsilon, CUTOFF, 0.0, draws=True),
+  'eta_cutoff': SamplingRule(w.Eta, CUTOFF, 0.0, draws=True),
+  'renormalize_logits': SamplingRule(p.LogitNormalization, Bool(), False, False),
 }

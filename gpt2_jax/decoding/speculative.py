@@ -46,13 +46,13 @@ class Guesser(Protocol):
   """Who guesses. Registered as a JAX dataclass."""
 
   def start(self, request: Request, N: int) -> Any:
-    """What it has to remember, for N new tokens."""
+    """Returns the memory to begin with, for N new tokens."""
 
   def guess(
     self, request: Request, history: History, t_B: jax.Array, memory: Any, k: int
   ) -> tuple[jax.Array, jax.Array | None, Any]:
-    """k tokens that may come next, [B, k]; the distributions that they were drawn from, [B, k, V],
-    None where nothing was drawn; and its memory. Token number `t_B` of the new ones is the last.
+    """Returns k tokens that may come next, [B, k]; the distributions that they were drawn from,
+    [B, k, V], None where nothing was drawn; and its memory. The last new token is number `t_B`.
     """
     ...
 
@@ -142,8 +142,8 @@ class Draft:
 
 
 def _keys(keys_B: jax.Array, positions_B: jax.Array, purpose: int) -> jax.Array:
-  """Keys for the token at each row's position. A guess after a rejected one is drawn anew with the
-  same key, which has decided nothing yet.
+  """Returns keys for the token at each row's position. A guess after a rejected one is drawn anew
+  with the same key, which has decided nothing yet.
   """
   fold = lambda key, position: jax.random.fold_in(jax.random.fold_in(key, position), purpose)
   return jax.vmap(fold)(keys_B, positions_B)
@@ -156,7 +156,7 @@ def decide(
   keys_B: jax.Array | None,
   history: History,
 ) -> jax.Array:
-  """The next token of each row: its guess, or another in place of it.
+  """Returns the next token of each row: its guess, or another in place of it.
 
   Args:
     scores_BV: of the model, processed.
@@ -222,18 +222,18 @@ class Speculation:
 
 @register
 class Speculative:
-  """As `Sample`, several tokens at a step: k guesses at a time. Draws have the same distribution, but
-  are others.
+  """Does what `Sample` does, several tokens at a step: k guesses at a time. Its draws are others,
+  of the same distribution.
   """
 
   guesser: Guesser
   k: int = dataclasses.field(metadata=dict(static=True))
 
   def start(self, model, request: Request, N: int, K: int) -> Speculation:
-    room = N + self.k  # of guesses behind the last token
-    first = Sample().start(model, request, room, K)
+    most = N + self.k  # with guesses behind the last token
+    first = Sample().start(model, request, most, K)
     return Speculation(
-      first.t, first.cache, first.history, first.record, self.guesser.start(request, room)
+      first.t, first.cache, first.history, first.record, self.guesser.start(request, most)
     )
 
   def step(self, model, request: Request, state: Speculation) -> Speculation:

@@ -20,13 +20,13 @@ LANES = 256  # partial sums of a row: faster than one, and rounded less
 
 
 def log_probs(scores_BV: jax.Array) -> jax.Array:
-  """Log-softmax. A score of +inf, which a bias may make, takes all probability; all may be -inf."""
+  """Returns the log-softmax. A score of +inf, of a bias, takes all probability; all may be -inf."""
   log_BV = jax.nn.log_softmax(jnp.minimum(scores_BV, jnp.finfo(scores_BV.dtype).max), axis=-1)
   return jnp.where(scores_BV == NEVER, NEVER, log_BV)
 
 
 def threshold(x_BV: jax.Array, weight_BV: jax.Array, target: ArrayLike) -> jax.Array:
-  """The least x such that the weights of all x up to it reach the target, [B, 1].
+  """Returns the least x such that the weights of all x up to it reach the target, [B, 1].
 
   Exact but for the rounding of sums: a bisection over the 32 bits of a float, read as an integer
   of the same order.
@@ -58,7 +58,7 @@ def threshold(x_BV: jax.Array, weight_BV: jax.Array, target: ArrayLike) -> jax.A
 
 
 def _nth_largest(x_BV: jax.Array, n: ArrayLike) -> jax.Array:
-  """The n-th largest of each row, or its least where it has fewer, [B, 1]."""
+  """Returns the n-th largest of each row, or its least where it has fewer, [B, 1]."""
   V = x_BV.shape[-1]
   # in float32, which counts exactly up to 2^24
   return threshold(x_BV, jnp.ones_like(x_BV), V + 1 - jnp.minimum(n, V))
@@ -66,12 +66,12 @@ def _nth_largest(x_BV: jax.Array, n: ArrayLike) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Warper:
-  """What those with a least number of tokens share."""
+  """The part that rules with a least number of tokens share."""
 
   min_tokens_to_keep: int = dataclasses.field(default=1, kw_only=True, metadata=dict(static=True))
 
   def least(self, x_BV: jax.Array) -> jax.Array:
-    """The least of the largest values that are kept, [B, 1]."""
+    """Returns the least of the largest values that are kept, [B, 1]."""
     n = self.min_tokens_to_keep
     return x_BV.max(-1, keepdims=True) if n == 1 else _nth_largest(x_BV, n)
 
@@ -178,5 +178,5 @@ class Eta(_Warper):
 
 
 def entropy(log_BV: jax.Array) -> jax.Array:
-  """Entropy of log-probabilities in nats, [B, 1]; one of -inf has none."""
+  """Returns the entropy of log-probabilities in nats, [B, 1]; one of -inf has none."""
   return -jnp.where(log_BV > NEVER, jnp.exp(log_BV) * log_BV, 0).sum(-1, keepdims=True)
