@@ -198,6 +198,18 @@ def whole(target: str | os.PathLike) -> Iterator[Path]:
       shutil.rmtree(scratch)
 
 
+def save_text(path: str | os.PathLike, text: str, what: str) -> None:
+  """Writes a text file, and makes the folders above it.
+
+  Raises:
+    UserError: it can't be written; `what` names the content.
+  """
+  path = local(path)
+  with saving(what, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
 def write_whole(path: Path, content: bytes | str) -> None:
   """Writes a file whole or not at all."""
   path = local(path)

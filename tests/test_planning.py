@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.hardware import GIB, Chip
 from gpt2_jax.planning import command, cost, hlo, report, search, topology
 from gpt2_jax.planning.cost import Traffic
-from gpt2_jax.planning.decode import lengths, plan_decode
+from gpt2_jax.planning.decode import AskedTexts, lengths, plan_decode
 from gpt2_jax.planning.plan import plan_train
 from gpt2_jax.planning.report import Report
 from gpt2_jax.training.plan import make_plan
@@ -332,6 +333,16 @@ def test_a_refusal_of_the_compiler_is_a_plan_too(monkeypatch):
   assert Report.from_json(made.to_json()) == made
 
 
+def test_of_a_program_that_cannot_be_read_the_memory_is_known(monkeypatch):
+  """A compiler's text of another form costs the times, and nothing else."""
+  monkeypatch.setattr(hlo, 'COMPUTATION', re.compile('no line is so'))
+  made = plan_train(small_config(), fake(), 'small')
+  assert made.memory.total > 0 and made.fits and made.times is None
+  [note] = made.notes
+  assert "this compiler's program can't be read" in note and '--dump' in note
+  assert note in made.text() and made == Report.from_json(made.to_json())
+
+
 def test_lengths_follow_the_context():
   for S, given, want in (
     (1024, (None, None), (128, 128)),
@@ -356,7 +367,7 @@ def test_lengths_follow_the_context():
 @pytest.mark.parametrize('mode', ['decode', 'prefill'])
 def test_generation_is_planned(mode):
   config = small_config(data=4, fsdp=1, tensor=2)
-  made = plan_decode(config, fake(), 'small', mode, batch=8, prompt=16, new=32, largest=False)
+  made = plan_decode(config, fake(), 'small', mode, AskedTexts(8, 16, 32), largest=False)
   cache = 2 * 3 * 64 * 48 * 8 * 4  # keys and values, layers, width, slots, rows, float32
   assert made.results['kv_cache_bytes'] == cache
   assert made.results['kv_cache_bytes_per_device'] == cache / 8
@@ -370,7 +381,7 @@ def test_generation_is_planned(mode):
 def test_the_largest_batch_is_one_that_fits():
   config = small_config(data=8, fsdp=1)
   plan = lambda rows, largest: plan_decode(
-    config, fake(hbm=6 * 2**20), 'small', 'decode', batch=rows, prompt=16, new=32, largest=largest
+    config, fake(hbm=6 * 2**20), 'small', 'decode', AskedTexts(rows, 16, 32), largest=largest
   )
   rows = int(plan(8, True).results['largest_batch'])
   assert rows > 8 and rows % 8 == 0

@@ -1,12 +1,14 @@
 """A server answers as `generate` does, whatever else it is asked, and whoever asks."""
 
 import concurrent.futures
+import dataclasses
 import json
 import re
 import socket
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -17,7 +19,10 @@ httpx = pytest.importorskip('httpx', reason='the client of these tests, of the e
 from serving_fixtures import CONFIG, events, serve, tiny_model  # noqa: E402
 
 import gpt2_jax  # noqa: E402
+from gpt2_jax.bounds import Bool, Int  # noqa: E402
+from gpt2_jax.decoding.assemble import make_processors  # noqa: E402
 from gpt2_jax.decoding.generate import prepare  # noqa: E402
+from gpt2_jax.decoding.options import Options  # noqa: E402
 from gpt2_jax.errors import UserError  # noqa: E402
 from gpt2_jax.serving import slots, steps  # noqa: E402
 from gpt2_jax.serving.api import Limits  # noqa: E402
@@ -48,6 +53,9 @@ def complete(server, **body) -> list[dict]:
   return answer.json()['choices']
 
 
+RARE = dict(
+  repetition_penalty=1.3, no_repeat_ngram_size=2, min_new_tokens=9, min_p=0.02, typical_p=0.9
+)
 # the same options in OpenAI's words and in those of `generate`
 SAME = [
   (dict(temperature=0), dict(do_sample=False)),
@@ -67,6 +75,7 @@ SAME = [
       stop_strings=('e', 'AA'),
     ),
   ),
+  (RARE, RARE),
 ]
 
 
@@ -97,6 +106,7 @@ MIXED = [
       {'top_k': 5},
       {'top_p': 0.5, 'n': 2, 'stop': 'a'},
       {'presence_penalty': 2, 'logit_bias': {'65': 4}},
+      RARE,
     )
     for prompt in ('x', LONG[:77])
   )
@@ -110,6 +120,39 @@ def test_texts_do_not_depend_on_what_else_is_asked(server):
     together = list(pool.map(lambda body: complete(server, **body), MIXED))
   assert together == alone
   server.settle()
+
+
+def test_each_rule_is_that_of_the_library():
+  """A row for each rule, side by side: its scores are those that `generate` chooses by."""
+  B, V, S, eos = len(slots.RULES), CONFIG.vocab_size, CONFIG.n_positions, np.asarray([7])
+
+  def value(kind):
+    return (
+      True if isinstance(kind, Bool) else 2 + 20 * (not kind.low) if isinstance(kind, Int) else 0.3
+    )
+
+  asked = [{name: value(rule.kind)} for name, rule in slots.RULES.items()]
+  rng = np.random.default_rng(0)
+  logits_BV = jnp.asarray(2 * rng.standard_normal((B, V)), jnp.float32)
+  state = slots.empty(prepare(tiny_model())[0], B=B)
+  lengths_B = jnp.full(B, 9)
+  history = dataclasses.replace(
+    state.history,
+    tokens_BS=jnp.asarray(rng.integers(0, 2, (B, S))),
+    lengths_B=lengths_B,
+    prompt_B=lengths_B - 8,
+    reason_B=jnp.zeros_like(lengths_B),
+  )
+  numbers = [slots.choice_of(V, numbers) for numbers in asked]
+  choice = jax.tree.map(lambda *x: jnp.stack(x), *numbers)
+  assert {*slots.COMMON} < {*slots.RULES}
+  found_BV = jax.jit(steps.process)(choice, logits_BV, history, eos)
+  for b, options in enumerate(asked):
+    row = lambda x, b=b: x[b : b + 1]
+    [rule] = make_processors(Options(**options), V=V, eos=eos, ends=eos)
+    want_1V = rule(row(logits_BV), jax.tree.map(row, history))
+    np.testing.assert_allclose(row(found_BV), want_1V, rtol=1e-6, err_msg=str(options))
+    assert (want_1V != row(logits_BV)).any() or 'remove_invalid_values' in options
 
 
 @pytest.mark.parametrize('B', [1, 3])
@@ -306,9 +349,7 @@ def test_what_clients_send_of_themselves_is_taken_where_it_asks_for_nothing(serv
     store=True,
     metadata={'a': 'b'},
     service_tier='flex',
-    min_p=0.1,
     min_tokens=1,
-    repetition_penalty=1.1,
     stop_token_ids=[3],
     ignore_eos=True,
     prompt_cache_key='x',
@@ -761,11 +802,11 @@ def test_a_request_may_take_so_long_only():
 
 def test_a_server_that_is_being_stopped_refuses():
   with serve(slots=4) as running:
-    running.serving.behind = 1  # something still runs
+    running.serving.passes = 1  # something still runs
     running.serving.drain()
     assert_error(post(running, prompt='a'), 503)
     assert_error(httpx.get(running.url + '/healthz'), 503)
-    running.serving.behind = 0
+    running.serving.passes = 0
 
 
 def test_models_have_names(tmp_path):
@@ -834,10 +875,10 @@ def test_files_that_may_be_open(monkeypatch, capsys):
 def test_slots_that_no_memory_holds():
   form, params = prepare(tiny_model())
   [device] = params['wte']['weight'].devices()
-  slots.check_room(form, 8, device)
+  slots.check_memory(form, 8, device)
   for B in (10**9, 10**400):
     with pytest.raises(UserError, match=r'slots need .* GiB .*: at most --slots \d+'):
-      slots.check_room(form, B, device)
+      slots.check_memory(form, B, device)
 
 
 @pytest.mark.slow

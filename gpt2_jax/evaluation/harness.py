@@ -1,9 +1,9 @@
-"""EleutherAI's lm-evaluation-harness on a model of ours: its `--model gpt2_jax`.
+"""Runs EleutherAI's lm-evaluation-harness on our models: its `--model gpt2_jax`.
 
     python -m gpt2_jax.evaluation.lm_eval --model gpt2_jax --model_args pretrained=X --tasks hellaswag
 
-What is scored equals what its own `--model hf` scores on the same weights (read in version 0.4.13):
-contexts are cut on the left, an empty context is the end-of-text id, a rolling text begins with that
+Scores equal those of its own `--model hf` on the same weights (as read in version 0.4.13): contexts
+are cut on the left, an empty context is the end-of-text id, a rolling text begins with that
 id, and special tokens written in a text are the tokens. Needs the extra `lm-eval`.
 """
 
@@ -25,9 +25,9 @@ from gpt2_jax.pretrained_model import Model, Pretrained
 from gpt2_jax.progress import track
 from gpt2_jax.tokenizer import load as load_tokenizer
 
-AT_A_TIME = 4096  # requests between two entries in the harness's cache of answers
-DEVICE = 'cuda:0'  # the harness's default, wherever it runs
-TEXTS = 32  # that are written at a time, unless --batch_size is a number above 1
+AT_A_TIME = 4096  # requests, after which their results go to the harness's cache
+DEVICE = 'cuda:0'  # the harness's default on every machine
+TEXTS = 32  # written at a time, unless --batch_size is a number above 1
 CHAT = 'GPT-2 has no chat template: leave --apply_chat_template out.'
 
 
@@ -35,19 +35,21 @@ CHAT = 'GPT-2 has no chat template: leave --apply_chat_template out.'
 class GPT2LM(TemplateLM):
   """A model for `lm_eval.simple_evaluate`, or by name on its command line.
 
+  Its many arguments are those of the harness's command line, which passes them by name.
+
   Args:
     pretrained: a model, or what `gpt2_jax.from_pretrained` reads.
     tokenizer: where the checkpoint brings none: gpt2, byte, or a folder.
     dtype: of parameters and activations, float32 or bfloat16.
     base, ignore_extra: as for `gpt2_jax.from_pretrained`.
     max_length: positions to use; default: all that the model has.
-    max_gen_toks: new tokens of a text whose task doesn't say.
-    prefix_token_id: what an empty context is; default: the end-of-text id.
+    max_gen_toks: new tokens of a text whose task does not say how many.
+    prefix_token_id: the id that stands for an empty context; default: the end-of-text id.
     seed: of sampled texts.
     data, fsdp, tensor: sizes of the mesh over all devices; default: one device.
-    batch_size: texts that are written at a time. (Scoring finds its own.) Nothing depends on it.
+    batch_size: texts that are written at a time; results don't depend on it. Scoring finds its own.
     max_batch_size: not used.
-    device: must name the kind that jax runs on; 'cuda:0', which the harness says of itself, may not.
+    device: must name the platform that jax runs on, or be 'cuda:0', the harness's default.
 
   Raises:
     UserError: the model can't be read, has no tokenizer, or an argument is out of range.
@@ -109,11 +111,11 @@ class GPT2LM(TemplateLM):
 
   @property
   def tokenizer_name(self) -> str:
-    """Names the ids that texts become, for the harness's cache of requests."""
+    """Returns a name for the ids that texts become, for the harness's cache of requests."""
     return f'gpt2_jax__{self.tokenizer.sha256[:16]}'
 
   def get_model_info(self) -> dict[str, Any]:
-    """What the harness writes beside the results."""
+    """Returns the facts that the harness writes beside the results."""
     config = self.model.config
     return {
       'model_num_parameters': counts.num_params(config),
@@ -129,12 +131,12 @@ class GPT2LM(TemplateLM):
     raise UserError(CHAT)
 
   def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-    """Ids as Hugging Face's tokenizer gives them: none is added, `<|endoftext|>` is the token."""
+    """Returns the ids of Hugging Face's tokenizer: none is added, `<|endoftext|>` is the token."""
     return self.tokenizer.encode(string, allow_special=True)
 
   def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-    """Log-likelihood of whole texts, each token given the one window that ends with it or later."""
-    found = self._score(
+    """Returns the log-likelihoods of whole texts; each token is scored in one window."""
+    return self._score(
       'loglikelihood_rolling',
       [
         (
@@ -150,7 +152,6 @@ class GPT2LM(TemplateLM):
       ],
       _total,
     )
-    return found
 
   def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
     return self._score(
@@ -163,7 +164,7 @@ class GPT2LM(TemplateLM):
     )
 
   def _score(self, name: str, asked: list[tuple[Any, list[Request]]], result) -> list:
-    """Results of questions of some requests each, left in the harness's cache now and then."""
+    """Returns the results of questions, each of some requests; keeps them in the harness's cache."""
     found, waiting = [], []
     for i, question in enumerate(asked):
       waiting.append(question)
@@ -184,8 +185,8 @@ class GPT2LM(TemplateLM):
   def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
     """Continues contexts, each up to the first of its stop strings or the end-of-text id.
 
-    Greedily, unless the task's options say otherwise; these are the options of `gpt2_jax.generate`.
-    The k-th time that the same context is asked for with sampling, it is continued otherwise.
+    It is greedy unless the task's options, those of `gpt2_jax.generate`, ask for more. If it samples,
+    a context that is asked for several times gets as many different continuations.
     """
     groups: dict[str, dict[str, list[int]]] = {}  # options -> context -> numbers of requests
     for i, request in enumerate(requests):
@@ -203,7 +204,7 @@ class GPT2LM(TemplateLM):
     return texts
 
   def _write(self, contexts: dict[str, list[int]], options: dict[str, Any]):
-    """Continuations of contexts with the same options: (numbers of the requests, texts)."""
+    """Yields continuations of contexts with the same options: (numbers of the requests, texts)."""
     options = dict[str, Any](normalize_gen_kwargs(options, self.max_gen_toks))
     until = handle_stop_sequences(options.pop('until'), self.tokenizer.decode([self.eot_token_id]))
     new, sampled = options.pop('max_gen_toks'), options['do_sample']
@@ -239,7 +240,7 @@ class GPT2LM(TemplateLM):
 
 
 def _last(ids: Sequence[int], n: int) -> Sequence[int]:
-  """The last n ids, where n may be 0 or less: then the last one, for what has no room is an error."""
+  """Returns the last n ids; the last one where n < 1, so that scoring it is an error with a name."""
   return ids[-max(1, n) :]
 
 

@@ -1,8 +1,8 @@
-"""Results that outlive the process: what an evaluation found before it was killed.
+"""Keeps an evaluation's results in a file, so that they outlive a process that is killed.
 
-A file of JSON lines, each a key and what was found under it, appended and flushed as a batch is done.
-A line that a kill cut short is dropped when the file is read. A key names all that a result follows
-from: parameters, numerics, version, request.
+Each line is JSON, a key and its result, appended and flushed when a batch is done. A line that a kill
+cut short is dropped when the file is read. A key names all that a result follows from: parameters,
+numerics, version, request.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from gpt2_jax.pretrained_model import Model, params_of
 
 
 def fingerprint(model: Model) -> str:
-  """Names a model's function: SHA-256 of its config and all of its parameters, whatever the mesh."""
+  """Returns a name for what a model computes: SHA-256 of its config and parameters, on any mesh."""
   digest = hashlib.sha256(repr(model.config).encode())
   params: Any = params_of(model)
   with sharding.mesh_of(params):
@@ -36,14 +36,14 @@ def fingerprint(model: Model) -> str:
 
 
 class Kept:
-  """Results by key, in a file, in memory as well.
+  """Results by key, in memory and in a file.
 
   Args:
-    path: of the file; None: in memory alone.
+    path: of the file; None: in memory only.
     identity: of the model, as `fingerprint` gives it.
 
   Raises:
-    UserError: the file is another.
+    UserError: the file holds something else.
   """
 
   def __init__(self, path: Path | None, identity: str):
@@ -62,7 +62,7 @@ class Kept:
         raise UserError(f'{path} holds no scores that were kept ({e}): remove it.') from None
 
   def key(self, *parts: Any) -> str:
-    """Names a question to the model; parts are numbers, texts, arrays."""
+    """Returns a name for a question to the model; parts are numbers, texts or arrays of int32."""
     digest = hashlib.sha256(self.identity.encode())
     for part in parts:
       data = np.asarray(part, np.int32).tobytes() if not isinstance(part, str) else part.encode()
@@ -70,11 +70,11 @@ class Kept:
     return digest.hexdigest()[:32]
 
   def get(self, key: str) -> Any:
-    """What was found, None where nothing was."""
+    """Returns the result of a key, None where there is none."""
     return self._found.get(key)
 
   def add(self, found: Mapping[str, Any]) -> None:
-    """Leaves what was found; values are those of JSON."""
+    """Keeps results; their values are those of JSON."""
     self._found.update(found)
     if self.path is None:
       return
@@ -85,6 +85,6 @@ class Kept:
       os.fsync(f.fileno())
 
   def remove(self) -> None:
-    """Removes the file: its results stand elsewhere."""
+    """Removes the file, once its results stand elsewhere."""
     if self.path is not None:
       self.path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A model that is asked, and figures out of its answers."""
+"""Asks a model, and makes figures of its answers."""
 
 import dataclasses
 import math
@@ -20,8 +20,8 @@ class Value:
   Attributes:
     value: the figure.
     stderr: its standard error over examples, None where a corpus is one example.
-    n: of how many units it is the mean.
-    unit: of what: 'examples', or what a corpus is counted in.
+    n: how many units it is the mean of.
+    unit: 'examples', or the unit that a corpus is counted in.
   """
 
   value: float
@@ -32,7 +32,7 @@ class Value:
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-  """A model that is asked."""
+  """A model, and the results that are kept of it."""
 
   model: Pretrained
   kept: Kept
@@ -52,9 +52,10 @@ class Scorer:
     return scoring.score(self.model, requests, progress=what, kept=self.kept)
 
   def pair(self, context: str, continuation: str) -> Request:
-    """A request for a continuation, cut out of the ids of both, as lm-evaluation-harness does.
+    """Returns a request for a continuation, cut from the ids of both, as lm-evaluation-harness does.
 
-    Blanks at the end of the context count as the continuation's; without one a document begins.
+    Blanks at the end of the context count as the continuation's; an empty context is a document's
+    beginning.
     """
     bare = context.rstrip()
     continuation = context[len(bare) :] + continuation
@@ -68,25 +69,25 @@ Values = dict[str, Value]
 
 
 def mean(values: Sequence[float] | np.ndarray) -> Value:
-  """The mean of examples, with its standard error."""
+  """Returns the mean of examples, with its standard error."""
   x = np.asarray(values, np.float64)
   stderr = float(x.std(ddof=1)) / math.sqrt(len(x)) if len(x) > 1 else None
   return Value(float(x.mean()), stderr, len(x))
 
 
 def perplexity(nlls: Sequence[float]) -> Value:
-  """exp of the mean of examples; the standard error is carried over to first order."""
+  """Returns exp of the mean of examples; the standard error is carried over to first order."""
   of = mean(nlls)
   value = math.exp(of.value)
   return Value(value, None if of.stderr is None else value * of.stderr, of.n)
 
 
 def total(scored: Sequence[Scored]) -> float:
-  """Minus the log-likelihood of all targets, in nats, added up in float64."""
+  """Returns minus the log-likelihood of all targets, in nats, added up in float64."""
   return -float(sum(s.logprobs.sum(dtype=np.float64) for s in scored))
 
 
 def per_unit(metric: str, nll: float, n: int, unit: str) -> Value:
-  """A figure of a corpus, by the name of its metric."""
+  """Returns a figure of a corpus, by the name of its metric; `nll` is in nats."""
   each = nll / n
   return Value(each / math.log(2) if metric.startswith('bits') else math.exp(each), None, n, unit)

@@ -1,9 +1,9 @@
-"""How likely a model finds tokens: the one place where evaluation runs a model.
+"""Scores how likely a model finds tokens: the one place where evaluation runs a model.
 
     scored = score(model, [Request(context=[50256], target=[15496, 995])])
 
-A request's result is bitwise the same whatever else is asked: the program that computes it, and the
-number of rows of its batch, follow from its own lengths, the model and the devices.
+A request's result is bitwise the same whatever else is asked: its program and the rows of its batch
+follow from its own lengths, the model and the devices.
 """
 
 import dataclasses
@@ -23,20 +23,20 @@ from gpt2_jax.model import Params, bind
 from gpt2_jax.pretrained_model import Model, params_of
 from gpt2_jax.progress import track
 
-BATCH_TOKENS = {'cpu': 2048, 'gpu': 16384, 'tpu': 16384}  # a device has at a time
-LOGITS = {'cpu': 2**23, 'gpu': 2**26, 'tpu': 2**26}  # floats that a device holds at a time
-FEW = (8, 64)  # targets, which most requests don't have more of: others have no logits
+BATCH_TOKENS = {'cpu': 2048, 'gpu': 16384, 'tpu': 16384}  # on a device at a time
+LOGITS = {'cpu': 2**23, 'gpu': 2**26, 'tpu': 2**26}  # floats on a device at a time
+FEW = (8, 64)  # targets that a program has logits for, as most requests have no more
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """What is to be scored.
+  """A target to be scored after a context.
 
   Attributes:
-    context: ids before the target, at least one: who asks decides what a text begins with. What
-      doesn't fit the model's window is cut on the left.
+    context: ids before the target, at least one: the caller decides what a text begins with. Ids
+      that don't fit the model's window are cut on the left.
     target: ids to score, at most n_positions.
-    document_start: an id that begins a document; then a token sees its own document alone.
+    document_start: an id that begins a document; with it, a token sees only its own document.
   """
 
   context: Sequence[int] | np.ndarray
@@ -60,7 +60,7 @@ class Scored:
 def rolling(
   tokens: Sequence[int] | np.ndarray, *, window: int, stride: int, prefix: int | None = None
 ) -> list[Request]:
-  """Requests that score each token of a long text once, in sliding windows.
+  """Returns requests that score each token of a long text once, in sliding windows.
 
   The first has as many targets as fit, each later one up to `stride`; all have as much context as
   fits. With stride = window these are lm-evaluation-harness's windows (get_rolling_token_windows).
@@ -69,7 +69,7 @@ def rolling(
     tokens: of the text.
     window: positions of the model that are used.
     stride: targets of a window, at most `window`.
-    prefix: an id before the text; None: the text's first token is context alone, never a target.
+    prefix: an id before the text; None: the text's first token is context, and not scored.
   """
   if not 1 <= stride <= window:
     raise UserError(f'stride {stride} must be at least 1 and at most the window, {window}.')
@@ -83,7 +83,7 @@ def rolling(
 
 
 def check(config: GPTConfig, requests: Sequence[Request]) -> None:
-  """Raises a UserError that names a request which this model can't score."""
+  """Checks requests. Raises: UserError: names one that this model can't score."""
   if config.head != 'lm':
     raise UserError('this model has a classification head: there is no next token to score.')
   for i, request in enumerate(requests):
@@ -108,13 +108,13 @@ def check(config: GPTConfig, requests: Sequence[Request]) -> None:
 def score(
   model: Model, requests: Sequence[Request], *, progress: str = 'scoring', kept: Kept | None = None
 ) -> list[Scored]:
-  """Scores requests, in batches of like length.
+  """Scores requests, in batches of similar lengths.
 
   Args:
     model: a language model, on one device or a mesh.
     requests: what to score.
-    progress: what the bar says.
-    kept: where results are looked up first and left as they are done.
+    progress: the text of the progress bar.
+    kept: results from before; new ones are added to it.
 
   Returns:
     The results, in the order of the requests.
@@ -154,7 +154,7 @@ def score(
 
 
 def _frozen(scored: Scored) -> list[str]:
-  """A result for JSON, to the last bit."""
+  """Returns a result as texts for JSON, exact to the last bit; `_thawed` undoes it."""
   return [scored.logprobs.astype('<f4').tobytes().hex(), np.packbits(scored.greedy).tobytes().hex()]
 
 
@@ -165,8 +165,8 @@ def _thawed(value: list[str]) -> Scored:
 
 
 def _shape(config: GPTConfig, request: Request) -> tuple[int, int, int]:
-  """(T, K, start): positions, and targets, that the program for a request has room for, and the id
-  that begins a document, -1 for none.
+  """Returns (T, K, start) of a request's program: its positions, its targets, and the id that begins
+  a document, -1 for none.
   """
   n = len(request.target)
   T = batching.bucket(min(len(request.context) + n - 1, config.n_positions), config.n_positions)
@@ -175,14 +175,14 @@ def _shape(config: GPTConfig, request: Request) -> tuple[int, int, int]:
 
 
 def _rows(T: int) -> int:
-  """Rows of a batch on the mesh that is set."""
+  """Returns the rows of a batch on the mesh that is set."""
   return max(1, BATCH_TOKENS[sharding.platform()] // T) * batching.split()
 
 
 def _run(
   config: GPTConfig, params: Params, requests: Sequence[Request], todo: list[int]
 ) -> Iterator[tuple[list[int], list[Scored]]]:
-  """Numbers of requests, a batch at a time, and their results; the longest first."""
+  """Yields the numbers of requests and their results, a batch at a time, the longest first."""
   by_shape: dict[tuple[int, int, int], list[int]] = {}
   for i in todo:
     by_shape.setdefault(_shape(config, requests[i]), []).append(i)
@@ -200,7 +200,7 @@ def _run(
 
 
 def _arrays(batch: list[Request], B: int, T: int, K: int) -> tuple[np.ndarray, ...]:
-  """Inputs [B, T], the position before each row's first target [B], and the targets [B, K]."""
+  """Returns inputs [B, T], the position before each row's first target [B], and targets [B, K]."""
   tokens_BT, starts_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32)
   targets_BK = np.zeros((B, K), np.int32)
   for b, request in enumerate(batch):
@@ -214,14 +214,14 @@ def _arrays(batch: list[Request], B: int, T: int, K: int) -> tuple[np.ndarray, .
 
 @functools.partial(jax.jit, static_argnames=('config', 'K', 'start'))
 def _score(config: GPTConfig, params: Params, tokens_BT, starts_B, targets_BK, *, K: int, start: int):
-  """Log-probabilities of K targets a row and whether each is the likeliest, [B, K]."""
+  """Returns the log-probabilities of K targets a row, and whether each is the likeliest, [B, K]."""
   model = bind(config, params)
   documents_BT = None if start < 0 else jnp.cumsum(tokens_BT == start, axis=1, dtype=jnp.int32)
   x_BTD = model.transformer(tokens_BT, documents_BT=documents_BT).x_BTD
   B, T = tokens_BT.shape
 
-  room = LOGITS[sharding.platform()] * batching.split() // (B * config.padded_vocab_size)
-  C = max(1, min(K, room))
+  most = LOGITS[sharding.platform()] * batching.split() // (B * config.padded_vocab_size)
+  C = max(1, min(K, most))
   n = -(-K // C)  # stretches of C targets, one after another: all logits at once would be too many
 
   def take(_, rows):

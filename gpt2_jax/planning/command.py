@@ -1,7 +1,6 @@
 """The verb `gpt2-jax plan`."""
 
 import dataclasses
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,8 +9,8 @@ import tyro
 
 from gpt2_jax.bounds import shortened
 from gpt2_jax.config import wrong_knob
-from gpt2_jax.errors import UserError, saving
-from gpt2_jax.files import local
+from gpt2_jax.errors import UserError
+from gpt2_jax.files import local, save_text
 
 RECIPE = 'fineweb'  # of a config that is named without one
 
@@ -60,35 +59,49 @@ class Plan:
     config, name = load_config(self.config, self.overrides)
     file = None if self.dump is None else self.dump / f'{self.mode}.hlo.txt'
     if self.search:
-      from gpt2_jax.planning import search
-
-      return search.run(
-        config,
-        topo,
-        name,
-        limit=self.search_limit,
-        workers=self.workers,
-        tokens=self.tokens,
-        json_file=self.json,
-        dump=self.dump,
-      )
+      return self._search(config, topo, name)
     if self.mode == 'train':
       from gpt2_jax.planning.plan import plan_train
 
       made = plan_train(config, topo, name, tokens=self.tokens, dump=file)
     else:
-      from gpt2_jax.planning.decode import plan_decode
+      from gpt2_jax.planning.decode import AskedTexts, plan_decode
 
-      made = plan_decode(
-        config, topo, name, self.mode, batch=self.batch, prompt=self.prompt, new=self.new, dump=file
-      )
+      texts = AskedTexts(self.batch, self.prompt, self.new)
+      made = plan_decode(config, topo, name, self.mode, texts, dump=file)
     print(made.text())
     if self.json is not None:
       made.save(self.json)
 
+  def _search(self, config: Any, topo: Any, name: str) -> None:
+    """Searches, and prints the table and the best plan."""
+    from gpt2_jax.planning import search
+
+    found = search.search(
+      config,
+      topo,
+      name,
+      limit=self.search_limit,
+      workers=self.workers,
+      tokens=self.tokens,
+      dump=self.dump,
+    )
+    best = search.ranked(list(found))
+    if not best:
+      raise UserError('none of the candidates could be compiled: see above.')
+    print(search.table(best), '\n\nThe times are estimates, uncalibrated: see below.\n')
+    candidate, made = best[0]
+    print(f'best       {candidate.flags()}' if made.fits else 'none of them fits; the nearest:')
+    print(made.text())
+    if self.json is not None:
+      text = '[' + ',\n'.join(made.to_json() for _, made in best) + ']\n'
+      save_text(self.json, text, 'the plans')
+
 
 def split_overrides(argv: list[str]) -> tuple[list[str], tuple[str, ...]]:
-  """A command line without its `--config.KEY=VALUE` and `--config.KEY VALUE`, and those."""
+  """Splits a command line: returns what is no override of the config, and the overrides, which are
+  written `--config.KEY=VALUE` or `--config.KEY VALUE`.
+  """
   rest, overrides = [], []
   words = iter(argv)
   for word in words:
@@ -100,10 +113,10 @@ def split_overrides(argv: list[str]) -> tuple[list[str], tuple[str, ...]]:
 
 
 def load_config(path: str, overrides: tuple[str, ...] = ()) -> tuple[Any, str]:
-  """A config file's config with overrides, and what to call it.
+  """Returns a config file's config with overrides, and a name for it.
 
   Raises:
-    UserError: it can't be loaded, or an override is of no knob.
+    UserError: the file can't be loaded, or an override names no knob.
   """
   local(path, '--config')
   file, _, recipe = path.partition(':')
@@ -135,9 +148,3 @@ def _load(name: str, overrides: tuple[str, ...]) -> Any:
   config = holder.value
   _ = config.model  # a file that can't be loaded is an error only now
   return config
-
-
-def save_text(path: Path, text: str) -> None:
-  with saving('the plans', path):
-    os.makedirs(path.parent, exist_ok=True)
-    path.write_text(text)

@@ -1,4 +1,4 @@
-"""What a compiled program does in one run, counted from its text: FLOPs, memory traffic, collectives.
+"""Counts what a compiled program does in one run, from its text: FLOPs, memory traffic, collectives.
 
 XLA's own `cost_analysis()` counts the body of a loop once. Here a loop's body counts as often as it
 runs, where the text says how often, else once.
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gpt2_jax.bounds import shortened
 from gpt2_jax.planning.hlo import Array, Instruction, Module, groups_of, parse, trip_count
 
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
@@ -58,20 +59,20 @@ class Traffic:
 
 @dataclasses.dataclass
 class Cost:
-  """Of one device, in one run of the program."""
+  """What one device does in one run of the program."""
 
   flops: float = 0  # of matrix products, those in attention kernels too
   hbm_bytes: float = 0  # read and written in main memory by fusions and other instructions
   cycles: float = 0  # the TPU compiler's own estimates summed: without collectives and kernels
   kernels: dict[str, int] = dataclasses.field(default_factory=dict)  # custom calls, by target
   collectives: dict[str, Traffic] = dataclasses.field(default_factory=dict)
-  endless: int = 0  # loops whose count the text doesn't tell
+  endless: int = 0  # loops of which the text doesn't say how often they run
 
 
 def sent(
   kind: str, operand: float, groups: Sequence[Sequence[int]], slices: Sequence[int]
 ) -> tuple[float, float]:
-  """Bytes that a device sends: inside of its slice, and to others.
+  """Returns the bytes that a device sends: inside of its slice, and to others.
 
   In a group of n = k·m devices, m on each of k slices, an operand of b bytes goes along rings, inside
   of the slices and between them. An all-gather sends (n - 1)·b in all, (k - 1)·b of it to other
@@ -90,7 +91,7 @@ def sent(
 
 
 def _product_flops(i: Instruction, operands: list[tuple[Array, ...]]) -> float:
-  """FLOPs of a dot, or of a convolution, which is what the TPU compiler makes of it."""
+  """Returns the FLOPs of a dot, or of the convolution that the TPU compiler makes of one."""
   out = i.arrays[0].dims
   if i.op == 'dot':
     left = operands[0][0].dims
@@ -122,7 +123,7 @@ def _product_flops(i: Instruction, operands: list[tuple[Array, ...]]) -> float:
 
 
 def _library_flops(i: Instruction, target: str, operands: list[tuple[Array, ...]]) -> float:
-  """FLOPs of a cuBLAS call or an attention kernel, with the causal half; 0 of other calls."""
+  """Returns the FLOPs of a cuBLAS call or an attention kernel (the causal half too), 0 for others."""
   names = [name for name in ATTENTION if i.name.startswith(name) or target.startswith(name)]
   heads = [arrays[0].dims for arrays in operands if len(arrays[0].dims) == 4]
   if names and len(heads) > 1:  # q and k, each with batch, heads and positions, or positions first
@@ -139,8 +140,12 @@ def _main(arrays: Sequence[Array]) -> float:
   return sum(array.bytes for array in arrays if array.space == 0)
 
 
+class UnknownProgram(Exception):
+  """A program's text has a form that this module does not know: that of another compiler, perhaps."""
+
+
 class _Count:
-  """Walks a program and adds up."""
+  """Walks through a program and adds up its cost."""
 
   def __init__(self, module: Module, slices: Sequence[int]):
     self.module, self.slices, self.cost = module, slices, Cost()
@@ -148,10 +153,10 @@ class _Count:
   def computation(
     self, name: str, times: float, *, fused: str | None = None, seen: set | None = None
   ) -> None:
-    """Adds a computation that runs so many times; `fused` is the name of the fusion that it is.
+    """Adds a computation that runs so many times; `fused` names the fusion that it is the body of.
 
-    A TPU splits a collective into steps, one in each of several fusions: `seen` has those that were
-    counted in this run of a loop's body.
+    A TPU splits a collective into steps, one in each of several fusions: `seen` has the collectives
+    that were counted already in this run of a loop's body.
     """
     body, seen = self.module.computations[name], set() if seen is None else seen
     for i in body.values():
@@ -211,7 +216,7 @@ class _Count:
     self._add(kind, times, operand * (len(groups[0]) if kind == 'all-gather' else 1), ici, dcn)
 
   def _traffic(self, i: Instruction, operands: list[tuple[Array, ...]]) -> float:
-    """Bytes of main memory that an instruction reads and writes: of slices, the slice alone."""
+    """Returns the bytes of main memory that an instruction reads and writes, or of its slice."""
     if i.op in ('dynamic-slice', 'slice', 'gather'):
       return 2 * _main(i.arrays)
     if i.op == 'dynamic-update-slice':
@@ -243,7 +248,7 @@ class _Count:
     return total
 
   def _read(self, fusion: str, number: int) -> float:
-    """Bytes of a fusion's input that are read: all, or what its slices take of it."""
+    """Returns the bytes that a fusion reads of an input: all, or those of its slices."""
     body = self.module.computations[fusion]
     source = next(
       (
@@ -273,14 +278,27 @@ class _Count:
 
 
 def count(text: str, slices: Sequence[int], *, one_turn: bool = False) -> Cost:
-  """The cost of a compiled program.
+  """Returns the cost of a compiled program.
 
   Args:
     text: the program, `compiled.as_text()`.
     slices: the slice (TPU) or host (GPU) of each device, in the order of the mesh.
-    one_turn: count one turn of its endless loop alone, where it has one.
+    one_turn: whether to count one turn of its endless loop alone, where it has one.
+
+  Raises:
+    UnknownProgram: the text can't be read.
   """
-  counting = _Count(parse(text), slices)
+  try:
+    return _count(parse(text), slices, one_turn)
+  except Exception as e:  # of any kind, in a text that no line here was written for
+    raise UnknownProgram(
+      "this compiler's program can't be read, so that its time is not known "
+      f'({type(e).__name__}: {shortened(str(e), 200)}). --dump DIR keeps the text.'
+    ) from e
+
+
+def _count(module: Module, slices: Sequence[int], one_turn: bool) -> Cost:
+  counting = _Count(module, slices)
   start = counting.module.entry
   if one_turn:
     loops = [

@@ -1,4 +1,5 @@
-"""Compiled programs as text (`compiled.as_text()`), read: instructions, shapes, groups, trip counts.
+"""Reads compiled programs from their text (`compiled.as_text()`): instructions, shapes, groups of
+devices, trip counts.
 
 The text is XLA's HLO as its compilers for CPU, CUDA and TPU print it after scheduling.
 """
@@ -44,19 +45,19 @@ class Array:
 
   @property
   def bytes(self) -> int:
-    """Without padding; a dtype that we don't know (token, opaque) has none, float8 has one each."""
+    """The size without padding; an unknown dtype (token, opaque) has none, float8 one byte each."""
     each = BYTES.get(self.dtype, 1 if self.dtype.startswith('f8') else 0)
     return math.ceil(each * math.prod(self.dims))
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """A line of a computation."""
+  """One line of a computation."""
 
   name: str
   op: str
-  arrays: tuple[Array, ...]  # what it yields: one, or those of a tuple
-  operands: tuple[str, ...]  # names
+  arrays: tuple[Array, ...]  # its results: one, or those of a tuple
+  operands: tuple[str, ...]  # names of instructions
   attributes: str  # the rest of the line
   root: bool
 
@@ -65,12 +66,12 @@ class Instruction:
     return sum(array.bytes for array in self.arrays)
 
   def attribute(self, name: str) -> str | None:
-    """A computation's name, or a number, after `name=`."""
+    """Returns the word after `name=`: a computation's name, or a number."""
     found = re.search(rf'\b{name}=%?([\w.\-]+)', self.attributes)
     return found[1] if found else None
 
   def callees(self) -> list[str]:
-    """Computations of a call or of a conditional's branches."""
+    """Returns the computations that it calls, or that are a conditional's branches."""
     found = re.search(r'branch_computations=\{([^}]*)\}', self.attributes)
     names = [name.strip().lstrip('%') for name in found[1].split(',')] if found else []
     keys = ('true_computation', 'false_computation', 'to_apply', 'calls')
@@ -89,7 +90,7 @@ class Module:
 
 
 def _closing(text: str, start: int) -> int:
-  """Index behind the parenthesis that closes the one at `start`."""
+  """Returns the index behind the parenthesis that closes the one at `start`."""
   depth = 0
   for at in range(start, len(text)):
     depth += (text[at] == '(') - (text[at] == ')')
@@ -99,7 +100,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def arrays_of(shape: str) -> tuple[Array, ...]:
-  """The arrays in the text of a shape, tuples flattened."""
+  """Returns the arrays in the text of a shape, those of tuples in one row."""
   found = []
   for dtype, dims, layout in ARRAY.findall(shape):
     space = re.search(r'S\((\d+)\)', layout)
@@ -126,7 +127,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def parse(text: str) -> Module:
-  """A program from its text."""
+  """Returns a program from its text."""
   computations: dict[str, dict[str, Instruction]] = {}
   entry, current = '', None
   for line in text.splitlines():
@@ -139,9 +140,10 @@ def parse(text: str) -> Module:
 
 
 def trip_count(module: Module, loop: Instruction) -> int | None:
-  """How often a while loop runs; None where the text doesn't say.
+  """Returns how often a while loop runs; None where the text doesn't say.
 
-  XLA's own count where it prints one, else the constant that the condition compares a counter with.
+  This is XLA's own count where it prints one, else the constant that the condition compares a counter
+  with.
   """
   if found := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
     return int(found[1])
@@ -161,14 +163,14 @@ def trip_count(module: Module, loop: Instruction) -> int | None:
 
 
 def _iota(dims: str, permutation: str | None) -> np.ndarray:
-  """All device numbers in an array of some sizes, '2,4', whose axes are then permuted, '1,0'."""
+  """Returns all device numbers in an array of some sizes, '2,4', with its axes permuted, '1,0'."""
   ints = lambda part: [int(n) for n in part.split(',')]
   ids = np.arange(math.prod(ints(dims))).reshape(ints(dims))
   return ids.transpose(ints(permutation)) if permutation else ids
 
 
 def _mesh_groups(text: str) -> np.ndarray:
-  """Groups of "mesh['a'=2,'b'=4] {'b'}", along some axes of a mesh or parts of axes ('b':(1)2).
+  """Groups of "mesh['a'=2,'b'=4] {'b'}": along axes of a mesh or parts of them ('b':(1)2).
 
   In front of the axes may stand the order of the devices, "device_ids=([2,4]T(1,0))" or a list.
   """
@@ -211,11 +213,11 @@ def _groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
 
 
 def groups_of(instruction: Instruction, devices: int) -> tuple[tuple[int, ...], ...]:
-  """The device numbers that a collective joins; of a collective-permute, its (from, to) pairs.
+  """Returns the device numbers that a collective joins; a collective-permute's (from, to) pairs.
 
   Args:
     instruction: the collective.
-    devices: how many there are, for one that joins all.
+    devices: how many there are, for a collective that joins all.
   """
   number = r'(mesh\[.*?\].*?\{.*?\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|\{(?:\{[\d,]*\},?)*\})'
   found = re.search(rf'(?:replica_groups|source_target_pairs)={number}', instruction.attributes)

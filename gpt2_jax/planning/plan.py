@@ -15,9 +15,10 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from gpt2_jax.config import Config, GPTConfig
 from gpt2_jax.counts import flops_per_token, num_params
-from gpt2_jax.errors import UserError, saving
+from gpt2_jax.errors import UserError
+from gpt2_jax.files import save_text
 from gpt2_jax.hardware import GIB
-from gpt2_jax.planning.cost import Cost, count
+from gpt2_jax.planning.cost import Cost, UnknownProgram, count
 from gpt2_jax.planning.report import Memory, Report, refused_bytes, times
 from gpt2_jax.planning.topology import Topology
 from gpt2_jax.training.plan import make_plan
@@ -30,7 +31,7 @@ GPU_SHARE = 0.75  # of its memory that JAX takes unless told otherwise
 
 
 def versions() -> dict[str, str]:
-  """Of what makes a program."""
+  """Returns the versions of the packages that make a program."""
   found = {}
   for name in ('jax', 'jaxlib', 'libtpu', 'jax-cuda12-plugin', 'jax-cuda13-plugin'):
     with contextlib.suppress(metadata.PackageNotFoundError):
@@ -39,7 +40,7 @@ def versions() -> dict[str, str]:
 
 
 def bytes_of(tree: Any) -> int:
-  """Bytes of one device's parts of abstract arrays."""
+  """Returns the bytes of one device's parts of abstract arrays."""
   shard = lambda x: np.prod(x.sharding.shard_shape(x.shape), dtype=int) * x.dtype.itemsize
   return int(
     sum(shard(x) for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key))
@@ -51,9 +52,10 @@ class Compiled:
   """A program that was compiled, or refused."""
 
   memory: Memory
-  cost: Cost | None
-  refused: str | None
-  seconds: float
+  cost: Cost | None  # None: it was refused, or its text can't be read
+  refused: str | None  # what the compiler said
+  seconds: float  # to compile
+  note: str = ''  # why the cost of a program that was compiled is not known
 
 
 @contextlib.contextmanager
@@ -80,15 +82,15 @@ def compile_for(
   *,
   one_turn: bool = False,
 ) -> Compiled:
-  """Compiles, and counts what the program needs.
+  """Compiles a program, and counts what it needs.
 
   Args:
-    topology: what for.
+    topology: what to compile for.
     mesh: over its devices.
-    build: gives the compiled program.
+    build: returns the compiled program.
     arguments: the program's, abstract.
-    dump: a file for its text.
-    one_turn: count one turn of its endless loop alone.
+    dump: a file for the program's text.
+    one_turn: whether to count one turn of its endless loop alone.
   """
   began, hbm = time.monotonic(), topology.chip.hbm
   try:
@@ -110,9 +112,7 @@ def compile_for(
     return Compiled(memory, None, message, time.monotonic() - began)
   seconds, text = time.monotonic() - began, compiled.as_text()
   if dump is not None:
-    with saving('the program', dump):
-      dump.parent.mkdir(parents=True, exist_ok=True)
-      dump.write_text(text)
+    save_text(dump, text, 'the program')
   m = compiled.memory_analysis()
   made = m.output_size_in_bytes - m.alias_size_in_bytes
   needed = m.argument_size_in_bytes + m.temp_size_in_bytes + m.generated_code_size_in_bytes + made
@@ -123,7 +123,10 @@ def compile_for(
     max(needed, getattr(m, 'peak_memory_in_bytes', 0)),
     hbm,
   )
-  cost = count(text, topology.slices_of(mesh.devices.flat), one_turn=one_turn)
+  try:
+    cost = count(text, topology.slices_of(mesh.devices.flat), one_turn=one_turn)
+  except UnknownProgram as e:
+    return Compiled(memory, None, None, seconds, f'memory alone is known: {e}')
   return Compiled(memory, cost, None, seconds)
 
 
@@ -132,8 +135,8 @@ def describe(c: GPTConfig) -> str:
 
 
 def report(topology: Topology, mesh, compiled: Compiled, *, flops: float, **fields) -> Report:
-  """The report of a program; `flops` by the formula, of a device."""
-  notes, memory = list(fields.pop('notes', ())), compiled.memory
+  """Returns the report of a program; `flops` are those of the formula, of one device."""
+  notes, memory = [compiled.note] if compiled.note else [], compiled.memory
   if not memory.fits:
     notes.append(KNOBS)
   elif mesh.devices.flat[0].platform == 'gpu' and memory.total > GPU_SHARE * memory.hbm:
@@ -178,13 +181,13 @@ def plan_train(
   tokens: int | None = None,
   dump: Path | None = None,
 ) -> Report:
-  """The training step of a config, compiled for a topology.
+  """Compiles the training step of a config for a topology.
 
   Args:
     config: as launch.py takes it.
-    topology: where to.
+    topology: the devices to compile for.
     name: of the config, for the report.
-    tokens: to train on; default: what the config does.
+    tokens: to train on; default: as many as the config trains on.
     dump: a file for the compiled program.
 
   Raises:

@@ -1,4 +1,4 @@
-"""What a plan comes to: a dataclass, as text and as JSON; and the estimate of a step's time."""
+"""The result of a plan, as a dataclass, text and JSON; and the estimate of a step's time."""
 
 import dataclasses
 import json
@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gpt2_jax.errors import saving
-from gpt2_jax.files import local
+from gpt2_jax.files import save_text
 from gpt2_jax.hardware import GIB, Chip
 from gpt2_jax.planning.cost import Cost
 
@@ -24,13 +23,13 @@ ASSUMPTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """Bytes of a device."""
+  """Bytes of one device."""
 
   arguments: int  # state and batch, or weights, cache and request
   temporaries: int
   code: int
   total: int
-  hbm: int  # what there is
+  hbm: int  # that the device has
 
   @property
   def fits(self) -> bool:
@@ -39,7 +38,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-  """Seconds of a step, if nothing else took time."""
+  """Seconds that a step would take if only one thing took time."""
 
   compute: float
   hbm: float
@@ -56,7 +55,7 @@ class Times:
 
 
 def times(chip: Chip, flops: float, cost: Cost) -> Times:
-  """The estimate that ASSUMPTIONS describes. `flops` by the formula, of a device."""
+  """Returns the estimate that ASSUMPTIONS describes; `flops` are the formula's, of one device."""
   traffic = cost.collectives.values()
   return Times(
     max(flops, cost.flops) / (COMPUTE * chip.flops),
@@ -68,7 +67,7 @@ def times(chip: Chip, flops: float, cost: Cost) -> Times:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """A plan for a topology. Bytes, FLOPs and seconds are of one device and one step, or token."""
+  """A plan for a topology. Bytes, FLOPs and seconds are those of one device in one step, or token."""
 
   mode: str  # train, decode, prefill
   config: str  # the config's name with its recipe and overrides
@@ -113,13 +112,10 @@ class Report:
     )
 
   def save(self, path: str | Path) -> None:
-    path = local(path)
-    with saving('the plan', path):
-      path.parent.mkdir(parents=True, exist_ok=True)
-      path.write_text(self.to_json() + '\n')
+    save_text(path, self.to_json() + '\n', 'the plan')
 
   def text(self) -> str:
-    """Some lines for a reader."""
+    """Returns the report as lines for a reader."""
     m, mesh = self.memory, ' '.join(f'{name}={size}' for name, size in self.mesh.items())
     lines = [
       f'plan       {self.mode}: {self.config}',
@@ -169,7 +165,7 @@ class Report:
 
 
 def size(count: float) -> str:
-  """Bytes for a reader."""
+  """Returns a number of bytes as a text for a reader."""
   for unit in ('B', 'KiB', 'MiB', 'GiB'):
     if count < 1024 or unit == 'GiB':
       return f'{count:,.4g} {unit}' if count < 1000 else f'{count:,.0f} {unit}'
@@ -178,6 +174,6 @@ def size(count: float) -> str:
 
 
 def refused_bytes(message: str) -> int:
-  """The bytes that a compiler's refusal speaks of, as '(21.41G)'; 0 where it names none."""
+  """Returns the bytes that a compiler's refusal names, as '(21.41G)'; 0 where it names none."""
   found = re.search(r'\(([\d.]+)([KMGT])\) exceeds', message)
   return int(float(found[1]) * 1024 ** ('KMGT'.index(found[2]) + 1)) if found else 0

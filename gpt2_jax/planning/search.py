@@ -31,8 +31,15 @@ from gpt2_jax.training.plan import make_model
 
 WORKER_BYTES = 3 * GIB  # of the host's memory, for one compilation
 MOST_TENSOR = 8
-SURE, PERHAPS = 0.9, 2.0  # of the memory: an estimate says what to compile, the compiler what fits
-AGAIN = {'none': 0.0, 'dots': 0.1, 'full': 0.33}  # of the FLOPs, computed a second time
+# Shares of the memory, by the estimate: up to SURE a candidate should fit, up to PERHAPS it may (the
+# compiler knows).
+SURE, PERHAPS = 0.9, 2.0
+# What makes a candidate less promising, roughly as shares of a step's time. By hand: no measurement
+# stands behind these, and none is needed, as they only choose what is compiled first.
+RECOMPUTED = {'none': 0.0, 'dots': 0.1, 'full': 0.33}  # of the FLOPs, by remat policy
+GATHER = 0.05  # each time that all weights are gathered in a step
+TENSOR = 0.1  # each doubling of the tensor axis: its sums are not hidden
+FEW_ROWS = 0.02  # each halving of the micro-batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +68,7 @@ class Candidate:
 
 
 def meshes(config: Config, topology: Topology, model: GPTConfig, rows: int) -> Iterator[Mesh]:
-  """Meshes that divide the model and a batch of so many rows; tensor is at most 8.
+  """Yields the meshes that divide the model and a batch of so many rows; tensor is at most 8.
 
   Tensor stays inside of a host of GPUs, tensor and fsdp inside of a slice of TPUs.
   """
@@ -78,10 +85,8 @@ def meshes(config: Config, topology: Topology, model: GPTConfig, rows: int) -> I
 
 
 def candidates(config: Config, topology: Topology) -> list[Candidate]:
-  """The sensible ones, the most promising first: of each mesh and remat policy the largest
-  micro-batch that should fit, and the next larger one.
-
-  Promising are few recomputed FLOPs, weights gathered seldom, and large micro-batches.
+  """Returns the sensible candidates, the most promising first: for each mesh and remat policy the
+  largest micro-batch that should fit, and the next larger one.
   """
   alone = config.copy_and_resolve_references()
   alone.mesh.update(data=len(topology.devices), fsdp=1, tensor=1)
@@ -102,12 +107,12 @@ def candidates(config: Config, topology: Topology) -> list[Candidate]:
       fitting = [rows for rows in need if need[rows] <= SURE]
       beyond = [rows for rows in need if SURE < need[rows] <= PERHAPS]
       for rows in [*fitting[-1:], *beyond[:1]]:
-        gathers = G // (data * fsdp) // rows * (fsdp > 1)  # of all weights, a step
+        gathers = G // (data * fsdp) // rows if fsdp > 1 else 0  # of all weights, a step
         score = (
-          AGAIN[remat]
-          + 0.05 * gathers
-          + 0.1 * math.log2(tensor)
-          - 0.02 * math.log2(rows)
+          RECOMPUTED[remat]
+          + GATHER * gathers
+          + TENSOR * math.log2(tensor)
+          - FEW_ROWS * math.log2(rows)
           + max(0.0, need[rows] - SURE)
         )
         found.append((score, Candidate(data, fsdp, tensor, rows, remat)))
@@ -115,7 +120,7 @@ def candidates(config: Config, topology: Topology) -> list[Candidate]:
 
 
 def source_hash() -> str:
-  """Of the package's Python files: another source may make another program."""
+  """Returns a hash of the package's Python files: another source may make another program."""
   package = Path(__file__).resolve().parent.parent
   total = hashlib.sha256()
   for path in sorted(package.rglob('*.py')):
@@ -140,7 +145,9 @@ def plan_cached(
   tokens: int | None = None,
   dump: Path | None = None,
 ) -> Report:
-  """`plan_train`, or what it said before of the same config, topology, versions and source."""
+  """Returns the report of `plan_train`, kept from before for the same config, topology, versions and
+  source.
+  """
   full = topology if isinstance(topology, str) else topology.name
   path = cache_folder() / f'{cache_key(config, full, tokens)}.json'
   if dump is None and path.exists():
@@ -153,7 +160,7 @@ def plan_cached(
 
 
 def workers_at_once(asked: int | None = None) -> int:
-  """Compilations that the cores and the free memory of this machine bear."""
+  """Returns how many compilations at a time the cores and the free memory allow."""
   if asked is not None:
     return max(1, asked)
   free = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_AVPHYS_PAGES')
@@ -164,7 +171,7 @@ def workers_at_once(asked: int | None = None) -> int:
 def _work(
   config: Config, topology: str, name: str, tokens: int | None, dump: Path | None
 ) -> Report | str:
-  """In a process of its own. The report, or why there is none."""
+  """Runs in a process of its own; returns the report, or why there is none."""
   topologies.prepare_environment()
   try:
     return plan_cached(config, topology, name, tokens=tokens, dump=dump)
@@ -182,7 +189,7 @@ def search(
   tokens: int | None = None,
   dump: Path | None = None,
 ) -> Iterator[tuple[Candidate, Report]]:
-  """Compiles the `limit` most promising candidates, in processes beside each other.
+  """Compiles the `limit` most promising candidates, in several processes, and yields their reports.
 
   Raises:
     UserError: there is no candidate.
@@ -223,12 +230,17 @@ def search(
 
 
 def ranked(results: list[tuple[Candidate, Report]]) -> list[tuple[Candidate, Report]]:
-  """By tokens a second, what doesn't fit last."""
-  speed = lambda r: r.results.get('tokens_per_second', 0.0)
-  return sorted(results, key=lambda pair: (not pair[1].fits, -speed(pair[1]), str(pair[0])))
+  """Sorts results by tokens a second, those that don't fit last."""
+
+  def key(pair: tuple[Candidate, Report]):
+    candidate, r = pair
+    return not r.fits, -r.results.get('tokens_per_second', 0.0), str(candidate)
+
+  return sorted(results, key=key)
 
 
 def table(results: list[tuple[Candidate, Report]]) -> str:
+  """Returns the results for a reader, a line each, the best one first."""
   lines = ['  data  fsdp tensor  rows remat   fits     GiB  step ms   tokens/s    MFU  bound']
   for c, r in ranked(results):
     line = (
@@ -242,31 +254,3 @@ def table(results: list[tuple[Candidate, Report]]) -> str:
       )
     lines.append(line)
   return '\n'.join(lines)
-
-
-def run(
-  config: Config,
-  topology: Topology,
-  name: str,
-  *,
-  limit: int,
-  workers: int | None,
-  tokens: int | None,
-  json_file: Path | None,
-  dump: Path | None,
-) -> None:
-  """Searches, and prints the table and the best plan."""
-  results = list(
-    search(config, topology, name, limit=limit, workers=workers, tokens=tokens, dump=dump)
-  )
-  if not results:
-    raise UserError('none of the candidates could be compiled: see above.')
-  best = ranked(results)
-  print(table(results), '\n\nThe times are estimates, uncalibrated: see below.\n')
-  candidate, made = best[0]
-  print(f'best       {candidate.flags()}' if made.fits else 'none of them fits; the nearest:')
-  print(made.text())
-  if json_file is not None:
-    from gpt2_jax.planning.command import save_text
-
-    save_text(json_file, '[' + ',\n'.join(made.to_json() for _, made in best) + ']\n')

@@ -65,13 +65,13 @@ class Topology:
     return len(self.devices) // self.chip.cores
 
   def slices_of(self, devices: Any) -> list[int]:
-    """The slice of each of some devices, such as a mesh's."""
+    """Returns the slice of each of some devices, such as a mesh's."""
     number = dict(zip(self.devices, self.slices))
     return [number[device] for device in devices]
 
 
 def prepare_environment() -> None:
-  """Settings under which jax uses no accelerator and libtpu keeps still. Before jax is first used."""
+  """Makes jax use no accelerator, and libtpu print nothing; to be called before jax is first used."""
   os.environ['JAX_PLATFORMS'] = 'cpu'
   for name, value in dict(
     TPU_SKIP_MDS_QUERY='1',
@@ -89,7 +89,7 @@ def prepare_environment() -> None:
 
 
 def legal(kind: str) -> list[str]:
-  """Some names of slices of a TPU, small to large: powers of two on each axis."""
+  """Returns some names of slices of a TPU, small to large: powers of two on each axis."""
   _, _, axes, most = TPUS[kind]
   sizes = [2**n for n in range(6)]
   shapes = (
@@ -122,7 +122,7 @@ def split(name: str) -> tuple[int, str, tuple[int, ...]]:
   """'4*v5e:8x8' -> 4, 'v5e', (8, 8).
 
   Raises:
-    UserError: it is no name of a topology.
+    UserError: `name` is not the name of a topology.
   """
   found = re.fullmatch(r'(?:(\d+)\*)?([a-z]\w*):(\d+(?:x\d+)*)', name.strip().lower())
   if not found:
@@ -188,11 +188,11 @@ def _gpu(name: str, count: int, kind: str, shape: Sequence[int]) -> list[Any]:
 
 
 def get(name: str, slices: int | None = None) -> Topology:
-  """The devices of a topology, see the top of this file. No accelerator is touched.
+  """Returns the devices of a topology, see the top of this file. No accelerator is touched.
 
   Args:
     name: of the topology.
-    slices: how many of them, where the name doesn't say.
+    slices: how many slices, where the name doesn't say.
 
   Raises:
     UserError: there is no such topology, or its compiler is not installed.
@@ -202,7 +202,8 @@ def get(name: str, slices: int | None = None) -> Topology:
     if slices < 1 or count not in (1, slices):
       raise UserError(f'--slices {slices} and --topology {name} contradict each other.')
     count = slices
-  name = f'{count}*' * (count > 1) + f'{kind}:{"x".join(map(str, shape))}'
+  name = f'{count}*' if count > 1 else ''
+  name += f'{kind}:{"x".join(map(str, shape))}'
   prepare_environment()
   if kind in TPUS:
     devices = _tpu(name, count, kind, shape)

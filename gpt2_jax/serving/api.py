@@ -5,9 +5,12 @@ import json
 from typing import Annotated, Any, Literal
 
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
+from gpt2_jax.bounds import Float, Int
+from gpt2_jax.decoding.samplers import SamplingRule
 from gpt2_jax.errors import brief
+from gpt2_jax.serving.slots import RULES
 
 INT64 = 2**63
 
@@ -79,6 +82,19 @@ class ApiError(Exception):
     return Json(self.body(), self.status, self.headers)
 
 
+def busy() -> ApiError:
+  return ApiError(
+    429,
+    'The server is busy: too many requests wait. Try again later.',
+    code='rate_limit_exceeded',
+    headers={'Retry-After': '1'},
+  )
+
+
+def stopping() -> ApiError:
+  return ApiError(503, 'The server is being stopped.', headers={'Retry-After': '10'})
+
+
 def dumps(content: Any) -> bytes:
   """JSON; half of a surrogate pair, which a request may hold, becomes ?."""
   text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(',', ':'))
@@ -140,25 +156,36 @@ class Neutral(BaseModel):
   prompt_cache_retention: None = OFF
   safety_identifier: str | None = Field(None, description='As user.')
   min_tokens: Annotated[int, Field(ge=0, le=0)] | None = OFF
-  min_p: Annotated[float, Field(ge=0, le=0)] | None = OFF
-  repetition_penalty: Annotated[float, Field(ge=1, le=1)] | None = OFF
   length_penalty: Annotated[float, Field(ge=1, le=1)] | None = OFF
   stop_token_ids: NoIds = OFF
   ignore_eos: Literal[False] | None = OFF
   use_beam_search: Literal[False] | None = OFF
 
 
+def _field(rule: SamplingRule) -> Any:
+  """Returns the type and the field of a rule of `SAMPLERS`."""
+  kind, bounds = rule.kind, dict[str, Any]()
+  if isinstance(kind, Int):  # larger ones mean the same as the largest
+    bounds |= {'ge': kind.low}
+  elif isinstance(kind, Float):
+    bounds |= {'gt' if kind.open_low else 'ge': kind.low, 'lt' if kind.open_high else 'le': kind.high}
+  return rule.type | None, Field(**bounds, default=rule.default, description=rule.help)
+
+
+_fields: dict[str, Any] = {name: _field(rule) for name, rule in RULES.items()}
+Rules: type[BaseModel] = create_model('Rules', **_fields)
 Ids = Annotated[list[int], Field(min_length=1)]
 
 
-class Completion(Body, Neutral):
-  """OpenAI's `POST /v1/completions`, and `top_k` and `allow_special`."""
+class Completion(Body, Neutral, Rules):
+  """OpenAI's `POST /v1/completions`, `allow_special`, and the rules of `SAMPLERS` by their names; for
+  those that OpenAI's API has, its bounds hold.
+  """
 
   prompt: str | Ids | Annotated[list[str] | list[Ids], Field(min_length=1)] | None = None
   max_tokens: int | None = Field(None, ge=0, description='Default: 16, or what the context leaves.')
   temperature: float | None = Field(1.0, ge=0, le=2)
   top_p: float | None = Field(1.0, ge=0, le=1)
-  top_k: int | None = Field(None, ge=1, description='Draw from the k likeliest tokens only.')
   n: int | None = Field(1, ge=1, le=128)
   best_of: int | None = Field(None, ge=1, le=128)
   stream: bool | None = False

@@ -107,7 +107,7 @@ class Serve:
       origins=self.allow_origin,
     )
     for name, engine in made.state.serving.engines.items():
-      print(f'{name}: {engine.config.n_positions} positions, {self.slots} slots', flush=True)
+      print(f'{name}: {engine.model.config.n_positions} positions, {self.slots} slots', flush=True)
       engine.warm()
     server.make_server(made, sockets=sockets, connections=connections).run()
 

@@ -6,14 +6,19 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+import numpy as np
+
 from gpt2_jax import batching, seeds
 from gpt2_jax.decoding.pieces import Pieces
 from gpt2_jax.errors import UserError, brief
-from gpt2_jax.serving.api import ApiError, Completion, Json, Limits
+from gpt2_jax.serving.api import ApiError, Completion, Json, Limits, busy, stopping
 from gpt2_jax.serving.engine import Engine
+from gpt2_jax.serving.slots import RULES, choice_of
 from gpt2_jax.serving.tickets import Closing, Failed, Full, Prompt, Row, Scored, Ticket
 
 TOKENS = 16  # of a text whose request says nothing of it
+# What OpenAI's API may set to 0, and the library to a little more. (Temperature 0 is greedy.)
+LEAST = {'temperature': float(np.finfo(np.float32).tiny), 'top_p': 1e-6}
 
 
 def error_of(why: Failed) -> ApiError:
@@ -27,7 +32,7 @@ def encode(
 ) -> list[list[int]]:
   """Ids of texts, of any length. Raises: ApiError: they can't be used."""
   # OpenAI's API has an error of its own for a context that is too long
-  unbounded = dataclasses.replace(engine.config, n_positions=1 << 30)
+  unbounded = dataclasses.replace(engine.model.config, n_positions=1 << 30)
   try:
     return batching.encode(
       texts or '', engine.model.tokenizer, unbounded, allow_special=allow_special
@@ -46,10 +51,59 @@ class Answer:
   def __init__(self, engine: Engine, asked: Completion, limits: Limits):
     self.engine, self.asked = engine, asked
     self.id, self.created = f'cmpl-{secrets.token_hex(12)}', int(time.time())
-    a, V = asked, engine.config.vocab_size
-    self.n = a.n or 1
-    self.best_of = a.best_of or self.n
-    self.scored = a.logprobs is not None
+    self.n = asked.n or 1
+    self.best_of = asked.best_of or self.n
+    self.scored = asked.logprobs is not None
+    self._check_fields()
+    tokenizer = engine.model.tokenizer
+    self.prompts = encode(engine, asked.prompt, allow_special=bool(asked.allow_special))
+    self.note = self._special_note()
+    left = engine.model.config.n_positions - max(map(len, self.prompts))
+    # where nothing is left, one is asked for all the same, and refused
+    self.most = max(1, min(TOKENS, left)) if asked.max_tokens is None else asked.max_tokens
+    self._check_lengths(limits)
+    try:
+      self.rows = self._rows()
+      self.echoes = [tokenizer.decode(ids) if asked.echo else '' for ids in self.prompts]
+    except UserError as e:
+      raise ApiError(400, str(e), param='prompt') from None
+
+  def _special_note(self) -> str | None:
+    """Returns what is to be said of special tokens in the prompts that are read as text."""
+    a = self.asked
+    texts = [a.prompt] if isinstance(a.prompt, str) else a.prompt or []
+    notes = (
+      batching.special_note(self.engine.model.tokenizer, text)
+      for text in texts
+      if isinstance(text, str) and not a.allow_special
+    )
+    return next(filter(None, notes), None)
+
+  def _rows(self) -> list[Row]:
+    """Returns the rows of all prompts, `best_of` of each."""
+    a, tokenizer = self.asked, self.engine.model.tokenizer
+    # OpenAI's seeds are signed: a negative one counts from 2**64 down
+    seed = secrets.randbits(31) if a.seed is None else a.seed % seeds.LIMIT
+    numbers = {name: getattr(a, name) for name in RULES}
+    for name, least in LEAST.items():
+      if numbers[name] is not None:
+        numbers[name] = max(numbers[name], least)
+    choice = choice_of(
+      self.engine.model.config.vocab_size,
+      numbers,
+      greedy=a.temperature == 0,
+      bias=a.logit_bias,
+      logprobs=self.scored or self.best_of > self.n,
+    )
+    prompts = [Prompt(ids, self.best_of, scored=self.scored and bool(a.echo)) for ids in self.prompts]
+    return [
+      Row(prompt, self.most, seed, k, choice, Pieces(tokenizer, a.stop or ()), i * self.best_of + k)
+      for i, prompt in enumerate(prompts)
+      for k in range(self.best_of)
+    ]
+
+  def _check_fields(self) -> None:
+    a, V = self.asked, self.engine.model.config.vocab_size
     if self.best_of < self.n:
       raise ApiError(400, f'best_of = {a.best_of} must be at least n = {self.n}.', param='best_of')
     if a.stream and self.best_of > self.n:
@@ -64,53 +118,9 @@ class Answer:
         f'logit_bias has token id {brief(bad[0])}, but the vocabulary has {V} ids.',
         param='logit_bias',
       )
-    self.prompts = encode(engine, a.prompt, allow_special=bool(a.allow_special))
-    texts = [a.prompt] if isinstance(a.prompt, str) else a.prompt or []
-    notes = (
-      batching.special_note(engine.model.tokenizer, text)
-      for text in texts
-      if isinstance(text, str) and not a.allow_special
-    )
-    self.note = next(filter(None, notes), None)
-    left = engine.config.n_positions - max(map(len, self.prompts))
-    # where nothing is left, one is asked for all the same, and refused
-    self.most = max(1, min(TOKENS, left)) if a.max_tokens is None else a.max_tokens
-    self._check_lengths(limits)
-    # OpenAI's seeds are signed: a negative one counts from 2**64 down
-    seed = secrets.randbits(31) if a.seed is None else a.seed % seeds.LIMIT
-    given = lambda value, default: default if value is None else value
-    options = dict(
-      temperature=given(a.temperature, 1.0),
-      top_k=a.top_k,
-      top_p=max(given(a.top_p, 1.0), 1e-6),
-      presence=a.presence_penalty or 0.0,
-      frequency=a.frequency_penalty or 0.0,
-      bias=a.logit_bias or {},
-      logprobs=self.scored or self.best_of > self.n,
-    )
-    try:
-      prompts = [
-        Prompt(ids, self.best_of, scored=self.scored and bool(a.echo)) for ids in self.prompts
-      ]
-      self.rows = [
-        Row(
-          prompt,
-          self.most,
-          seed,
-          k,
-          options,
-          Pieces(engine.model.tokenizer, a.stop or ()),
-          index=i * self.best_of + k,
-        )
-        for i, prompt in enumerate(prompts)
-        for k in range(self.best_of)
-      ]
-      self.echoes = [engine.model.tokenizer.decode(ids) if a.echo else '' for ids in self.prompts]
-    except UserError as e:
-      raise ApiError(400, str(e), param='prompt') from None
 
   def _check_lengths(self, limits: Limits) -> None:
-    n_positions, texts = self.engine.config.n_positions, len(self.prompts) * self.best_of
+    n_positions, texts = self.engine.model.config.n_positions, len(self.prompts) * self.best_of
     if texts > limits.texts:
       raise ApiError(
         400,
@@ -135,6 +145,11 @@ class Answer:
         param='prompt',
         code='context_length_exceeded',
       )
+    name = 'min_new_tokens'
+    if (least := getattr(self.asked, name) or 0) > self.most:
+      raise ApiError(
+        400, f'{name} = {brief(least)} is more than max_tokens = {brief(self.most)}.', param=name
+      )
     if limits.new_tokens is not None and self.most > limits.new_tokens:
       raise ApiError(
         400,
@@ -145,16 +160,11 @@ class Answer:
   def submit(self, seconds: float) -> Ticket:
     """Asks the engine. Raises: ApiError: it is too busy, or being stopped."""
     try:
-      return self.engine.submit(self.rows, stream=bool(self.asked.stream), timeout=seconds)
+      return self.engine.queue.submit(self.rows, stream=bool(self.asked.stream), timeout=seconds)
     except Full:
-      raise ApiError(
-        429,
-        'The server is busy: too many requests wait. Try again later.',
-        code='rate_limit_exceeded',
-        headers={'Retry-After': '1'},
-      ) from None
+      raise busy() from None
     except Closing:
-      raise ApiError(503, 'The server is being stopped.', headers={'Retry-After': '10'}) from None
+      raise stopping() from None
 
   async def whole(self, ticket: Ticket) -> Json:
     """All at once. Raises: ApiError."""

@@ -15,7 +15,7 @@ def features_data(engine: Engine, asked: FeaturesRequest, limits: Limits) -> dic
     ApiError: a text is too long, or they are too many.
   """
   c, rows = (
-    engine.config,
+    engine.model.config,
     encode(engine, asked.input, param='input', allow_special=bool(asked.allow_special)),
   )
   longest, total = max(map(len, rows)), sum(map(len, rows))

@@ -1,9 +1,24 @@
 """What a server counts, for Prometheus."""
 
+import dataclasses
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
 STEP_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelMetrics:
+  """The counters of `Metrics`, of one model."""
+
+  prompt_tokens: Counter
+  new_tokens: Counter
+  slots: Gauge
+  used: Gauge
+  queued: Gauge
+  first: Histogram
+  step: Histogram
 
 
 class Metrics:
@@ -37,3 +52,8 @@ class Metrics:
     self.step = histogram(
       'step_seconds', 'One token for every text that is being written.', 'model', STEP_SECONDS
     )
+
+  def of(self, model: str) -> ModelMetrics:
+    """The counters of a model, by its name."""
+    names = [field.name for field in dataclasses.fields(ModelMetrics)]
+    return ModelMetrics(**{name: getattr(self, name).labels(model) for name in names})

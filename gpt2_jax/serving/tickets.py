@@ -1,12 +1,13 @@
-"""A request between its event loop and the engine: texts that are asked for, and news of them."""
+"""A request between its event loop and the engine: the texts it asks for, and events of them."""
 
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from gpt2_jax.decoding.pieces import Pieces
+from gpt2_jax.serving.slots import Choice
 
 BUFFER = 256  # pieces of a text that its reader may be behind
 
@@ -20,7 +21,7 @@ class Closing(Exception):
 
 
 class Failed(Exception):
-  """A text can't be written; `kind` is 'timeout', 'slow', or 'server'."""
+  """A text can't be written; `kind` is 'timeout', 'slow' or 'server'."""
 
   def __init__(self, message: str, kind: str = 'server'):
     super().__init__(message)
@@ -29,35 +30,35 @@ class Failed(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-  """A token and what the model says of its place."""
+  """A token, and how likely the model finds it and others in its place."""
 
   token: int
-  logprob: float | None  # None: of the first, which nothing is before
-  top: dict[int, float] | None
+  logprob: float | None  # in nats; None: of the first token, or not asked for
+  top: dict[int, float] | None  # id -> log-probability of the likeliest
 
 
 @dataclasses.dataclass(eq=False)
 class Prompt:
-  """What a text begins with, or several texts; it is read once."""
+  """The beginning of one row or several; the model reads it once."""
 
   ids: list[int]
-  rows: int  # that are yet to begin with it
+  rows: int  # how many rows have not begun yet
   scored: bool = False  # whether its log-probabilities are asked for
   told: list[Scored] = dataclasses.field(default_factory=list)
-  read: int = 0  # ids that are in the cache
-  cache: Any = None
+  read: int = 0  # how many ids are in the cache
+  cache: Any = None  # of one row, on the device
 
   @property
   def unread(self) -> int:
-    """Ids that are to be read before the first step, which reads the last one."""
+    """How many ids are still to be read before the first step, which reads the last one."""
     return len(self.ids) - 1 - self.read
 
   def forget(self) -> None:
-    """What was read of it."""
+    """Drops what was read."""
     self.told, self.read, self.cache = [], 0, None
 
   def leave(self) -> None:
-    """One row less will begin with it."""
+    """Notes that one row fewer needs the cache."""
     self.rows -= 1
     if not self.rows:
       self.cache = None
@@ -70,34 +71,38 @@ class Row:
   prompt: Prompt
   limit: int  # the most new ids
   seed: int
-  sample: int  # which of its prompt
-  options: dict[str, Any]  # of `slots.chosen_of`
+  sample: int  # its number among the texts of its prompt
+  choice: Choice  # how it chooses its tokens
   pieces: Pieces
-  index: int = 0  # in its request
+  index: int = 0  # its number in the request
   new: list[Scored] = dataclasses.field(default_factory=list)
-  made: int = 0  # steps that were begun for it
-  admitted: bool = False
+  slot: int | None = None  # None: it waits, or has ended
+  steps: int = 0  # that were begun for it
+  admitted: bool = False  # whether its prompt is read
   done: bool = False
-  reason: str = ''
+  reason: str = ''  # why it ended
+
+  def event(self, text: str) -> 'Event':
+    return Event(self, text, self.reason, len(self.new), self.pieces.shown)
 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-  """News of a row: text that can be shown. The last one has `reason`."""
+  """More text of a row, that can be shown."""
 
   row: Row
   text: str
-  reason: str = ''
-  tokens: int = 0  # how many new ones there are
-  shown: int = 0  # bytes of the text that have been shown
+  reason: str  # why the row ended; '': it has not
+  tokens: int  # how many new ones the row has
+  shown: int  # bytes of the row's text that have been shown, this one included
 
 
 class Ticket:
-  """A request: rows, and what is heard of them."""
+  """A request: its rows, and the events that its event loop has yet to take."""
 
-  def __init__(self, rows: Sequence[Row], stream: bool, timeout: float, look: Callable[[], None]):
-    """`look` makes the engine look at its tickets."""
-    self.rows, self.stream, self.look = rows, stream, look
+  def __init__(self, rows: Sequence[Row], stream: bool, timeout: float):
+    """`stream`: whether text is told as it is written; `timeout`: seconds from now."""
+    self.rows, self.stream = rows, stream
     self.began = time.monotonic()
     self.deadline = self.began + timeout
     self.loop = asyncio.get_running_loop()
@@ -105,6 +110,7 @@ class Ticket:
     self.cancelled = False
 
   def deliver(self, event: Event | Failed) -> None:
+    """Adds an event; a reader that is too far behind loses the request."""
     if self.heard.qsize() >= BUFFER * len(self.rows) and not self.cancelled:
       self.cancel()
       event = Failed('the reader is too far behind', 'slow')
@@ -113,15 +119,14 @@ class Ticket:
     self.heard.put_nowait(event)
 
   def cancel(self) -> None:
-    """Nobody waits for it any more."""
+    """Gives the rows up: the engine looks at this between two steps."""
     self.cancelled = True
-    self.look()
 
   async def events(self) -> AsyncIterator[Event]:
-    """News, until all rows have ended. Left early, the rows are given up.
+    """Yields events until all rows have ended. Left early, it gives the rows up.
 
     Raises:
-      Failed: they can't be written.
+      Failed: a row can't be written.
     """
     left = len(self.rows)
     try:
@@ -136,7 +141,7 @@ class Ticket:
         self.cancel()
 
 
-def deliver(news: list[tuple[Ticket, Event | Failed]]) -> None:
-  """In the event loop."""
-  for ticket, event in news:
+def deliver(events: list[tuple[Ticket, Event | Failed]]) -> None:
+  """Hands events to their requests; runs in the event loop of these."""
+  for ticket, event in events:
     ticket.deliver(event)
