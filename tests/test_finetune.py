@@ -364,7 +364,7 @@ def test_labelled_texts_are_split_by_their_text(tmp_path):
   texts = lambda split: {rows[int(name.split(':')[1]) - 1]['text'] for name, _, _ in split.examples}
   assert texts(train) and texts(val) and not texts(train) & texts(val)
   assert all(len(ids) <= 6 for _, ids, _ in train.examples)
-  loader = labelled.TrainLoader(train, 6, len(train), 0, 257)
+  loader = labelled.LabelledBatches(train, 6, len(train), 0, 257)
   assert sorted(loader.documents(0)) == sorted([name] for name, _, _ in train.examples)  # an epoch
   other = labelled.open_labelled(data_section(path, split_seed=1), tokenizer.load('byte'), 6)
   assert texts(other.splits['val']) != texts(val) and other.sha256 != data.sha256

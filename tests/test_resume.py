@@ -189,7 +189,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 folder = Path(sys.argv[1])
 np.random.default_rng(0).integers(0, 2048, 100_000).astype('<u2').tofile(folder / 'train.bin')
 mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1)
-own = loader.TrainLoader(store.open_store(folder).splits['train'], 256, 8, 0, 2048)
+own = loader.TokenBatches(store.open_store(folder).splits['train'], 256, 8, 0, 2048)
 def resident():
   return int(open('/proc/self/statm').read().split()[1]) * 4096 / 2**20
 for step, batch in enumerate(own.batches(0, 10_000, 1, NamedSharding(mesh, P(None, sharding.BATCH)))):

@@ -318,12 +318,12 @@ def test_a_host_with_slow_data_is_named(text_folder, tmp_path):
   )
   code = f"""
 import os, runpy, sys, time
-from gpt2_jax.data.loader import TrainLoader
-rows = TrainLoader.rows
+from gpt2_jax.data.loader import TokenBatches
+rows = TokenBatches.rows
 def slow(self, step, numbers):
   time.sleep(0.4 * len(numbers) * int(os.environ['OMPI_COMM_WORLD_RANK']))
   return rows(self, step, numbers)
-TrainLoader.rows = slow
+TokenBatches.rows = slow
 sys.argv = {command!r}
 runpy.run_path('launch.py', run_name='__main__')"""
   job = random.randrange(1, 4000) << 16

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from gpt2_jax.data.store import Shard
+from gpt2_jax.data.shards import Shard
 from gpt2_jax.errors import UserError
 from gpt2_jax.progress import track
 from gpt2_jax.verified import Verified
