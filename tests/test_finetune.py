@@ -21,8 +21,9 @@ from gpt2_jax.counts import num_params, num_trained, trainable_paths
 from gpt2_jax.data import labelled
 from gpt2_jax.errors import UserError
 from gpt2_jax.model import bind, init_params
-from gpt2_jax.training import loop, plan
+from gpt2_jax.training import loop, plan, run_data, stopping
 from gpt2_jax.training.optimizer import make_optimizer, make_schedule
+from gpt2_jax.training.run import evaluate
 from gpt2_jax.training.step import init_state, make_eval_step, make_train_step
 
 ADAPTERS = LoRA(3, 6.0, ('c_attn', 'c_proj', 'c_fc'), dropout=0.1)
@@ -229,12 +230,12 @@ def test_a_run_stops_when_the_loss_rises_and_offers_its_best(pretrained, tmp_pat
   made = plan.make_plan(config)
   model = gpt2_jax.from_pretrained(tmp_path / 'run', mesh=made.mesh)
   with jax.set_mesh(made.mesh):
-    loss = loop.evaluate(
+    loss = evaluate(
       made.eval_step(),
       nnx.to_pure_dict(nnx.state(model, nnx.Param)),
-      loop.open_data(made).splits['val'],
+      run_data.open_data(made).splits['val'],
       made,
-      loop.StopSignal(),
+      stopping.StopSignal(),
     )['eval/loss']
   assert_close(loss, held_out[best], 1e-6)
   assert loop.train(config, tmp_path / 'run') == 0  # the same command again

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -52,7 +52,7 @@ class Labelled:
   cut: int
   tokenizer: tokenizers.Tokenizer
   notes: tuple[str, ...] = ()
-  unit: ClassVar[str] = 'texts'
+  unit: str = 'texts'
 
   @property
   def sha256(self) -> str:

@@ -115,7 +115,7 @@ class TokenBatches(Order):
   def eval_batches(
     split: Split, T: int, R: int, sharding: NamedSharding
   ) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """Yields all of a split: tokens [1, R, T + 1], weights [1, R, T], 1 for targets, 0 for padding."""
+    """Yields all of a split: tokens [1, R, T + 1], weights [1, R, T], 1 for targets, else 0."""
     rows = sharding_lib.local_rows((1, R), sharding)
     windows = -(-(len(split) - 1) // T)
     for first in range(0, windows, R):

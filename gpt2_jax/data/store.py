@@ -23,7 +23,6 @@ import hashlib
 import json
 import shlex
 from pathlib import Path
-from typing import ClassVar
 
 from gpt2_jax import tokenizer
 from gpt2_jax.data.shards import GPT2_EOT, Shard, Split, bad_token, foreign_files, foreign_shard
@@ -59,8 +58,8 @@ class TokenStore:
   path: Path
   manifest: dict
   splits: dict[str, Split]
-  unit: ClassVar[str] = 'tokens'
-  labels: ClassVar[tuple[str, ...]] = ()
+  unit: str = 'tokens'
+  labels: tuple[str, ...] = ()
 
   @property
   def sha256(self) -> str:
@@ -72,8 +71,12 @@ class TokenStore:
     """The id that begins a document."""
     return self.manifest['tokenizer']['eot']
 
-  @functools.cached_property
+  @property
   def tokenizer(self) -> Tokenizer:
+    return self._tokenizer
+
+  @functools.cached_property
+  def _tokenizer(self) -> Tokenizer:
     folder = self.path / 'tokenizer'
     found = tokenizer.load(folder if folder.exists() else 'gpt2')
     if found.sha256 != self.manifest['tokenizer'].get('sha256', found.sha256):

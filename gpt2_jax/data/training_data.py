@@ -12,8 +12,15 @@ from gpt2_jax.tokenizer import Tokenizer
 class TrainingData(Protocol):
   """An open set of data, with the splits `train` and `val`."""
 
-  unit: str  # what its length counts: tokens, texts
-  labels: tuple[str, ...]  # that a classifier learns; none for a language model
+  @property
+  def unit(self) -> str:
+    """The name of what the length of a split counts: 'tokens', 'texts'."""
+    ...
+
+  @property
+  def labels(self) -> tuple[str, ...]:
+    """The labels that a classifier learns; none for a language model."""
+    ...
 
   @property
   def path(self) -> str | Path: ...

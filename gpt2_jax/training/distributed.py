@@ -141,6 +141,12 @@ def initialize(
     ) from e
 
 
+def say(text: str) -> None:
+  """Prints a line, on process 0 alone."""
+  if jax.process_index() == 0:
+    print(text, flush=True)
+
+
 def hello(mesh: Mesh) -> None:
   """Says, on each of several hosts, who it is: its devices of all, and the mesh."""
   if jax.process_count() > 1:

@@ -161,6 +161,12 @@ class MetricsWriter:
     if self.active:
       self._begin([line for line in read(workdir) if line['step'] <= step])
 
+  def __enter__(self) -> 'MetricsWriter':
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
   def _open_board(self):
     # tensorboardX would import torch where there is one: seconds, for the name of a type
     hidden = 'torch' not in sys.modules

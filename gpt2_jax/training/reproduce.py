@@ -22,7 +22,8 @@ from gpt2_jax.config import Config
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import local, read_json
 from gpt2_jax.training import knobs, metrics, record
-from gpt2_jax.training.loop import say, train
+from gpt2_jax.training.distributed import say
+from gpt2_jax.training.loop import train
 
 NOTE = 'reproduces.json'  # in the folder of the second run: of which run it is the repetition
 
