@@ -23,7 +23,7 @@ from gpt2_jax.planning.plan import Compiled, bytes_of, compile_for, describe, re
 from gpt2_jax.planning.report import HBM, Report
 from gpt2_jax.planning.topology import Topology
 from gpt2_jax.sharding import BATCH, P, on_devices, reshard
-from gpt2_jax.training.plan import make_model
+from gpt2_jax.training.run_model import make_model
 
 FILL = 0.97  # of the memory, what the largest batch aims at
 TOKENS = 128  # of a prompt, and new ones, where nothing is said of them

@@ -21,7 +21,8 @@ from gpt2_jax.errors import UserError, saving
 from gpt2_jax.files import misfit, read_json, whole_number, write_whole
 from gpt2_jax.interop import mup
 from gpt2_jax.interop.workdir import LABELS
-from gpt2_jax.training.plan import FREE, Plan
+from gpt2_jax.training.plan import Plan
+from gpt2_jax.training.run_model import FREE
 
 ENV = 'env.json'
 ENVIRONMENT = ('XLA_FLAGS', 'JAX_PLATFORMS')  # variables that have a say in the numbers
