@@ -3,9 +3,9 @@
 Sources: Google's "Cloud TPU system architecture" pages (v2 to v7x) and NVIDIA's data sheets of A100,
 L4, H100, H200, B200. HBM of TPUs is the memory that their compiler allows a program (libtpu
 0.0.42.1), HBM of GPUs the memory that the driver reports or, of a GPU that we haven't seen, that of
-the data sheet. Two figures are no vendor's: `dcn`, a matter of the network and not of the chip, is the
-share of the network card in the machines that the clouds rent out; the TPU v2's HBM is 15/16 of its
-data sheet's.
+the data sheet. Two figures are no vendor's: `dcn`, a matter of the network and not of the chip, is
+the share of the network card in the machines that the clouds rent out; the TPU v2's HBM is 15/16 of
+its data sheet's.
 """
 
 import contextlib
