@@ -90,7 +90,7 @@ def wrong_flag(e: Exception, argv: list[str]) -> str:
 
 
 def default_workdir() -> str:
-  """Returns runs/CONFIG or runs/CONFIG-RECIPE: runs/small-openwebtext of configs/small.py:openwebtext."""
+  """Returns runs/CONFIG, or runs/CONFIG-RECIPE: of configs/small.py:x runs/small-x."""
   path, _, recipe = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
   return os.path.join('runs', '-'.join(filter(None, [Path(path).stem, recipe])))
 

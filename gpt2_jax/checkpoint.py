@@ -50,7 +50,8 @@ def difference(have: dict, want: dict) -> str:
     for key in sorted(have.keys() | want.keys())
     if have.get(key) != want.get(key)
   ]
-  return '\n'.join(lines[:12] + [f'  … and {len(lines) - 12} more'] * (len(lines) > 12))
+  more = [f'  … and {len(lines) - 12} more'] if len(lines) > 12 else []
+  return '\n'.join(lines[:12] + more)
 
 
 class Checkpoints:

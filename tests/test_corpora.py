@@ -523,6 +523,33 @@ def test_stores_are_those_of_the_first_release(tmp_path, monkeypatch, kind, spli
   assert made.sha256 == GOLDEN[kind, split]
 
 
+def test_a_new_corpus_is_two_rows(tmp_path, monkeypatch):
+  """As docs/extending.md says: texts of which this library knows nothing."""
+
+  def open_numbers(spec: str, rest: str) -> corpora.Corpus:
+    pieces = [corpora.Piece('number', '', i, i + 1, 10) for i in range(int(rest))]
+    return corpora.Corpus(spec, 'CC0', {'numbers': int(rest)}, pieces)
+
+  def read_number(piece: corpora.Piece, field: str):
+    yield corpora.Document(f'{field} {piece.start}')
+
+  monkeypatch.setitem(corpora.CORPORA, 'numbers', ('COUNT', open_numbers))
+  monkeypatch.setitem(corpora.READERS, 'number', read_number)
+  wanted = prepare.Settings('numbers:20', 'byte', val_fraction=0.3)
+  made = prepare.ensure_store(wanted, tmp_path / 's', workers=1)
+  texts = []
+  for split in made.splits.values():
+    tokens = split.read(0, len(split))
+    starts = [*np.flatnonzero(tokens == made.eot), len(tokens)]
+    texts += [made.tokenizer.decode(tokens[a + 1 : b]) for a, b in zip(starts, starts[1:])]
+  assert sorted(texts) == sorted(f'text {i}' for i in range(20))
+  assert made.manifest['source']['licence'] == 'CC0' and made.manifest['source']['numbers'] == 20
+  assert prepare.ensure_store(wanted, tmp_path / 's').sha256 == made.sha256
+  for spec in ('numbers', 'letters:3'):
+    with pytest.raises(UserError, match=r'none of: .*, bin:FOLDER, numbers:COUNT\.'):
+      corpora.open_corpus(spec)
+
+
 # --- other doors ------------------------------------------------------------------------------
 
 

@@ -129,7 +129,7 @@ def finish(run: Run) -> int:
   if finished:
     if run.patience.over:
       say(f'stopped early: no lower held-out loss since step {run.patience.best:,}, which is offered')
-    prompt = report.fitting(run.plan.config.log.sample_prompt, run.data.tokenizer, run.plan.model)
+    prompt = report.fit_prompt(run.plan.config.log.sample_prompt, run.data.tokenizer, run.plan.model)
     text = sample(run, prompt)
     if first:
       totals, title = (

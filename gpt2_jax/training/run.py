@@ -100,7 +100,9 @@ class Run:
   def begin_record(self) -> None:
     """Leaves the record of this start, on process 0, and says what changed since the last one."""
     if jax.process_index() == 0:
-      self.clock.before = goodput.before(self.lines, record_lib.starts(self.workdir), self.start)
+      self.clock.before = goodput.seconds_before(
+        self.lines, record_lib.starts(self.workdir), self.start
+      )
       totals = self.clock.totals()
       if changed := record_lib.begin(self.workdir, self.plan, self.data, self.start, totals):
         say(f'config changed since the last start:\n{changed}')
