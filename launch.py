@@ -18,7 +18,6 @@ BEGAN = time.monotonic()  # imports take a second
 from absl import flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
-from gpt2_jax import hardware  # noqa: E402
 from gpt2_jax.bounds import shortened  # noqa: E402
 from gpt2_jax.errors import UserError, near, versions  # noqa: E402
 
@@ -43,7 +42,7 @@ PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which of them this is, fr
 
 
 def usage() -> str:
-  """What --help prints."""
+  """Returns the text of --help."""
   return f"""{(__doc__ or '').strip()}
 
 {flags.FLAGS.main_module_help()}
@@ -57,7 +56,7 @@ The knobs, --config.SECTION.KEY=VALUE, stand in configs/base.py with what they d
 
 
 def parse_flags(argv: list[str]) -> None:
-  """Parses the flags; says in one line what is wrong with them."""
+  """Parses the flags; if they are wrong, leaves with a line that says so."""
   if {'--help', '-h', '-help', '--helpfull', '--helpshort'} & set(argv[1:]):
     print(usage())
     sys.exit(0)
@@ -76,7 +75,7 @@ def parse_flags(argv: list[str]) -> None:
 
 
 def wrong_flag(e: Exception, argv: list[str]) -> str:
-  """What is wrong with the flags, in a line. An unknown one is named with those that are like it."""
+  """Says in a line what is wrong with the flags; names those that are like an unknown one."""
   if isinstance(e, flags.UnrecognizedFlagError):
     return f'there is no flag --{e.flagname}{near(e.flagname, flags.FLAGS)}'
   if isinstance(e, (KeyError, AttributeError)):
@@ -91,12 +90,24 @@ def wrong_flag(e: Exception, argv: list[str]) -> str:
 
 
 def default_workdir() -> str:
-  """runs/small for configs/small.py, runs/small-openwebtext for configs/small.py:openwebtext."""
+  """Returns runs/CONFIG, or runs/CONFIG-RECIPE: of configs/small.py:x runs/small-x."""
   path, _, recipe = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
   return os.path.join('runs', '-'.join(filter(None, [Path(path).stem, recipe])))
 
 
+def use_huge_pages() -> None:
+  """Starts this program anew with glibc's large buffers on huge pages, unless GLIBC_TUNABLES is set.
+
+  A training step on a CPU allocates gigabytes and gives them back; on small pages, a tenth of its
+  time goes to page faults. A process can't ask for it once it has started.
+  """
+  if sys.platform == 'linux' and 'GLIBC_TUNABLES' not in os.environ:
+    os.environ['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
+    os.execv(sys.executable, sys.orig_argv)
+
+
 def main(argv: list[str]) -> int:
+  """Runs the training that the command line describes. Returns its exit status."""
   parse_flags(argv)
   from gpt2_jax import checkpoint, determinism, files
   from gpt2_jax.training import compiling, distributed, loop, plan
@@ -124,5 +135,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-  hardware.use_huge_pages()
+  use_huge_pages()
   sys.exit(main(sys.argv))

@@ -77,7 +77,7 @@ layout = NamedSharding(sharding.make_mesh(devices=jax.devices()[:1]),
                        PartitionSpec(None, sharding.BATCH))
 def run(folder, rows, T, steps):
   split = store.open_store(folder).splits['train']
-  batches = loader.TrainLoader(split, T, rows, 0, 50257).batches(0, steps + 1, 1, layout)
+  batches = loader.TokenBatches(split, T, rows, 0, 50257).batches(0, steps + 1, 1, layout)
   next(batches)  # starts the threads
   began = time.perf_counter()
   for batch in batches:

@@ -1,4 +1,4 @@
-"""What values a knob may have. Tables of these (name -> kind) are checked before anything is made.
+"""Kinds of values. Tables of these (name of a knob -> kind) are checked before anything is made.
 
 `config.MODEL` is the table of a model, `training/knobs.py` has those of a run; each verb has one of
 its flags. A value comes out as plain Python's own: scalars and dtypes of NumPy and JAX are taken for
@@ -29,15 +29,15 @@ class Kind:
 
   @property
   def says(self) -> str:
-    """After 'must'."""
+    """What the value must do, for a message: what comes after 'must'."""
     raise NotImplementedError
 
   def take(self, value: Any) -> Any:
-    """The value; a TypeError, ValueError or OverflowError where it is none of them."""
+    """Returns the value; a TypeError, ValueError or OverflowError if it is not of this kind."""
     raise NotImplementedError
 
   def check(self, name: str, value: Any, equals: str = ' = ') -> Any:
-    """The value, as plain Python's.
+    """Returns the value, as plain Python's.
 
     Raises:
       UserError: it is none of them: in one line, with its name and what it must be.
@@ -52,12 +52,12 @@ class Kind:
 
 
 def plain(value: Any) -> Any:
-  """A scalar of NumPy's or JAX's as Python's; others as they are."""
+  """Returns a scalar of NumPy's or JAX's as Python's; any other value as it is."""
   return value.item() if getattr(value, 'ndim', None) == 0 and hasattr(value, 'item') else value
 
 
 def shortened(text: str, most: int = 500) -> str:
-  """A message of others', cut in the middle where it repeats a long value."""
+  """Returns another library's message, cut in the middle if it is long."""
   return text if len(text) <= most else f'{text[: most - 100]} … {text[-80:]}'
 
 
@@ -192,7 +192,7 @@ class Place(Kind):
 
 @dataclasses.dataclass(frozen=True)
 class Corpus(Place):
-  """What KIND:REST names, or KIND alone; the rest is a place."""
+  """Corpora: KIND:REST, or KIND alone; the rest is a place."""
 
   def take(self, value: Any) -> str:
     _demand(isinstance(value, str))
@@ -204,7 +204,7 @@ class Corpus(Place):
 
 @dataclasses.dataclass(frozen=True)
 class Optional(Kind):
-  """A kind, or None: then it is derived."""
+  """Values of a kind, or None: then the value is derived."""
 
   kind: Kind
 
@@ -251,7 +251,7 @@ class OneOrMore(Kind):
 
 @dataclasses.dataclass(frozen=True)
 class Names(Kind):
-  """What something is called: a dict of texts or numbers."""
+  """Names by number: a dict of texts or numbers."""
 
   @property
   def says(self) -> str:
@@ -267,7 +267,7 @@ Table = Mapping[str, Kind]
 
 
 def check_all(table: Table, values: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """The values by name, each checked by its row of a table; `prefix` stands before their names.
+  """Returns values by name, each checked by its row of a table; `prefix`: before names in messages.
 
   Raises:
     UserError: names the first one that can't be; or one that the table has not.
@@ -279,7 +279,7 @@ def check_all(table: Table, values: Mapping[str, Any], prefix: str = '') -> dict
 
 @contextlib.contextmanager
 def errors_of(where: str | os.PathLike) -> Iterator[None]:
-  """Puts the file that a value is from before what is wrong with it."""
+  """Puts the name of the file that a value is from before the message of a UserError."""
   try:
     yield
   except UserError as e:

@@ -3,13 +3,12 @@
 A checkpoint has items: `params`, `opt_state`, `ema` (where the run has one) and `meta`: a dict with
 the step, the model's config, the data's sha256 and the tree of shapes, which is compared before
 anything is restored. Its manifest is written before Orbax renames the folder to its final name, so
-that what is committed has one; a checkpoint is checked against it before it is used. This is the only
-module that knows Orbax.
+that what is committed has one; a checkpoint is checked against it before it is used. Only this module
+and `orbax_manager` know Orbax.
 """
 
 import contextlib
 import errno
-import logging
 import shutil
 import sys
 from pathlib import Path
@@ -26,27 +25,11 @@ from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError, saving
 from gpt2_jax.files import local, read_json, whole_number
 from gpt2_jax.model import Params, make_params
+from gpt2_jax.orbax_manager import BestPolicy, Manager, unreadable
 from gpt2_jax.sharding import on_devices, without_mesh
 
 FOLDER = 'checkpoints'
 VERSION = 2  # from 2 on none is without a manifest
-
-# Orbax logs a background thread's exception with its traceback, and then raises it in ours as well;
-# of its other tasks asyncio says that nobody has asked how they ended, or that they ended too late.
-logging.getLogger('absl').addFilter(
-  lambda record: not (record.exc_info and 'orbax' in record.pathname)
-)
-logging.getLogger('asyncio').addFilter(
-  lambda record: 'exception was never retrieved' not in record.getMessage()
-)
-
-
-def _unraisable(unraisable, *, hook=sys.unraisablehook) -> None:
-  if str(unraisable.exc_value) != 'Event loop is closed':
-    hook(unraisable)
-
-
-sys.unraisablehook = _unraisable
 
 
 def _of_step(step: int) -> str:
@@ -61,38 +44,14 @@ def _shapes(tree: Any) -> dict[str, str]:
 
 
 def difference(have: dict, want: dict) -> str:
-  """What two flat dicts differ in, a line each: the first 12 lines."""
+  """Returns what two flat dicts differ in: a line for each key, the first 12 of them."""
   lines = [
     f'  {key}: {have.get(key, "absent")} there, {want.get(key, "absent")} here'
     for key in sorted(have.keys() | want.keys())
     if have.get(key) != want.get(key)
   ]
-  return '\n'.join(lines[:12] + [f'  … and {len(lines) - 12} more'] * (len(lines) > 12))
-
-
-class _Best(ocp.checkpoint_managers.PreservationPolicy):
-  """Keeps the checkpoint that `meta` calls the best so far, and those with the lowest losses."""
-
-  def __init__(self, count: int):
-    self.count, self.step = count, None
-    self.losses: dict[int, float] = {}  # held-out losses by step
-
-  def should_preserve(self, checkpoints, *, context):
-    steps = [checkpoint.step for checkpoint in checkpoints]
-    ranked = sorted((step for step in steps if step in self.losses), key=lambda s: self.losses[s])
-    return [step == self.step or step in ranked[: self.count] for step in steps]
-
-
-class _Manager(ocp.CheckpointManager):
-  def reached_preemption(self, step: int) -> bool:
-    """Never: `StopSignal` asks JAX, counting its questions, and one from here would upset that."""
-    return False
-
-  def _load_checkpoint_infos(self, skip_metadata_read: bool = False) -> list:
-    """Steps by the names of their folders: Orbax' file in each, with nothing that is needed here, may
-    be damaged, and would then keep all others from being read.
-    """
-    return super()._load_checkpoint_infos(skip_metadata_read=True)
+  more = [f'  … and {len(lines) - 12} more'] if len(lines) > 12 else []
+  return '\n'.join(lines[:12] + more)
 
 
 class Checkpoints:
@@ -105,16 +64,16 @@ class Checkpoints:
     Args:
       workdir: of the run.
       keep: how many of the newest to keep, beside the one that is offered; None: to read only.
-      keep_every: steps; those that are multiples of it are kept too. 0: none.
-      keep_best: how many of those with the lowest held-out loss are kept too.
+      keep_every: the steps that are multiples of it are kept too; 0: none.
+      keep_best: so many with the lowest held-out loss are kept too.
     """
-    self.path, self._best = epath.Path(local(workdir)).resolve() / FOLDER, _Best(keep_best)
+    self.path, self._best = epath.Path(local(workdir)).resolve() / FOLDER, BestPolicy(keep_best)
     self._writes, self._saving = keep is not None, 0
     managers = ocp.checkpoint_managers
     policies = [managers.LatestN(keep), self._best]
     if keep_every:
       policies.append(managers.EveryNSteps(keep_every))
-    self._manager = _Manager(
+    self._manager = Manager(
       self.path,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=managers.AnyPreservationPolicy(policies) if self._writes else None,
@@ -126,21 +85,21 @@ class Checkpoints:
     )
 
   def latest_step(self) -> int | None:
-    """The newest step there is, None where there is none."""
+    """Returns the newest step; None if there is none."""
     return self._manager.latest_step()
 
   def all_steps(self) -> list[int]:
-    """The steps there are, whole or not."""
+    """Returns the steps that have a checkpoint, whole or not."""
     return list(self._manager.all_steps())
 
   def _write_manifest(self) -> None:
-    """Called by Orbax on process 0, in its thread, when all is written and before the commit."""
+    """Writes the manifest. Orbax calls it on process 0, in a thread, before it commits."""
     folder = Path(self.path) / str(self._saving)
     unfinished = folder.with_name(folder.name + '.orbax-checkpoint-tmp')
     manifest.write(unfinished if unfinished.exists() else folder)
 
   def _damage(self, step: int, items: tuple[str, ...] | None = None) -> str | None:
-    """What is wrong with a step's files, None where nothing is."""
+    """Says what is wrong with the files of a step; None if nothing is."""
     folder = Path(self.path) / str(step)
     if (folder / manifest.FILE).exists():
       return manifest.damage(folder, items)
@@ -150,31 +109,15 @@ class Checkpoints:
       return f"it has no {manifest.FILE} and can't be read ({e})"
     if meta.get('version') not in (None, 1):
       return f'it has no {manifest.FILE}, though it was written with one'
-    # Of an early version: Orbax tells, by reading it all.
-    alone = ocp.options.MultiprocessingOptions(
-      primary_host=None, active_processes={jax.process_index()}, barrier_sync_key_prefix='check'
-    )
-    try:
-      names = {key.split('.')[0] for key in meta['tree']}
-      for name in names if items is None else names & set(items):
-        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-        with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
-          tree = jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
-            reader.metadata(folder / name).item_metadata.tree,
-          )
-          reader.restore(folder / name, args=ocp.args.PyTreeRestore(restore_args=tree))
-    except Exception as e:  # of whatever kind: the files may hold anything
-      return f"it has no {manifest.FILE} and can't be read ({str(e).splitlines()[0][:200]})"
-    return None
+    return unreadable(folder, meta['tree'], items)
 
   def whole_step(self, items: tuple[str, ...] | None = None) -> int | None:
-    """The newest step whose files are whole, the same on all processes; None where there is none.
+    """Returns the newest step whose files are whole, the same on all processes; None without one.
 
-    What is wrong with newer ones is said. A run moves them aside, so that it can save them again.
+    Prints what is wrong with newer ones. A run moves these aside, so that it can save them again.
 
     Args:
-      items: that are to be read; default: all.
+      items: the items whose files must be whole; default: all.
 
     Raises:
       UserError: there are checkpoints, and all of them are damaged.
@@ -194,11 +137,8 @@ class Checkpoints:
       step, lost = map(int, agreed)
     where = {} if lost or not self._writes else {bad: self._move_aside(bad) for bad in damaged}
     for bad, why in damaged.items():
-      print(
-        f'{_of_step(bad)}: {why}: skipped' + f' and moved to {where.get(bad)}' * (bad in where),
-        file=sys.stderr,
-        flush=True,
-      )
+      moved = f' and moved to {where[bad]}' if bad in where else ''
+      print(f'{_of_step(bad)}: {why}: skipped{moved}', file=sys.stderr, flush=True)
     if lost:
       raise UserError(
         f'all checkpoints in {self.path} are damaged. Restore their files from a copy, '
@@ -211,19 +151,20 @@ class Checkpoints:
     return step or None
 
   def _move_aside(self, step: int) -> Path:
-    """Gives a damaged checkpoint another name, under which no step is looked for."""
+    """Gives a damaged checkpoint a name that is no step's."""
     folder = Path(self.path)
-    names = (f'damaged-{step}' + f'-{n}' * (n > 1) for n in range(1, 1000))
+    names = (f'damaged-{step}-{n}' if n > 1 else f'damaged-{step}' for n in range(1, 1000))
     target = next(folder / name for name in names if not (folder / name).exists())
     return (folder / str(step)).rename(target)
 
   def meta(self, step: int) -> dict:
+    """Returns the meta of a step."""
     return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
 
   def step_to_use(self) -> int | None:
-    """The step whose parameters a run offers: its best one where it stops early, else the newest.
+    """Returns the step whose parameters a run offers: the best if it stops early, else the newest.
 
-    Damaged ones are named and passed over.
+    Names damaged ones and passes over them.
     """
     used = ('meta', 'params', 'ema')
     step = self.whole_step(used)
@@ -236,13 +177,14 @@ class Checkpoints:
       return step
     return best
 
-  def check(self, step: int) -> None:
-    """Raises a `UserError` where a step that was asked for is damaged: no other one is taken."""
+  def checked(self, step: int) -> int:
+    """Returns a step that the user named; a UserError if it is damaged: no other is taken for it."""
     if damage := self._damage(step, ('meta', 'params', 'ema')):
       raise UserError(
         f'{_of_step(step)} in {self.path}: {damage}. Name another step, or none: the '
         'run then offers one that is whole.'
       )
+    return step
 
   def save(
     self, step: int, items: dict[str, Any], meta: dict, losses: dict[int, float] | None = None
@@ -252,7 +194,7 @@ class Checkpoints:
     Args:
       step: number of updates done.
       items: trees by name.
-      meta: what else is to be known of the checkpoint; `best`: a step that is to be kept.
+      meta: JSON that is kept with them; its `best` is a step whose checkpoint is kept.
       losses: held-out losses so far, by step.
     """
     meta = meta | {'version': VERSION, 'step': step, 'tree': _shapes(items)}
@@ -272,12 +214,12 @@ class Checkpoints:
       )
 
   def params(self, step: int, abstract: Params) -> Params:
-    """The parameters to use, without the rest: the moving average where the run has one."""
+    """Returns the parameters to use: the moving average if the run has one. The rest is not read."""
     name = 'ema' if (self.path / str(step) / 'ema').exists() else 'params'
     return self.restore(step, {name: abstract})[name]
 
   def restore(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
-    """Items of a step, laid out as the abstract arrays in `items` say.
+    """Returns items of a step, laid out as the abstract arrays in `items` say.
 
     Raises:
       UserError: the checkpoint is of another shape.
@@ -304,26 +246,23 @@ class Checkpoints:
       self._manager.wait_until_finished()
 
   def close(self) -> None:
+    """Ends the threads of Orbax."""
     self._manager.close()
 
 
 def is_workdir(path: str | Path) -> bool:
+  """Whether a path is the folder of a run that has saved anything."""
   return (Path(path) / FOLDER).is_dir()
 
 
 def kept_steps(workdir: str | Path) -> list[int]:
-  """The steps that a run has checkpoints of, in order."""
-  checkpoints = Checkpoints(workdir)
-  try:
+  """Returns the steps that a run has checkpoints of, in order."""
+  with contextlib.closing(Checkpoints(workdir)) as checkpoints:
     return sorted(checkpoints.all_steps())
-  finally:
-    checkpoints.close()
 
 
 def held_positions(workdir: str | Path) -> int | None:
-  """n_positions of the run that a workdir holds, the same in all of its checkpoints; None where there
-  is none yet.
-  """
+  """Returns n_positions of the run in a workdir, by any of its checkpoints; None if it has none."""
   for path in sorted((Path(workdir) / FOLDER).glob('*/meta/metadata')):
     with contextlib.suppress(UserError):  # a damaged one: another tells
       return read_json(path, {'model': {'n_positions': whole_number}})['model']['n_positions']
@@ -331,11 +270,11 @@ def held_positions(workdir: str | Path) -> int | None:
 
 
 def read_meta(workdir: str | Path, step: int | None = None) -> dict:
-  """Meta of a checkpoint, its `step` among it.
+  """Returns the meta of a checkpoint, its `step` among it.
 
   Args:
     workdir: of the run.
-    step: one that is there; default: the one that the run offers.
+    step: of the checkpoint; default: the one that the run offers.
 
   Raises:
     UserError: the workdir has no finished checkpoint, or that of `step` is damaged.
@@ -343,28 +282,19 @@ def read_meta(workdir: str | Path, step: int | None = None) -> dict:
   workdir = local(workdir)
   if not is_workdir(workdir):
     raise UserError(f'{workdir} holds no checkpoints: is it the --workdir of a run?')
-  checkpoints = Checkpoints(workdir)
-  try:
-    if step is not None:
-      checkpoints.check(step)
-    else:
-      step = checkpoints.step_to_use()
+  with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+    step = checkpoints.step_to_use() if step is None else checkpoints.checked(step)
     if step is None:
       raise UserError(
         f'{workdir} has no finished checkpoint yet: let the run go on until its first '
         '(config.checkpoint.every).'
       )
     return checkpoints.meta(step)
-  finally:
-    checkpoints.close()
 
 
 def load_params(workdir: str | Path, meta: dict) -> Params:
-  """The parameters of the checkpoint that `read_meta` described, on the mesh that is set."""
-  checkpoints = Checkpoints(workdir)
-  try:
-    config = GPTConfig(**meta['model'])
-    abstract = on_devices(jax.eval_shape(lambda: make_params(config, 0)))
+  """Returns the parameters of the checkpoint that `read_meta` described, on the mesh that is set."""
+  config = GPTConfig(**meta['model'])
+  abstract = on_devices(jax.eval_shape(lambda: make_params(config, 0)))
+  with contextlib.closing(Checkpoints(workdir)) as checkpoints:
     return checkpoints.params(meta['step'], abstract)
-  finally:
-    checkpoints.close()

@@ -1,4 +1,4 @@
-"""What each backend needs, so that the same program gives the same bits each time it is run."""
+"""Flags with which a backend gives the same bits each time that a program is run."""
 
 import os
 
@@ -20,7 +20,7 @@ PRECISION = 'highest'  # of products that don't say: no TF32
 
 
 def _given() -> dict[str, str]:
-  """The flags in the environment; the last of several with one name counts."""
+  """Returns the flags in the environment; the last of several with one name counts."""
   pairs = (flag.partition('=') for flag in os.environ.get(VARIABLE, '').split())
   return {name: value or 'true' for name, _, value in pairs}
 
@@ -57,7 +57,7 @@ def check() -> None:
 
 
 def describe() -> dict[str, str]:
-  """What is set, for the record of a run; empty where nothing is asked for."""
+  """Returns the flags that are set, for the record of a run; nothing if `require` was not called."""
   found = {flag: value for flag, value in _given().items() if flag in FLAGS}
   if found.keys() != FLAGS.keys():
     return {}

@@ -1,17 +1,17 @@
-"""What a chip can do, by the vendors' data sheets.
+"""Chips and their speeds, by the vendors' data sheets.
 
 Sources: Google's "Cloud TPU system architecture" pages (v2 to v7x) and NVIDIA's data sheets of A100,
-L4, H100, H200, B200. HBM of TPUs is what their compiler allows a program (libtpu 0.0.42.1), of GPUs
-what the driver reports or, where we haven't seen it, the data sheet's. Two figures are no vendor's:
-`dcn`, which is a matter of the network and not of the chip, is the network card's share in the
-machines that the clouds rent out; the TPU v2's HBM is 15/16 of its data sheet's.
+L4, H100, H200, B200. HBM of TPUs is the memory that their compiler allows a program (libtpu
+0.0.42.1), HBM of GPUs the memory that the driver reports or, of a GPU that we haven't seen, that of
+the data sheet. Two figures are no vendor's: `dcn`, a matter of the network and not of the chip, is
+the share of the network card in the machines that the clouds rent out; the TPU v2's HBM is 15/16 of
+its data sheet's.
 """
 
 import contextlib
 import dataclasses
 import os
 import platform
-import sys
 from pathlib import Path
 
 GIB = 2**30
@@ -19,7 +19,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """What JAX calls a device: a chip, of TPU v2, v3 and v7x half a chip (one of its two cores)."""
+  """A device as JAX counts them: a chip, or one of the two cores of a TPU v2, v3 or v7x."""
 
   flops: float  # dense bfloat16 FLOP/s
   hbm: int  # bytes of memory that a program may use
@@ -49,7 +49,7 @@ CHIPS = {
 
 
 def processor() -> str:
-  """The host's processor: how many threads it runs, and its name."""
+  """Returns the number of threads of the host's processor, and its name."""
   name = platform.processor() or platform.machine()
   with contextlib.suppress(OSError, StopIteration):
     lines = Path('/proc/cpuinfo').read_text().splitlines()
@@ -57,24 +57,13 @@ def processor() -> str:
   return f'{os.cpu_count()} x {name}'
 
 
-def use_huge_pages() -> None:
-  """Starts this program anew with glibc's large buffers on huge pages, unless GLIBC_TUNABLES is set.
-
-  A training step on a CPU allocates gigabytes and gives them back; on small pages, a tenth of its
-  time goes to page faults. Only the start of a process can say so.
-  """
-  if sys.platform == 'linux' and 'GLIBC_TUNABLES' not in os.environ:
-    os.environ['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
-    os.execv(sys.executable, sys.orig_argv)
-
-
 def chip_of(device_kind: str) -> Chip | None:
-  """The chip by the longest name that begins its kind; None where unknown."""
+  """Returns the chip with the longest name that `device_kind` begins with; None if it is unknown."""
   names = [name for name in CHIPS if device_kind.startswith(name)]
   return CHIPS[max(names, key=len)] if names else None
 
 
 def peak_flops(device_kind: str) -> float | None:
-  """bfloat16 FLOP/s of a device; None where unknown."""
+  """Returns the bfloat16 FLOP/s of a device; None if they are unknown."""
   chip = chip_of(device_kind)
   return chip.flops if chip else None

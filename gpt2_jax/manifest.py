@@ -1,4 +1,4 @@
-"""What the files of a checkpoint must be: the size and SHA-256 of each, in a file beside them."""
+"""The manifest of a checkpoint: the size and SHA-256 of each of its files, in a file beside them."""
 
 import concurrent.futures
 import contextlib
@@ -25,7 +25,7 @@ def _digest(path: Path) -> str:
 
 
 def write(folder: Path) -> None:
-  """Leaves the manifest of all files in a folder. In one thread: it runs beside the training."""
+  """Writes the manifest of all files in a folder. In one thread: it runs beside the training."""
   names = sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file())
   files = {
     name: {'bytes': (folder / name).stat().st_size, 'sha256': _digest(folder / name)}
@@ -36,7 +36,7 @@ def write(folder: Path) -> None:
 
 
 def damage(folder: Path, items: Collection[str] | None = None) -> str | None:
-  """What is wrong with the files of a checkpoint, by its manifest; None where nothing is.
+  """Says what is wrong with the files of a checkpoint, by its manifest; None if nothing is.
 
   Args:
     folder: of the checkpoint; it has a manifest.
@@ -60,11 +60,8 @@ def damage(folder: Path, items: Collection[str] | None = None) -> str | None:
       return f'{name} has {have:,} bytes, not {size:,}'
   read = [name for name in wanted if items is None or name.split('/')[0] in items]
   total = sum(wanted[name][0] for name in read)
-  shown = (
-    track(f'checking {folder}', total, 'bytes')
-    if total > SHOWN_BYTES
-    else (contextlib.nullcontext(lambda amount: None))
-  )
+  quiet = contextlib.nullcontext(lambda amount: None)
+  shown = track(f'checking {folder}', total, 'bytes') if total > SHOWN_BYTES else quiet
   with shown as advance, concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
     try:
       for name, digest in zip(read, pool.map(lambda name: _digest(folder / name), read)):

@@ -9,22 +9,19 @@ import rich.console
 import rich.progress
 
 PLAIN_EVERY_S = 10.0
-_bars: rich.progress.Progress | None = None  # the live display, shared by what runs inside another
 
 
 @contextlib.contextmanager
 def track(what: str, total: float, unit: str = '', *, done: float = 0) -> Iterator[Callable]:
   """Yields `advance(amount, note='')`, to be called as `amount` more of `total` is done.
 
-  On a terminal a bar is drawn, with `note` behind it. Elsewhere a line is printed at most every
+  On a terminal a bar is drawn, with `note` after it. Elsewhere a line is printed at most every
   10 seconds, so that a log file stays readable.
   """
-  with (_bar if sys.stderr.isatty() else _lines)(what, total, unit, done) as advance:
-    yield advance
-
-
-@contextlib.contextmanager
-def _lines(what: str, total: float, unit: str, done: float) -> Iterator[Callable]:
+  if sys.stderr.isatty():
+    with _BARS.bar(what, total, done) as advance:
+      yield advance
+    return
   started = last = time.monotonic()
 
   def advance(amount: float, note: str = '') -> None:
@@ -43,26 +40,33 @@ def _lines(what: str, total: float, unit: str, done: float) -> Iterator[Callable
   yield advance
 
 
-@contextlib.contextmanager
-def _bar(what: str, total: float, unit: str, done: float) -> Iterator[Callable]:
-  global _bars
-  if _bars is None:
-    columns = (
-      '{task.description}',
-      rich.progress.BarColumn(),
-      rich.progress.TaskProgressColumn(),
-      rich.progress.TimeElapsedColumn(),
-      rich.progress.TimeRemainingColumn(),
-      '{task.fields[note]}',
-    )
-    with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True)) as _bars:
-      try:
-        with _bar(what, total, unit, done) as advance:
-          yield advance
-      finally:
-        _bars = None
-    return
-  bars, task = _bars, _bars.add_task(what, total=total, completed=int(done), note='')
-  yield lambda amount, note='': bars.update(task, advance=amount, note=note)
-  if len(bars.tasks) > 1:  # what ran inside another leaves no bar behind
-    bars.remove_task(task)
+class _Bars:
+  """The bars of this process, in one live display: rich can't draw two at a time."""
+
+  def __init__(self):
+    self._display: rich.progress.Progress | None = None  # while there is any bar
+
+  @contextlib.contextmanager
+  def bar(self, what: str, total: float, done: float) -> Iterator[Callable]:
+    with contextlib.ExitStack() as at_end:
+      outermost = self._display is None
+      if self._display is None:
+        columns = (
+          '{task.description}',
+          rich.progress.BarColumn(),
+          rich.progress.TaskProgressColumn(),
+          rich.progress.TimeElapsedColumn(),
+          rich.progress.TimeRemainingColumn(),
+          '{task.fields[note]}',
+        )
+        console = rich.console.Console(stderr=True)
+        self._display = at_end.enter_context(rich.progress.Progress(*columns, console=console))
+        at_end.callback(setattr, self, '_display', None)
+      display = self._display
+      task = display.add_task(what, total=total, completed=int(done), note='')
+      yield lambda amount, note='': display.update(task, advance=amount, note=note)
+      if not outermost:  # the bar of an inner work goes when it ends
+        display.remove_task(task)
+
+
+_BARS = _Bars()

@@ -14,7 +14,7 @@ LIMIT = SEED_MOST + 1
 
 
 def check(name: str, seed: object) -> int:
-  """A seed. `name` is what the user calls it.
+  """Returns a seed as an int. `name`: the user's name for it, for the message.
 
   Raises:
     UserError: it is no whole number from 0 to 2**64 - 1.
@@ -25,14 +25,14 @@ def check(name: str, seed: object) -> int:
 
 
 def key_data(seed: int) -> np.ndarray:
-  """The bits of a seed's key, uint32: those that JAX gives it where 64 bits are enabled."""
+  """Returns the bits of a seed's key, uint32, as JAX makes them if 64 bits are enabled."""
   impl = jax.config.jax_default_prng_impl  # pyright: ignore[reportAttributeAccessIssue]
   size = 2 if impl == 'threefry2x32' else 4  # rbg has them twice
   return np.resize(np.array(divmod(check('seed', seed), 1 << 32), np.uint32), size)
 
 
 def key(seed: int) -> jax.Array:
-  """The key of a seed.
+  """Returns the key of a seed.
 
   Raises:
     UserError: as `check`.

@@ -19,7 +19,7 @@ CHUNK = 2**20
 
 
 def cache() -> Path:
-  """The folder of what this program keeps for a user."""
+  """Returns the folder in which this program keeps files for a user."""
   return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'gpt2_jax'
 
 
@@ -29,7 +29,7 @@ def digest(
   begin: bytes = b'',
   kind: str = 'sha256',
 ) -> str:
-  """The hash, in hex, of some files in a row.
+  """Returns the hash, in hex, of the content of some files, one after the other.
 
   Args:
     paths: of them.
@@ -47,7 +47,7 @@ def digest(
 
 
 class Verified:
-  """Which groups of files in a folder were found whole."""
+  """The groups of files in a folder that were found whole."""
 
   def __init__(self, folder: Path, beside: bool = True):
     """
@@ -74,7 +74,7 @@ class Verified:
   def check(
     self, names: Sequence[str], sha256: str, advance=lambda amount: None, again: bool = False
   ) -> bool:
-    """Whether files have the content that they should have, by what is remembered or by reading them.
+    """Whether files have the content that they should have, as remembered or by reading them.
 
     Args:
       names: of the files in the folder, whose bytes in a row have this SHA-256.

@@ -36,7 +36,8 @@ from gpt2_jax.interop import (
   torch_writing,
 )
 from gpt2_jax.model import bind, make_params
-from gpt2_jax.training import fit, knobs, loop, plan
+from gpt2_jax.training import fit, knobs, loop, plan, run_data
+from gpt2_jax.training.run import evaluate
 
 GOLDEN = ROOT / 'tests' / 'golden'
 LONG = 'x' * 200_000
@@ -303,7 +304,7 @@ def accepted(config) -> bool:
   """Whether a run may begin; if so, it is planned and its data are opened."""
   try:
     made = plan.make_plan(config, devices=jax.devices()[:1])
-    loop.check_prompt(made, loop.open_data(made).tokenizer)
+    run_data.check_prompt(made, run_data.open_data(made).tokenizer)
   except UserError as e:
     said(e)
     return False
@@ -359,16 +360,16 @@ def test_a_sample_of_ids_that_the_model_has_not_is_refused_before_training(run_o
   made = plan.make_plan(run_of('log', 'sample_prompt', 'é'), devices=jax.devices()[:1])
   made_up = types.SimpleNamespace(encode=lambda text: [5, 300], eot=256)
   with pytest.raises(UserError, match='log.sample_prompt holds token id 300'):
-    loop.check_prompt(made, made_up)  # pyright: ignore[reportArgumentType]
+    run_data.check_prompt(made, made_up)  # pyright: ignore[reportArgumentType]
 
 
 def test_no_batch_of_an_evaluation_is_larger_than_its_split(run_of, monkeypatch):
   made = plan.make_plan(run_of('evaluate', 'batch_rows', 2**20), devices=jax.devices()[:1])
-  split, shapes = loop.open_data(made).splits['val'], []
+  split, shapes = run_data.open_data(made).splits['val'], []
   step = lambda params, tokens, weights: shapes.append(tokens.shape) or np.array([weights.sum(), 1.0])
   stop = types.SimpleNamespace(due=lambda: False)
   with jax.set_mesh(made.mesh):
-    means = loop.evaluate(step, None, split, made, stop)  # pyright: ignore[reportArgumentType]
+    means = evaluate(step, None, split, made, stop)  # pyright: ignore[reportArgumentType]
   rows = -(-(len(split) - 1) // made.T)
   assert shapes == [(1, rows, made.T + 1)] and means['eval/loss'] == len(split) - 1
 

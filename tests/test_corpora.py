@@ -17,7 +17,18 @@ import numpy as np
 import pytest
 
 from gpt2_jax import tokenizer
-from gpt2_jax.data import corpora, labelled, listing, prepare, records, sections, store, text_files
+from gpt2_jax.data import (
+  corpora,
+  corpus_parts,
+  labelled,
+  listing,
+  prepare,
+  records,
+  sections,
+  shards,
+  store,
+  text_files,
+)
 from gpt2_jax.errors import UserError
 
 pyarrow = pytest.importorskip('pyarrow')
@@ -421,7 +432,7 @@ def test_a_store_in_the_folder_of_its_texts_is_no_text(tmp_path, monkeypatch):
   for i in range(9):
     (tmp_path / f'{i}.txt').write_text('some words\n' * 9)
   s = settings(tmp_path, split='tail', tokenizer='bpe:260')
-  monkeypatch.setattr(prepare, '_encode_all', lambda *_: 1 / 0)
+  monkeypatch.setattr(corpus_parts, 'encode_all', lambda *_: 1 / 0)
   with pytest.raises(ZeroDivisionError):
     prepare.ensure_store(s, tmp_path / 's', workers=1)
   monkeypatch.undo()
@@ -459,7 +470,7 @@ def test_files_that_vanish_or_change_are_noticed(tmp_path, monkeypatch):
 
 
 def test_an_error_in_another_process_is_the_same_line(tmp_path, monkeypatch):
-  monkeypatch.setattr(prepare, 'MIN_PART_BYTES', 1000)
+  monkeypatch.setattr(corpus_parts, 'MIN_PART_BYTES', 1000)
   for i in range(3):
     (tmp_path / f'{i}.jsonl').write_text('{"text": "some words"}\n' * 100)
   (tmp_path / '2.jsonl').write_text('{"text": "a"}\n{"text": 7}\n' + ' ' * 3000)
@@ -510,6 +521,33 @@ def test_stores_are_those_of_the_first_release(tmp_path, monkeypatch, kind, spli
     settings(tmp_path / 'c', split=split, tokenizer=kind), tmp_path / 's', workers=1
   )
   assert made.sha256 == GOLDEN[kind, split]
+
+
+def test_a_new_corpus_is_two_rows(tmp_path, monkeypatch):
+  """As docs/extending.md says: texts of which this library knows nothing."""
+
+  def open_numbers(spec: str, rest: str) -> corpora.Corpus:
+    pieces = [corpora.Piece('number', '', i, i + 1, 10) for i in range(int(rest))]
+    return corpora.Corpus(spec, 'CC0', {'numbers': int(rest)}, pieces)
+
+  def read_number(piece: corpora.Piece, field: str):
+    yield corpora.Document(f'{field} {piece.start}')
+
+  monkeypatch.setitem(corpora.CORPORA, 'numbers', ('COUNT', open_numbers))
+  monkeypatch.setitem(corpora.READERS, 'number', read_number)
+  wanted = prepare.Settings('numbers:20', 'byte', val_fraction=0.3)
+  made = prepare.ensure_store(wanted, tmp_path / 's', workers=1)
+  texts = []
+  for split in made.splits.values():
+    tokens = split.read(0, len(split))
+    starts = [*np.flatnonzero(tokens == made.eot), len(tokens)]
+    texts += [made.tokenizer.decode(tokens[a + 1 : b]) for a, b in zip(starts, starts[1:])]
+  assert sorted(texts) == sorted(f'text {i}' for i in range(20))
+  assert made.manifest['source']['licence'] == 'CC0' and made.manifest['source']['numbers'] == 20
+  assert prepare.ensure_store(wanted, tmp_path / 's').sha256 == made.sha256
+  for spec in ('numbers', 'letters:3'):
+    with pytest.raises(UserError, match=r'none of: .*, bin:FOLDER, numbers:COUNT\.'):
+      corpora.open_corpus(spec)
 
 
 # --- other doors ------------------------------------------------------------------------------
@@ -577,13 +615,13 @@ def test_labelled_nulls_are_counted(tmp_path):
   'content,says',
   [
     (
-      np.array([store.LLMC_MAGIC, 1, 99, *[0] * 253], '<i4').tobytes() + b'12' * 7,
+      np.array([shards.LLMC_MAGIC, 1, 99, *[0] * 253], '<i4').tobytes() + b'12' * 7,
       'has 7 tokens, but its header says 99',
     ),
-    (np.array([store.LLMC_MAGIC, 1, -5, *[0] * 253], '<i4').tobytes(), 'header says -5'),
-    (np.array([store.LLMC_MAGIC, 1, 0, *[0] * 253], '<i4').tobytes(), 'has 0 tokens'),
-    (np.array([store.LLMC_MAGIC, 1, 2, *[0] * 253], '<i4').tobytes() + b'12345', 'has 2.5 tokens'),
-    (np.array([store.LLMC_LLAMA, 7, 2, *[0] * 253], '<i4').tobytes() + b'12345678', 'of Llama 3'),
+    (np.array([shards.LLMC_MAGIC, 1, -5, *[0] * 253], '<i4').tobytes(), 'header says -5'),
+    (np.array([shards.LLMC_MAGIC, 1, 0, *[0] * 253], '<i4').tobytes(), 'has 0 tokens'),
+    (np.array([shards.LLMC_MAGIC, 1, 2, *[0] * 253], '<i4').tobytes() + b'12345', 'has 2.5 tokens'),
+    (np.array([shards.LLMC_LLAMA, 7, 2, *[0] * 253], '<i4').tobytes() + b'12345678', 'of Llama 3'),
     (b'', 'has 0 bytes'),
     (b'123', 'has 3 bytes'),
   ],
@@ -598,7 +636,7 @@ def test_token_files_that_lie(tmp_path, content, says):
 
 def test_the_split_of_a_token_file_is_that_of_its_pattern(tmp_path):
   for name in ('carnival_train_1.bin', 'carnival_val_1.bin'):
-    (tmp_path / name).write_bytes(np.array([store.GPT2_EOT, 1, 2], '<u2').tobytes())
+    (tmp_path / name).write_bytes(np.array([shards.GPT2_EOT, 1, 2], '<u2').tobytes())
   pieces = corpora.open_corpus(f'bin:{tmp_path}').pieces
   assert [d.split for piece in pieces for d in corpora.documents(piece, '')] == ['train', 'val']
   (tmp_path / 'train.bin').mkdir()

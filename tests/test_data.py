@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax import sharding, tokenizer
-from gpt2_jax.data import corpora, loader, prepare, store
+from gpt2_jax.data import corpora, corpus_parts, loader, prepare, shards, store
 from gpt2_jax.errors import UserError
 from gpt2_jax.sharding import make_mesh
 
@@ -69,7 +69,7 @@ def test_the_manifest_says_what_the_store_is(byte_store):
 
 
 def test_workers_change_no_byte(text_folder, tmp_path, monkeypatch):
-  monkeypatch.setattr(prepare, 'MIN_PART_BYTES', 20_000)
+  monkeypatch.setattr(corpus_parts, 'MIN_PART_BYTES', 20_000)
   serial = prepare.ensure_store(settings(text_folder), tmp_path / 'a', workers=1)
   parallel = prepare.ensure_store(settings(text_folder), tmp_path / 'b', workers=2)
   assert len(serial.splits['train'].shards) > 3
@@ -307,7 +307,7 @@ print(sum(split.documents for split in opened.splits.values()), 'tensorflow' in 
 
 def write_tokens(path: Path, tokens: np.ndarray, llmc: bool) -> None:
   header = np.zeros(256, '<i4')
-  header[:3] = store.LLMC_MAGIC, 1, len(tokens)
+  header[:3] = shards.LLMC_MAGIC, 1, len(tokens)
   path.write_bytes((header.tobytes() if llmc else b'') + tokens.astype('<u2').tobytes())
 
 
@@ -315,7 +315,7 @@ def write_tokens(path: Path, tokens: np.ndarray, llmc: bool) -> None:
   'names', [('train.bin', 'val.bin'), ('fineweb_train_000001.bin', 'fineweb_val_000000.bin')]
 )
 def test_token_files_of_others(tmp_path, names):
-  eot = store.GPT2_EOT
+  eot = shards.GPT2_EOT
   train, val = np.array([eot, 1, 2, 3, eot, 4, 5]), np.array([eot, 7, 8])
   for name, tokens in zip(names, (train, val)):
     write_tokens(tmp_path / name, tokens, llmc=name.startswith('fineweb'))
@@ -384,7 +384,7 @@ def test_damage_is_named(tmp_path, byte_store):
 
 def test_an_epoch_sees_each_window_once(byte_store):
   split = byte_store.splits['train']
-  load = loader.TrainLoader(split, T=50, G=7, seed=3, vocab_size=257)
+  load = loader.TokenBatches(split, T=50, G=7, seed=3, vocab_size=257)
   rows = [load.row(i // 7, i % 7) for i in range(2 * load.windows)]
   windows = [split.read(i * 50, i * 50 + 51).tobytes() for i in range(load.windows)]
   first, second = ([row.tobytes() for row in rows[i : i + load.windows]] for i in (0, load.windows))
@@ -395,7 +395,7 @@ def test_an_epoch_sees_each_window_once(byte_store):
 def test_a_batch_is_a_function_of_seed_and_step(byte_store):
   split = byte_store.splits['train']
   sharded = NamedSharding(make_mesh(8, 1, 1), P(None, sharding.BATCH))
-  make = lambda seed: loader.TrainLoader(split, T=32, G=16, seed=seed, vocab_size=257)
+  make = lambda seed: loader.TokenBatches(split, T=32, G=16, seed=seed, vocab_size=257)
   batches = lambda seed, start, stop, A: [
     np.asarray(b).reshape(16, 33) for b in make(seed).batches(start, stop, A, sharded)
   ]
@@ -409,7 +409,7 @@ def test_a_batch_is_a_function_of_seed_and_step(byte_store):
 
 def test_processes_share_a_batch(byte_store):
   """Each of n processes reads its own rows only; together they are the batch of one process."""
-  load = loader.TrainLoader(byte_store.splits['train'], T=32, G=16, seed=0, vocab_size=257)
+  load = loader.TokenBatches(byte_store.splits['train'], T=32, G=16, seed=0, vocab_size=257)
   whole = np.stack([load.row(2, r) for r in range(16)]).reshape(2, 8, 33)
   devices = jax.devices()
   for n in (1, 2, 4):
@@ -433,11 +433,11 @@ def test_evaluation_counts_each_token_once(byte_store, T, R):
   with mesh_of(8, 1, 1) as _:
     layout = NamedSharding(make_mesh(8, 1, 1), P(None, sharding.BATCH))
     targets, batches = [], 0
-    for tokens, weights in loader.eval_batches(split, T, R, layout):
+    for tokens, weights in loader.TokenBatches.eval_batches(split, T, R, layout):
       targets.append(np.asarray(tokens)[..., 1:][np.asarray(weights) == 1])
       batches += 1
   np.testing.assert_array_equal(np.concatenate(targets), split.read(1, len(split)))
-  assert batches == loader.eval_size(split, T, R)
+  assert batches == loader.TokenBatches.eval_size(split, T, R)
 
 
 def test_documents_of_a_window_are_found(byte_store):
@@ -454,16 +454,16 @@ def test_an_id_beyond_the_vocabulary_is_refused(tmp_path, byte_store):
   write_tokens(tmp_path / 'train.bin', np.array([1, 2, 60000, 4]), llmc=False)
   split = store.open_store(tmp_path).splits['train']
   with pytest.raises(UserError, match='token id 60000, beyond'):
-    loader.TrainLoader(split, 3, 1, 0, 50257).row(0, 0)
+    loader.TokenBatches(split, 3, 1, 0, 50257).row(0, 0)
 
 
 def test_a_split_too_short_is_refused(byte_store):
   with pytest.raises(UserError, match='too few for a window'):
-    loader.TrainLoader(byte_store.splits['val'], 10**6, 1, 0, 257)
+    loader.TokenBatches(byte_store.splits['val'], 10**6, 1, 0, 257)
 
 
 def test_shards_read_as_one_run(text_folder, tmp_path, monkeypatch):
-  monkeypatch.setattr(prepare, 'MIN_PART_BYTES', 20_000)
+  monkeypatch.setattr(corpus_parts, 'MIN_PART_BYTES', 20_000)
   split = prepare.ensure_store(settings(text_folder), tmp_path / 's', workers=1).splits['train']
   whole = np.concatenate([np.asarray(shard.array()) for shard in split.shards])
   rng = np.random.default_rng(0)

@@ -103,7 +103,7 @@ folder = Path(folder)
 np.arange(4000, dtype='<u2').tofile(folder / f'data{i}' / 'train.bin')
 mesh = sharding.make_mesh(data=2, fsdp=-1, tensor=1)
 split = store.open_store(folder / f'data{i}').splits['train']
-read, own = [], loader.TrainLoader(split, 8, 8, 0, 4000)
+read, own = [], loader.TokenBatches(split, 8, 8, 0, 4000)
 rows = own.rows
 own.rows = lambda step, numbers: read.extend((step, r) for r in numbers) or rows(step, numbers)
 sums = [int(jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, P()))(batch))

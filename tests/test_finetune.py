@@ -21,8 +21,9 @@ from gpt2_jax.data import labelled
 from gpt2_jax.errors import UserError
 from gpt2_jax.model import bind, init_params
 from gpt2_jax.pretrained_model import params_of
-from gpt2_jax.training import loop, plan
+from gpt2_jax.training import loop, plan, run_data, stopping
 from gpt2_jax.training.optimizer import make_optimizer, make_schedule
+from gpt2_jax.training.run import evaluate
 from gpt2_jax.training.step import init_state, make_eval_step, make_train_step
 
 ADAPTERS = LoRA(3, 6.0, ('c_attn', 'c_proj', 'c_fc'), dropout=0.1)
@@ -229,8 +230,12 @@ def test_a_run_stops_when_the_loss_rises_and_offers_its_best(pretrained, tmp_pat
   made = plan.make_plan(config)
   model = gpt2_jax.from_pretrained(tmp_path / 'run', mesh=made.mesh)
   with jax.set_mesh(made.mesh):
-    loss = loop.evaluate(
-      made.eval_step(), params_of(model), loop.open_data(made).splits['val'], made, loop.StopSignal()
+    loss = evaluate(
+      made.eval_step(),
+      params_of(model),
+      run_data.open_data(made).splits['val'],
+      made,
+      stopping.StopSignal(),
     )['eval/loss']
   assert_close(loss, held_out[best], 1e-6)
   assert loop.train(config, tmp_path / 'run') == 0  # the same command again
@@ -360,7 +365,7 @@ def test_labelled_texts_are_split_by_their_text(tmp_path):
   texts = lambda split: {rows[int(name.split(':')[1]) - 1]['text'] for name, _, _ in split.examples}
   assert texts(train) and texts(val) and not texts(train) & texts(val)
   assert all(len(ids) <= 6 for _, ids, _ in train.examples)
-  loader = labelled.TrainLoader(train, 6, len(train), 0, 257)
+  loader = labelled.LabelledBatches(train, 6, len(train), 0, 257)
   assert sorted(loader.documents(0)) == sorted([name] for name, _, _ in train.examples)  # an epoch
   other = labelled.open_labelled(data_section(path, split_seed=1), tokenizer.load('byte'), 6)
   assert texts(other.splits['val']) != texts(val) and other.sha256 != data.sha256

@@ -218,7 +218,7 @@ def test_a_start_of_a_run_with_a_damaged_file(made, name, data):
       record.set_aside(run)
       lines = metrics.read(run)
       metrics.flaws(run, 6)
-      assert goodput.goodput(goodput.before(lines, record.starts(run), 4)) >= 0
+      assert goodput.goodput(goodput.seconds_before(lines, record.starts(run), 4)) >= 0
       Patience(1, lines, 6)
       record.mark_finished(run)
       if lines:

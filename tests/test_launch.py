@@ -135,7 +135,7 @@ def test_a_killed_run_continues_bitwise(finished, text_folder, tmp_path):
 def test_a_second_signal_leaves_at_once():
   code = """
 import os, signal
-from gpt2_jax.training.loop import StopSignal
+from gpt2_jax.training.stopping import StopSignal
 with StopSignal() as stop:
   os.kill(os.getpid(), signal.SIGINT)
   print('first', stop.received, flush=True)

@@ -1,5 +1,6 @@
 """What a run goes on from: whole checkpoints, the ones that are kept, nothing torn."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -13,7 +14,10 @@ from test_launch import arguments, finished, lines, plain  # noqa: F401
 
 from gpt2_jax import checkpoint, manifest
 from gpt2_jax.checkpoint import Checkpoints
+from gpt2_jax.config import GPTConfig
 from gpt2_jax.errors import UserError
+from gpt2_jax.model import make_params
+from gpt2_jax.sharding import on_devices
 
 
 @pytest.fixture
@@ -189,7 +193,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 folder = Path(sys.argv[1])
 np.random.default_rng(0).integers(0, 2048, 100_000).astype('<u2').tofile(folder / 'train.bin')
 mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1)
-own = loader.TrainLoader(store.open_store(folder).splits['train'], 256, 8, 0, 2048)
+own = loader.TokenBatches(store.open_store(folder).splits['train'], 256, 8, 0, 2048)
 def resident():
   return int(open('/proc/self/statm').read().split()[1]) * 4096 / 2**20
 for step, batch in enumerate(own.batches(0, 10_000, 1, NamedSharding(mesh, P(None, sharding.BATCH)))):
@@ -221,3 +225,41 @@ def test_kills_at_random_moments_lose_nothing(tmp_path):
   )
   assert result.returncode == 0, result.stdout + result.stderr
   assert '5 kills' in result.stdout and 'nothing was lost' in result.stdout
+
+
+def test_a_run_of_an_early_commit_goes_on(tmp_path):
+  """golden/run.tar.xz was made at f7cf32c: a run of 8 steps with dropout, a moving average and spikes
+  that are skipped. Its checkpoint is that of step 4; its record has all 8 steps.
+  """
+  shutil.unpack_archive(ROOT / 'tests' / 'golden' / 'run.tar.xz', tmp_path, filter='data')
+  workdir = tmp_path / 'run'
+  before, meta = lines(workdir), checkpoint.read_meta(workdir)
+  assert meta['step'] == 4 and [line['step'] for line in before] == list(range(1, 9))
+  with mesh_of(1, 1, 1):
+    abstract = on_devices(jax.eval_shape(lambda: make_params(GPTConfig(**meta['model']), 0)))
+    checkpoints, found = Checkpoints(workdir), {}
+    for name in ('params', 'ema'):
+      restored = checkpoints.restore(4, {name: abstract})[name]
+      content = b''.join(jax.device_get(leaf).tobytes() for leaf in jax.tree.leaves(restored))
+      found[name] = hashlib.sha256(content).hexdigest()
+    checkpoints.close()
+  assert found == {
+    'params': 'e1e77c264f27d92721adb6a0ce2b3418a98bb59f9c3817578686428a7c50ce47',
+    'ema': 'ee23fa4f2369133a2eab050543e072cf862fc54a00828425ce102644ce7d477d',
+  }
+  code = """
+import json, sys
+from configs import base
+from gpt2_jax.training import loop
+config = base.get_config()
+config.update(json.load(open('run/config.json')))  # a knob that was not there yet has its default
+loop.sample = lambda run, prompt: ''  # takes as long as the rest
+sys.exit(loop.train(config, 'run'))"""
+  result = run('-c', code, cwd=tmp_path)
+  assert result.returncode == 0, result.stderr
+  assert 'resumed from step 4 of 8, 256 tokens seen' in result.stdout
+  starts = json.loads((workdir / 'env.json').read_text())['starts']
+  assert [start['began_at'] for start in starts] == [0, 4] and starts[-1]['finished']
+  for was, now in zip(before, lines(workdir), strict=True):
+    for key in was.keys() & {'train/loss', 'train/learning_rate', 'train/tokens', 'eval/loss'}:
+      assert now[key] == pytest.approx(was[key], rel=1e-6), f'step {was["step"]}: {key}'

@@ -71,12 +71,12 @@ def test_weights_dropout_and_order_differ(tmp_path):
   check_differ(lambda seed: bits(row_keys(seed, np.int32(3), 0, 2)))
   np.arange(1000, dtype='<u2').tofile(tmp_path / 'train.bin')
   split = store.open_store(tmp_path).splits['train']
-  check_differ(lambda seed: loader.TrainLoader(split, 8, 4, seed, 1000).rows(0, range(4)).tobytes())
+  check_differ(lambda seed: loader.TokenBatches(split, 8, 4, seed, 1000).rows(0, range(4)).tobytes())
   examples = labelled.Split('train', tuple((f'{i}', [i], 0) for i in range(50)))
-  check_differ(lambda seed: str(labelled.TrainLoader(examples, 8, 4, seed, 257).documents(0)))
-  for made in (loader.TrainLoader, labelled.TrainLoader):
+  check_differ(lambda seed: str(labelled.LabelledBatches(examples, 8, 4, seed, 257).documents(0)))
+  for made in (loader.TokenBatches, labelled.LabelledBatches):
     with pytest.raises(UserError, match='seed = -1'):
-      made(split if made is loader.TrainLoader else examples, 8, 4, -1, 1000)
+      made(split if made is loader.TokenBatches else examples, 8, 4, -1, 1000)
 
 
 def test_bias_probes_differ(monkeypatch):

@@ -18,7 +18,7 @@ from gpt2_jax.evaluation import scoring
 from gpt2_jax.model import GPT2
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.tokenizer_tables import EOT, Added, Tables
-from gpt2_jax.training.report import fitting
+from gpt2_jax.training.report import fit_prompt
 
 rare = lambda *size: pytest.param(size, marks=pytest.mark.slow)
 SIZES = [(1, 2, 2), (2, 3, 2), (8, 3, 2), rare(2, 1, 1), rare(3, 2, 1)]  # positions, ids, width
@@ -235,13 +235,13 @@ def test_the_sample_after_training_has_room():
   """What a run is to begin with is cut to its end, at whole characters."""
   config = lambda P: GPTConfig(vocab_size=257, n_positions=P, n_embd=2, n_layer=1, n_head=1)
   byte = tokenizer.load('byte')
-  assert fitting('import os', byte, config(10)) == 'import os'
-  assert fitting('import os', byte, config(9)) == 't os'
-  assert fitting('é' * 9, byte, config(7)) == 'é' == fitting('é' * 9, byte, config(6))
-  assert fitting('é', byte, config(1)) == '' == fitting('é', byte, config(2))
-  assert fitting('\n', byte, config(2)) == '\n'
+  assert fit_prompt('import os', byte, config(10)) == 'import os'
+  assert fit_prompt('import os', byte, config(9)) == 't os'
+  assert fit_prompt('é' * 9, byte, config(7)) == 'é' == fit_prompt('é' * 9, byte, config(6))
+  assert fit_prompt('é', byte, config(1)) == '' == fit_prompt('é', byte, config(2))
+  assert fit_prompt('\n', byte, config(2)) == '\n'
   for P in (1, 2, 3):
-    assert len(byte.encode(fitting('aéé', byte, config(P)))) < P
+    assert len(byte.encode(fit_prompt('aéé', byte, config(P)))) < P
 
 
 SERVED = {

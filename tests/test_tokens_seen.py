@@ -34,13 +34,13 @@ def config_of(texts, rows, steps, **optim):  # noqa: F811
 def test_a_run_goes_on_with_other_batches(texts, tmp_path, monkeypatch, capsys):  # noqa: F811
   """Tokens, the order of the data and the learning rate, over four starts."""
   optim = dict(warmup_tokens=4 * T, decay_tokens=20 * T)
-  seen, rows = [], loader.TrainLoader.rows
+  seen, rows = [], loader.TokenBatches.rows
 
   def watched(self, step, which):
     seen.extend((step, self.number(step, row)) for row in which)
     return rows(self, step, which)
 
-  monkeypatch.setattr(loader.TrainLoader, 'rows', watched)
+  monkeypatch.setattr(loader.TokenBatches, 'rows', watched)
   for batch, steps in ((2, 3), (4, 5), (1, 7), (2, 8)):
     if steps == 5:  # as an early version left its checkpoints
       monkeypatch.setattr(
@@ -52,7 +52,7 @@ def test_a_run_goes_on_with_other_batches(texts, tmp_path, monkeypatch, capsys):
       )
     assert loop.train(config_of(texts, batch, steps, **optim), tmp_path / 'run') == 0
     monkeypatch.undo()
-    monkeypatch.setattr(loader.TrainLoader, 'rows', watched)
+    monkeypatch.setattr(loader.TokenBatches, 'rows', watched)
   tokens = [line['train/tokens'] for line in lines(tmp_path / 'run')]
   assert tokens == [rows * T for rows in (2, 4, 6, 10, 14, 15, 16, 18)]
   printed = capsys.readouterr().out
@@ -60,7 +60,7 @@ def test_a_run_goes_on_with_other_batches(texts, tmp_path, monkeypatch, capsys):
   assert 'resumed from step 7 of 8, 1,024 tokens seen of 1,152' in printed
 
   split = store.open_store(texts / 'byte-0.1-tail').splits['train']
-  plain = loader.TrainLoader(split, T, 1, 0, 257)
+  plain = loader.TokenBatches(split, T, 1, 0, 257)
   in_order = [number for _, number in sorted(seen, key=lambda pair: pair[0])]
   assert in_order == [plain.number(i, 0) for i in range(18)]
 
@@ -96,7 +96,7 @@ def test_no_row_is_repeated_or_left_out(starts, size, seed):
 
 def test_labelled_texts_go_on_likewise():
   split = labelled.Split('train', tuple((str(i), [i], 0) for i in range(6)))
-  names = lambda G: labelled.TrainLoader(split, 4, G, 0, 257)
+  names = lambda G: labelled.LabelledBatches(split, 4, G, 0, 257)
   first, then = names(2), names(4)
   then.go_on(1, 2)
   both = [name for [name] in first.documents(0) + then.documents(1)]

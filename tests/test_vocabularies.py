@@ -11,7 +11,7 @@ from configs import finetune
 from gpt2_jax import tokenizer
 from gpt2_jax.data import prepare, store
 from gpt2_jax.errors import UserError
-from gpt2_jax.training import loop, plan
+from gpt2_jax.training import loop, plan, run_data
 
 
 @pytest.fixture(scope='module')
@@ -79,12 +79,12 @@ def test_training_does_not_begin_on_the_ids_of_another(begun, other, texts, tmp_
   assert not (tmp_path / 'run').exists()
   config.data.tokenizer = str(other.path / 'tokenizer')
   made = plan.make_plan(config)
-  assert loop.open_data(made).sha256 == other.sha256
+  assert run_data.open_data(made).sha256 == other.sha256
   assert 'is not the tokenizer that it was trained with' in made.describe()
   config.data.tokenizer = 'byte'  # its own, by name
   assert 'is not the tokenizer' not in plan.make_plan(config).describe()
   with pytest.raises(UserError, match='that of data.tokenizer'):
-    loop.open_data(plan.make_plan(config))
+    run_data.open_data(plan.make_plan(config))
 
 
 def test_an_assistant_has_the_tokenizer_of_the_model(begun, permuted):  # noqa: F811

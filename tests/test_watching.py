@@ -167,7 +167,7 @@ def test_every_second_is_of_one_kind(monkeypatch):
   monkeypatch.setattr(time, 'monotonic', lambda: now[0])
   wait = lambda seconds: now.__setitem__(0, now[0] + seconds)
   clock = goodput.Clock(began=-2.0)
-  clock.before = goodput.before([], [], 0) | {'step': 10.0}
+  clock.before = goodput.seconds_before([], [], 0) | {'step': 10.0}
   wait(1)
   with clock('step'):
     wait(4)
@@ -197,15 +197,15 @@ def test_what_was_done_twice_is_lost_once():
   record = [line(step) for step in range(1, 6)]
   first = {'step': 0, 'seconds': {'start': 4.0}}
   want = {**dict.fromkeys(goodput.KINDS, 0.0), 'start': 5, 'step': 4, 'data': 2, 'lost': 9}
-  assert goodput.before(record, [first], 2) == want
+  assert goodput.seconds_before(record, [first], 2) == want
   # a start that was killed before it wrote a line, whether it had dropped those behind 2 or not
   second = {'step': 2, 'seconds': want | {'start': 9.0}}
   for left in (record, record[:2]):
-    assert goodput.before(left, [first, second], 2) == want | {'start': 9.0}
+    assert goodput.seconds_before(left, [first, second], 2) == want | {'start': 9.0}
   # an end in order, whose last checkpoint was deleted
   ended = {'step': 5, 'seconds': {'start': 5, 'step': 10, 'data': 5, 'evaluate': 1}}
-  assert goodput.before(record, [ended], 2) == want | {'evaluate': 1}
-  assert sum(goodput.before([], [], 0).values()) == 0
+  assert goodput.seconds_before(record, [ended], 2) == want | {'evaluate': 1}
+  assert sum(goodput.seconds_before([], [], 0).values()) == 0
 
 
 @pytest.fixture(scope='module')
@@ -319,12 +319,12 @@ def test_a_host_with_slow_data_is_named(text_folder, tmp_path):
   )
   code = f"""
 import os, runpy, sys, time
-from gpt2_jax.data.loader import TrainLoader
-rows = TrainLoader.rows
+from gpt2_jax.data.loader import TokenBatches
+rows = TokenBatches.rows
 def slow(self, step, numbers):
   time.sleep(0.4 * len(numbers) * int(os.environ['OMPI_COMM_WORLD_RANK']))
   return rows(self, step, numbers)
-TrainLoader.rows = slow
+TokenBatches.rows = slow
 sys.argv = {command!r}
 runpy.run_path('launch.py', run_name='__main__')"""
   job = random.randrange(1, 4000) << 16

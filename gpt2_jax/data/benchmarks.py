@@ -41,7 +41,7 @@ SPLITS = {
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-  """Examples, and what says which they are.
+  """The examples of a benchmark, and where they are from.
 
   Attributes:
     split: as the name of the file says; where it doesn't, the one that is fetched.
@@ -66,7 +66,7 @@ class Part:
   names: tuple[str, ...] = ()  # further ones that it goes by, preferred in this order
 
   def is_at(self) -> tuple[str, ...]:
-    """Patterns of the ends of paths."""
+    """Returns patterns for the ends of paths, the best first."""
     return (self.member or self.source.file, *self.names)
 
 
@@ -141,7 +141,7 @@ NAMES = tuple(PUBLISHED)
 
 
 def load(name: str, data: str | None = None) -> Benchmark:
-  """A benchmark, from `data`: its file, or a folder that has it somewhere; None: fetched.
+  """Reads a benchmark from `data`: its file, or a folder with it at some depth; None: fetched.
 
   In a folder the file is found by the name it has in its published archive, or by another that it is
   known by (docs/data.md).
@@ -174,7 +174,7 @@ def load(name: str, data: str | None = None) -> Benchmark:
 
 
 def fetched(source: Source, member: str = '') -> Path:
-  """The path of a published file or of a member of a published archive, fetched if need be."""
+  """Returns the path of a published file, or of a member of an archive, fetched if need be."""
   path = downloads.fetch(source)
   return downloads.unpack(path, [member])[0] if member else path
 
@@ -197,7 +197,7 @@ def _find(name: str, published: Published, data: Path) -> list[Path]:
 
 
 def _choose(name: str, part: Part, data: Path, there: list[Path]) -> Path:
-  """The file of a part: the best name wins, then the fewest folders in between."""
+  """Returns the file of a part: the one with the best name, then with the fewest folders above it."""
   for pattern in part.is_at():
     found = [path for path in there if path.match(pattern)] or [
       path for path in there if any(path.match(pattern + suffix) for suffix in text_files.PACKED)

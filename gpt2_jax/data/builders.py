@@ -23,7 +23,7 @@ HELD_OUT = formats.HELD_OUT_BYTES
 
 
 class Published(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """What the builders share: a `source`, and per split the examples that `examples` yields."""
+  """The base of the builders, each with a `source` and, for a split, `examples`."""
 
   VERSION = tfds.core.Version('1.0.0')
   source: sources.Source
@@ -69,7 +69,7 @@ def _configs(**described: str) -> list[tfds.core.BuilderConfig]:
 
 
 def articles(text: str) -> list[str]:
-  """WikiText cut before each title, ` = TITLE = ` between blank lines; joined they are the text."""
+  """Cuts WikiText before each title, ` = TITLE = ` between blank lines. Nothing is left out."""
   titles = re.finditer(r'(?<=\n \n) = (?!=).*(?<!=) = \n(?= \n)', text)
   edges = [0, *(title.start() for title in titles), len(text)]
   return [text[start:stop] for start, stop in zip(edges, edges[1:]) if stop > start]
@@ -170,7 +170,7 @@ class Openwebtext(Published):
 
 
 def _pages(archive: Path) -> Iterator[str]:
-  """The texts in the .xz archives in an archive, read as they stream by: nothing is unpacked."""
+  """Yields the texts in the .xz archives in an archive, in one pass; none goes to the disk."""
   with tarfile.open(archive, 'r|*') as outer:
     for member in outer:
       if member.name.endswith('.xz') and (packed := outer.extractfile(member)):
@@ -185,7 +185,7 @@ def _text(path: Path) -> str:
 
 
 def _next_character(content: bytes, at: int) -> int:
-  """The first place from `at` on where a character of UTF-8 begins."""
+  """Returns the first place from `at` on at which a character of UTF-8 begins."""
   while at < len(content) and content[at] & 0xC0 == 0x80:
     at += 1
   return at

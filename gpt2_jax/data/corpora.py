@@ -1,4 +1,4 @@
-"""Where text comes from. A corpus is named by a spec:
+"""Where text comes from: the extension point for corpora (docs/extending.md). A spec names one:
 
 - `stdlib`: the sources of the running Python's standard library: real text without a download.
 - `text:PATTERN`: a file, a folder, or a glob (`**` too) of .txt, .md, .py, .jsonl, .json, .csv, .tsv,
@@ -21,16 +21,16 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_jax.data import listing, records, store, text_files
+from gpt2_jax.data import listing, records, shards, text_files
 from gpt2_jax.data.text_files import LongText
 from gpt2_jax.errors import UserError
 
-PIECE_BYTES = 16 * 2**20
+PIECE_BYTES, PIECE_EXAMPLES = 16 * 2**20, 10_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-  """A part of a corpus: `start` to `stop` of a file, in the unit that its reader counts in."""
+  """A part of a corpus: `start` to `stop` of what lies at `path`, in the unit of its reader."""
 
   reader: str  # a key of READERS
   path: str
@@ -49,11 +49,12 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """What a spec stands for.
+  """A text, or several, as a spec names it.
 
   Attributes:
-    identity: says which text it is, for humans and for comparison.
-    notes: what is to be said before it is read: which files are passed over.
+    identity: JSON that says which text it is, for readers and to notice a change.
+    notes: lines for the user, on files that are passed over.
+    is_tokens: whether its documents are GPT-2's tokens, not texts.
   """
 
   spec: str
@@ -61,15 +62,16 @@ class Corpus:
   identity: dict
   pieces: list[Piece]
   notes: tuple[str, ...] = ()
+  is_tokens: bool = False
 
 
 def slug(spec: str) -> str:
-  """A name for files and folders that says which corpus it is."""
+  """Returns a name for files and folders that says which corpus it is."""
   spec = f'stdlib-{platform.python_version()}' if spec == 'stdlib' else spec
   return ''.join(c if c.isalnum() or c in '.-' else '-' for c in spec).strip('-.').lower()
 
 
-# --- readers: Piece, field -> documents -------------------------------------------------------
+# --- How a piece is read: (piece, name of the field with the text) -> documents ----------------
 
 
 def _read_text(piece: Piece, field: str) -> Iterator[Document]:
@@ -77,7 +79,7 @@ def _read_text(piece: Piece, field: str) -> Iterator[Document]:
 
 
 def _read_records(piece: Piece, field: str) -> Iterator[Document]:
-  """The records of a file, or of the part of it that the piece is."""
+  """Yields the records of a file, or of the part of it that the piece is."""
   if piece.reader == 'jsonl cut':
     found = records.jsonl_between(piece.path, piece.start, piece.stop, [field])
   elif piece.reader == 'parquet':
@@ -116,11 +118,11 @@ def _read_tfds(piece: Piece, field: str) -> Iterator[Document]:
 
 
 def _read_bin(piece: Piece, field: str) -> Iterator[Document]:
-  """Documents of a token file: each begins after, or with, an <|endoftext|> of GPT-2's."""
+  """Yields the documents of a token file: each begins after, or with, an <|endoftext|> of GPT-2's."""
   path = Path(piece.path)
-  tokens = store.foreign_shard(path).array()
+  tokens = shards.foreign_shard(path).array()
   split = 'val' if path.name == 'val.bin' or path.match('*_val_*.bin') else 'train'
-  (ends,) = np.nonzero(tokens == store.GPT2_EOT)
+  (ends,) = np.nonzero(tokens == shards.GPT2_EOT)
   for start, stop in zip([0, *(ends + 1)], [*ends, len(tokens)]):
     if stop > start:
       yield Document(np.asarray(tokens[start:stop]), split)
@@ -136,11 +138,11 @@ READERS: dict[str, Callable[[Piece, str], Iterator[Document]]] = {
 
 
 def documents(piece: Piece, field: str) -> Iterator[Document]:
-  """The documents of a piece, in order."""
+  """Yields the documents of a piece, in order; `field`: the name of the field that holds the text."""
   return READERS[piece.reader](piece, field)
 
 
-# --- specs: which pieces there are ------------------------------------------------------------
+# --- How a spec is opened: (spec, what is after its colon) -> corpus ---------------------------
 
 
 def _cut(file: listing.File) -> Iterator[Piece]:
@@ -171,16 +173,8 @@ def _open_text(spec: str, pattern: str) -> Corpus:
 
 def _open_stdlib(spec: str, _: str) -> Corpus:
   root = Path(sysconfig.get_path('stdlib'))
-  skip = {
-    'site-packages',
-    'dist-packages',
-    'test',
-    'tests',
-    'idle_test',
-    '__pycache__',
-    'encodings',
-    'pydoc_data',
-  }  # the last two are tables
+  skip = set('site-packages dist-packages test tests idle_test __pycache__'.split())
+  skip |= {'encodings', 'pydoc_data'}  # tables
   paths = []
   for folder, folders, names in os.walk(root):
     folders[:] = [name for name in folders if name not in skip]  # not entered: what is installed
@@ -208,39 +202,39 @@ def _open_tfds(spec: str, name: str) -> Corpus:
       f"corpus {spec!r} can't be had: {_first_line(e)}. See the catalog of TensorFlow "
       'Datasets for its name, and docs/data.md for what works without that.'
     ) from e
-  step = 10_000
   mean = builder.info.dataset_size / max(1, examples)
-  pieces = [
-    Piece(
-      'tfds',
-      name,
-      start,
-      min(start + step, examples),
-      int(mean * (min(start + step, examples) - start)),
-    )
-    for start in range(0, examples, step)
-  ]
+  edges = [*range(0, examples, PIECE_EXAMPLES), examples]
+  pieces = [Piece('tfds', name, a, b, int(mean * (b - a))) for a, b in zip(edges, edges[1:])]
   licence = getattr(builder, 'licence', 'see its page in the catalog of TensorFlow Datasets')
   return Corpus(spec, licence, {'tfds': builder.info.full_name, 'examples': examples}, pieces)
 
 
 def _open_bin(spec: str, folder: str) -> Corpus:
-  paths = [str(path) for paths in store.foreign_files(Path(folder)).values() for path in paths]
+  paths = [str(path) for paths in shards.foreign_files(Path(folder)).values() for path in paths]
   if not paths:
     raise UserError(f'corpus {spec!r}: no train.bin (nanoGPT) or *_train_*.bin (llm.c) there.')
-  return _files(spec, [listing.named(path, 'bin') for path in paths], 'unstated')
+  corpus = _files(spec, [listing.named(path, 'bin') for path in paths], 'unstated')
+  return dataclasses.replace(corpus, is_tokens=True)
 
 
-KINDS = {'stdlib': _open_stdlib, 'text': _open_text, 'tfds': _open_tfds, 'bin': _open_bin}
+# What is before the colon of a spec -> what is after it (none: ''), and how the corpus is opened.
+CORPORA: dict[str, tuple[str, Callable[[str, str], Corpus]]] = {
+  'stdlib': ('', _open_stdlib),
+  'text': ('PATTERN', _open_text),
+  'tfds': ('NAME', _open_tfds),
+  'bin': ('FOLDER', _open_bin),
+}
 
 
 def open_corpus(spec: str) -> Corpus:
-  """The corpus that a spec names.
+  """Opens the corpus that a spec names.
 
   Raises:
     UserError: no such corpus, or nothing in it.
   """
   kind, _, rest = spec.partition(':')
-  if kind not in KINDS or (kind != 'stdlib' and not rest):
-    raise UserError(f'corpus {spec!r} is none of: stdlib, text:PATTERN, tfds:NAME, bin:FOLDER.')
-  return KINDS[kind](spec, rest)
+  wanted, opener = CORPORA.get(kind, ('', None))
+  if opener is None or (wanted and not rest):
+    specs = (f'{name}:{after}' if after else name for name, (after, _) in CORPORA.items())
+    raise UserError(f'corpus {spec!r} is none of: {", ".join(specs)}.')
+  return opener(spec, rest)

@@ -38,7 +38,7 @@ class _Failed(Exception):
 
 
 def cache() -> Path:
-  """The folder of what was fetched."""
+  """Returns the folder of fetched files."""
   return verified.cache() / 'data'
 
 
@@ -48,7 +48,7 @@ def sha256_of(path: Path) -> str:
 
 
 def fetch(source: Source) -> Path:
-  """The path of a published file, fetched unless it is there, with its sha256 checked.
+  """Returns the path of a published file, fetched unless it is there, with its sha256 checked.
 
   A transfer that was stopped goes on where it was, in the next process too. Only a file that was
   checked gets its name; one that was put there by hand is checked when it is first read.
@@ -86,12 +86,12 @@ def _by_hand(path: Path) -> str:
 
 
 def _record(path: Path) -> Path:
-  """Where the sha256 of a file that was checked is written."""
+  """Returns the file with the sha256 of a file that was checked."""
   return path.with_name(path.name + '.sha256')
 
 
 def _check(content: Path, path: Path, source: Source) -> None:
-  """Checks what is to be, or is, the file at `path`, and records its sha256."""
+  """Checks content that is, or will be, at `path`, and records its sha256."""
   found, record = sha256_of(content), _record(path)
   wanted = source.sha256 or (record.read_text().strip() if record.exists() else found)
   if found != wanted:
@@ -128,7 +128,7 @@ def _download(url: str, path: Path, source: Source) -> None:
 
 
 def _transfer_all(url: str, part: Path, source: Source) -> None:
-  """Fetches all of a file, in as many transfers as it takes while they bring something."""
+  """Fetches all of a file, in as many transfers as it takes, as long as they bring something."""
   have = lambda: part.stat().st_size if part.exists() else 0
   idle = 0
   while True:
@@ -156,7 +156,7 @@ def _transfer_all(url: str, part: Path, source: Source) -> None:
 
 
 def _transfer(url: str, part: Path, start: int, source: Source) -> None:
-  """One transfer, from byte `start` on where the server can do that."""
+  """Makes one transfer, from byte `start` on if the server can do that."""
   if start and start == source.size:
     return
   ask = {'User-Agent': 'gpt2_jax', 'Accept-Encoding': 'identity'}
@@ -187,7 +187,7 @@ def _transfer(url: str, part: Path, start: int, source: Source) -> None:
 
 
 def unpack(archive: Path, names: Sequence[str]) -> list[Path]:
-  """The paths of the members `names` of a .zip or .tar.*, unpacked beside it unless they are there.
+  """Returns the paths of members of a .zip or .tar.*, unpacked beside it unless they are there.
 
   Nothing else is written, and under these names alone, whatever the archive says.
 

@@ -25,7 +25,7 @@ PRONOUNS = {'he', 'him', 'his', 'himself', 'she', 'her', 'hers', 'herself'}
 
 @contextlib.contextmanager
 def _reading(place: str, wanted: str):
-  """Turns what goes wrong while an example is taken apart into a `UserError`."""
+  """Turns an error while an example is parsed into a UserError."""
   try:
     yield
   except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError) as e:
@@ -41,7 +41,7 @@ def _texts(*values: object, blank: bool = False) -> None:
 
 
 def _lines(content: bytes, where: str) -> Iterator[tuple[str, str]]:
-  """(place, line) of the lines that aren't blank."""
+  """Yields (place, line) of the lines that aren't blank."""
   for number, line in enumerate(utf8(content, where).split('\n'), 1):
     if line.strip():
       yield f'{where}, line {number}', line.removesuffix('\r')
@@ -52,13 +52,13 @@ def _words(text: str) -> str:
 
 
 def text(content: bytes, where: str) -> list[dict]:
-  """A corpus of lines. Published with LF; in a copy with CRLF, no word ends in a carriage return."""
+  """Reads a text as one example. In a copy with CRLF, no word ends in a carriage return."""
   whole = utf8(content, where).replace('\r\n', '\n')
   return [{'text': whole}] if whole.strip() else []
 
 
 def last_bytes(content: bytes, where: str) -> list[dict]:
-  """The test set of enwik8 or text8, from all of it or from a file of the test set alone."""
+  """Reads the test set of enwik8 or text8, from all of it or from a file of the test set alone."""
   held_out = content[-HELD_OUT_BYTES:]
   return [{'text': held_out}] if held_out.strip() else []
 
@@ -74,7 +74,7 @@ def lambada(content: bytes, where: str) -> list[dict]:
 
 
 def cbt(content: bytes, where: str) -> list[dict]:
-  """Lines `1 SENTENCE` to `20 SENTENCE`, then `21 QUESTION⇥ANSWER⇥⇥OPTION|…|OPTION`."""
+  """Reads lines `1 SENTENCE` to `20 SENTENCE`, then `21 QUESTION⇥ANSWER⇥⇥OPTION|…|OPTION`."""
   examples, context = [], []
   for place, line in _lines(content, where):
     number, _, sentence = line.partition(' ')
@@ -96,12 +96,12 @@ def cbt(content: bytes, where: str) -> list[dict]:
 
 
 def _clean(text: str) -> str:
-  """Without WikiHow's marks, as in lm-evaluation-harness' tasks/hellaswag/utils.py."""
+  """Removes WikiHow's marks, as in lm-evaluation-harness' tasks/hellaswag/utils.py."""
   return re.sub(r'\[.*?\]', '', text.strip().replace(' [title]', '. ')).replace('  ', ' ')
 
 
 def hellaswag(content: bytes, where: str) -> list[dict]:
-  """Lines as published (`ctx_a`, `ctx_b`, `activity_label`), or with a `query` made of them."""
+  """Reads lines as published (`ctx_a`, `ctx_b`, `activity_label`), or with a `query` made of them."""
   examples = []
   for place, line in _lines(content, where):
     with _reading(place, 'an example of HellaSwag with its label'):
@@ -146,7 +146,7 @@ def _schema(left: str, pronoun: str, right: str, options: list[str], label: int)
 
 
 def wsc273(content: bytes, where: str) -> list[dict]:
-  """WSCollection.xml, or the same as JSON, a list or lines.
+  """Reads WSCollection.xml, or the same as JSON, a list or lines.
 
   The JSON fields are text, pronoun, pronoun_loc, options and label, as in the hub's `winograd_wsc`.
   """
@@ -213,7 +213,7 @@ def crows_pairs(content: bytes, where: str) -> list[dict]:
 
 
 def winobias(content: bytes, where: str) -> list[dict]:
-  """Lines `1 [The REFERENT] … [PRONOUN] …`; the file's name says which side and type they are of."""
+  """Reads lines `1 [The REFERENT] … [PRONOUN] …`; the file's name has their side and type."""
   named = re.match(r'(pro|anti)_stereotyped_type([12])\.', PurePath(where).name)
   if not named:
     raise UserError(

@@ -1,8 +1,8 @@
 """Texts with labels, to fine-tune a classifier on: files of records {"text": …, "label": …}.
 
-The same three names as in `loader.py`, so that the training loop needs not know which it is given. A
-batch is a dict of `tokens` [A, M, T] (padded on the right), `lengths` and `labels` [A, M]. Its rows
-are a function of the seed and the rows seen here as well. Everything is kept in memory.
+A training uses them as it uses a token store and its batches (`training_data.py`). A batch is a dict
+of `tokens` [A, M, T] (padded on the right), `lengths` and `labels` [A, M]. Its rows are a function of
+the seed and of the rows seen before, as those of a token store are. Everything is kept in memory.
 """
 
 import dataclasses
@@ -35,11 +35,12 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-  """An open set of examples; as a `store.TokenStore` to the training loop.
+  """An open set of examples.
 
   Attributes:
     labels: the labels' names, sorted.
-    cut: how many texts were longer than T tokens; what is beyond them is not seen.
+    T: tokens of a row.
+    cut: how many texts were longer than that; what is beyond it is not seen.
     notes: on what is passed over.
   """
 
@@ -47,9 +48,11 @@ class Labelled:
   splits: dict[str, Split]
   labels: tuple[str, ...]
   manifest: dict
+  T: int
   cut: int
   tokenizer: tokenizers.Tokenizer
   notes: tuple[str, ...] = ()
+  unit: str = 'texts'
 
   @property
   def sha256(self) -> str:
@@ -66,9 +69,18 @@ class Labelled:
         "leave config.data.tokenizer unset to take the model's own."
       )
 
+  def remarks(self) -> list[str]:
+    """Lines for the user: the labels, how many texts are cut, what is passed over."""
+    first = f'labels {", ".join(self.labels[:12])}'
+    if len(self.labels) > 12:
+      first += ', …'
+    if self.cut:
+      first += f'; {self.cut:,} texts are cut to {self.T} tokens'
+    return [first, *self.notes]
+
 
 def _read(file: listing.File, data: Any) -> Iterator[tuple[str, str | None, str]]:
-  """(name, text, label) of each record; where the text is null, the label is not looked at."""
+  """Yields (name, text, label) of each record; the label of a null text is not read."""
   for number, place, (text, label) in records.READERS[file.kind](
     file.path, [data.text_field, data.label_field]
   ):
@@ -92,7 +104,7 @@ def _held_out(seed: int, text: str, fraction: float) -> bool:
 
 
 def _files(data: Any) -> tuple[list[listing.File], tuple[str, ...]]:
-  """The files of records that a config's `data` section names, and notes on what is passed over."""
+  """Returns the files that a config's `data` section names, and notes on those passed over."""
   kinds = f'.{", .".join(records.READERS)}'
   wanted = (
     f'data.corpus = {data.corpus!r}: a classifier learns from text:FILE, records of '
@@ -108,7 +120,7 @@ def _files(data: Any) -> tuple[list[listing.File], tuple[str, ...]]:
 
 
 def label_names(data: Any) -> tuple[str, ...]:
-  """The labels that occur in the files of a config's `data` section, sorted: at least two."""
+  """Returns the labels in the files of a config's `data` section, sorted. They are at least two."""
   names = {
     label for file in _files(data)[0] for _, text, label in _read(file, data) if text is not None
   }
@@ -121,9 +133,9 @@ def label_names(data: Any) -> tuple[str, ...]:
 
 
 def open_labelled(data: Any, tokenizer: tokenizers.Tokenizer, T: int) -> Labelled:
-  """The examples that a config's `data` section names, cut to T tokens.
+  """Opens the examples that a config's `data` section names, cut to T tokens.
 
-  Held out are `val_fraction` of the texts, chosen by the text itself: equal ones fall on one side.
+  `val_fraction` of the texts are held out, chosen by the text itself: equal texts are in one split.
 
   Raises:
     UserError: names the file and line that can't be used.
@@ -141,7 +153,8 @@ def open_labelled(data: Any, tokenizer: tokenizers.Tokenizer, T: int) -> Labelle
       rows.append((name, ids[:T], label, _held_out(data.split_seed, text, data.val_fraction)))
   labels = label_names(data)
   sha256.update(f'{T}:{tokenizer.sha256}:{data.val_fraction}:{data.split_seed}'.encode())
-  sha256.update(b':special' * data.special)
+  if data.special:
+    sha256.update(b':special')
   splits = {
     name: Split(
       name,
@@ -162,7 +175,7 @@ def open_labelled(data: Any, tokenizer: tokenizers.Tokenizer, T: int) -> Labelle
   }
   if nulls:
     notes += (f'{data.corpus}: {nulls:,} texts are null, and passed over.',)
-  return Labelled(data.corpus, splits, labels, manifest, cut, tokenizer, notes)
+  return Labelled(data.corpus, splits, labels, manifest, T, cut, tokenizer, notes)
 
 
 def _row(example: tuple[str, list[int], int] | None, T: int) -> dict[str, np.ndarray]:
@@ -185,7 +198,7 @@ def _place(rows: dict[int, dict], shape: tuple[int, int], T: int, sharding: Name
   }
 
 
-class TrainLoader(Order):
+class LabelledBatches(Order):
   """Batches of G examples, as a function of (seed, step, rows seen before)."""
 
   def __init__(self, split: Split, T: int, G: int, seed: int, vocab_size: int):
@@ -201,7 +214,7 @@ class TrainLoader(Order):
     return self.split.examples[self.number(step, row)]
 
   def documents(self, step: int) -> list[list[str]]:
-    """Per row of a batch, the name of its example."""
+    """Returns the name of the example in each row of a batch."""
     return [[self._example(step, row)[0]] for row in range(self.G)]
 
   def batches(self, start: int, stop: int, A: int, sharding: NamedSharding) -> Iterator[dict]:
@@ -212,20 +225,20 @@ class TrainLoader(Order):
       rows = {row: _row(self._example(step, row), self.T) for row in local}
       yield _place(rows, shape, self.T, sharding)
 
+  @staticmethod
+  def eval_batches(
+    split: Split, T: int, R: int, sharding: NamedSharding
+  ) -> Iterator[tuple[dict, jax.Array]]:
+    """Yields all of a split: batches [1, R, …], weights [1, R], 1 for examples, 0 for padding."""
+    local = sharding_lib.local_rows((1, R), sharding)
+    for first in range(0, len(split), R):
+      there = {row: first + row < len(split) for row in local}
+      rows = {row: _row(split.examples[first + row] if there[row] else None, T) for row in local}
+      weights = {row: np.float32(there[row]) for row in local}
+      yield (_place(rows, (1, R), T, sharding), sharding_lib.place(weights, (1, R), sharding))  # pyright: ignore[reportArgumentType]
 
-def eval_batches(
-  split: Split, T: int, R: int, sharding: NamedSharding
-) -> Iterator[tuple[dict, jax.Array]]:
-  """All of a split: batches [1, R, …] and weights [1, R], 1 for examples that count, else 0."""
-  local = sharding_lib.local_rows((1, R), sharding)
-  for first in range(0, len(split), R):
-    there = {row: first + row < len(split) for row in local}
-    rows = {row: _row(split.examples[first + row] if there[row] else None, T) for row in local}
-    weights = {row: np.float32(there[row]) for row in local}
-    yield (_place(rows, (1, R), T, sharding), sharding_lib.place(weights, (1, R), sharding))  # pyright: ignore[reportArgumentType]
-
-
-def eval_size(split: Split, T: int, R: int) -> int:
-  """Number of batches of `eval_batches`."""
-  del T
-  return -(-len(split) // R)
+  @staticmethod
+  def eval_size(split: Split, T: int, R: int) -> int:
+    """Returns the number of batches of `eval_batches`."""
+    del T
+    return -(-len(split) // R)

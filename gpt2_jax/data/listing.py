@@ -46,7 +46,7 @@ class _Search:
       return []
 
   def match(self, folder: str, parts: list[str]) -> Iterator[str]:
-    """Paths below a folder that fit the parts of a pattern."""
+    """Yields the paths below a folder that fit the parts of a pattern."""
     part, rest = parts[0], parts[1:]
     if part == '**':
       for below, names in self._walk(folder):
@@ -67,7 +67,7 @@ class _Search:
         yield from self.match(path, rest)
 
   def _walk(self, top: str) -> Iterator[tuple[str, list[str]]]:
-    """(folder, names of what is in it and no folder): what is real first, then where links lead."""
+    """Yields (folder, names of its files): real folders first, then those that links lead to."""
     real = os.path.realpath(top)
     seen, folders, links = {real}, collections.deque([(top, real)]), collections.deque()
     while folders or links:
@@ -107,7 +107,7 @@ class _Search:
     return os.path.join(self._real(folder), name)
 
   def file(self, path: str) -> tuple[File, tuple] | None:
-    """A file that can be read as text with what tells it from others, None for what can't."""
+    """Returns a file and a key that no other file has; None if it can't be read as text."""
     try:
       status = os.stat(path)
     except OSError:
@@ -126,7 +126,7 @@ class _Search:
 
 
 def _is_store(folder: str, names: set[str]) -> bool:
-  """Whether a folder is a token store, be it unfinished: perhaps the one that is being made."""
+  """Whether a folder is a token store, finished or not: it may be the one that is being made."""
   if {'manifest.json', 'tokenizer'} <= names:
     return True
   try:
@@ -144,15 +144,15 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _said(passed: collections.Counter[str]) -> str:
-  """`.png: 3, links: 2`, the commonest first."""
+  """Returns `.png: 3, links: 2`, the commonest first."""
   counts = passed.most_common()
   said = [f'{what}: {n:,}' for what, n in counts[:MAX_SAID]]
   others = sum(n for _, n in counts[MAX_SAID:])
-  return ', '.join(said + [f'others: {others:,}'] * bool(others))
+  return ', '.join([*said, f'others: {others:,}'] if others else said)
 
 
 def named(path: str, kind: str | None = None) -> File:
-  """A file that the user named, or that is known to be there."""
+  """Returns a file that the user named, or that is known to be there."""
   with text_files.reading(path):
     status = os.stat(path)
   if not stat.S_ISREG(status.st_mode):
@@ -161,7 +161,7 @@ def named(path: str, kind: str | None = None) -> File:
 
 
 def find(spec: str, pattern: str) -> tuple[list[File], tuple[str, ...]]:
-  """The files of a name, folder or pattern, sorted by path, and notes on what is passed over.
+  """Returns the files of a name, folder or pattern, by path, and notes on those passed over.
 
   A file named outright may have any suffix and is then plain text. Links are followed; of several
   ways to one file (links, hard links) the straight one is taken, or else the first.
@@ -183,8 +183,11 @@ def find(spec: str, pattern: str) -> tuple[list[File], tuple[str, ...]]:
   for path in sorted(set(search.match(top, parts))):
     if found := search.file(path):
       ways.setdefault(found[1], []).append(found[0])
-  straight = lambda file: os.path.abspath(file.path) == search.real(file.path)
-  files = [next(filter(straight, way), way[0]) for way in ways.values()]
+
+  def is_straight(file: File) -> bool:
+    return os.path.abspath(file.path) == search.real(file.path)
+
+  files = [next(filter(is_straight, way), way[0]) for way in ways.values()]
   links = sum(map(len, ways.values())) - len(files)
   more = {'links': links, 'unreadable folders': len(search.unreadable)}
   search.passed.update({what: n for what, n in more.items() if n})

@@ -7,6 +7,7 @@ for, a record may be nothing but its value, a text.
 
 import contextlib
 import csv
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +40,7 @@ def kind_of_value(value: object) -> str:
 
 
 def text_of(value: object, where: str, field: str) -> str:
-  """The text of a field, '' for null; anything else is a UserError."""
+  """Returns the text of a field, '' for null; anything else is a UserError."""
   if isinstance(value, bytes):
     return text_files.utf8(value, f'{where}: {field!r}')
   if value is not None and not isinstance(value, str):
@@ -77,21 +78,18 @@ def _loads(line: bytes, where: str) -> Any:
 
 
 def jsonl(path: str, fields: Sequence[str]) -> Iterator[Record]:
-  """Of all lines of a file."""
+  """Yields the records of all lines of a file."""
   if is_array(path):
     yield from json_values(path, fields)
     return
   for number, line in text_files.lines(path):
     if line.strip():
-      yield (
-        number,
-        (place := f'line {number}'),
-        _pick(_loads(line, f'{path} {place}'), fields, f'{path} {place}'),
-      )
+      place = f'line {number}'
+      yield number, place, _pick(_loads(line, f'{path} {place}'), fields, f'{path} {place}')
 
 
 def jsonl_between(path: str, start: int, stop: int, fields: Sequence[str]) -> Iterator[Record]:
-  """Of the lines that begin in bytes [start, stop) of a file that is not packed."""
+  """Yields the lines that begin in bytes [start, stop) of a file that is not packed."""
   limit = text_files.MAX_RECORD + 1
   with text_files.reading(path), open(path, 'rb') as f:
     if start:
@@ -112,7 +110,7 @@ def is_array(path: str) -> bool:
 
 
 class _Values:
-  """JSON values in the text of a file, one after the other, of which few are held at a time."""
+  """The JSON values in a file, one after the other; few are held in memory at a time."""
 
   def __init__(self, path: str):
     self.path, self.line = path, 1
@@ -121,7 +119,7 @@ class _Values:
     self._decoder = json.JSONDecoder()
 
   def _more(self) -> bool:
-    """Reads as much again as is held, or to the end; whether there was any."""
+    """Reads as much again as is held, or to the end. Returns whether there was more."""
     held = [self._text[self._at :]]
     for part in self._parts:
       held.append(part)
@@ -135,7 +133,7 @@ class _Values:
     self._at = to
 
   def peek(self) -> str:
-    """The next character that is no space, '' at the end."""
+    """Returns the next character that is no space, '' at the end."""
     while True:
       self._go(SPACE.match(self._text, self._at).end())  # pyright: ignore[reportOptionalMemberAccess]
       if self._at < len(self._text):
@@ -147,7 +145,7 @@ class _Values:
     self._at += 1
 
   def value(self) -> Any:
-    """The value that begins here."""
+    """Returns the value that begins here."""
     while True:
       try:
         value, end = self._decoder.raw_decode(self._text, self._at)
@@ -171,7 +169,7 @@ class _Values:
 
 
 def json_values(path: str, fields: Sequence[str]) -> Iterator[Record]:
-  """Of the elements of an array, or of values one behind the other, such as lines of objects."""
+  """Yields the elements of an array, or values one after the other, such as lines of objects."""
   values, number = _Values(path), 0
   array = values.peek() == '['
   if array:
@@ -210,7 +208,7 @@ def _columns(path: str, fields: Sequence[str], names: Sequence[str]) -> list[int
 
 
 def table(path: str, fields: Sequence[str], delimiter: str) -> Iterator[Record]:
-  """Of .csv and .tsv: the first row has the names of the columns."""
+  """Yields the rows of .csv and .tsv, whose first row has the names of the columns."""
   csv.field_size_limit(text_files.MAX_RECORD)
   held = begins = 0
 
@@ -271,7 +269,7 @@ def open_parquet(path: str) -> Any:
 
 
 def parquet(path: str, start: int, stop: int | None, fields: Sequence[str]) -> Iterator[Record]:
-  """Of row groups [start, stop)."""
+  """Yields the rows of row groups [start, stop)."""
   with open_parquet(path) as file, _reading_parquet(path):
     _columns(path, fields, file.schema_arrow.names)
     number = sum(file.metadata.row_group(i).num_rows for i in range(start))
@@ -285,7 +283,7 @@ def parquet(path: str, start: int, stop: int | None, fields: Sequence[str]) -> I
 READERS: dict[str, Callable[[str, Sequence[str]], Iterator[Record]]] = {
   'jsonl': jsonl,
   'json': json_values,
-  'csv': lambda path, fields: table(path, fields, ','),
-  'tsv': lambda path, fields: table(path, fields, '\t'),
+  'csv': functools.partial(table, delimiter=','),
+  'tsv': functools.partial(table, delimiter='\t'),
   'parquet': lambda path, fields: parquet(path, 0, None, fields),
 }

@@ -19,14 +19,14 @@ MAX_BLANK = 900_000  # white spaces in a row; at a million GPT-2's pattern break
 
 
 def _separate(tokenizer: Tokenizer, text: str, at: int) -> bool:
-  """Whether the tokens of what is left and right of a place are those of both together."""
+  """Whether the tokens before and after a place are those of the whole text."""
   left, right = text[max(0, at - EDGE) : at], text[at : at + EDGE]
   encode = functools.partial(tokenizer.encode, allow_special=True)  # which are then never cut either
   return encode(left + right) == encode(left) + encode(right)
 
 
 def sections(text: str | LongText, tokenizer: Tokenizer | None = None) -> Iterator[str]:
-  """A text in sections whose tokens are together those of the text; a short one as it is.
+  """Yields a text in sections whose tokens together are those of the text; a short text as it is.
 
   A section ends before a single white space, where GPT-2's pattern always parts two tokens, and
   where this tokenizer does.
@@ -35,15 +35,8 @@ def sections(text: str | LongText, tokenizer: Tokenizer | None = None) -> Iterat
     yield text
     return
   step = text_files.CHUNK
-  rest, parts = (
-    '',
-    (
-      text.parts()
-      if isinstance(text, LongText)
-      else (text[i : i + step] for i in range(0, len(text), step))
-    ),
-  )
-  for part in parts:
+  rest, starts = '', range(0, len(text), step)
+  for part in text.parts() if isinstance(text, LongText) else (text[i : i + step] for i in starts):
     rest += part
     if len(rest) <= text_files.LONG:
       continue
@@ -80,7 +73,7 @@ def encode(
   allow_special: bool = False,
   held: list[str] | None = None,
 ) -> Iterator[np.ndarray]:
-  """The tokens of a document, <|endoftext|> before them, in one array; of a long one in several.
+  """Yields <|endoftext|> and the tokens of a document, in one array; of a long one in several.
 
   Args:
     text: of the document, or its tokens.

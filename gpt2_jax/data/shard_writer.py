@@ -35,7 +35,7 @@ class ShardWriter:
     self.max_token = max(self.max_token, int(tokens.max()))
 
   def finish(self) -> dict | None:
-    """The shard's entry for the manifest, None where nothing was added."""
+    """Returns the shard's entry for the manifest; None if nothing was added."""
     bin_path, idx_path = (self.folder / f'{self.name}{suffix}' for suffix in ('.bin', '.idx'))
     self.file.flush()
     os.fsync(self.file.fileno())

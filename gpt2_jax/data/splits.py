@@ -1,4 +1,4 @@
-"""What decides the content of a token store, and which of its documents are held out."""
+"""The settings that decide the content of a token store, and which of its documents are held out."""
 
 import dataclasses
 import hashlib
@@ -23,7 +23,7 @@ SETTINGS: bounds.Table = dict(
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What decides the content of a store, beside the corpus."""
+  """The settings that decide the content of a store, beside the text of the corpus."""
 
   corpus: str
   tokenizer: str
@@ -37,7 +37,7 @@ class Settings:
     bounds.check_all(SETTINGS, vars(self))
 
   def as_json(self) -> dict:
-    """As a manifest has it; what older releases knew nothing of stands there where it is in use."""
+    """Returns them as a manifest has them: a setting that older releases lack only if it is used."""
     return {k: v for k, v in dataclasses.asdict(self).items() if k != 'special' or v}
 
 
@@ -50,7 +50,7 @@ def _held_out(settings: Settings, piece: int, document: int) -> bool:
 def split_document(
   document: Document, settings: Settings, piece: int, number: int
 ) -> Iterator[tuple[str, Any]]:
-  """Yields (split, text) for a document: one, or two where its tail is held out."""
+  """Yields (split, text) for a document: one, or two if its tail is held out."""
   text = document.text
   if not len(text):
     return

@@ -42,7 +42,7 @@ BOM = '\ufeff'
 
 
 def kind_of(path: str) -> tuple[str | None, str]:
-  """(format, packing) of a file by its name: None and '' where it is of none that is known."""
+  """Returns (format, packing) of a file by its name; None and '' if they are not known."""
   path = path.lower()
   packing = next((suffix for suffix in PACKED if path.endswith(suffix)), '')
   kind = FORMATS.get(PurePath(path.removesuffix(packing)).suffix)
@@ -50,7 +50,7 @@ def kind_of(path: str) -> tuple[str | None, str]:
 
 
 def kind_of_named(path: str) -> tuple[str, str]:
-  """As `kind_of`, for a file that the user names: plain text, if it is of no other kind.
+  """Returns as `kind_of`, of a file that the user names: plain text if it is of no other kind.
 
   Raises:
     UserError: it is an archive.
@@ -83,7 +83,7 @@ def _zstandard(path: str) -> Any:
 
 @contextlib.contextmanager
 def reading(path: str) -> Iterator[None]:
-  """Turns what the system and the unpackers say of a file into a `UserError` that names it."""
+  """Turns the errors of the system and the unpackers into a UserError that names the file."""
   errors = (zlib.error, lzma.LZMAError, EOFError, gzip.BadGzipFile)
   if kind_of(path)[1] == '.zst':
     errors += (_zstandard(path).ZstdError,)
@@ -107,7 +107,7 @@ def _not_utf8(where: str, offset: int, byte: int, head: bytes) -> UserError:
 
 
 def decode(content: bytes, where: str) -> str:
-  """The text of a file or line `where`; a UserError if it is not UTF-8."""
+  """Returns the text of a file or line `where`; a UserError if it is not UTF-8."""
   try:
     return content.decode()
   except UnicodeDecodeError as e:
@@ -115,7 +115,7 @@ def decode(content: bytes, where: str) -> str:
 
 
 def utf8(content: bytes, where: str) -> str:
-  """As `decode`, without a byte order mark."""
+  """Returns as `decode`, without a byte order mark."""
   return decode(content, where).removeprefix(BOM)
 
 
@@ -158,7 +158,7 @@ class _Zstandard(io.RawIOBase):
 
 
 def open_unpacked(path: str) -> Any:
-  """A file's content as a binary stream, unpacked as its name says. To be used inside `reading`."""
+  """Opens a file as a binary stream, unpacked as its name says. To be used inside `reading`."""
   packing = kind_of(path)[1]
   if packing and not os.path.getsize(path):
     raise EOFError('it is empty')  # which gzip takes for a file without a member
@@ -168,7 +168,7 @@ def open_unpacked(path: str) -> Any:
 
 
 def read_whole(path: str, limit: int = 2**30) -> bytes:
-  """All of a file, unpacked.
+  """Returns all of a file, unpacked.
 
   Raises:
     UserError: it can't be read, or holds more than `limit` bytes.
@@ -181,7 +181,7 @@ def read_whole(path: str, limit: int = 2**30) -> bytes:
 
 
 def characters(path: str) -> Iterator[str]:
-  """The text of a file, in pieces of about a million characters."""
+  """Yields the text of a file, in pieces of about a million characters."""
   decoder, done, head = codecs.getincrementaldecoder('utf-8')(), 0, b''
   with reading(path), open_unpacked(path) as f:
     while True:
@@ -200,7 +200,7 @@ def characters(path: str) -> Iterator[str]:
 
 
 def lines(path: str) -> Iterator[tuple[int, bytes]]:
-  """(number, line with its end) of each line of a file."""
+  """Yields (number, line with its end) of each line of a file."""
   with reading(path), open_unpacked(path) as f:
     number = 0
     while line := f.readline(MAX_RECORD + 1):
@@ -234,7 +234,7 @@ class LongText:
     return self._size - self.start
 
   def parts(self) -> Iterator[str]:
-    """The text, piece by piece."""
+    """Yields the text, piece by piece."""
     at = 0
     for part in characters(self.path):
       if self.stop is not None and at >= self.stop:
@@ -245,7 +245,7 @@ class LongText:
       at += len(part)
 
   def cut(self, at: int) -> tuple['LongText', 'LongText']:
-    """The text up to the last line that begins before or at `at`, and the rest."""
+    """Returns the text up to the last line that begins before or at `at`, and the rest."""
     begins = done = 0
     for part in self.parts():
       head = part[: at - done]
@@ -259,7 +259,7 @@ class LongText:
 
 
 def plain_text(path: str) -> str | LongText:
-  """The text of a file of plain text; a long one as something that can be read again and again."""
+  """Returns the text of a file of plain text; a long one as a `LongText`."""
   found, size = [], 0
   for part in characters(path):
     found.append(part)

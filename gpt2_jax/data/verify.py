@@ -10,7 +10,7 @@ import threading
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from gpt2_jax.data.store import Shard
+from gpt2_jax.data.shards import Shard
 from gpt2_jax.errors import UserError
 from gpt2_jax.progress import track
 from gpt2_jax.verified import Verified
@@ -19,7 +19,7 @@ SHOWN_BYTES = 2**30  # the reading of less is over before one wonders
 
 
 def _shards(data: Any, splits: Collection[str] | None = None) -> list[Shard]:
-  """The shards of a store that have a hash; none of labelled texts, which are no store."""
+  """Returns the shards of a store that have a hash; none of labelled texts, which are no store."""
   return [
     shard
     for name, split in data.splits.items()
@@ -47,7 +47,7 @@ def _check(shards: Iterable[Shard], advance=lambda amount: None, again: bool = F
 
 
 def verify(data: Any, splits: Collection[str] | None = None, again: bool = False) -> int:
-  """Checks the content of a store's shards; returns how many there are that could be.
+  """Checks the content of a store's shards. Returns the number of those that have a hash.
 
   Args:
     data: an open store.
@@ -101,11 +101,11 @@ class Background:
       self._error = e
 
   def check(self) -> None:
-    """Raises a UserError where a file was found to be damaged."""
+    """Raises a UserError if a file was found to be damaged."""
     if self._error is not None:
       raise UserError(f'{self._error} Of this start nothing was saved.') from self._error
 
   def wait(self) -> None:
-    """Returns when all is checked; raises as `check` does."""
+    """Waits until all is checked; raises as `check` does."""
     self._thread.join()
     self.check()

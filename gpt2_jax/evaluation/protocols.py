@@ -192,7 +192,7 @@ def store_protocol(folder: str) -> Protocol:
     f'store/{folder}',
     'store',
     ('loss', 'token_ppl'),
-    'gpt2_jax/training/loop.py',
+    'gpt2_jax/training/run.py',
     units='tokens',
     split='val',
   )

@@ -25,7 +25,7 @@ from gpt2_jax.planning.plan import Compiled, bytes_of, compile_for, describe, re
 from gpt2_jax.planning.report import HBM, Report
 from gpt2_jax.planning.topology import Topology
 from gpt2_jax.sharding import BATCH, P, on_devices, reshard
-from gpt2_jax.training.plan import make_model
+from gpt2_jax.training.run_model import make_model
 
 FILL = 0.97  # share of the memory that the largest batch should take
 TOKENS = 128  # of a prompt, and new ones, where the user says nothing

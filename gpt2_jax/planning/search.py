@@ -27,7 +27,7 @@ from gpt2_jax.planning.topology import Topology
 from gpt2_jax.progress import track
 from gpt2_jax.sharding import check_divisible, make_mesh
 from gpt2_jax.training.fit import divisors, estimate_bytes
-from gpt2_jax.training.plan import make_model
+from gpt2_jax.training.run_model import make_model
 
 WORKER_BYTES = 3 * GIB  # of the host's memory, for one compilation
 MOST_TENSOR = 8

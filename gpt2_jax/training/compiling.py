@@ -36,7 +36,7 @@ def keep_compiled(workdir: str | Path) -> str:
 
 
 def options(text: str) -> dict[str, bool | int | float | str]:
-  """XLA's options from a text such as 'xla_gpu_enable_triton_gemm=false xla_gpu_autotune_level=2'.
+  """Parses XLA's options, as in 'xla_gpu_enable_triton_gemm=false xla_gpu_autotune_level=2'.
 
   Raises:
     UserError: it is not of this form.
@@ -55,7 +55,7 @@ def options(text: str) -> dict[str, bool | int | float | str]:
 
 @contextlib.contextmanager
 def known_options(options: dict) -> Iterator[None]:
-  """Says which option it is that the compiler does not know."""
+  """Names the option that the compiler does not know, in a UserError."""
   try:
     yield
   except jax.errors.JaxRuntimeError as e:
@@ -66,7 +66,7 @@ def known_options(options: dict) -> Iterator[None]:
 
 @contextlib.contextmanager
 def from_cache() -> Iterator[list[bool]]:
-  """Yields a list, to be read afterwards: for each program compiled within, whether it was kept."""
+  """Yields a list, to be read afterwards: whether each program compiled inside was in the cache."""
   found: list[bool] = []
 
   def listen(event: str, **_) -> None:

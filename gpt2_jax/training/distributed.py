@@ -29,7 +29,7 @@ def _count(name: str) -> int:
 
 
 def _tpu_hosts() -> int:
-  """Hosts of the TPU slice that this is one of, by Google Cloud's metadata server; else 1."""
+  """Returns the number of hosts of this TPU slice, by Google Cloud's metadata server; else 1."""
   chips = glob.glob('/dev/accel*') or glob.glob('/dev/vfio/[0-9]*')
   if not chips or not importlib.util.find_spec('libtpu') or 'TPU_SKIP_MDS_QUERY' in os.environ:
     return 1
@@ -46,7 +46,7 @@ def _tpu_hosts() -> int:
 
 
 def _cluster() -> str | None:
-  """What shows that this is one process of several, None where nothing does."""
+  """Names what shows that this is one process of several; None if nothing does."""
   for name in ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE', 'MEGASCALE_NUM_SLICES'):
     if _count(name) > 1:
       return name
@@ -74,7 +74,7 @@ def leave(message: str) -> None:
 
 
 def _check_free(port: int) -> None:
-  """Raises an OSError where process 0 can't listen on a port: JAX may crash on it."""
+  """Raises an OSError if process 0 can't listen on a port, on which JAX may crash."""
   if socket.has_dualstack_ipv6():
     socket.create_server(('::', port), family=socket.AF_INET6, dualstack_ipv6=True).close()
   else:
@@ -141,8 +141,14 @@ def initialize(
     ) from e
 
 
+def say(text: str) -> None:
+  """Prints a line, on process 0 alone."""
+  if jax.process_index() == 0:
+    print(text, flush=True)
+
+
 def hello(mesh: Mesh) -> None:
-  """Says, on each of several hosts, who it is: its devices of all, and the mesh."""
+  """Prints, on each of several hosts, its number, its devices and the mesh."""
   if jax.process_count() > 1:
     shape = ' '.join(f'{axis}={size}' for axis, size in mesh.shape.items())
     print(

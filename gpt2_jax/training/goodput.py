@@ -21,16 +21,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-KINDS: tuple[str, ...] = (
-  'step',
-  'data',
-  'compile',
-  'evaluate',
-  'checkpoint',
-  'profile',
-  'start',
-  'lost',
-)
+KINDS = ('step', 'data', 'compile', 'evaluate', 'checkpoint', 'profile', 'start', 'lost')
 PREFIX = 'time/'  # of the keys in metrics.jsonl
 
 
@@ -53,7 +44,7 @@ class Clock:
 
   @contextlib.contextmanager
   def __call__(self, kind: str) -> Iterator[None]:
-    """Within it the time is of this kind; what a context inside takes is of that one's.
+    """Counts the time within a context as of one kind, without that of contexts inside it.
 
     `device` is the part of `step` in which the host hands over work or waits for it.
     """
@@ -65,18 +56,18 @@ class Clock:
       self._turn(outer)
 
   def now(self) -> dict[str, float]:
-    """Seconds by kind of this start up to now; `device` on its own."""
+    """Returns the seconds of this start by kind, with `device` as a kind of its own."""
     self._turn(self._kind)
     return dict(self.seconds)
 
   def totals(self) -> dict[str, float]:
-    """Seconds by kind over all starts."""
+    """Returns the seconds of all starts by kind."""
     seconds = self.now()
     seconds['step'] += seconds.pop('device')
     return {kind: self.before[kind] + seconds[kind] for kind in KINDS}
 
   def line(self) -> dict[str, float]:
-    """The keys of a line of the record: the totals so far, to the millisecond, and the goodput."""
+    """Returns keys for a line of the record: the goodput, and the totals to the millisecond."""
     totals = self.totals()
     return {'perf/goodput': goodput(totals)} | {
       PREFIX + kind: round(seconds, 3) for kind, seconds in totals.items() if seconds
@@ -84,12 +75,12 @@ class Clock:
 
 
 def goodput(totals: dict[str, float]) -> float:
-  """The share of the time in steps that count."""
+  """Returns the share of the time in steps that count."""
   return totals['step'] / max(sum(totals.values()), 1e-9)
 
 
-def before(lines: list[dict], starts: list[dict], step: int) -> dict[str, float]:
-  """Seconds by kind of the earlier starts of a run that goes on behind `step`.
+def seconds_before(lines: list[dict], starts: list[dict], step: int) -> dict[str, float]:
+  """Returns the seconds by kind of the earlier starts of a run that goes on after `step`.
 
   Args:
     lines: its record, with what lies beyond `step`.
@@ -97,7 +88,10 @@ def before(lines: list[dict], starts: list[dict], step: int) -> dict[str, float]
       and the `seconds` until then.
     step: what was done beyond it is lost.
   """
-  read = lambda found, prefix='': {kind: found.get(prefix + kind) or 0.0 for kind in KINDS}
+
+  def read(found: dict, prefix: str = '') -> dict[str, float]:
+    return {kind: found.get(prefix + kind) or 0.0 for kind in KINDS}
+
   totals = read(lines[-1], PREFIX) if lines else read({})
   beyond = [line for line in lines if line['step'] > step]
   if starts and 'seconds' in starts[-1]:
@@ -114,7 +108,7 @@ def before(lines: list[dict], starts: list[dict], step: int) -> dict[str, float]
 
 
 def table(totals: dict[str, float]) -> list[str]:
-  """Lines for a reader, the kinds that took any time."""
+  """Returns a line for each kind that took any time."""
   whole = max(sum(totals.values()), 1e-9)
   return [
     f'{kind:10} {seconds:12,.1f} s {seconds / whole:7.1%}'

@@ -25,7 +25,7 @@ _held: set[int] = set()  # open files
 
 
 def _let_go() -> None:
-  """In a process that was forked off: the lock is not its own, and must end with the run."""
+  """Closes the lock's file in a process that is forked off: the lock must end with the run itself."""
   for fd in _held:
     os.close(fd)
   _held.clear()
@@ -43,7 +43,7 @@ def _holder(fd: int) -> str:
 
 
 def _take(workdir: Path) -> int:
-  """The open file of a workdir whose lock is taken.
+  """Takes the lock of a workdir. Returns its open file.
 
   The system's lock (flock): it goes with the process, however it ends. `filelock` empties the file
   before it has the lock, and its lock would live on in processes that are forked off.
@@ -96,7 +96,7 @@ def _leave(workdir: Path, fd: int) -> None:
 
 @contextlib.contextmanager
 def held(workdir: str | os.PathLike) -> Iterator[None]:
-  """Makes a workdir, and holds it as long as the context lasts. Of several processes the first does.
+  """Makes a workdir and holds it as long as the context lasts; of several processes, process 0 does.
 
   Who only reads needs no lock.
 

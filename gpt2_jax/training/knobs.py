@@ -1,5 +1,5 @@
-"""What each knob of configs/base.py may be. What follows from several of them is checked where it is
-used, by `plan.make_plan` above all.
+"""The values that each knob of configs/base.py may have. Several knobs together are checked where
+they are used, by `plan.make_plan` above all.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""What is said, and kept, when a device runs out of memory."""
+"""When a device runs out of memory: a profile of what lies there, a table of what may help."""
 
 import shlex
 from pathlib import Path
@@ -11,7 +11,7 @@ PROFILE = 'memory.prof'
 
 
 def save_profile(workdir: str | Path | None) -> str:
-  """Writes which arrays lie in the devices' memory, for pprof; returns a line that says where.
+  """Writes a profile of the devices' memory, for pprof. Returns a line that says where it is.
 
   Never raises: it is called while an error is on its way.
   """
@@ -27,7 +27,7 @@ def save_profile(workdir: str | Path | None) -> str:
 
 
 def table(parts: Parts, knobs: dict[str, Parts], limit: int) -> str:
-  """The estimate by what it is for, and what each knob would make of it.
+  """Returns the estimate of a step's memory by use, as a table with a row for each knob.
 
   Args:
     parts: as it is.

@@ -41,13 +41,14 @@ import jax
 
 from gpt2_jax.errors import saving
 from gpt2_jax.files import misfit, read_lines, whole_number, write_whole
+from gpt2_jax.training import tensorboard as tensorboard_lib
 
 FILE, TIMING = 'metrics.jsonl', 'timing.jsonl'
 MEASURED = ('perf/', 'time/')  # begin the keys that are never twice the same
 
 
 def peak_memory_gib() -> float:
-  """Peak memory so far: the fullest local device's, or on CPU the process's."""
+  """Returns the peak memory so far: of the fullest local device, or on CPU of the process."""
   stats = [device.memory_stats() for device in jax.local_devices() if device.platform != 'cpu']
   if peaks := [s['peak_bytes_in_use'] for s in stats if s and 'peak_bytes_in_use' in s]:
     return max(peaks) / 2**30
@@ -74,22 +75,22 @@ def _is_line(value: Any) -> bool:
 
 
 def _lines(path: Path) -> dict[int, dict]:
-  """The lines of a file by step, in order; of those that say they are of one step the last."""
+  """Returns the lines of a file by step, in order; the last one if several are of one step."""
   lines = {line['step']: line for line in read_lines(path, _is_line)[0]}
   return dict(sorted(lines.items()))
 
 
 def read(workdir: Path) -> list[dict]:
-  """The lines of a run, in order, one a step. What is no line, cut short by a kill, is left out."""
+  """Returns the lines of a run in order, one a step, without those that a kill has cut short."""
   timing = _lines(workdir / TIMING)
   return [line | timing.get(step, {}) for step, line in _lines(workdir / FILE).items()]
 
 
 def flaws(workdir: Path, step: int) -> str:
-  """What about the record up to a step is not as a run leaves it, in one line; '' where all is well.
+  """Says in one line what is wrong with the record up to a step; '' if nothing is.
 
-  What would be lost as the record is written again, lines that can't be read or are there twice, is
-  kept: the file is copied.
+  A file with lines that can't be read, or are there twice, is copied: they would be lost when the
+  record is written again.
   """
   said = []
   for name in (FILE, TIMING) if (workdir / TIMING).exists() else (FILE,):
@@ -98,12 +99,17 @@ def flaws(workdir: Path, step: int) -> str:
     there = sorted(s for s in set(steps) if 1 <= s <= step)
     edges = [0, *there, step + 1]
     gaps = [
-      f'{a + 1:,}' + f' to {b - 1:,}' * (b - a > 2) for a, b in itertools.pairwise(edges) if b - a > 1
+      f'{a + 1:,} to {b - 1:,}' if b - a > 2 else f'{a + 1:,}'
+      for a, b in itertools.pairwise(edges)
+      if b - a > 1
     ]
-    twice = len(steps) - len(set(steps))
-    found = [f"{bad:,} lines can't be read"] * bool(bad)
-    found += [f'{twice:,} steps stand there twice, of which the last counts'] * bool(twice)
-    found += ['the steps are not in order'] * (steps != sorted(steps))
+    found = []
+    if bad:
+      found.append(f"{bad:,} lines can't be read")
+    if twice := len(steps) - len(set(steps)):
+      found.append(f'{twice:,} steps stand there twice, of which the last counts')
+    if steps != sorted(steps):
+      found.append('the steps are not in order')
     if found:
       numbers = (f'.damaged-{n}' for n in itertools.count(1))
       kept = next(p for n in numbers if not (p := workdir / f'{name}{n}').exists())
@@ -111,20 +117,16 @@ def flaws(workdir: Path, step: int) -> str:
         shutil.copyfile(workdir / name, kept)
       found[-1] += f' (the file as it was: {kept.name})'
     if gaps:
-      found.insert(
-        0,
-        'there is no line of step '
-        + ', '.join(gaps[:8])
-        + f', … ({len(gaps)} gaps)' * (len(gaps) > 8),
-      )
+      more = f', … ({len(gaps)} gaps)' if len(gaps) > 8 else ''
+      found.insert(0, f'there is no line of step {", ".join(gaps[:8])}{more}')
     if found:
       said.append(f'{workdir / name}: {"; ".join(found)}')
   return '. '.join(said) + '. The run goes on.' if said else ''
 
 
 def tokens_seen(lines: list[dict], step: int, a_step: int) -> int:
-  """Tokens that a run had seen at a step, by a record of an early version: it took all steps for
-  such of the batch that it had just then.
+  """Returns the tokens that a run had seen at a step, by the record of an early version, in which
+  `train/tokens` is the number of the step times the batch of that time.
 
   Args:
     lines: of the record.
@@ -140,7 +142,7 @@ def tokens_seen(lines: list[dict], step: int, a_step: int) -> int:
 
 
 def plain(line: dict) -> dict:
-  """A line without what the clock and the memory say: what is the same each time."""
+  """Returns a line without what is measured: what is the same each time that a run is made."""
   return {key: value for key, value in line.items() if not key.startswith(MEASURED)}
 
 
@@ -148,7 +150,7 @@ class MetricsWriter:
   """Appends to the record of a workdir, on process 0 alone."""
 
   def __init__(self, workdir: Path, step: int, tensorboard: bool, apart: bool = False):
-    """Continues behind `step`: what a killed run wrote beyond its last checkpoint is dropped.
+    """Continues after `step`: what a killed run wrote beyond its last checkpoint is dropped.
 
     Args:
       workdir: of the run.
@@ -162,22 +164,14 @@ class MetricsWriter:
     if self.active:
       self._begin([line for line in read(workdir) if line['step'] <= step])
 
-  def _open_board(self):
-    # tensorboardX would import torch where there is one: seconds, for the name of a type
-    hidden = 'torch' not in sys.modules
-    if hidden:
-      sys.modules['torch'] = None  # type: ignore[assignment]
-    try:
-      import tensorboardX  # takes a second: the first line waits for it, not the first step
-    finally:
-      if hidden:
-        del sys.modules['torch']
-    return tensorboardX.SummaryWriter(
-      str(self.workdir / 'tensorboard'), purge_step=self._step + 1 if self._step else None
-    )
+  def __enter__(self) -> 'MetricsWriter':
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
 
   def _split(self, line: dict) -> dict[str, dict]:
-    """A line by the file it goes to, the first one first: a step in FILE has its line in TIMING."""
+    """Splits a line by the file it goes to. FILE is written last: its steps have their TIMING."""
     if not self._apart:
       return {FILE: line}
     measured = {key: value for key, value in line.items() if key.startswith(MEASURED)}
@@ -204,7 +198,8 @@ class MetricsWriter:
         self._files[name].write(_dumps(part) + '\n')
         self._files[name].flush()
     if self._tensorboard:
-      self._board = self._board or self._open_board()
+      if self._board is None:  # this takes a second: the first line waits for it, not the first step
+        self._board = tensorboard_lib.open_writer(self.workdir / 'tensorboard', self._step)
       for key, value in line.items():
         if key != 'step':
           self._board.add_scalar(key, value, line['step'])

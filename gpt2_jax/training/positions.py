@@ -15,7 +15,7 @@ WAYS = ('interpolate', 'extend')
 
 
 def context(asked: int, rows: int | None, given: int | None, held: int | None) -> int:
-  """The number of positions of a model: none that nothing trains, as far as the config allows.
+  """Returns the number of positions of a model, as a rule no more than its rows will train.
 
   Args:
     asked: model.n_positions, or those of where the parameters are from.
@@ -31,7 +31,7 @@ def context(asked: int, rows: int | None, given: int | None, held: int | None) -
 
 
 def note(asked: int | None, rows: int, given: int | None, have: int) -> str:
-  """What is to be said of a model's context; '' where all is as the config says.
+  """Says how a model's context differs from the config's; '' if it does not.
 
   Args:
     asked, rows, given: as of `context`; asked is None where the config leaves it open.
@@ -52,7 +52,7 @@ def note(asked: int | None, rows: int, given: int | None, have: int) -> str:
 
 
 def stretched(config: GPTConfig, params: Params, how: str, seed: int) -> Params:
-  """Parameters whose positions are as many as `config` has; others as they are.
+  """Returns parameters with as many positions as `config` has.
 
   Args:
     config: of the model that is to be.

@@ -13,7 +13,7 @@ FOLDER = 'profile'
 
 
 class Profile:
-  """A context around the loop. Every host writes its own files; a trace that began always ends."""
+  """A context around the loop. Each host writes its own files; a trace that began always ends."""
 
   def __init__(self, steps: tuple[int, int], workdir: Path, clock: Clock, say):
     """

@@ -1,4 +1,4 @@
-"""What a run says about itself: which run it is, where and on what it ran."""
+"""The record of a run, beside its metrics: its config, and of each start the machine and versions."""
 
 import contextlib
 import dataclasses
@@ -17,24 +17,26 @@ import jax
 
 from gpt2_jax import determinism, hardware, tokenizer
 from gpt2_jax.checkpoint import difference
+from gpt2_jax.data.training_data import TrainingData
 from gpt2_jax.errors import UserError, saving
 from gpt2_jax.files import misfit, read_json, whole_number, write_whole
 from gpt2_jax.interop import mup
 from gpt2_jax.interop.workdir import LABELS
-from gpt2_jax.training.plan import FREE, Plan
+from gpt2_jax.training.plan import Plan
+from gpt2_jax.training.run_model import FREE
 
 ENV = 'env.json'
-ENVIRONMENT = ('XLA_FLAGS', 'JAX_PLATFORMS')  # variables that have a say in the numbers
+ENVIRONMENT = ('XLA_FLAGS', 'JAX_PLATFORMS')  # variables that the figures may depend on
 
 
 def versions() -> dict[str, str]:
-  """Of the packages that have a say in the numbers."""
+  """Returns the versions of the packages that the figures may depend on."""
   packages = ('gpt2_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
   return {name: importlib.metadata.version(name) for name in packages}
 
 
 def commit() -> str | None:
-  """Of the code that runs, with `-dirty` behind it where it was changed since."""
+  """Returns the commit of the code that runs, with `-dirty` after it if the code has changes."""
   try:
     found = subprocess.run(
       ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
@@ -48,7 +50,8 @@ def commit() -> str | None:
   return found or None
 
 
-def environment(plan: Plan, data: Any) -> dict:
+def environment(plan: Plan, data: TrainingData) -> dict:
+  """Returns where this start runs, and on what."""
   return {
     'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
     'command': sys.argv,
@@ -74,8 +77,8 @@ def environment(plan: Plan, data: Any) -> dict:
   }
 
 
-def identity(plan: Plan, data: Any) -> dict:
-  """What must not change between two starts of a run, flat and as JSON gives it back."""
+def identity(plan: Plan, data: TrainingData) -> dict:
+  """Returns what must not change between two starts of a run: a flat dict, as JSON gives it back."""
   free = FREE if plan.model.parametrization == 'mup' else (*FREE, *mup.FIELDS)  # older runs lack them
   model = {f'model.{k}': v for k, v in dataclasses.asdict(plan.model).items() if k not in free}
   rest = {'data.sha256': data.sha256, 'init_from': plan.config.init_from}
@@ -83,7 +86,7 @@ def identity(plan: Plan, data: Any) -> dict:
 
 
 def starts(workdir: Path) -> list[dict]:
-  """What each start of a run left, the oldest first.
+  """Returns the records of all starts of a run, the oldest first.
 
   Raises:
     UserError: it can't be read.
@@ -98,7 +101,7 @@ def _is_start(value: Any) -> bool:
 
 
 def set_aside(workdir: Path) -> list[str]:
-  """Gives what can't be read of a run's record another name, so that the run goes on without it.
+  """Renames those files of a run's record that can't be read, so that it goes on without them.
 
   Returns a line for each file.
   """
@@ -120,7 +123,7 @@ def set_aside(workdir: Path) -> list[str]:
   return said
 
 
-def begin(workdir: Path, plan: Plan, data: Any, step: int, seconds: dict[str, float]) -> str:
+def begin(workdir: Path, plan: Plan, data: TrainingData, step: int, seconds: dict[str, float]) -> str:
   """Leaves the record of this start; returns what changed in the config since the last one.
 
   Args:
@@ -131,22 +134,25 @@ def begin(workdir: Path, plan: Plan, data: Any, step: int, seconds: dict[str, fl
   """
   config = json.loads(plan.config.to_json_best_effort())
   path = workdir / 'config.json'
-  flat = lambda c: (
-    {f'{s}.{k}': v for s, keys in c.items() if isinstance(keys, dict) for k, v in keys.items()}
-    | {'init_from': c.get('init_from')}
-  )
-  changed = difference(flat(read_json(path)), flat(config)) if path.exists() else ''
+  changed = difference(_knobs(read_json(path)), _knobs(config)) if path.exists() else ''
   write_json(path, config)
   this = environment(plan, data) | {'began_at': step, 'step': step, 'seconds': seconds}
   write_json(workdir / ENV, {'starts': starts(workdir) + [this]})
   save_tokenizer(data.tokenizer, workdir / 'tokenizer')
-  if plan.model.head != 'lm':
+  if data.labels:
     write_json(workdir / LABELS, data.labels)
   return changed
 
 
+def _knobs(config: dict) -> dict:
+  """Returns the knobs of a config's sections, and init_from, as a flat dict."""
+  sections = ((name, section) for name, section in config.items() if isinstance(section, dict))
+  flat = {f'{name}.{key}': value for name, section in sections for key, value in section.items()}
+  return flat | {'init_from': config.get('init_from')}
+
+
 def save_tokenizer(own: tokenizer.Tokenizer, folder: Path) -> None:
-  """Leaves a tokenizer in a folder: never half of it, and not again what is there."""
+  """Saves a tokenizer in a folder, whole or not at all, unless it is there already."""
   with contextlib.suppress(UserError):  # there is none, or what a kill has left of one
     if tokenizer.load(folder).sha256 == own.sha256:
       return
@@ -159,23 +165,21 @@ def save_tokenizer(own: tokenizer.Tokenizer, folder: Path) -> None:
 
 
 def end(workdir: Path, step: int, seconds: dict[str, float], finished: bool) -> None:
-  """Notes in the record of this start where it ended, in order, the seconds until then, and whether
-  the run is finished.
-  """
+  """Adds to the record of this start its last step, its seconds, and whether the run is finished."""
   *earlier, this = starts(workdir)
   this |= {'step': step, 'seconds': seconds, 'finished': finished}
   write_json(workdir / ENV, {'starts': [*earlier, this]})
 
 
 def mark_finished(workdir: Path) -> None:
-  """Notes that a run has come to its end, where a kill just then kept it from doing so."""
+  """Notes that a run is finished, if a kill at its very end left that out."""
   if jax.process_index() == 0 and starts(workdir) and not finished(workdir):
     *earlier, last = starts(workdir)
     write_json(workdir / ENV, {'starts': [*earlier, last | {'finished': True}]})
 
 
 def finished(workdir: Path) -> bool:
-  """Whether a run has come to its end, by its own record."""
+  """Whether a run is finished, by its own record."""
   return bool(found := starts(workdir)) and found[-1].get('finished', False)
 
 

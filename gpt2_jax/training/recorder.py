@@ -1,4 +1,4 @@
-"""From what a step returns to its line in the record: fetched, judged, measured."""
+"""The line of a step in the record: its metrics are fetched, checked, and measured speeds added."""
 
 import math
 from pathlib import Path
@@ -36,7 +36,7 @@ class Recorder:
     self._last = clock.now()
 
   def line(self, step: int, values: dict) -> dict:
-    """The line of a step; waits until the step is done.
+    """Returns the line of a step; waits until the step is done.
 
     Raises:
       UserError: its loss is not finite, or too many steps in a row were spikes.
@@ -81,7 +81,7 @@ class Recorder:
 
 
 def note(line: dict) -> str:
-  """A line of the record in short."""
+  """Returns a line of the record in short."""
   mfu = f' mfu {line["perf/mfu"]:.1%}' if 'perf/mfu' in line else ''
   return (
     f'loss {line["train/loss"]:.4f} lr {line["train/learning_rate"]:.2e} '
@@ -90,8 +90,10 @@ def note(line: dict) -> str:
 
 
 def bad_step(step, values, in_a_row, loader, last_good, workdir) -> str:
+  """Returns the message on a step that can't be taken."""
   rows = [f'  row {r}: {", ".join(names[:6])}' for r, names in enumerate(loader.documents(step - 1))]
-  rows = rows[:8] + [f'  … and {len(rows) - 8} more rows'] * (len(rows) > 8)
+  if len(rows) > 8:
+    rows[8:] = [f'  … and {len(rows) - 8} more rows']
   why = f', skipped as were the {in_a_row - 1} steps before: this is no spike' if in_a_row else ''
   loss, norm = values['train/loss'], values['train/grad_norm']
   return (

@@ -1,4 +1,4 @@
-"""What a run leaves for its reader at the end: a picture of its losses, a sample, a summary."""
+"""The end of a run, for its user: a picture of the losses, the prompt of the sample, a summary."""
 
 import os
 import shlex
@@ -15,14 +15,14 @@ PLOT = 'loss.png'
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-  """A moving average over about a fiftieth of the run."""
+  """Returns a moving average over about a fiftieth of the run."""
   width = max(1, len(values) // 50)
   padded = np.pad(values, (width // 2, width - 1 - width // 2), mode='edge')
   return np.convolve(padded, np.ones(width) / width, mode='valid')
 
 
 def _draw_time(axes, totals: dict[str, float]) -> None:
-  """A bar of where the time went, the kinds of more than a thousandth named beneath."""
+  """Draws a bar of the time by kind; kinds of more than a thousandth are named below it."""
   whole, left = sum(totals.values()), 0.0
   for i, (kind, seconds) in enumerate(totals.items()):
     share = seconds / whole
@@ -90,8 +90,8 @@ def plot_losses(workdir: Path, title: str, totals: dict[str, float]) -> Path:
   return path
 
 
-def fitting(prompt: str, tokenizer: Tokenizer | None, config: GPTConfig) -> str:
-  """A prompt, or the end of one that the context has no room for."""
+def fit_prompt(prompt: str, tokenizer: Tokenizer | None, config: GPTConfig) -> str:
+  """Returns a prompt, or the end of one that is too long for the context."""
   ids = [] if tokenizer is None else tokenizer.encode(prompt)
   if tokenizer is None or len(ids) < config.n_positions:
     return prompt
@@ -103,7 +103,7 @@ def fitting(prompt: str, tokenizer: Tokenizer | None, config: GPTConfig) -> str:
 
 
 def summary(workdir: Path, prompt: str, sample: str | None, totals: dict[str, float]) -> str:
-  """One screen: what came out, where it lies, what to try next."""
+  """Returns a screen of text: the figures, where the files are, what to try next."""
   lines = metrics.read(workdir)
   last, final = lines[-1], next((m for m in reversed(lines) if m.get('eval/loss') is not None), {})
   speed = np.median([m.get('perf/tokens_per_second') or 0.0 for m in lines])

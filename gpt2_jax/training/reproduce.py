@@ -1,6 +1,6 @@
-"""A run made again from its own record, and where the two part.
+"""A run made again from its own record, and where the two differ.
 
-What counts is each line of `metrics.jsonl` without what the clock says. A run repeats itself to the
+Compared are the lines of `metrics.jsonl`, without what is measured. A run repeats itself to the
 last bit on the same devices with the same versions; on GPUs it does so with `config.deterministic`.
 """
 
@@ -22,7 +22,8 @@ from gpt2_jax.config import Config
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import local, read_json
 from gpt2_jax.training import knobs, metrics, record
-from gpt2_jax.training.loop import say, train
+from gpt2_jax.training.distributed import say
+from gpt2_jax.training.loop import train
 
 NOTE = 'reproduces.json'  # in the folder of the second run: of which run it is the repetition
 
@@ -51,7 +52,7 @@ class Difference:
 
 
 def differences(there: list[dict], here: list[dict]) -> Iterator[Difference]:
-  """What differs between two records, in the order of the steps.
+  """Yields the differences between two records, in the order of the steps.
 
   Args:
     there, here: lines of `metrics.jsonl`, measured keys among them or not.
@@ -66,7 +67,7 @@ def differences(there: list[dict], here: list[dict]) -> Iterator[Difference]:
 
 
 def _restrict(config: Config, last: int, start: dict, positions: int | None) -> None:
-  """Makes the config say what the run derived from its devices, up to its last recorded step."""
+  """Sets in a config what the run derived from its devices, and its last recorded step."""
   for axis, size in start['mesh'].items():
     config.mesh[axis] = size
   T = start.get('row_tokens') or config.data.sequence_length or positions or config.model.n_positions
@@ -80,7 +81,7 @@ def _restrict(config: Config, last: int, start: dict, positions: int | None) -> 
 
 
 def _recorded(workdir: Path) -> tuple[dict, list[dict], list[dict]]:
-  """A run's config, starts and lines."""
+  """Returns a run's config, starts and lines."""
   try:
     config = read_json(workdir / 'config.json')
     starts, lines = record.starts(workdir), metrics.read(workdir)
@@ -98,7 +99,7 @@ def _recorded(workdir: Path) -> tuple[dict, list[dict], list[dict]]:
 
 
 def _environment(start: dict) -> dict[str, Any]:
-  """What has a say in the numbers, of a run or, without its data, of this process."""
+  """Returns what the figures of a start may depend on, without its data."""
   return {
     'python': start['python'],
     'platform': start['platform'],
@@ -130,7 +131,7 @@ def _take_environment(start: dict) -> None:
 
 
 def _claim(output: Path, workdir: Path) -> None:
-  """Notes in a fresh folder whose repetition it holds, so that a killed one goes on."""
+  """Notes in a new folder which run it repeats, so that a killed repetition goes on."""
   note = output / NOTE
   if (
     output.exists()
@@ -146,7 +147,7 @@ def _claim(output: Path, workdir: Path) -> None:
 
 
 def reproduce(workdir: str | Path, output: str | Path | None = None) -> int:
-  """Runs a run's config once more and says where the two part. Returns an exit status.
+  """Runs a run's config once more, and says where the two differ.
 
   The config, the mesh, the micro-batches and the variables of the environment are those of the run's
   last start; what differs of versions, machine and commit is said first. Relative paths in the config
@@ -196,7 +197,7 @@ def reproduce(workdir: str | Path, output: str | Path | None = None) -> int:
 
 
 def report(there: list[dict], here: list[dict]) -> int:
-  """Says where two records part; 0 where they don't, else 1."""
+  """Says where two records differ. Returns 0 if they don't, else 1."""
   found = list(differences(there, here))
   if not found:
     say(f'the same to the last bit: {len(there):,} steps')

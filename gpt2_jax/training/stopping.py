@@ -1,4 +1,4 @@
-"""Why a run ends before its last step: a signal, or a held-out loss that no longer falls."""
+"""Ends before the last step: by a signal, or as the held-out loss no longer falls."""
 
 import math
 import os

@@ -38,7 +38,7 @@ class Stragglers:
       ]
 
   def add(self, step: int, host_seconds: float, step_seconds: float) -> tuple[dict, str]:
-    """Adds a step; at every `every`-th the keys for its line, and what is to be said, if anything."""
+    """Adds a step. Returns keys for its line and a message, at each `every`-th step; else nothing."""
     if not self.every:
       return {}, ''
     self._host += host_seconds

@@ -1,0 +1,156 @@
+"""Files of tokens, memory-mapped: shards of a token store, and those of nanoGPT and llm.c."""
+
+import bisect
+import dataclasses
+import functools
+import itertools
+from pathlib import Path
+
+import numpy as np
+
+from gpt2_jax.errors import UserError
+from gpt2_jax.tokenizer import GPT2_SIZE
+
+GPT2_EOT = GPT2_SIZE - 1
+LLMC_MAGIC, LLMC_HEADER_BYTES = 20240520, 1024
+LLMC_LLAMA = 20240801  # magic number of llm.c's files for Llama 3: uint32, another vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+  """A run of tokens in a file."""
+
+  path: Path
+  tokens: int
+  dtype: str
+  offset: int = 0  # bytes before the first token
+  index: Path | None = None
+  documents: int = 0
+  max_token: int | None = None
+  sha256: str | None = None  # of its tokens and its index, where it is known: see verify.py
+
+  @staticmethod
+  def of_manifest(folder: Path, entry: dict, dtype: str) -> 'Shard':
+    """Returns the shard of a store in `folder` that its manifest describes so (`store.SHARD`)."""
+    rest = {key: entry[key] for key in ('documents', 'max_token', 'sha256')}
+    file, index = folder / entry['file'], folder / entry['index']
+    return Shard(file, entry['tokens'], dtype, index=index, **rest)
+
+  def array(self) -> np.ndarray:
+    """Returns the tokens [tokens], read from the file as they are used."""
+    tokens = np.memmap(self.path, self.dtype, 'r', self.offset, (self.tokens,))
+    return np.asarray(tokens)  # a slice of a memmap takes ten times as long as one of an array
+
+  def check(self) -> None:
+    """Raises a UserError if a file has more or fewer bytes than it should have."""
+    want = self.offset + self.tokens * np.dtype(self.dtype).itemsize
+    self._check_size(self.path, want)
+    if self.index is not None:
+      self._check_size(self.index, 8 * self.documents)
+
+  def _check_size(self, path: Path, want: int) -> None:
+    have = path.stat().st_size if path.is_file() else -1
+    if have != want:
+      raise UserError(
+        f'{path} '
+        + ('is missing' if have < 0 else f'has {have:,} bytes, not {want:,}')
+        + f': the token store is damaged. Remove the folder {self.path.parent} and prepare it again '
+        '(or restore the file).'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """The shards of a split, as one run of `len(split)` tokens."""
+
+  name: str
+  shards: tuple[Shard, ...]
+
+  @functools.cached_property
+  def _ends(self) -> list[int]:
+    return list(itertools.accumulate(shard.tokens for shard in self.shards))
+
+  @functools.cached_property
+  def _arrays(self) -> list[np.ndarray]:
+    return [shard.array() for shard in self.shards]
+
+  def __len__(self) -> int:
+    return self._ends[-1] if self.shards else 0
+
+  @property
+  def documents(self) -> int:
+    """The number of documents; 0 if it isn't known."""
+    return sum(shard.documents for shard in self.shards)
+
+  def read(self, start: int, stop: int) -> np.ndarray:
+    """Returns tokens [start, stop) as int32, across shards."""
+    out, done, i = np.empty(stop - start, np.int32), 0, bisect.bisect_right(self._ends, start)
+    while done < len(out):
+      first = start + done - self._ends[i] + self.shards[i].tokens
+      part = self._arrays[i][first : first + len(out) - done]
+      out[done : done + len(part)] = part
+      done, i = done + len(part), i + 1
+    return out
+
+  def documents_in(self, start: int, stop: int) -> list[str]:
+    """Returns the names of the documents that tokens [start, stop) belong to: `shard:number`."""
+    names = []
+    for i, shard in enumerate(self.shards):
+      base = self._ends[i] - shard.tokens
+      if shard.index is None or stop <= base or start >= self._ends[i]:
+        continue
+      begins = np.fromfile(shard.index, '<u8')
+      first = int(np.searchsorted(begins, max(0, start - base), 'right')) - 1
+      last = int(np.searchsorted(begins, stop - base, 'left'))
+      names += [f'{shard.path.stem}:{n}' for n in range(max(0, first), last)]
+    return names
+
+
+def bad_token(token: int, where: object, vocab_size: int) -> UserError:
+  """Returns the error for an id beyond the vocabulary; `where`: the thing that holds it."""
+  return UserError(
+    f"{where} holds token id {token}, beyond the model's vocabulary of {vocab_size}. Set "
+    'config.model.vocab_size to the size of the tokenizer that made the data, or prepare the data '
+    'with the tokenizer of this model.'
+  )
+
+
+def foreign_files(folder: Path) -> dict[str, list[Path]]:
+  """Returns nanoGPT's or llm.c's token files in a folder, by split; empty lists if there are none."""
+  splits = {}
+  for split in ('train', 'val'):
+    own = folder / f'{split}.bin'
+    splits[split] = [own] if own.exists() else sorted(folder.glob(f'*_{split}_*.bin'))
+  return splits
+
+
+def foreign_shard(path: Path) -> Shard:
+  """Opens a token file of nanoGPT or llm.c; llm.c's have a magic number.
+
+  Raises:
+    UserError: it can't be read, is damaged, or of another kind.
+  """
+  if not path.is_file():
+    raise UserError(f'{path} is no file of tokens, but a folder, pipe or device.')
+  try:
+    header, size = np.fromfile(path, '<i4', 256), path.stat().st_size
+  except OSError as e:
+    raise UserError(f"{path} can't be read: {e.strerror}.") from e
+  if len(header) and header[0] == LLMC_LLAMA:
+    raise UserError(f'{path} has tokens of Llama 3, which no GPT-2 knows. Tokenize its text anew.')
+  if len(header) == 256 and header[0] == LLMC_MAGIC:
+    if header[1] != 1:
+      raise UserError(f"{path}: version {header[1]} of llm.c's token files is not known, only 1.")
+    tokens, there = int(header[2]), (size - LLMC_HEADER_BYTES) / 2
+    if tokens != there or not tokens:
+      raise UserError(
+        f'{path} has {there:,.10g} tokens, but its header says {tokens:,}: it is '
+        'empty, damaged or cut short. Make or fetch it again.'
+      )
+    return Shard(path, tokens, '<u2', offset=LLMC_HEADER_BYTES)
+  if size == 0 or size % 2:
+    raise UserError(
+      f'{path} has {size} bytes, which is no whole number of uint16 tokens: it is '
+      'empty or cut short. Make it again.'
+    )
+  return Shard(path, size // 2, '<u2')

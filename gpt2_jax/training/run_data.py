@@ -1,0 +1,62 @@
+"""The data of a run, by its config: opened, checked, and cut into batches."""
+
+from gpt2_jax import tokenizer
+from gpt2_jax.data import labelled, prepare, store
+from gpt2_jax.data.loader import TokenBatches
+from gpt2_jax.data.shards import bad_token
+from gpt2_jax.data.training_data import Batches, TrainingData
+from gpt2_jax.files import local
+from gpt2_jax.training.distributed import say
+from gpt2_jax.training.plan import Plan
+
+BATCHES: dict[str, type[Batches]] = {  # by the model's head
+  'lm': TokenBatches,
+  'sequence_classification': labelled.LabelledBatches,
+}
+
+
+def open_data(plan: Plan) -> TrainingData:
+  """Opens the data of a run: a token store, prepared first if it isn't there, or labelled texts."""
+  data = plan.config.data
+  if plan.model.head != 'lm':
+    return labelled.open_labelled(data, tokenizer.load(plan.tokenizer), plan.T)
+  if data.corpus.startswith('bin:'):
+    opened = store.open_store(data.corpus.removeprefix('bin:'))
+    named = data.tokenizer is not None or plan.source is not None
+    if named and tokenizer.trained_size(plan.tokenizer) is None:
+      whose = 'data.tokenizer' if data.tokenizer is not None else str(plan.config.init_from)
+      opened.check_tokenizer(tokenizer.load(plan.tokenizer), whose, '--config.data.tokenizer')
+    return opened
+  settings = prepare.Settings(
+    data.corpus,
+    plan.tokenizer,
+    data.val_fraction,
+    data.split_seed,
+    data.split,
+    data.text_field,
+    data.special,
+  )
+  folder = data.store or local(data.directory) / prepare.store_name(settings)
+  return prepare.ensure_store(settings, folder)
+
+
+def check_prompt(plan: Plan, tokenizer: tokenizer.Tokenizer) -> None:
+  """Raises a UserError if the model lacks an id that the prompt of the sample at the end has."""
+  V, ids = plan.model.vocab_size, tokenizer.encode(plan.config.log.sample_prompt) or [tokenizer.eot]
+  if plan.model.head == 'lm' and max(ids) >= V:
+    raise bad_token(max(ids), 'log.sample_prompt', V)
+
+
+def make_batches(plan: Plan, data: TrainingData) -> Batches:
+  """Returns the batches of the training split, and says how much data there is."""
+  splits = data.splits
+  batches = BATCHES[plan.model.head](
+    splits['train'], plan.T, plan.G, plan.config.train.seed, plan.model.vocab_size
+  )
+  say(
+    f'data     {data.path}: {len(splits["train"]):,} {data.unit} to train on '
+    f'({batches.steps_per_epoch:,.1f} steps an epoch), {len(splits["val"]):,} held out'
+  )
+  for line in data.remarks():
+    say(f'         {line}')
+  return batches
