@@ -18,8 +18,8 @@ BEGAN = time.monotonic()  # imports take a second
 from absl import flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
-from gpt2_jax.bounds import shortened  # noqa: E402
-from gpt2_jax.errors import UserError, near, versions  # noqa: E402
+from gpt2_jax.core.bounds import shortened  # noqa: E402
+from gpt2_jax.core.errors import UserError, near, versions  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file('config', help_string='Config file, with :RECIPE after it.')
 WORKDIR = flags.DEFINE_string(
@@ -79,8 +79,8 @@ def wrong_flag(e: Exception, argv: list[str]) -> str:
   if isinstance(e, flags.UnrecognizedFlagError):
     return f'there is no flag --{e.flagname}{near(e.flagname, flags.FLAGS)}'
   if isinstance(e, (KeyError, AttributeError)):
-    from gpt2_jax.config import wrong_knob
-    from gpt2_jax.planning.command import load_config
+    from gpt2_jax.cli.plan import load_config
+    from gpt2_jax.model.config import wrong_knob
 
     file = [word.partition('=')[2] for word in argv if word.startswith('--config=')][-1:]
     with contextlib.suppress(UserError):
@@ -109,28 +109,28 @@ def use_huge_pages() -> None:
 def main(argv: list[str]) -> int:
   """Runs the training that the command line describes. Returns its exit status."""
   parse_flags(argv)
-  from gpt2_jax import checkpoint, determinism, files
-  from gpt2_jax.training import compiling, distributed, loop, plan
+  from gpt2_jax.checkpoints import orbax_store
+  from gpt2_jax.core import determinism, files
+  from gpt2_jax.parallel import multihost
+  from gpt2_jax.training import compile_cache, run_plan, train
 
   workdir = WORKDIR.value or default_workdir()
   try:
     files.local(workdir, '--workdir')
     if CONFIG.value.deterministic:
       determinism.require()
-    distributed.initialize(
-      DISTRIBUTED.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
-    )
+    multihost.initialize(DISTRIBUTED.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     if DRY_RUN.value:
-      made = plan.make_plan(CONFIG.value, held=checkpoint.held_positions(workdir))
-      compiling.keep_compiled(workdir)  # the run itself then finds it compiled
-      print(plan.dry_run(made))
+      made = run_plan.make_plan(CONFIG.value, held=orbax_store.held_positions(workdir))
+      compile_cache.keep_compiled(workdir)  # the run itself then finds it compiled
+      print(run_plan.dry_run(made))
       return 0
-    return loop.train(CONFIG.value, workdir, BEGAN)
+    return train.train(CONFIG.value, workdir, BEGAN)
   except UserError as e:
-    distributed.leave(f'error: {e}')
+    multihost.leave(f'error: {e}')
     sys.exit(f'error: {e}')
   except Exception:
-    distributed.leave(traceback.format_exc())
+    multihost.leave(traceback.format_exc())
     raise
 
 

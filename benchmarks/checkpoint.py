@@ -26,9 +26,9 @@ import numpy as np
 
 from benchmarks.common import report
 from configs import tiny
-from gpt2_jax.checkpoint import Checkpoints
-from gpt2_jax.counts import num_params
-from gpt2_jax.training.plan import make_plan
+from gpt2_jax.checkpoints.orbax_store import Checkpoints
+from gpt2_jax.model.sizes import num_params
+from gpt2_jax.training.run_plan import make_plan
 
 
 def config_of(name: str):

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_jax import hardware
+from gpt2_jax.core import chips
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'torch', 'transformers', 'tiktoken')
 THREADS = len(os.sched_getaffinity(0))
@@ -173,7 +173,7 @@ def device_copy_rate(size: int = 1 << 30, repeats: int = 8) -> float:
 
 def circumstances() -> dict:
   """Hardware, versions, commit and command: what a figure must be read with."""
-  from gpt2_jax.training import record
+  from gpt2_jax.training.watch import run_record
 
   versions = {}
   for name in PACKAGES:
@@ -183,11 +183,11 @@ def circumstances() -> dict:
   return {
     'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
     'command': command,
-    'processor': hardware.processor(),
+    'processor': chips.processor(),
     'threads': THREADS,
     'python': platform.python_version(),
     'versions': versions,
-    'commit': record.commit(),
+    'commit': run_record.commit(),
     'environment': {
       k: v for k, v in os.environ.items() if k in ('XLA_FLAGS', 'JAX_PLATFORMS', 'GLIBC_TUNABLES')
     },

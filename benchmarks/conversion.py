@@ -18,9 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from configs import large, medium, small, xl
-from gpt2_jax import pretrained
-from gpt2_jax.config import GPTConfig
-from gpt2_jax.interop import tensors
+from gpt2_jax.checkpoints import pretrained, tensors
+from gpt2_jax.model.config import GPTConfig
 
 SIZES = {'small': small, 'medium': medium, 'large': large, 'xl': xl}
 FORMATS = ('hf', 'llmc', 'openai', 'flax')

@@ -30,7 +30,7 @@ from benchmarks.common import (
   report,
   take_turns,
 )
-from gpt2_jax.config import GPTConfig
+from gpt2_jax.model.config import GPTConfig
 
 TIMED = """
 def run(dtype, prompts, new):
@@ -94,7 +94,7 @@ def first_piece() -> float:
   """Seconds to the first piece of a second request: other prompt, length, temperature and seed."""
   import gpt2_jax
   from configs import tiny
-  from gpt2_jax import tokenizer
+  from gpt2_jax.tokenizer import bpe
 
   sizes = tiny.get_config().model
   config = GPTConfig(
@@ -105,7 +105,7 @@ def first_piece() -> float:
     n_head=sizes.n_head,
   )
   model = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))
-  model = gpt2_jax.Pretrained(model, tokenizer.load('byte'))
+  model = gpt2_jax.Pretrained(model, bpe.load('byte'))
   seconds = 0.0
   for prompt, temperature, seed in (('def ', 0.9, 1), ('import os', 0.7, 2)):
     began = time.perf_counter()

@@ -15,9 +15,9 @@ import jax
 import numpy as np
 
 import gpt2_jax
-from gpt2_jax.data.store import Split, open_store
-from gpt2_jax.model import bind
-from gpt2_jax.pretrained_model import params_of
+from gpt2_jax.data.token_store import Split, open_store
+from gpt2_jax.model.gpt2 import bind
+from gpt2_jax.model.pretrained_model import params_of
 from gpt2_jax.training.step import nll
 
 ROWS = 8

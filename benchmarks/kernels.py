@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax.attention import attention, causal_mask
-from gpt2_jax.kernels import OWN, Kernel
+from gpt2_jax.model.attention import attention, causal_mask
+from gpt2_jax.model.attention_kernels import OWN, Kernel
 
 
 def xla(q_BTNH, k_BTNH, v_BTNH, documents_BT):

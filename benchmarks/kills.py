@@ -24,8 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2_jax import manifest
-from gpt2_jax.data.store import open_store
+from gpt2_jax.checkpoints import manifest
+from gpt2_jax.data.token_store import open_store
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, SAVE, EVALUATE = 200, 5, 8

@@ -13,14 +13,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gpt2_jax.errors import UserError
-from gpt2_jax.hardware import GIB
+from gpt2_jax.cli.plan import load_config
+from gpt2_jax.core.chips import GIB
+from gpt2_jax.core.errors import UserError
+from gpt2_jax.core.progress import track
 from gpt2_jax.planning import topology
-from gpt2_jax.planning.command import load_config
-from gpt2_jax.planning.plan import versions
+from gpt2_jax.planning.compile_ahead import versions
 from gpt2_jax.planning.report import ASSUMPTIONS, Report
 from gpt2_jax.planning.search import source_hash
-from gpt2_jax.progress import track
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'benchmarks' / 'results' / 'plans-tpu.json'
@@ -41,7 +41,7 @@ def compile_cell(size: str, name: str) -> dict:
 
 
 def cell(size: str, name: str) -> dict:
-  from gpt2_jax.planning.plan import plan_train
+  from gpt2_jax.planning.compile_ahead import plan_train
 
   topo = topology.get(name)
   config, called = load_config(f'configs/{size}.py:{RECIPE}')

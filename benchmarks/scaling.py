@@ -22,8 +22,8 @@ from benchmarks.common import Worker, report, take_turns
 TRAIN = """
 import jax, numpy as np
 from configs import tiny
-from gpt2_jax.counts import flops_per_token
-from gpt2_jax.training.plan import make_plan
+from gpt2_jax.model.sizes import flops_per_token
+from gpt2_jax.training.run_plan import make_plan
 plan = step = state = tokens = None
 def setup(layers, rows, T, width):
   global plan, tokens, state, step

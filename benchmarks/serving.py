@@ -180,8 +180,8 @@ def main() -> None:
   args = flags.parse_args()
   import gpt2_jax
   from configs import tiny
-  from gpt2_jax import tokenizer
-  from gpt2_jax.config import GPTConfig
+  from gpt2_jax.model.config import GPTConfig
+  from gpt2_jax.tokenizer import bpe
 
   sizes = tiny.get_config().model
   config = GPTConfig(
@@ -192,7 +192,7 @@ def main() -> None:
     n_head=sizes.n_head,
   )
   model = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))
-  model = gpt2_jax.Pretrained(model, tokenizer.load('byte'))
+  model = gpt2_jax.Pretrained(model, bpe.load('byte'))
   with contextlib.ExitStack() as stack:
     rows = stack.enter_context(report(args.json))
     folder = str(Path(stack.enter_context(tempfile.TemporaryDirectory())) / 'tiny')

@@ -32,9 +32,9 @@ IMPORTS = (
   'jax',
   'gpt2_jax',
   'grain, optax, orbax.checkpoint',
-  'gpt2_jax.training.loop',
-  'gpt2_jax.cli',
-  'gpt2_jax.pretrained, gpt2_jax.decoding.generate',
+  'gpt2_jax.training.train',
+  'gpt2_jax.cli.main',
+  'gpt2_jax.checkpoints.pretrained, gpt2_jax.decoding.generate',
 )
 # launch.py as it is, which also says when the first step is dispatched, and what JAX's clocks say
 LAUNCH = """
@@ -144,14 +144,14 @@ def save_model(folder: str, size: str) -> None:
   import importlib
 
   import gpt2_jax
-  from gpt2_jax import tokenizer
+  from gpt2_jax.tokenizer import bpe
 
   sizes = importlib.import_module(f'configs.{size}').get_config().model
   config = gpt2_jax.GPTConfig(
     n_positions=sizes.n_positions, n_embd=sizes.n_embd, n_layer=sizes.n_layer, n_head=sizes.n_head
   )
   model = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))
-  model = gpt2_jax.Pretrained(model, tokenizer.load('gpt2'))
+  model = gpt2_jax.Pretrained(model, bpe.load('gpt2'))
   gpt2_jax.save_pretrained(model, folder)
 
 

@@ -22,7 +22,7 @@ from benchmarks.common import HUGE_PAGES, Failed, Worker, gemm_rate, ratio, repo
 
 OURS = """
 import importlib, jax, numpy as np
-from gpt2_jax.training.plan import make_plan
+from gpt2_jax.training.run_plan import make_plan
 state = step = tokens = None
 def setup(size, rows, T, dtype):
   global state, step, tokens
@@ -143,9 +143,9 @@ def main() -> None:
   args = flags.parse_args()
   import jax
 
-  from gpt2_jax.config import GPTConfig
-  from gpt2_jax.counts import flops_per_token
-  from gpt2_jax.hardware import peak_flops
+  from gpt2_jax.core.chips import peak_flops
+  from gpt2_jax.model.config import GPTConfig
+  from gpt2_jax.model.sizes import flops_per_token
 
   device = jax.devices()[0].device_kind
   peak_rate = peak_flops(device)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments import stats, sweeps
-from gpt2_jax.errors import UserError
-from gpt2_jax.files import write_whole
-from gpt2_jax.training import metrics, record
+from gpt2_jax.core.errors import UserError
+from gpt2_jax.core.files import write_whole
+from gpt2_jax.training.watch import metrics_file, run_record
 
 BEGIN = '<!-- results: what follows is written by experiments/run.py -->'
 END = '<!-- end of results -->'
@@ -26,7 +26,7 @@ class Run:
 
   @classmethod
   def read(cls, point: sweeps.Point, folder: Path) -> 'Run':
-    return cls(point, folder, metrics.read(folder), record.starts(folder))
+    return cls(point, folder, metrics_file.read(folder), run_record.starts(folder))
 
   @property
   def seconds(self) -> float:

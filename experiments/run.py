@@ -28,10 +28,10 @@ if __name__ == '__main__':
 import tyro  # noqa: E402
 
 from experiments import results, sweeps  # noqa: E402
-from gpt2_jax import bounds  # noqa: E402
-from gpt2_jax.errors import UserError  # noqa: E402
-from gpt2_jax.progress import track  # noqa: E402
-from gpt2_jax.training import metrics, record  # noqa: E402
+from gpt2_jax.core import bounds  # noqa: E402
+from gpt2_jax.core.errors import UserError  # noqa: E402
+from gpt2_jax.core.progress import track  # noqa: E402
+from gpt2_jax.training.watch import metrics_file, run_record  # noqa: E402
 
 CONFIG = 'experiments/config.py'  # of a sweep that names no other
 RUNS = ROOT / 'runs' / 'experiments'
@@ -65,7 +65,7 @@ class Task:
 
   @property
   def done(self) -> bool:
-    return record.finished(self.folder)
+    return run_record.finished(self.folder)
 
   @property
   def command(self) -> list[str]:
@@ -81,14 +81,14 @@ class Task:
   def execute(self) -> int:
     """Runs it to its end; returns an exit status."""
     self.folder.mkdir(parents=True, exist_ok=True)
-    record.write_json(self.folder / 'overrides.json', self.point | {'config': self.config})
+    run_record.write_json(self.folder / 'overrides.json', self.point | {'config': self.config})
     env = dict(os.environ)
     if devices := self.point.get('run.devices'):
       env['XLA_FLAGS'] = (
         f'{env.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count={devices}'
       ).strip()
     for step in [*self.point.get('run.kill_at', ()), None]:
-      if step is None or len(metrics.read(self.folder)) < step:
+      if step is None or len(metrics_file.read(self.folder)) < step:
         with open(self.folder / LOG, 'a') as log:
           process = subprocess.Popen(self.command, cwd=ROOT, env=env, stdout=log, stderr=log)
           status = process.wait() if step is None else self._killed(process, step)
@@ -98,7 +98,7 @@ class Task:
 
   def _killed(self, process: subprocess.Popen, step: int) -> int:
     """Kills it once its record has so many lines."""
-    path = self.folder / metrics.FILE
+    path = self.folder / metrics_file.FILE
     while process.poll() is None:
       if path.exists() and path.read_bytes().count(b'\n') >= step:
         process.kill()

@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gpt2_jax.errors import UserError
+from gpt2_jax.core.errors import UserError
 
 Point = dict[str, Any]
 Axes = Mapping[str, Sequence[Any]]  # key -> its values

@@ -11,35 +11,35 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-  from gpt2_jax.config import GPTConfig, LoRA
+  from gpt2_jax.checkpoints.pretrained import from_pretrained, merge_adapters, save_pretrained
+  from gpt2_jax.core.errors import UserError
   from gpt2_jax.decoding.generate import Generated, generate, stream
   from gpt2_jax.decoding.processors import Processor
-  from gpt2_jax.errors import UserError
-  from gpt2_jax.forms import quantize
-  from gpt2_jax.inference import Classified, Features, classify, features
-  from gpt2_jax.model import GPT2, bind, init_params
-  from gpt2_jax.pretrained import from_pretrained, merge_adapters, save_pretrained
-  from gpt2_jax.pretrained_model import Pretrained
+  from gpt2_jax.model.config import GPTConfig, LoRA
+  from gpt2_jax.model.decode_layout import quantize
+  from gpt2_jax.model.features import Classified, Features, classify, features
+  from gpt2_jax.model.gpt2 import GPT2, bind, init_params
+  from gpt2_jax.model.pretrained_model import Pretrained
 
 _PLACES = {
-  'Classified': 'inference',
-  'Features': 'inference',
-  'GPT2': 'model',
-  'GPTConfig': 'config',
+  'Classified': 'model.features',
+  'Features': 'model.features',
+  'GPT2': 'model.gpt2',
+  'GPTConfig': 'model.config',
   'Generated': 'decoding.generate',
-  'LoRA': 'config',
-  'Pretrained': 'pretrained_model',
+  'LoRA': 'model.config',
+  'Pretrained': 'model.pretrained_model',
   'Processor': 'decoding.processors',
-  'UserError': 'errors',
-  'bind': 'model',
-  'classify': 'inference',
-  'features': 'inference',
-  'from_pretrained': 'pretrained',
+  'UserError': 'core.errors',
+  'bind': 'model.gpt2',
+  'classify': 'model.features',
+  'features': 'model.features',
+  'from_pretrained': 'checkpoints.pretrained',
   'generate': 'decoding.generate',
-  'init_params': 'model',
-  'merge_adapters': 'pretrained',
-  'quantize': 'forms',
-  'save_pretrained': 'pretrained',
+  'init_params': 'model.gpt2',
+  'merge_adapters': 'checkpoints.pretrained',
+  'quantize': 'model.decode_layout',
+  'save_pretrained': 'checkpoints.pretrained',
   'stream': 'decoding.generate',
 }
 

@@ -1,4 +1,4 @@
-from gpt2_jax.cli import main
+from gpt2_jax.cli.main import main
 
 if __name__ == '__main__':
   main()

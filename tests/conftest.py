@@ -26,8 +26,8 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from serving_fixtures import browser, byte_server, open_page  # noqa: E402, F401
 
-from gpt2_jax.config import GPTConfig  # noqa: E402
-from gpt2_jax.sharding import make_mesh  # noqa: E402
+from gpt2_jax.model.config import GPTConfig  # noqa: E402
+from gpt2_jax.parallel.sharding import make_mesh  # noqa: E402
 
 
 def pytest_addoption(parser):

@@ -24,11 +24,11 @@ from pathlib import Path
 import jax  # which sets two of the variables
 
 IMPORTS = (
-  'gpt2_jax.training.loop',
-  'gpt2_jax.cli',
+  'gpt2_jax.training.train',
+  'gpt2_jax.cli.main',
   'gpt2_jax.decoding.generate',
-  'gpt2_jax.pretrained',
-  'gpt2_jax.planning.command',
+  'gpt2_jax.checkpoints.pretrained',
+  'gpt2_jax.cli.plan',
   'ml_collections.config_flags',
   'matplotlib.backends.backend_agg',
   'matplotlib.figure',

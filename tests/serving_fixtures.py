@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import gpt2_jax
-from gpt2_jax import tokenizer
-from gpt2_jax.config import GPTConfig
+from gpt2_jax.model.config import GPTConfig
+from gpt2_jax.tokenizer import bpe
 
 CHROMIUM = next(
   (
@@ -51,14 +51,14 @@ def byte_model(n_positions: int = 256):
     vocab_size=257, n_positions=n_positions, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2
   )
   model = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))
-  model = gpt2_jax.Pretrained(model, tokenizer.load('byte'))
+  model = gpt2_jax.Pretrained(model, bpe.load('byte'))
   return model
 
 
 def tiny_model(seed: int = 0):
   """Bytes in, bytes out. Of 160 positions, so that a long prompt is read in two chunks."""
   model = gpt2_jax.bind(CONFIG, gpt2_jax.init_params(CONFIG, seed))
-  model = gpt2_jax.Pretrained(model, tokenizer.load('byte'))
+  model = gpt2_jax.Pretrained(model, bpe.load('byte'))
   return model
 
 

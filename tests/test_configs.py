@@ -14,9 +14,9 @@ from conftest import ROOT, run
 from ml_collections import ConfigDict, config_flags
 
 from configs import base, finetune, recipes
-from gpt2_jax.config import GPTConfig, LoRA
-from gpt2_jax.counts import num_params
-from gpt2_jax.training import plan
+from gpt2_jax.model.config import GPTConfig, LoRA
+from gpt2_jax.model.sizes import num_params
+from gpt2_jax.training import run_plan
 
 SIZES = {'small': 124_439_808, 'medium': 354_823_168, 'large': 774_030_080, 'xl': 1_557_611_200}
 ALL = [
@@ -30,7 +30,7 @@ ALL = [
 @pytest.mark.parametrize('name,recipe', ALL)
 def test_every_config_makes_a_plan(name, recipe):
   config = importlib.import_module(f'configs.{name}').get_config(recipe)
-  made = plan.make_plan(config, devices=jax.devices()[:1])
+  made = run_plan.make_plan(config, devices=jax.devices()[:1])
   assert made.G * made.T == config.train.global_batch_tokens
   if name in SIZES:
     # a context of shorter rows has so many positions less
@@ -59,7 +59,7 @@ def test_the_finetuning_config_makes_a_plan_on_any_model(recipe, tmp_path, monke
     assert set(config[section]) <= set(base.get_config()[section])
   config.update(init_from=str(ROOT / 'tests' / 'golden' / 'huggingface' / 'plain'))
   config.data.update(tokenizer='byte', corpus='text:a.jsonl', sequence_length=16)
-  made = plan.make_plan(config, devices=jax.devices()[:1])
+  made = run_plan.make_plan(config, devices=jax.devices()[:1])
   assert (made.model.n_embd, made.model.n_head, made.model.vocab_size) == (15, 3, 97)
   assert made.model.resid_pdrop == 0.1 and made.T == 16
   assert (made.model.lora is not None) == (recipe == 'lora')

@@ -12,8 +12,8 @@ import pytest
 import tyro
 from conftest import ROOT
 
-from gpt2_jax import cli, inputs
-from gpt2_jax.planning.command import split_overrides
+from gpt2_jax.cli import inputs, main
+from gpt2_jax.cli.plan import split_overrides
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 BY_CI = ('pip install', 'pytest')  # .ci/run does these, in an environment of its own
@@ -47,7 +47,7 @@ def test_recipes_are_well_formed(page):
         assert done.returncode == 0, (arguments, done.stderr)
       else:
         words = split_overrides(words)[0] if words[0] == 'plan' else words
-        tyro.cli(cli.Verb, args=words, registry=inputs.registry, config=(tyro.conf.OmitArgPrefixes,))
+        tyro.cli(main.Verb, args=words, registry=inputs.registry, config=(tyro.conf.OmitArgPrefixes,))
 
 
 def test_the_two_commands_of_the_readme_are_what_ci_runs():
@@ -76,13 +76,13 @@ def test_python_examples_use_what_there_is():
 def test_every_option_of_generation_has_an_example_that_works():
   """The table of docs/decoding.md, row by row, on a small model."""
   import gpt2_jax
-  from gpt2_jax import tokenizer
-  from gpt2_jax.config import GPTConfig
   from gpt2_jax.decoding.options import Options
+  from gpt2_jax.model.config import GPTConfig
+  from gpt2_jax.tokenizer import bpe
 
   config = GPTConfig(vocab_size=257, n_positions=64, n_embd=32, n_layer=1, n_head=4)
   model = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))
-  model = gpt2_jax.Pretrained(model, tokenizer.load('byte'))
+  model = gpt2_jax.Pretrained(model, bpe.load('byte'))
   page = (ROOT / 'docs' / 'decoding.md').read_text()
   rows = dict(re.findall(r'^\| `(\w+)` \|.*\| `(.*)` \|$', page, re.M))
   assert rows.keys() - Options.__dataclass_fields__.keys() == {

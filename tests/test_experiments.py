@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments import results, run, stats, sweeps
-from gpt2_jax import determinism
-from gpt2_jax.errors import UserError
-from gpt2_jax.training import metrics, plan, record
+from gpt2_jax.core import determinism
+from gpt2_jax.core.errors import UserError
+from gpt2_jax.training import run_plan
+from gpt2_jax.training.watch import metrics_file, run_record
 
 NAMES = sorted(path.parent.name for path in (ROOT / 'experiments').glob('*/sweep.py'))
 losses = st.floats(0.5, 8, width=32)
@@ -120,7 +121,7 @@ def test_every_point_of_a_sweep_is_a_run(name, monkeypatch):
       config.update_from_flattened_dict(
         {key: value for key, value in task.point.items() if key not in sweeps.HOW}
       )
-      made = plan.make_plan(config, devices=jax.devices()[: task.point.get('run.devices', 1)])
+      made = run_plan.make_plan(config, devices=jax.devices()[: task.point.get('run.devices', 1)])
       assert made.model.n_embd <= 256, 'small enough for two cores'
   readme = (ROOT / 'experiments' / name / 'README.md').read_text()
   assert f'python experiments/run.py {name}' in readme
@@ -230,8 +231,8 @@ def test_a_sweep_goes_on_where_it_was_stopped(sweep):
   assert len(failures) == 1 and failures[0].startswith(f'{bad.folder} (status 1)')
   assert 'Nothing of it was saved' in (bad.folder / run.LOG).read_text()
   assert [task.done for task in sweep] == [True, True, False]
-  assert len(record.starts(killed.folder)) == 2
-  plain = lambda task: [metrics.plain(line) for line in metrics.read(task.folder)]
+  assert len(run_record.starts(killed.folder)) == 2
+  plain = lambda task: [metrics_file.plain(line) for line in metrics_file.read(task.folder)]
   assert plain(whole) == plain(killed) and len(plain(whole)) == 12
   read = results.Run.read(whole.point, whole.folder)
   assert read.seconds > 0 and read.last('eval/loss') > 0
@@ -250,4 +251,4 @@ def test_submitit_runs_the_same(sweep, tmp_path, monkeypatch):
     run.Submitted('local', 'timeout')
   execute = run.Submitted('local', 'timeout_min=5')
   assert run.run_all('test', sweep[:1], 1, 1, execute) == []
-  assert sweep[0].done and len(metrics.read(sweep[0].folder)) == 12
+  assert sweep[0].done and len(metrics_file.read(sweep[0].folder)) == 12

@@ -22,7 +22,7 @@ def sweep():
   for width in WIDTHS:
     for name in ('standard', 'mup'):
       if name == 'mup' and width == BASE:
-        continue  # there the two are the same, to the last bit (tests/test_mup.py)
+        continue  # there the two are the same, to the last bit (tests/model/test_mup.py)
       mup = {'model.parametrization': 'mup', 'model.mup_base_width': BASE} if name == 'mup' else {}
       points += [
         {'model.n_embd': width, 'model.n_head': width // 16} | SETTINGS | mup | rate

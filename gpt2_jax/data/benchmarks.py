@@ -22,10 +22,10 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gpt2_jax.data import downloads, formats, sources, text_files
+from gpt2_jax.core.errors import UserError
+from gpt2_jax.core.files import local
+from gpt2_jax.data import benchmark_readers, downloads, sources, text_files
 from gpt2_jax.data.sources import Source
-from gpt2_jax.errors import UserError
-from gpt2_jax.files import local
 
 DEPTH = 3  # folders below the one named in which a file is looked for
 SPLITS = {
@@ -81,14 +81,16 @@ def _wikitext(name: str, source: Source) -> Published:
   local = ('wiki.test.raw', 'wiki.test.tokens', 'test.txt')
   return Published(
     'test',
-    formats.text,
+    benchmark_readers.text,
     (Part(source, f'{name}-raw/wiki.test.raw', tuple(f'{name}*/{file}' for file in local)),),
   )
 
 
 def _cbt(kind: str) -> Published:
   file = f'cbtest_{kind}_valid_2000ex.txt'
-  return Published('validation', formats.cbt, (Part(sources.CBT, f'CBTest/data/{file}', (file,)),))
+  return Published(
+    'validation', benchmark_readers.cbt, (Part(sources.CBT, f'CBTest/data/{file}', (file,)),)
+  )
 
 
 HELD_OUT = 'news.en.heldout-00000-of-00050'
@@ -96,17 +98,17 @@ PUBLISHED = {
   'wikitext-2': _wikitext('wikitext-2', sources.WIKITEXT_2),
   'wikitext-103': _wikitext('wikitext-103', sources.WIKITEXT_103),
   'ptb': Published(
-    'test', formats.text, (Part(sources.PTB, '', ('ptb*/test.txt', 'penn*/test.txt')),)
+    'test', benchmark_readers.text, (Part(sources.PTB, '', ('ptb*/test.txt', 'penn*/test.txt')),)
   ),
   'enwik8': Published(
-    'test', formats.last_bytes, (Part(sources.ENWIK8, 'enwik8', ('enwik8/test.txt.raw',)),)
+    'test', benchmark_readers.last_bytes, (Part(sources.ENWIK8, 'enwik8', ('enwik8/test.txt.raw',)),)
   ),
   'text8': Published(
-    'test', formats.last_bytes, (Part(sources.TEXT8, 'text8', ('text8/test.txt.raw',)),)
+    'test', benchmark_readers.last_bytes, (Part(sources.TEXT8, 'text8', ('text8/test.txt.raw',)),)
   ),
   'lm1b': Published(
     'test',
-    formats.text,
+    benchmark_readers.text,
     (
       Part(
         sources.LM1B,
@@ -118,24 +120,28 @@ PUBLISHED = {
   ),
   'cbt-cn': _cbt('CN'),
   'cbt-ne': _cbt('NE'),
-  'lambada': Published('test', formats.lambada, (Part(sources.LAMBADA),)),
+  'lambada': Published('test', benchmark_readers.lambada, (Part(sources.LAMBADA),)),
   'hellaswag': Published(
-    'validation', formats.hellaswag, (Part(sources.HELLASWAG, '', ('hellaswag_val*.jsonl',)),)
+    'validation',
+    benchmark_readers.hellaswag,
+    (Part(sources.HELLASWAG, '', ('hellaswag_val*.jsonl',)),),
   ),
   'winogrande': Published(
     'validation',
-    formats.winogrande,
+    benchmark_readers.winogrande,
     (Part(sources.WINOGRANDE, 'winogrande_1.1/dev.jsonl', ('winogrande*/dev.jsonl',)),),
   ),
   'wsc273': Published(
-    'test', formats.wsc273, (Part(sources.WSC, '', ('wsc273.xml', 'wsc273.json', 'wsc273.jsonl')),)
+    'test',
+    benchmark_readers.wsc273,
+    (Part(sources.WSC, '', ('wsc273.xml', 'wsc273.json', 'wsc273.jsonl')),),
   ),
   'crows-pairs': Published(
     'test',
-    formats.crows_pairs,
+    benchmark_readers.crows_pairs,
     (Part(sources.CROWS_PAIRS, '', ('crows_pairs*.csv', 'crows-pairs*.csv')),),
   ),
-  'winobias': Published('test', formats.winobias, tuple(map(Part, sources.WINOBIAS))),
+  'winobias': Published('test', benchmark_readers.winobias, tuple(map(Part, sources.WINOBIAS))),
 }
 NAMES = tuple(PUBLISHED)
 

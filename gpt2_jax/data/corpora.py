@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from gpt2_jax.core.errors import UserError
 from gpt2_jax.data import listing, records, shards, text_files
 from gpt2_jax.data.text_files import LongText
-from gpt2_jax.errors import UserError
 
 PIECE_BYTES, PIECE_EXAMPLES = 16 * 2**20, 10_000
 
@@ -95,7 +95,7 @@ def _tfds_builder(name: str) -> Any:
 
   if Path(name).is_dir():
     return tfds.builder_from_directory(name)
-  from gpt2_jax.data import builders  # noqa: F401  its classes are known by name once imported
+  from gpt2_jax.data import tfds_builders  # noqa: F401  its classes are known by name once imported
 
   tfds.text  # noqa: B018  the builders of text are known only once this was touched
   return tfds.builder(name, file_format='array_record')

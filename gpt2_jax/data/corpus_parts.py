@@ -11,15 +11,15 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from gpt2_jax import verified
-from gpt2_jax.data import corpora, sections, store
+from gpt2_jax.core import verified
+from gpt2_jax.core.errors import UserError, saving
+from gpt2_jax.core.files import misfit, read_json, write_whole
+from gpt2_jax.core.progress import track
+from gpt2_jax.data import corpora, sections, token_store
 from gpt2_jax.data.shard_writer import ShardWriter
 from gpt2_jax.data.shards import Shard
 from gpt2_jax.data.splits import Settings, split_document
-from gpt2_jax.errors import UserError, saving
-from gpt2_jax.files import misfit, read_json, write_whole
-from gpt2_jax.progress import track
-from gpt2_jax.tokenizer import Tokenizer, load
+from gpt2_jax.tokenizer.bpe import Tokenizer, load
 
 MIN_PART_BYTES, MAX_PART_BYTES, MAX_PARTS = 4 * 2**20, 256 * 2**20, 64
 
@@ -110,7 +110,7 @@ def _finished(folder: Path, number: int, tokenizer: Tokenizer) -> dict | None:
 
 
 def _is_shard(value: Any) -> bool:
-  return value is None or (misfit(value, store.SHARD) is None and value['tokens'] > 0)
+  return value is None or (misfit(value, token_store.SHARD) is None and value['tokens'] > 0)
 
 
 # --- In a worker ------------------------------------------------------------------------------

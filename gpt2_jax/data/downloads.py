@@ -23,9 +23,9 @@ from typing import IO
 
 import filelock
 
-from gpt2_jax import progress, verified
+from gpt2_jax.core import progress, verified
+from gpt2_jax.core.errors import UserError, saving
 from gpt2_jax.data.sources import Source
-from gpt2_jax.errors import UserError, saving
 
 TIMEOUT_S = 30.0  # without a byte, after which a transfer is taken up again
 ATTEMPTS = 5  # in a row that bring nothing

@@ -9,8 +9,8 @@ import os
 import stat
 from collections.abc import Iterator
 
+from gpt2_jax.core.errors import UserError
 from gpt2_jax.data import text_files
-from gpt2_jax.errors import UserError
 
 JOB = b'{"settings": {"corpus": '  # how the job of an unfinished token store begins
 MAX_SAID = 8  # kinds of what is passed over that are told apart

@@ -21,12 +21,12 @@ from pathlib import Path
 import filelock
 import numpy as np
 
-from gpt2_jax import tokenizer as tokenizers
-from gpt2_jax.data import corpora, corpus_parts, sections, store
+from gpt2_jax.core.errors import UserError, saving
+from gpt2_jax.core.files import local, read_json, write_whole
+from gpt2_jax.core.progress import track
+from gpt2_jax.data import corpora, corpus_parts, sections, token_store
 from gpt2_jax.data.splits import Settings, split_document
-from gpt2_jax.errors import UserError, saving
-from gpt2_jax.files import local, read_json, write_whole
-from gpt2_jax.progress import track
+from gpt2_jax.tokenizer import bpe as tokenizers
 
 BPE_TRAINING_BYTES = 64 * 2**20
 JOB = 'job.json'
@@ -40,7 +40,7 @@ def store_name(settings: Settings) -> str:
 
 def ensure_store(
   settings: Settings, folder: str | Path, workers: int | None = None
-) -> store.TokenStore:
+) -> token_store.TokenStore:
   """Opens the store at `folder`, and prepares it first if it is not there yet.
 
   A lock beside the folder makes a second process wait for the work of the first.
@@ -58,13 +58,13 @@ def ensure_store(
     folder.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder.parent).close()  # the lock waits for ever where none can be
     with filelock.FileLock(f'{folder}.lock'):
-      if store.is_store(folder):
-        opened = store.open_store(folder)
+      if token_store.is_store(folder):
+        opened = token_store.open_store(folder)
         _check_same(opened, settings)
         return opened
       corpus = corpora.open_corpus(settings.corpus)
       _prepare(settings, folder, corpus, workers or os.cpu_count() or 1)
-  return store.open_store(folder)
+  return token_store.open_store(folder)
 
 
 def _prepare(settings: Settings, folder: Path, corpus: corpora.Corpus, workers: int) -> None:
@@ -93,7 +93,7 @@ def _prepare(settings: Settings, folder: Path, corpus: corpora.Corpus, workers: 
       'command again when its files are whole.'
     )
   manifest = _manifest(settings, corpus, tokenizer, records)
-  write_whole(folder / store.MANIFEST, json.dumps(manifest, indent=1))
+  write_whole(folder / token_store.MANIFEST, json.dumps(manifest, indent=1))
   for name in [JOB, *(corpus_parts.record_name(n) for n in range(len(records)))]:
     (folder / name).unlink()
 
@@ -166,7 +166,7 @@ def _manifest(
       '(--split tail).'
     )
   manifest = {
-    'version': store.VERSION,
+    'version': token_store.VERSION,
     'dtype': corpus_parts.dtype_of(tokenizer),
     'sha256': '',
     'tokenizer': {
@@ -188,7 +188,7 @@ def _manifest(
     },
     'splits': splits,
   }
-  return manifest | {'sha256': store.content_sha256(manifest)}
+  return manifest | {'sha256': token_store.content_sha256(manifest)}
 
 
 def _json(value: dict) -> dict:
@@ -200,7 +200,7 @@ def _note(text: str) -> None:
   print(text, file=sys.stderr, flush=True)
 
 
-def _check_same(opened: store.TokenStore, settings: Settings) -> None:
+def _check_same(opened: token_store.TokenStore, settings: Settings) -> None:
   """Raises a UserError if a finished store is of another corpus, or of other settings."""
   want, have = _json(dataclasses.asdict(settings)), {'special': False} | opened.manifest['settings']
   if tokenizers.trained_size(settings.tokenizer) is None:  # it is the ids that count, not their name

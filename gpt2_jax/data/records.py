@@ -13,8 +13,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from gpt2_jax.core.errors import UserError, brief
 from gpt2_jax.data import text_files
-from gpt2_jax.errors import UserError, brief
 
 FIELDS = (
   'Name the field that holds the text with config.data.text_field (--text-field), that of a '

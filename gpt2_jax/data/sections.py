@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from gpt2_jax.core.errors import UserError
 from gpt2_jax.data import text_files
 from gpt2_jax.data.text_files import LongText
-from gpt2_jax.errors import UserError
-from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.tokenizer.bpe import Tokenizer
 
 EDGES = re.compile(r'(?<=\S)\s(?=\S)')
 EDGE = 200  # characters on each side of a place where a text may be cut, which decide if it is

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2_jax.files import write_whole
+from gpt2_jax.core.files import write_whole
 
 
 class ShardWriter:

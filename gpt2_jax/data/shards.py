@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2_jax.errors import UserError
-from gpt2_jax.tokenizer import GPT2_SIZE
+from gpt2_jax.core.errors import UserError
+from gpt2_jax.tokenizer.bpe import GPT2_SIZE
 
 GPT2_EOT = GPT2_SIZE - 1
 LLMC_MAGIC, LLMC_HEADER_BYTES = 20240520, 1024

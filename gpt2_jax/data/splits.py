@@ -5,8 +5,8 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any
 
-from gpt2_jax import bounds
-from gpt2_jax.bounds import Bool, Choice, Corpus, Float, Int, Place, Text
+from gpt2_jax.core import bounds
+from gpt2_jax.core.bounds import Bool, Choice, Corpus, Float, Int, Place, Text
 from gpt2_jax.data.corpora import Document
 from gpt2_jax.data.text_files import LongText
 

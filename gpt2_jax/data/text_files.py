@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Any, BinaryIO
 
-from gpt2_jax.errors import UserError
+from gpt2_jax.core.errors import UserError
 
 FORMATS = {
   '.txt': 'text',

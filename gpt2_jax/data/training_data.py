@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from jax.sharding import NamedSharding
 
-from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.tokenizer.bpe import Tokenizer
 
 
 class TrainingData(Protocol):

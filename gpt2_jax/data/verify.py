@@ -10,10 +10,10 @@ import threading
 from collections.abc import Collection, Iterable
 from typing import Any
 
+from gpt2_jax.core.errors import UserError
+from gpt2_jax.core.progress import track
+from gpt2_jax.core.verified import Verified
 from gpt2_jax.data.shards import Shard
-from gpt2_jax.errors import UserError
-from gpt2_jax.progress import track
-from gpt2_jax.verified import Verified
 
 SHOWN_BYTES = 2**30  # the reading of less is over before one wonders
 

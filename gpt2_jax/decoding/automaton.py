@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt2_jax.core.errors import UserError, brief
 from gpt2_jax.decoding.pytree import register
-from gpt2_jax.errors import UserError, brief
-from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.tokenizer.bpe import Tokenizer
 
 DEAD = -1  # no way on
 TABLE_BYTES = 2**28  # the most that the table [Q, V] may take: of GPT-2's vocabulary, 1335 states

@@ -21,8 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from gpt2_jax.decoding.history import NO_TOKEN, NOT_A_NUMBER, RUNNING, History
-from gpt2_jax.decoding.loop import (
+from gpt2_jax.decoding.device_loop import (
   Record,
   Request,
   Rules,
@@ -35,11 +34,12 @@ from gpt2_jax.decoding.loop import (
   row_keys,
 )
 from gpt2_jax.decoding.pytree import register
+from gpt2_jax.decoding.row_state import NO_TOKEN, NOT_A_NUMBER, RUNNING, History
 from gpt2_jax.decoding.warpers import NEVER
-from gpt2_jax.kv_cache import Cache
-from gpt2_jax.layers import pick
-from gpt2_jax.model import GPT2
-from gpt2_jax.sharding import BATCH, P, by_rows, in_mesh, spec_of
+from gpt2_jax.model.gpt2 import GPT2
+from gpt2_jax.model.kv_cache import Cache
+from gpt2_jax.model.layers import pick
+from gpt2_jax.parallel.sharding import BATCH, P, by_rows, in_mesh, spec_of
 
 
 @register

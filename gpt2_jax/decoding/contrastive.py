@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
-from gpt2_jax.decoding.history import Endings, History
-from gpt2_jax.decoding.loop import (
+from gpt2_jax.decoding.device_loop import (
   Record,
   Request,
   Rules,
@@ -24,11 +23,12 @@ from gpt2_jax.decoding.loop import (
   read,
 )
 from gpt2_jax.decoding.pytree import register
+from gpt2_jax.decoding.row_state import Endings, History
 from gpt2_jax.decoding.warpers import NEVER, log_probs
-from gpt2_jax.kv_cache import Cache
-from gpt2_jax.layers import pick
-from gpt2_jax.model import GPT2
-from gpt2_jax.sharding import BATCH, by_rows, reshard
+from gpt2_jax.model.gpt2 import GPT2
+from gpt2_jax.model.kv_cache import Cache
+from gpt2_jax.model.layers import pick
+from gpt2_jax.parallel.sharding import BATCH, by_rows, reshard
 
 
 @register

@@ -9,20 +9,21 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax import batching, bounds, seeds
-from gpt2_jax.config import GPTConfig
+from gpt2_jax.core import bounds, seeds
+from gpt2_jax.core.errors import UserError
 from gpt2_jax.decoding import automaton
-from gpt2_jax.decoding import history as h
-from gpt2_jax.decoding.assemble import make_processors, make_search
-from gpt2_jax.decoding.driver import Job, Row, run
-from gpt2_jax.decoding.history import Endings
-from gpt2_jax.decoding.loop import Rules
+from gpt2_jax.decoding import row_state as h
+from gpt2_jax.decoding.device_loop import Rules
+from gpt2_jax.decoding.from_options import make_processors, make_search
+from gpt2_jax.decoding.host_loop import Job, Row, run
 from gpt2_jax.decoding.options import Options
 from gpt2_jax.decoding.processors import Processor
-from gpt2_jax.errors import UserError
-from gpt2_jax.forms import for_decoding
-from gpt2_jax.model import Params
-from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.decoding.row_state import Endings
+from gpt2_jax.model import text_batches
+from gpt2_jax.model.config import GPTConfig
+from gpt2_jax.model.decode_layout import for_decoding
+from gpt2_jax.model.gpt2 import Params
+from gpt2_jax.tokenizer.bpe import Tokenizer
 
 _stop_strings, _regex = map(functools.lru_cache(8), (automaton.stop_strings, automaton.regex))
 PrefixFunction = Callable[[int, np.ndarray], Sequence[int]]
@@ -59,7 +60,7 @@ class TextRequest:
 
   config: GPTConfig
   params: Params  # best in the form 'decode'
-  prompts: batching.Texts
+  prompts: text_batches.Texts
   options: Options = Options()
   tokenizer: Tokenizer | None = None  # for texts, of prompts and of results
   logits_processor: Sequence[Processor] = ()  # the user's own
@@ -67,7 +68,7 @@ class TextRequest:
   assistant: tuple[GPTConfig, Params] | None = None  # a model that guesses ahead
 
   @classmethod
-  def of(cls, config: GPTConfig, params: Params, prompts: batching.Texts, **asked: Any):
+  def of(cls, config: GPTConfig, params: Params, prompts: text_batches.Texts, **asked: Any):
     """Returns a request; what is `asked` by other names than its fields' are options."""
     own = {name: asked.pop(name) for name in cls.__dataclass_fields__ if name in asked}
     return cls(config, params, prompts, Options.of(**asked), **own)
@@ -113,7 +114,7 @@ class TextRequest:
 
   def rows(self, results: int, guide: automaton.Automaton | None) -> list[Row]:
     """Returns the rows that are to be written, so many for each prompt in turn."""
-    ids = batching.encode(
+    ids = text_batches.encode(
       self.prompts, self.tokenizer, self.config, leave=1, allow_special=self.options.allow_special
     )
     # what only an empty text matches is done

@@ -7,20 +7,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt2_jax import batching, sharding
-from gpt2_jax.config import GPTConfig
+from gpt2_jax.core.errors import UserError
 from gpt2_jax.decoding.decoder import Decoder, Generated, PrefixFunction, TextRequest
-from gpt2_jax.decoding.pieces import Pieces
 from gpt2_jax.decoding.processors import Processor
-from gpt2_jax.errors import UserError
-from gpt2_jax.forms import for_decoding
-from gpt2_jax.model import Params
-from gpt2_jax.pretrained_model import Model, Pretrained, params_of
-from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.decoding.text_stream import Pieces
+from gpt2_jax.model import text_batches
+from gpt2_jax.model.config import GPTConfig
+from gpt2_jax.model.decode_layout import for_decoding
+from gpt2_jax.model.gpt2 import Params
+from gpt2_jax.model.pretrained_model import Model, Pretrained, params_of
+from gpt2_jax.parallel import sharding
+from gpt2_jax.tokenizer.bpe import Tokenizer
 
 
 def generate_tokens(
-  config: GPTConfig, params: Params, prompts: batching.Texts, **asked: Any
+  config: GPTConfig, params: Params, prompts: text_batches.Texts, **asked: Any
 ) -> list[Generated]:
   """Does what `generate` does for a config and parameters, on the mesh that is set or on one device.
   `asked`: as in `TextRequest.of`.
@@ -57,7 +58,7 @@ def own_ends(model: Pretrained) -> list[int] | None:
 
 
 def _decoder(
-  model: Model, prompts: batching.Texts, assistant_model: Model | None, **asked: Any
+  model: Model, prompts: text_batches.Texts, assistant_model: Model | None, **asked: Any
 ) -> Decoder:
   """Returns a decoder for a model; `asked` as in `TextRequest.of`."""
   model = Pretrained.of(model)
@@ -83,7 +84,7 @@ def _decoder(
 
 def generate(
   model: Model,
-  prompts: batching.Texts,
+  prompts: text_batches.Texts,
   *,
   tokenizer: Tokenizer | None = None,
   assistant_model: Model | None = None,

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 
 from typing_extensions import Doc
 
-from gpt2_jax.batching import id_list
-from gpt2_jax.bounds import AT_LEAST_0, POSITIVE, plain
+from gpt2_jax.core.bounds import AT_LEAST_0, POSITIVE, plain
+from gpt2_jax.core.errors import UserError, brief
 from gpt2_jax.decoding.samplers import SAMPLERS
-from gpt2_jax.errors import UserError, brief
+from gpt2_jax.model.text_batches import id_list
 
 
 @dataclasses.dataclass(frozen=True)

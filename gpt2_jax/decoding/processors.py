@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from gpt2_jax.batching import bucket, id_list
+from gpt2_jax.core.errors import UserError
 from gpt2_jax.decoding.automaton import Automaton
-from gpt2_jax.decoding.history import History
 from gpt2_jax.decoding.pytree import register
+from gpt2_jax.decoding.row_state import History
 from gpt2_jax.decoding.warpers import NEVER, log_probs
-from gpt2_jax.errors import UserError
+from gpt2_jax.model.text_batches import bucket, id_list
 
 NOWHERE = np.iinfo(np.int32).max  # an id beyond any vocabulary: pads lists of ids
 ANY = -1  # in a prefix: whatever stands there, or nothing

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from jax.typing import ArrayLike
 
-from gpt2_jax.batching import id_list
-from gpt2_jax.bounds import AT_LEAST_0, AT_LEAST_1, FINITE, LARGE, POSITIVE, Bool, Float, Kind
+from gpt2_jax.core.bounds import AT_LEAST_0, AT_LEAST_1, FINITE, LARGE, POSITIVE, Bool, Float, Kind
+from gpt2_jax.core.errors import UserError, brief
 from gpt2_jax.decoding import processors as p
 from gpt2_jax.decoding import warpers as w
-from gpt2_jax.errors import UserError, brief
+from gpt2_jax.model.text_batches import id_list
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,9 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from gpt2_jax.config import GPTConfig
-from gpt2_jax.decoding.history import RUNNING, History
-from gpt2_jax.decoding.loop import (
+from gpt2_jax.decoding.device_loop import (
   Record,
   Request,
   Rules,
@@ -32,11 +30,13 @@ from gpt2_jax.decoding.loop import (
   row_keys,
 )
 from gpt2_jax.decoding.pytree import register
+from gpt2_jax.decoding.row_state import RUNNING, History
 from gpt2_jax.decoding.warpers import NEVER, log_probs
-from gpt2_jax.kv_cache import Cache
-from gpt2_jax.layers import pick
-from gpt2_jax.model import Params, bind
-from gpt2_jax.sharding import by_rows
+from gpt2_jax.model.config import GPTConfig
+from gpt2_jax.model.gpt2 import Params, bind
+from gpt2_jax.model.kv_cache import Cache
+from gpt2_jax.model.layers import pick
+from gpt2_jax.parallel.sharding import by_rows
 
 GUESS, KEEP, REPLACE = range(3)  # what a random number is for; each position has its own
 WAITING = -1  # in `History.reason_B`: the row's round is over

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from gpt2_jax.decoding.history import History
 from gpt2_jax.decoding.pytree import register
+from gpt2_jax.decoding.row_state import History
 
 NEVER = float('-inf')  # the score of a token that can't be drawn
 LANES = 256  # partial sums of a row: faster than one, and rounded less

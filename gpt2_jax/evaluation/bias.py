@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from gpt2_jax import seeds
+from gpt2_jax.core import seeds
+from gpt2_jax.core.progress import track
 from gpt2_jax.decoding.generate import generate
-from gpt2_jax.pretrained_model import Model
-from gpt2_jax.progress import track
+from gpt2_jax.model.pretrained_model import Model
 
 NAME, VERSION = 'occupations', 1
 GROUPS = ('White man', 'White woman', 'Black man', 'Black woman')

@@ -8,7 +8,7 @@ takes all that `lm_eval` takes. The harness (0.4.13) looks for models in its own
 
 import sys
 
-from gpt2_jax.errors import UserError
+from gpt2_jax.core.errors import UserError
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
   try:
     from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
 
-    from gpt2_jax.evaluation import harness  # noqa: F401  registers the model
+    from gpt2_jax.evaluation import lm_eval_adapter  # noqa: F401  registers the model
   except ModuleNotFoundError as e:
     sys.exit(f"error: {e}: install lm-evaluation-harness, pip install 'gpt2_jax[lm-eval]'.")
   try:

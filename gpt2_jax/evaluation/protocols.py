@@ -8,7 +8,7 @@ docs/evaluation.md describes each in three lines.
 import dataclasses
 from collections.abc import Iterator
 
-from gpt2_jax.errors import UserError, brief
+from gpt2_jax.core.errors import UserError, brief
 
 WINDOW = 1024  # positions that a protocol uses, of a model that has as many
 

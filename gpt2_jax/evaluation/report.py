@@ -8,12 +8,12 @@ from typing import Any
 
 import jax
 
-from gpt2_jax import sharding
-from gpt2_jax.counts import num_params
 from gpt2_jax.evaluation import published
+from gpt2_jax.evaluation.figures import Scorer, Values
 from gpt2_jax.evaluation.protocols import Protocol
-from gpt2_jax.evaluation.scorer import Scorer, Values
-from gpt2_jax.pretrained_model import Pretrained, params_of
+from gpt2_jax.model.pretrained_model import Pretrained, params_of
+from gpt2_jax.model.sizes import num_params
+from gpt2_jax.parallel import sharding
 
 VERSION = 1  # of the JSON
 

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gpt2_jax.errors import UserError
-from gpt2_jax.evaluation.scorer import Value, mean
-from gpt2_jax.evaluation.scoring import Request, score
-from gpt2_jax.pretrained_model import Pretrained
-from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.core.errors import UserError
+from gpt2_jax.evaluation.figures import Value, mean
+from gpt2_jax.evaluation.token_scores import Request, score
+from gpt2_jax.model.pretrained_model import Pretrained
+from gpt2_jax.tokenizer.bpe import Tokenizer
 
 VERSIONS = {'crows-pairs/lm-eval': 1, 'crows-pairs/bias-bench': 1, 'winobias/refers-to': 1}
 SUBJECT, OTHER = ('he', 'she'), ('him', 'his', 'her', 'hers')

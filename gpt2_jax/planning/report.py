@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gpt2_jax.files import save_text
-from gpt2_jax.hardware import GIB, Chip
-from gpt2_jax.planning.cost import Cost
+from gpt2_jax.core.chips import GIB, Chip
+from gpt2_jax.core.files import save_text
+from gpt2_jax.planning.program_cost import Cost
 
 # Shares of a data sheet's figures that programs are assumed to get. Not measured: see ASSUMPTIONS.
 COMPUTE, HBM, LINKS = 0.6, 0.8, 0.5

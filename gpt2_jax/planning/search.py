@@ -16,17 +16,17 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from gpt2_jax.config import REMAT_POLICIES, Config, GPTConfig
+from gpt2_jax.core.chips import GIB
+from gpt2_jax.core.errors import UserError
+from gpt2_jax.core.progress import track
 from gpt2_jax.data import downloads
-from gpt2_jax.errors import UserError
-from gpt2_jax.hardware import GIB
+from gpt2_jax.model.config import REMAT_POLICIES, Config, GPTConfig
+from gpt2_jax.parallel.sharding import check_divisible, make_mesh
 from gpt2_jax.planning import topology as topologies
-from gpt2_jax.planning.plan import plan_train, versions
+from gpt2_jax.planning.compile_ahead import plan_train, versions
 from gpt2_jax.planning.report import Report
 from gpt2_jax.planning.topology import Topology
-from gpt2_jax.progress import track
-from gpt2_jax.sharding import check_divisible, make_mesh
-from gpt2_jax.training.fit import divisors, estimate_bytes
+from gpt2_jax.training.memory_estimate import divisors, estimate_bytes
 from gpt2_jax.training.run_model import make_model
 
 WORKER_BYTES = 3 * GIB  # of the host's memory, for one compilation

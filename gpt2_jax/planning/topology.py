@@ -14,8 +14,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from gpt2_jax.errors import UserError
-from gpt2_jax.hardware import CHIPS, Chip
+from gpt2_jax.core.chips import CHIPS, Chip
+from gpt2_jax.core.errors import UserError
 
 # Name -> (libtpu's name, beginning of the device kind, axes of the torus, chips at most).
 TPUS = {

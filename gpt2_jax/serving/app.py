@@ -9,10 +9,10 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from gpt2_jax.pretrained_model import Pretrained
+from gpt2_jax.model.pretrained_model import Pretrained
 from gpt2_jax.serving import endpoints
-from gpt2_jax.serving.api import ApiError, Json, Limits, refusal
-from gpt2_jax.serving.guard import Guard
+from gpt2_jax.serving.middleware import Guard
+from gpt2_jax.serving.schemas import ApiError, Json, Limits, refusal
 from gpt2_jax.serving.state import Serving
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gpt2_jax import attention
-from gpt2_jax.config import GPTConfig
-from gpt2_jax.kv_cache import LayerCaches, with_rows, without_one_row, write
+from gpt2_jax.model import attention
+from gpt2_jax.model.config import GPTConfig
+from gpt2_jax.model.kv_cache import LayerCaches, with_rows, without_one_row, write
 
 Arrays = tuple[jax.Array, ...]
 

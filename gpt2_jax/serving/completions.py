@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_jax import batching, seeds
-from gpt2_jax.decoding.pieces import Pieces
-from gpt2_jax.errors import UserError, brief
-from gpt2_jax.serving.api import ApiError, Completion, Json, Limits, busy, stopping
+from gpt2_jax.core import seeds
+from gpt2_jax.core.errors import UserError, brief
+from gpt2_jax.decoding.text_stream import Pieces
+from gpt2_jax.model import text_batches
 from gpt2_jax.serving.engine import Engine
-from gpt2_jax.serving.slots import RULES, choice_of
-from gpt2_jax.serving.tickets import Closing, Failed, Full, Prompt, Row, Scored, Ticket
+from gpt2_jax.serving.requests import Closing, Failed, Full, Prompt, Row, Scored, Ticket
+from gpt2_jax.serving.schemas import ApiError, Completion, Json, Limits, busy, stopping
+from gpt2_jax.serving.slot_state import RULES, choice_of
 
 TOKENS = 16  # of a text whose request says nothing of it
 # What OpenAI's API may set to 0, and the library to a little more. (Temperature 0 is greedy.)
@@ -34,7 +35,7 @@ def encode(
   # OpenAI's API has an error of its own for a context that is too long
   unbounded = dataclasses.replace(engine.model.config, n_positions=1 << 30)
   try:
-    return batching.encode(
+    return text_batches.encode(
       texts or '', engine.model.tokenizer, unbounded, allow_special=allow_special
     )
   except UserError as e:
@@ -73,7 +74,7 @@ class Answer:
     a = self.asked
     texts = [a.prompt] if isinstance(a.prompt, str) else a.prompt or []
     notes = (
-      batching.special_note(self.engine.model.tokenizer, text)
+      text_batches.special_note(self.engine.model.tokenizer, text)
       for text in texts
       if isinstance(text, str) and not a.allow_special
     )

@@ -8,14 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax import seeds, sharding
+from gpt2_jax.core import seeds
+from gpt2_jax.core.errors import UserError
 from gpt2_jax.decoding.generate import own_ends, prepare
-from gpt2_jax.decoding.pieces import Pieces
-from gpt2_jax.errors import UserError
-from gpt2_jax.pretrained_model import Pretrained
-from gpt2_jax.serving import steps
-from gpt2_jax.serving.slots import CHUNK, Slots, blank, check_memory, choice_of, chunk_sizes, empty
-from gpt2_jax.serving.tickets import Prompt, Row
+from gpt2_jax.decoding.text_stream import Pieces
+from gpt2_jax.model.pretrained_model import Pretrained
+from gpt2_jax.parallel import sharding
+from gpt2_jax.serving import programs
+from gpt2_jax.serving.requests import Prompt, Row
+from gpt2_jax.serving.slot_state import (
+  CHUNK,
+  Slots,
+  blank,
+  check_memory,
+  choice_of,
+  chunk_sizes,
+  empty,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +32,7 @@ class PendingStep:
   """A step that the device has begun."""
 
   rows: list[Row | None]  # the row in each slot that gets an id from it
-  result: steps.Step
+  result: programs.Step
   began: float  # time.perf_counter()
 
 
@@ -83,10 +92,10 @@ class DeviceBatch:
   def stop_ended(self) -> None:
     """Makes the slots idle whose rows have ended here."""
     if self.ended_B.any():
-      self._slots = steps.stop(self.slots, self.ended_B)
+      self._slots = programs.stop(self.slots, self.ended_B)
       self.ended_B = np.zeros(len(self.rows), bool)
 
-  def read_chunk(self, row: Row) -> tuple[int, int, steps.Scores]:
+  def read_chunk(self, row: Row) -> tuple[int, int, programs.Scores]:
     """Reads the next ids of a row's prompt.
 
     Returns:
@@ -97,7 +106,7 @@ class DeviceBatch:
     T = next(size for size in self._chunks if n <= size)
     ids_2T = np.zeros((2, T), np.int32)
     ids_2T[0, :n], ids_2T[1, :n] = (prompt.ids[start + i : start + i + n] for i in (0, 1))
-    prompt.cache, scores = steps.prefill(
+    prompt.cache, scores = programs.prefill(
       self._form, self.params, self._cache(row), start, *ids_2T, prompt.scored
     )
     prompt.read += n
@@ -115,7 +124,7 @@ class DeviceBatch:
     for row in filter(None, rows):
       row.steps += 1
     began = time.perf_counter()
-    self._slots, result = steps.step(self._form, self.params, self._eos, self.slots)
+    self._slots, result = programs.step(self._form, self.params, self._eos, self.slots)
     return PendingStep(rows, result, began)
 
   def warm(self, pieces: Pieces) -> None:
@@ -124,12 +133,12 @@ class DeviceBatch:
     slots = empty(self._form, B=len(self.rows))
     for T in self._chunks:
       ids_2T = np.zeros((2, T), np.int32)
-      row.prompt.cache, _ = steps.prefill(
+      row.prompt.cache, _ = programs.prefill(
         self._form, self.params, self._cache(row), 0, *ids_2T, False
       )
     slots = self._admitted(slots, row)
-    slots, _ = steps.step(self._form, self.params, self._eos, slots)
-    jax.block_until_ready(steps.stop(slots, self.ended_B))
+    slots, _ = programs.step(self._form, self.params, self._eos, slots)
+    jax.block_until_ready(programs.stop(slots, self.ended_B))
 
   def _cache(self, row: Row):
     """The cache of a row's prompt, made when it is first needed."""
@@ -142,5 +151,5 @@ class DeviceBatch:
     tokens_S = np.zeros(self._form.n_positions, np.int32)
     tokens_S[: len(ids)] = ids
     key_data = seeds.key_data(row.seed)
-    new = steps.NewRow(tokens_S, len(ids), row.limit, key_data, row.sample, row.choice)
-    return steps.admit(slots, row.slot, self._cache(row), new)
+    new = programs.NewRow(tokens_S, len(ids), row.limit, key_data, row.sample, row.choice)
+    return programs.admit(slots, row.slot, self._cache(row), new)

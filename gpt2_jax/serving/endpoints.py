@@ -12,12 +12,12 @@ from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 
-from gpt2_jax.serving.api import ApiError, AttentionRequest, Completion, FeaturesRequest, dumps
-from gpt2_jax.serving.attention import attention_data
+from gpt2_jax.serving.attention_data import attention_data
 from gpt2_jax.serving.completions import Answer, encode
 from gpt2_jax.serving.engine import Engine
-from gpt2_jax.serving.features import features_data
-from gpt2_jax.serving.route import Route
+from gpt2_jax.serving.features_endpoint import features_data
+from gpt2_jax.serving.routes import Route
+from gpt2_jax.serving.schemas import ApiError, AttentionRequest, Completion, FeaturesRequest, dumps
 from gpt2_jax.serving.state import Serving
 
 SHORT = 4096  # bytes of a body

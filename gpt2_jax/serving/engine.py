@@ -12,19 +12,19 @@ import time
 import jax
 import numpy as np
 
-from gpt2_jax import sharding
-from gpt2_jax.decoding import history as h
-from gpt2_jax.decoding.driver import REFUSED
-from gpt2_jax.decoding.pieces import Pieces
-from gpt2_jax.errors import UserError
-from gpt2_jax.pretrained_model import Pretrained
-from gpt2_jax.serving import tickets
+from gpt2_jax.core.errors import UserError
+from gpt2_jax.decoding import row_state as h
+from gpt2_jax.decoding.host_loop import REFUSED
+from gpt2_jax.decoding.text_stream import Pieces
+from gpt2_jax.model.pretrained_model import Pretrained
+from gpt2_jax.parallel import sharding
+from gpt2_jax.serving import requests
 from gpt2_jax.serving.device_batch import DeviceBatch, PendingStep
 from gpt2_jax.serving.metrics import Metrics
+from gpt2_jax.serving.programs import Scores
 from gpt2_jax.serving.queue import Queue
-from gpt2_jax.serving.slots import CHUNK
-from gpt2_jax.serving.steps import Scores
-from gpt2_jax.serving.tickets import Event, Failed, Prompt, Row, Scored, Ticket
+from gpt2_jax.serving.requests import Event, Failed, Prompt, Row, Scored, Ticket
+from gpt2_jax.serving.slot_state import CHUNK
 
 BUDGET = 2 * CHUNK  # ids of prompts that are read between two steps
 
@@ -204,7 +204,7 @@ class Engine:
     self._undelivered = []
     for loop, events in by_loop.items():
       try:
-        loop.call_soon_threadsafe(tickets.deliver, events)
+        loop.call_soon_threadsafe(requests.deliver, events)
       except RuntimeError:  # the loop has been closed: nobody waits
         pass
 

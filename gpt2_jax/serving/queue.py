@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from prometheus_client import Gauge
 
-from gpt2_jax.serving.tickets import Closing, Full, Row, Ticket
+from gpt2_jax.serving.requests import Closing, Full, Row, Ticket
 
 
 class Queue:

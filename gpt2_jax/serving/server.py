@@ -13,8 +13,8 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from gpt2_jax.errors import UserError, brief
-from gpt2_jax.serving.api import ApiError, dumps
+from gpt2_jax.core.errors import UserError, brief
+from gpt2_jax.serving.schemas import ApiError, dumps
 
 HEADER_BYTES = 16 << 10  # of a request's line and headers
 HEADER_SECONDS = 10.0  # for them to arrive

@@ -6,11 +6,11 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from gpt2_jax.errors import UserError, brief
-from gpt2_jax.pretrained_model import Pretrained
-from gpt2_jax.serving.api import ApiError, Json, Limits, busy, stopping
+from gpt2_jax.core.errors import UserError, brief
+from gpt2_jax.model.pretrained_model import Pretrained
 from gpt2_jax.serving.engine import Engine
 from gpt2_jax.serving.metrics import Metrics
+from gpt2_jax.serving.schemas import ApiError, Json, Limits, busy, stopping
 
 
 class Serving:

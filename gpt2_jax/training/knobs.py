@@ -4,8 +4,7 @@ they are used, by `plan.make_plan` above all.
 
 from typing import Any
 
-from gpt2_jax import sharding
-from gpt2_jax.bounds import (
+from gpt2_jax.core.bounds import (
   FLOAT32,
   LARGE,
   SEED_MOST,
@@ -19,13 +18,14 @@ from gpt2_jax.bounds import (
   Text,
   Tuple,
 )
-from gpt2_jax.config import DTYPES, LORA, MODEL, Config
+from gpt2_jax.core.errors import UserError, brief, near
 from gpt2_jax.data.splits import SETTINGS
-from gpt2_jax.errors import UserError, brief, near
-from gpt2_jax.loss import LOSS_TERMS
-from gpt2_jax.training import compiling
+from gpt2_jax.model.config import DTYPES, LORA, MODEL, Config
+from gpt2_jax.model.cross_entropy import LOSS_TERMS
+from gpt2_jax.parallel import sharding
+from gpt2_jax.training import compile_cache
+from gpt2_jax.training.longer_context import WAYS
 from gpt2_jax.training.optimizer import OPTIMIZERS, SCHEDULES
-from gpt2_jax.training.positions import WAYS
 
 STEPS = 10**9  # most of them; they are counted in int32
 TOKENS = 2**62
@@ -121,7 +121,7 @@ def check(config: Config) -> None:
       raise UserError(f'the config has no section {section}: begin with configs/base.py.')
     needed = ALWAYS if section == 'model' and config.init_from is not None else table
     _check(table, dict(config[section].items()), f'{section}.', needed)
-  compiling.options(config.train.compiler_options)
+  compile_cache.options(config.train.compiler_options)
 
 
 def _check(table: Table, values: dict[str, Any], prefix: str, needed) -> None:

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gpt2_jax.config import Config
-from gpt2_jax.errors import UserError
-from gpt2_jax.model import Params
-from gpt2_jax.parameters import map_rows
-from gpt2_jax.training.spikes import skip_spikes
+from gpt2_jax.core.errors import UserError
+from gpt2_jax.model.config import Config
+from gpt2_jax.model.gpt2 import Params
+from gpt2_jax.model.parameters import map_rows
+from gpt2_jax.training.skip_spikes import skip_spikes
 
 
 def _cosine(optim: Config, rest: Any, last: Any) -> optax.Schedule:

@@ -16,14 +16,15 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from gpt2_jax import determinism
-from gpt2_jax.checkpoint import difference, held_positions
-from gpt2_jax.config import Config
-from gpt2_jax.errors import UserError
-from gpt2_jax.files import local, read_json
-from gpt2_jax.training import knobs, metrics, record
-from gpt2_jax.training.distributed import say
-from gpt2_jax.training.loop import train
+from gpt2_jax.checkpoints.orbax_store import difference, held_positions
+from gpt2_jax.core import determinism
+from gpt2_jax.core.errors import UserError
+from gpt2_jax.core.files import local, read_json
+from gpt2_jax.model.config import Config
+from gpt2_jax.parallel.multihost import say
+from gpt2_jax.training import knobs
+from gpt2_jax.training.train import train
+from gpt2_jax.training.watch import metrics_file, run_record
 
 NOTE = 'reproduces.json'  # in the folder of the second run: of which run it is the repetition
 
@@ -57,7 +58,9 @@ def differences(there: list[dict], here: list[dict]) -> Iterator[Difference]:
   Args:
     there, here: lines of `metrics.jsonl`, measured keys among them or not.
   """
-  left, right = ({line['step']: metrics.plain(line) for line in lines} for lines in (there, here))
+  left, right = (
+    {line['step']: metrics_file.plain(line) for line in lines} for lines in (there, here)
+  )
   for step in sorted(left.keys() | right.keys()):
     a, b = left.get(step, {}), right.get(step, {})
     for key in sorted((a.keys() | b.keys()) - {'step'}):
@@ -84,7 +87,7 @@ def _recorded(workdir: Path) -> tuple[dict, list[dict], list[dict]]:
   """Returns a run's config, starts and lines."""
   try:
     config = read_json(workdir / 'config.json')
-    starts, lines = record.starts(workdir), metrics.read(workdir)
+    starts, lines = run_record.starts(workdir), metrics_file.read(workdir)
   except UserError as e:
     raise UserError(
       f'{workdir} holds no run that can be made again ({e}): name the --workdir of a '
@@ -92,7 +95,7 @@ def _recorded(workdir: Path) -> tuple[dict, list[dict], list[dict]]:
     ) from e
   if not starts or not lines:
     raise UserError(
-      f'{workdir} has no {record.ENV} or no step in {metrics.FILE} yet: there is '
+      f'{workdir} has no {run_record.ENV} or no step in {metrics_file.FILE} yet: there is '
       'nothing to compare with.'
     )
   return config, starts, lines
@@ -105,7 +108,7 @@ def _environment(start: dict) -> dict[str, Any]:
     'platform': start['platform'],
     'commit': start['git_commit'],
     **start['versions'],
-    **{name: start['env'].get(name) for name in record.ENVIRONMENT},
+    **{name: start['env'].get(name) for name in run_record.ENVIRONMENT},
   }
 
 
@@ -115,15 +118,15 @@ def _here() -> dict[str, Any]:
       'python': platform.python_version(),
       'platform': platform.platform(),
       'env': os.environ,
-      'git_commit': record.commit(),
-      'versions': record.versions(),
+      'git_commit': run_record.commit(),
+      'versions': run_record.versions(),
     }
   )
 
 
 def _take_environment(start: dict) -> None:
   """Sets the variables that the run had, as long as no device was used."""
-  for name in record.ENVIRONMENT:
+  for name in run_record.ENVIRONMENT:
     if name in start['env']:
       os.environ[name] = start['env'][name]
   if platforms := start['env'].get('JAX_PLATFORMS'):  # which JAX has read already
@@ -143,7 +146,7 @@ def _claim(output: Path, workdir: Path) -> None:
       'folder with --output.'
     )
   output.mkdir(parents=True, exist_ok=True)
-  record.write_json(note, {'run': str(workdir)})
+  run_record.write_json(note, {'run': str(workdir)})
 
 
 def reproduce(workdir: str | Path, output: str | Path | None = None) -> int:
@@ -191,9 +194,9 @@ def reproduce(workdir: str | Path, output: str | Path | None = None) -> int:
   if status := train(again, output, held=positions):
     return status
   used = lambda start: f'{start["devices"]}, data {start["data"]["sha256"]}'
-  if (there := used(start)) != (here := used(record.starts(output)[-1])):
+  if (there := used(start)) != (here := used(run_record.starts(output)[-1])):
     say(f'it ran on {there}; this on {here}')
-  return report(lines, metrics.read(output))
+  return report(lines, metrics_file.read(output))
 
 
 def report(there: list[dict], here: list[dict]) -> int:

@@ -9,19 +9,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt2_jax.checkpoint import Checkpoints, difference
+from gpt2_jax.checkpoints.orbax_store import Checkpoints, difference
+from gpt2_jax.core.errors import UserError
+from gpt2_jax.core.progress import track
 from gpt2_jax.data import verify
 from gpt2_jax.data.training_data import Batches, TrainingData
-from gpt2_jax.errors import UserError
-from gpt2_jax.progress import track
-from gpt2_jax.training import compiling, distributed, goodput, metrics, spikes
-from gpt2_jax.training import record as record_lib
-from gpt2_jax.training.distributed import say
-from gpt2_jax.training.plan import Plan
-from gpt2_jax.training.recorder import Recorder, note
+from gpt2_jax.parallel import multihost
+from gpt2_jax.parallel.multihost import say
+from gpt2_jax.training import compile_cache, skip_spikes
 from gpt2_jax.training.run_data import BATCHES
+from gpt2_jax.training.run_plan import Plan
 from gpt2_jax.training.step import TrainState
 from gpt2_jax.training.stopping import Patience, StopSignal
+from gpt2_jax.training.watch import goodput, metrics_file
+from gpt2_jax.training.watch import run_record as record_lib
+from gpt2_jax.training.watch.step_record import Recorder, note
 
 
 class Run:
@@ -36,7 +38,7 @@ class Run:
   """
 
   state: TrainState
-  writer: metrics.MetricsWriter
+  writer: metrics_file.MetricsWriter
   recorder: Recorder
   advance: Callable[[int, str], None]
 
@@ -54,7 +56,7 @@ class Run:
     Raises:
       UserError: it holds the run of another model or other data.
     """
-    distributed.check_shared(workdir)
+    multihost.check_shared(workdir)
     keep, every = plan.config.checkpoint, plan.config.evaluate.every
     self.workdir, self.clock, self.data, self.batches, self.stop = workdir, clock, data, batches, stop
     self.checkpoints = Checkpoints(workdir, keep.keep, keep.keep_every, keep.keep_best)
@@ -70,13 +72,13 @@ class Run:
     if jax.process_index() == 0:
       for line in record_lib.set_aside(workdir):
         say(line)
-      if start and (line := metrics.flaws(workdir, start)):
+      if start and (line := metrics_file.flaws(workdir, start)):
         say(line)
-    self.lines = metrics.read(workdir)
+    self.lines = metrics_file.read(workdir)
     if start:
       seen = meta.get('tokens')
       if seen is None:
-        seen = metrics.tokens_seen(self.lines, start, plan.G * plan.T)
+        seen = metrics_file.tokens_seen(self.lines, start, plan.G * plan.T)
       plan = plan.going_on(start, seen)
       batches.go_on(start, plan.tokens(start) // plan.T)
     self.plan, self.held_out = plan, len(data.splits['val']) > 1
@@ -110,7 +112,7 @@ class Run:
   def compile(self) -> None:
     """Compiles the training step, and prepares the evaluation's."""
     since = time.monotonic()
-    with self.clock('compile'), compiling.from_cache() as kept:
+    with self.clock('compile'), compile_cache.from_cache() as kept:
       self.train_step = self.plan.compile_train_step(self.data.eot)
       self.eval_step = self.plan.eval_step(self.data.eot)
     cached = ', from the cache' if kept and all(kept) else ''
@@ -124,7 +126,7 @@ class Run:
     """Returns the state of the checkpoint that the run goes on from."""
     plan, start, abstract = self.plan, self.start, self.plan.abstract_state()
     with self.clock('checkpoint'):
-      items = spikes.restored(
+      items = skip_spikes.restored(
         lambda items: self.checkpoints.restore(start, items),
         self.checkpoints.meta(start)['tree'],
         abstract.items(),

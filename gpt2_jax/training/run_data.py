@@ -1,17 +1,17 @@
 """The data of a run, by its config: opened, checked, and cut into batches."""
 
-from gpt2_jax import tokenizer
-from gpt2_jax.data import labelled, prepare, store
-from gpt2_jax.data.loader import TokenBatches
+from gpt2_jax.core.files import local
+from gpt2_jax.data import labelled_texts, prepare, token_store
 from gpt2_jax.data.shards import bad_token
+from gpt2_jax.data.token_batches import TokenBatches
 from gpt2_jax.data.training_data import Batches, TrainingData
-from gpt2_jax.files import local
-from gpt2_jax.training.distributed import say
-from gpt2_jax.training.plan import Plan
+from gpt2_jax.parallel.multihost import say
+from gpt2_jax.tokenizer import bpe
+from gpt2_jax.training.run_plan import Plan
 
 BATCHES: dict[str, type[Batches]] = {  # by the model's head
   'lm': TokenBatches,
-  'sequence_classification': labelled.LabelledBatches,
+  'sequence_classification': labelled_texts.LabelledBatches,
 }
 
 
@@ -19,13 +19,13 @@ def open_data(plan: Plan) -> TrainingData:
   """Opens the data of a run: a token store, prepared first if it isn't there, or labelled texts."""
   data = plan.config.data
   if plan.model.head != 'lm':
-    return labelled.open_labelled(data, tokenizer.load(plan.tokenizer), plan.T)
+    return labelled_texts.open_labelled(data, bpe.load(plan.tokenizer), plan.T)
   if data.corpus.startswith('bin:'):
-    opened = store.open_store(data.corpus.removeprefix('bin:'))
+    opened = token_store.open_store(data.corpus.removeprefix('bin:'))
     named = data.tokenizer is not None or plan.source is not None
-    if named and tokenizer.trained_size(plan.tokenizer) is None:
+    if named and bpe.trained_size(plan.tokenizer) is None:
       whose = 'data.tokenizer' if data.tokenizer is not None else str(plan.config.init_from)
-      opened.check_tokenizer(tokenizer.load(plan.tokenizer), whose, '--config.data.tokenizer')
+      opened.check_tokenizer(bpe.load(plan.tokenizer), whose, '--config.data.tokenizer')
     return opened
   settings = prepare.Settings(
     data.corpus,
@@ -40,7 +40,7 @@ def open_data(plan: Plan) -> TrainingData:
   return prepare.ensure_store(settings, folder)
 
 
-def check_prompt(plan: Plan, tokenizer: tokenizer.Tokenizer) -> None:
+def check_prompt(plan: Plan, tokenizer: bpe.Tokenizer) -> None:
   """Raises a UserError if the model lacks an id that the prompt of the sample at the end has."""
   V, ids = plan.model.vocab_size, tokenizer.encode(plan.config.log.sample_prompt) or [tokenizer.eot]
   if plan.model.head == 'lm' and max(ids) >= V:

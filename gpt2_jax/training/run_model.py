@@ -7,15 +7,16 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from gpt2_jax import sharding, tokenizer
-from gpt2_jax.config import Config, GPTConfig, LoRA
-from gpt2_jax.data import labelled
-from gpt2_jax.errors import UserError
-from gpt2_jax.files import whole
-from gpt2_jax.interop.opening import Opening
-from gpt2_jax.interop.tensors import Source
-from gpt2_jax.pretrained import open_source
-from gpt2_jax.training import fit, knobs, positions
+from gpt2_jax.checkpoints.opening import Opening
+from gpt2_jax.checkpoints.pretrained import open_source
+from gpt2_jax.checkpoints.tensors import Source
+from gpt2_jax.core.errors import UserError
+from gpt2_jax.core.files import whole
+from gpt2_jax.data import labelled_texts
+from gpt2_jax.model.config import Config, GPTConfig, LoRA
+from gpt2_jax.parallel import sharding
+from gpt2_jax.tokenizer import bpe
+from gpt2_jax.training import knobs, longer_context, memory_estimate
 
 # Fields of the model that may change between two starts of a run: they don't change what it is.
 FREE = ('dtype', 'remat', 'attention', 'reduce_dtype', 'embd_pdrop', 'attn_pdrop', 'resid_pdrop')
@@ -28,7 +29,7 @@ def _tokenizer(config: Config, source: Source | None) -> str:
   if source.tokenizer is None:
     raise UserError(f'{source.where} has no tokenizer that can be used: set config.data.tokenizer.')
   with contextlib.suppress(UserError):  # GPT-2's own may not be at hand
-    if source.tokenizer.sha256 == tokenizer.load('gpt2').sha256:
+    if source.tokenizer.sha256 == bpe.load('gpt2').sha256:
       return 'gpt2'  # so that its stores are found
   folder = Path(config.data.directory) / 'tokenizers' / source.tokenizer.sha256[:16]
   try:
@@ -52,13 +53,13 @@ def _model(
   if fields['head'] == 'token_classification':
     raise UserError('model.head = token_classification can be loaded and converted, not trained.')
   if fields['head'] == 'sequence_classification':
-    fields['num_labels'] = len(labelled.label_names(config.data))
+    fields['num_labels'] = len(labelled_texts.label_names(config.data))
   if source is None:
     if fields['lora']:
       raise UserError('lora.r trains adapters of a model that is there: say which, in init_from.')
     if fields['vocab_size'] is None:
-      fields['vocab_size'] = tokenizer.vocab_size(spec)
-    fields['n_positions'] = positions.context(fields['n_positions'], rows, None, held)
+      fields['vocab_size'] = bpe.vocab_size(spec)
+    fields['n_positions'] = longer_context.context(fields['n_positions'], rows, None, held)
     return GPTConfig(**fields)
   free = [*FREE, 'vocab_multiple', 'head', 'lora', 'num_labels']  # what a run may choose anew
   other = {
@@ -69,7 +70,7 @@ def _model(
   if other.keys() == {'n_positions'} and other['n_positions'] > source.config.n_positions:
     free.append('n_positions')  # a longer context: see `positions.stretched`
     given = source.config.n_positions
-    fields['n_positions'] = positions.context(other['n_positions'], rows, given, held)
+    fields['n_positions'] = longer_context.context(other['n_positions'], rows, given, held)
   elif other:
     raise UserError(
       f'the config says model = {other}, but init_from = {config.init_from} is of '
@@ -95,6 +96,6 @@ def make_model(
   spec = _tokenizer(config, source)
   devices = list(jax.devices() if devices is None else devices)
   model = _model(config, source, spec, devices[0].platform, held)
-  mesh = fit.choose_mesh(config, model, devices)
+  mesh = memory_estimate.choose_mesh(config, model, devices)
   sharding.check_divisible(mesh, model.divisible())
   return source, spec, model, mesh

@@ -11,14 +11,15 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gpt2_jax import fsdp, seeds
-from gpt2_jax.config import GPTConfig
-from gpt2_jax.counts import trainable_paths
-from gpt2_jax.loss import Factors, Loss, term_values, weighted
-from gpt2_jax.model import GPT2, Params, bind, make_params
-from gpt2_jax.parameters import map_rows
-from gpt2_jax.sharding import RULES, reshard
-from gpt2_jax.training import spikes
+from gpt2_jax.core import seeds
+from gpt2_jax.model.config import GPTConfig
+from gpt2_jax.model.cross_entropy import Factors, Loss, term_values, weighted
+from gpt2_jax.model.gpt2 import GPT2, Params, bind, make_params
+from gpt2_jax.model.parameters import map_rows
+from gpt2_jax.model.sizes import trainable_paths
+from gpt2_jax.parallel import sharded_products
+from gpt2_jax.parallel.sharding import RULES, reshard
+from gpt2_jax.training import skip_spikes
 
 
 @jax.tree_util.register_dataclass
@@ -160,7 +161,7 @@ def summed(loss_fn: Callable, part: Params, batch, terms: list[str]):
   if A == 1:
     return loss_and_grads(part, 0, jax.tree.map(lambda x: x[0], batch))
   waits = map_rows(lambda row, _: row.kind != 'norm', part)  # layer norms are small
-  deferred = fsdp.DeferredGradients(part, waits)
+  deferred = sharded_products.DeferredGradients(part, waits)
 
   def add(sums, micro):
     return jax.tree.map(jnp.add, sums, loss_and_grads(deferred.params, *micro)), None
@@ -213,7 +214,7 @@ def make_train_step(
       'train/update_norm': optax.tree.norm(updates),
       'train/param_norm': optax.tree.norm(params),
       'train/learning_rate': jnp.asarray(schedule(state.step), jnp.float32),
-      **spikes.metrics(opt_state),
+      **skip_spikes.metrics(opt_state),
     }
     return TrainState(state.step + 1, params, opt_state, ema), metrics
 

@@ -4,8 +4,8 @@
     pytest -n 0 --released tests/released -k '[gpt2:'  # one of them
 
 Needs the extra `parity`. `expected.json` says what is expected of which model, and who says so;
-`--expected FILE` names another one, which is how tests/test_released_standin.py runs all of this on
-random weights.
+`--expected FILE` names another one, which is how
+tests/checkpoints/test_released_standin.py runs all of this on random weights.
 """
 
 import json
@@ -16,7 +16,7 @@ import pytest
 from conftest import assert_close, run
 
 import gpt2_jax
-from gpt2_jax.interop import hub
+from gpt2_jax.checkpoints import hub
 
 HERE = Path(__file__).parent
 # A figure that was published with 3 or 4 digits, perhaps in half precision, on the same data
@@ -59,9 +59,9 @@ def load(name: str) -> gpt2_jax.GPT2:
 
 
 def test_parameters(name, expected):
-  from gpt2_jax import counts
+  from gpt2_jax.model import sizes
 
-  assert counts.num_params(load(name).config) == expected
+  assert sizes.num_params(load(name).config) == expected
 
 
 def test_logits(name, expected):

@@ -1,0 +1,1 @@
+"""What one types: the verbs of `gpt2-jax`."""

@@ -1,0 +1,1 @@
+"""Errors, files, bounds, chips: knows no model."""

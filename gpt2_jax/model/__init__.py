@@ -1,0 +1,1 @@
+"""GPT-2: all that is traced of it."""

@@ -1,0 +1,58 @@
+"""A model with what its checkpoint brings beside the parameters."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from gpt2_jax.model.config import GPTConfig
+from gpt2_jax.model.gpt2 import GPT2, Params
+from gpt2_jax.model.sizes import num_params
+from gpt2_jax.tokenizer.bpe import Tokenizer
+
+
+class Pretrained:
+  """A model as `gpt2_jax.from_pretrained` returns it. `model(tokens_BT)` gives logits.
+
+  Attributes:
+    model: the model itself, which knows nothing of files and texts.
+    tokenizer: that of its texts; None where there is none that can be used.
+    source: the opened checkpoint (`interop.tensors.Source`); None: the model is from none.
+  """
+
+  def __init__(self, model: GPT2, tokenizer: Tokenizer | None = None, source: Any = None):
+    self.model, self.source = model, source
+    self.tokenizer: Any = tokenizer
+
+  @classmethod
+  def of(cls, model: 'Model') -> 'Pretrained':
+    """The model as it is, or a bare one with nothing beside it."""
+    return model if isinstance(model, Pretrained) else cls(model)
+
+  @property
+  def config(self) -> GPTConfig:
+    """Sizes and options of the model."""
+    return self.model.config
+
+  def __call__(self, tokens_BT: jax.Array, **options: Any) -> jax.Array:
+    """Logits, see `GPT2.__call__`."""
+    return self.model(tokens_BT, **options)
+
+  def __repr__(self) -> str:
+    c, tokenizer = self.config, self.tokenizer
+    where = '' if self.source is None else f' from {str(self.source.where)[:200]}'
+    words = 'no tokenizer' if tokenizer is None else f'tokenizer {tokenizer.sha256[:16]}'
+    return (
+      f'<GPT-2{where}: {num_params(c):,} parameters, n_layer={c.n_layer}, n_embd={c.n_embd}, '
+      f'n_head={c.n_head}, n_positions={c.n_positions}, vocab_size={c.vocab_size}, '
+      f'head={c.head}, dtype={c.dtype}, form={c.form}, {words}>'
+    )
+
+
+Model = GPT2 | Pretrained
+
+
+def params_of(model: Model) -> Params:
+  """A model's parameters, as a nested dict."""
+  bare = model.model if isinstance(model, Pretrained) else model
+  return nnx.to_pure_dict(nnx.state(bare, nnx.Param))

@@ -1,0 +1,1 @@
+"""The mesh, layouts, and products across it."""

@@ -1,0 +1,303 @@
+"""What follows from a config before any data is read: sizes, mesh, micro-batches, memory."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gpt2_jax.checkpoints.formats import peft
+from gpt2_jax.checkpoints.tensors import Source, load_params
+from gpt2_jax.core import determinism
+from gpt2_jax.core.errors import UserError
+from gpt2_jax.model import attention_kernels
+from gpt2_jax.model.config import Config, GPTConfig
+from gpt2_jax.model.cross_entropy import LOSS_TERMS
+from gpt2_jax.model.gpt2 import Params
+from gpt2_jax.model.sizes import flops_per_token, num_params, num_trained
+from gpt2_jax.parallel import sharding
+from gpt2_jax.tokenizer import bpe
+from gpt2_jax.training import compile_cache, longer_context, memory_estimate, out_of_memory
+from gpt2_jax.training.optimizer import make_optimizer, make_schedule
+from gpt2_jax.training.run_model import make_model
+from gpt2_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A run, as it follows from its config and its devices."""
+
+  config: Config
+  source: Source | None  # of the parameters that it begins with
+  tokenizer: str  # its spec
+  model: GPTConfig
+  mesh: Mesh
+  T: int  # tokens a row
+  G: int  # rows of a global batch
+  A: int  # micro-batches that a global batch is split into
+  eval_rows: int  # rows of an evaluation batch
+  tx: optax.GradientTransformation
+  schedule: optax.Schedule
+  offset: int = 0  # tokens seen at a step beyond `step * G * T`: an earlier start had other batches
+
+  def tokens(self, step: int) -> int:
+    """Returns the tokens seen when `step` updates are done, over all starts of the run."""
+    return self.offset + step * self.G * self.T
+
+  def going_on(self, step: int, tokens: int) -> 'Plan':
+    """Returns the plan of a run that goes on after `step`, where it had seen so many tokens."""
+    offset = tokens - step * self.G * self.T
+    if offset == self.offset:
+      return self
+    optim, a_step = self.config.optim, self.G * self.T
+    schedule = make_schedule(optim, self.config.train.steps, a_step, offset)
+    tx = make_optimizer(optim, schedule, self.model.width_ratio)
+    return dataclasses.replace(self, offset=offset, schedule=schedule, tx=tx)
+
+  @property
+  def batch_sharding(self) -> NamedSharding:
+    return NamedSharding(self.mesh, P(None, sharding.BATCH))
+
+  def init_state(self, given: Params | None = None) -> TrainState:
+    """Returns the state before the first step; `given`, donated, replaces initial parameters."""
+    optim = self.config.optim
+    return init_state(self.model, self.tx, self.config.train.seed, optim.ema_decay > 0, given)
+
+  def load_source(self) -> Params:
+    """Returns the parameters that the run begins with, those that the model has."""
+    assert self.source is not None
+    source = peft.merged(self.source)
+    kept = self.model.head == source.config.head
+    config = dataclasses.replace(source.config, vocab_multiple=self.model.vocab_multiple)
+    params = load_params(dataclasses.replace(source, config=config))
+    how, seed = self.config.init_positions, self.config.train.seed
+    params = longer_context.stretched(self.model, params, how, seed)
+    return params if kept else {k: v for k, v in params.items() if k in ('wte', 'wpe', 'h', 'ln_f')}
+
+  def abstract_state(self) -> TrainState:
+    """Returns shapes and layouts of the state; nothing is allocated."""
+    return sharding.on_devices(jax.eval_shape(self.init_state))
+
+  def abstract_batch(self):
+    """Returns shapes and layouts of a global batch."""
+
+    def array(*row: int) -> jax.ShapeDtypeStruct:
+      shape = self.A, self.G // self.A, *row
+      return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.batch_sharding)
+
+    if self.model.head == 'lm':
+      return array(self.T + 1)
+    return {'tokens': array(self.T), 'lengths': array(), 'labels': array()}
+
+  def document_start(self, eot: int) -> int | None:
+    """Returns the id that begins a document if documents are masked from each other, else None."""
+    return eot if self.config.data.document_mask else None
+
+  def compile_train_step(self, eot: int = 0, compiler_options: dict | None = None):
+    """Compiles the step, `(state, batch) -> state, metrics`. `eot`: the id that begins documents."""
+    c = self.config
+    step = make_train_step(
+      self.model,
+      self.tx,
+      self.schedule,
+      seed=c.train.seed,
+      ema_decay=c.optim.ema_decay,
+      document_start=self.document_start(eot),
+      factors=tuple((name, c.optim[name]) for name in LOSS_TERMS if c.optim[name]),
+    )
+    options: Any = compile_cache.options(c.train.compiler_options) | (compiler_options or {})
+    with out_of_memory_advice(self), compile_cache.known_options(options):
+      return (
+        jax.jit(step, donate_argnums=0)
+        .lower(self.abstract_state(), self.abstract_batch())
+        .compile(options)
+      )
+
+  def eval_step(self, eot: int = 0):
+    """Returns the step of an evaluation; it is compiled when it is first called."""
+    return jax.jit(make_eval_step(self.model, self.document_start(eot)))
+
+  def attention(self) -> str:
+    """Names the attention that the step will have, and says why it is not another."""
+    with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+      name, reason = attention_kernels.choose(self.model, self.T, drops=True)
+    return f'{name} ({reason})' if reason else name
+
+  def _other_tokenizer(self) -> bool:
+    """Whether the config names another tokenizer than the source's own."""
+    own = self.source and self.source.tokenizer
+    if own is None or self.config.data.tokenizer is None:
+      return False
+    return (
+      bpe.trained_size(self.tokenizer) is not None or bpe.load(self.tokenizer).sha256 != own.sha256
+    )
+
+  def describe(self) -> str:
+    """Describes the run, in some lines for its user."""
+    c, shape = self.model, 'x'.join(f'{name}={size}' for name, size in self.mesh.shape.items())
+    device = self.mesh.devices.flat[0]
+    rows = self.G // self.A
+    tuned = []
+    if self.source is not None:
+      whole, part = num_params(c), num_trained(c)
+      tuned = [f'from     {self.source.where}: {part:,} parameters are trained ({part / whole:.2%})']
+      if self._other_tokenizer():
+        tuned.append(
+          f'         its ids stand for other texts: data.tokenizer = {self.tokenizer} is '
+          'not the tokenizer that it was trained with'
+        )
+    asked, given = self.config.model.n_positions, self.source and self.source.config.n_positions
+    if context := longer_context.note(asked, self.T, given, c.n_positions):
+      tuned.append(f'context  {context}')
+    return '\n'.join(
+      [
+        f'model    {num_params(c):,} parameters: {c.n_layer} layers, width {c.n_embd}, '
+        f'{c.n_head} heads, vocabulary {c.vocab_size:,} (inside {c.padded_vocab_size:,})',
+        f'         {flops_per_token(c, self.T):,} FLOPs a token (6·P + 12·L·D·T), {c.dtype}, '
+        f'remat {c.remat}, attention {self.attention()}',
+        *tuned,
+        f'mesh     {shape} of {self.mesh.size} x {device.device_kind}',
+        f'batch    {self.G * self.T:,} tokens a step = {self.A} micro-batches x {rows} rows x '
+        f'{self.T} tokens, {self.config.train.steps:,} steps, '
+        f'{self.G * self.T * self.config.train.steps:,} tokens',
+      ]
+    )
+
+
+@contextlib.contextmanager
+def out_of_memory_advice(plan: Plan, workdir: str | Path | None = None) -> Iterator[None]:
+  """Turns the compiler's or device's 'out of memory' into advice.
+
+  Args:
+    plan: of the run.
+    workdir: where a profile of the memory is left; None: none is, while the step is compiled.
+  """
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as e:
+    if 'RESOURCE_EXHAUSTED' not in str(e):
+      raise
+    kept = out_of_memory.save_profile(workdir)  # first: the estimate is only said
+    raise UserError(
+      f'the device ran out of memory with micro-batches of {plan.G // plan.A} rows x '
+      f'{plan.T} tokens ({str(e).splitlines()[0][:200]}). Three knobs, cheapest first: '
+      '--config.train.micro_batch_rows smaller, --config.model.remat=dots or full, '
+      '--config.mesh.fsdp larger (on more devices, once mesh.data is 1).\n'
+      f'{memory_table(plan)}{kept}'
+    ) from e
+
+
+def memory_table(plan: Plan) -> str:
+  """Returns the estimate of a step's memory as a table, with one row for each knob that lowers it."""
+  c, mesh, rows = plan.model, plan.mesh, plan.G // plan.A
+  estimate = functools.partial(
+    memory_estimate.estimate_parts, mesh=mesh, T=plan.T, optim=plan.config.optim
+  )
+  parts, knobs = estimate(c, rows=rows), {}
+  split = mesh.shape['data'] * mesh.shape['fsdp']
+  for half in [r for r in range(1, rows // split // 2 + 1) if plan.G // split % r == 0][-1:]:
+    knobs[f'--config.train.micro_batch_rows={half}'] = estimate(c, rows=half * split)
+  order = ('none', 'dots', 'full')
+  for remat in order[order.index(c.remat) + 1 :]:
+    knobs[f'--config.model.remat={remat}'] = estimate(dataclasses.replace(c, remat=remat), rows=rows)
+  # as many rows a device, on twice the devices or half of mesh.data
+  knobs[f'--config.mesh.fsdp={2 * mesh.shape["fsdp"]}'] = parts | {'state': parts['state'] / 2}
+  return out_of_memory.table(parts, knobs, memory_estimate.memory_limit(mesh.local_devices[0]))
+
+
+def make_plan(config: Config, devices=None, held: int | None = None) -> Plan:
+  """Checks a config against the devices and derives the rest.
+
+  Args:
+    config: of the run.
+    devices: default: all. They needn't be there: those of a topology are only described.
+    held: positions of the run that goes on, see `positions.context`; None: it begins.
+
+  Raises:
+    UserError: the config contradicts itself or doesn't fit the devices.
+  """
+  source, spec, model, mesh = make_model(config, devices, held)
+  if config.deterministic:
+    determinism.check()
+  T, G = _rows(config, model, mesh)
+  _check_checkpoints(config)
+  A = memory_estimate.micro_batches(config, model, mesh, T, G)
+  eval_rows = _eval_rows(config, mesh, G // A)
+  schedule = make_schedule(config.optim, config.train.steps, G * T)
+  tx = make_optimizer(config.optim, schedule, model.width_ratio)
+  return Plan(config, source, spec, model, mesh, T, G, A, eval_rows, tx, schedule)
+
+
+def _rows(config: Config, model: GPTConfig, mesh: Mesh) -> tuple[int, int]:
+  """Returns T, the tokens of a row, and G, the rows of a global batch."""
+  T = model.n_positions if config.data.sequence_length is None else config.data.sequence_length
+  if not 1 <= T <= model.n_positions:
+    raise UserError(
+      f"data.sequence_length = {T} is longer than the model's context "
+      f'(model.n_positions = {model.n_positions}): shorten it or enlarge the model.'
+    )
+  G, remainder = divmod(config.train.global_batch_tokens, T)
+  if remainder or not G:
+    raise UserError(
+      f'train.global_batch_tokens = {config.train.global_batch_tokens} is no multiple '
+      f'of the row length {T}; the nearest is {max(1, G) * T}.'
+    )
+  sharding.check_divisible(mesh, {'data.sequence_length': (T, 'seq')})
+  return T, G
+
+
+def _check_checkpoints(config: Config) -> None:
+  """Raises a UserError if a step is to be kept, or offered, that is not saved."""
+  keep, every, patience = config.checkpoint, config.evaluate.every, config.evaluate.patience
+  if keep.keep_every % keep.every:
+    raise UserError(
+      f'checkpoint.keep_every = {keep.keep_every} must be 0 or a multiple of '
+      f'checkpoint.every = {keep.every}: only what is saved can be kept.'
+    )
+  if (patience or keep.keep_best) and every % keep.every:
+    cause = (
+      f'evaluate.patience = {patience} offers'
+      if patience
+      else f'checkpoint.keep_best = {keep.keep_best} keeps'
+    )
+    raise UserError(
+      f'{cause} the best evaluated step, so each must be saved: make evaluate.every = '
+      f'{every} a multiple of checkpoint.every = {keep.every}.'
+    )
+
+
+def _eval_rows(config: Config, mesh: Mesh, micro_batch: int) -> int:
+  """Returns the rows of an evaluation batch; as a rule those of a micro-batch."""
+  split, rows = mesh.shape['data'] * mesh.shape['fsdp'], config.evaluate.batch_rows
+  if rows is None:
+    return max(split, micro_batch)
+  if rows % split:
+    raise UserError(
+      f'evaluate.batch_rows = {rows} must be a multiple of mesh.data·mesh.fsdp = {split}.'
+    )
+  return rows
+
+
+def dry_run(plan: Plan) -> str:
+  """Compiles the training step without allocating anything, and says how much memory it needs."""
+  with jax.set_mesh(plan.mesh):
+    memory: Any = plan.compile_train_step().memory_analysis()
+  gib = functools.partial('{:,.2f} GiB'.format)
+  arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+  total = max(arguments + temporary, getattr(memory, 'peak_memory_in_bytes', 0))
+  limit = memory_estimate.memory_limit(sharding.own_device(plan.mesh))
+  return '\n'.join(
+    [
+      plan.describe(),
+      f'memory   {total:,} bytes a device = {gib(total / 2**30)} (state and batch '
+      f'{gib(arguments / 2**30)}, temporaries {gib(temporary / 2**30)}; '
+      f'{gib(limit / 2**30)} to plan with)',
+    ]
+  )
