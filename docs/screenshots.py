@@ -14,7 +14,7 @@ from playwright.sync_api import sync_playwright
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
-from serving_fixtures import ARGUMENTS, CHROMIUM, serve  # noqa: E402
+from support.serving import ARGUMENTS, CHROMIUM, serve  # noqa: E402
 
 import gpt2_jax  # noqa: E402
 

@@ -10,8 +10,8 @@ import sys
 import jax
 import pytest
 from absl import flags
-from conftest import ROOT, run
 from ml_collections import ConfigDict, config_flags
+from support.processes import ROOT, run
 
 from configs import base, finetune, recipes
 from gpt2_jax.model.config import GPTConfig, LoRA

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import tyro
-from conftest import ROOT
+from support.processes import ROOT
 
 from gpt2_jax.cli import inputs, main
 from gpt2_jax.cli.plan import split_overrides

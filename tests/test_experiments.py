@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 import scipy.stats
-from conftest import QUICK, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.processes import QUICK, ROOT
 
 from experiments import results, run, stats, sweeps
 from gpt2_jax.core import determinism

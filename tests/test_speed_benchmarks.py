@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, environment
+from support.processes import ROOT, environment
 
 CIRCUMSTANCES = {'time', 'command', 'processor', 'threads', 'versions', 'commit', 'rows'}
 

@@ -9,9 +9,10 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, assert_close, environment, mesh_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.arrays import assert_close, mesh_of
+from support.processes import ROOT, environment
 
 from gpt2_jax.checkpoints.formats import gguf, stablehlo
 from gpt2_jax.checkpoints.tensors import Source, load_params, shapes

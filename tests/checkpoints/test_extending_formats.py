@@ -7,7 +7,7 @@ import types
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from support.processes import ROOT
 
 import gpt2_jax
 from gpt2_jax.checkpoints import format_table, pretrained

@@ -17,9 +17,10 @@ import flax.serialization
 import jax
 import numpy as np
 import pytest
-from conftest import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.arrays import assert_close
+from support.processes import ROOT
 
 from gpt2_jax.checkpoints.formats import (
   flax_msgpack,
@@ -34,7 +35,7 @@ from gpt2_jax.core.errors import UserError
 from gpt2_jax.model.config import GPTConfig
 from gpt2_jax.model.gpt2 import bind
 
-GOLDEN = Path(__file__).parent / 'golden'
+GOLDEN = ROOT / 'tests' / 'golden'
 SIZES = dict(vocab_size=13, n_positions=8, n_embd=12, n_layer=2, n_head=3)
 CONFIG = json.dumps(SIZES | {'model_type': 'gpt2', 'bos_token_id': 0, 'eos_token_id': 0})
 FORMATS = {

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_close
+from support.arrays import assert_close
 
 import gpt2_jax
 from gpt2_jax.checkpoints import pretrained

@@ -15,9 +15,10 @@ import numpy as np
 import optax
 import pytest
 import safetensors.numpy
-from conftest import ROOT, assert_close, mesh_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.arrays import assert_close, mesh_of
+from support.processes import ROOT
 
 import gpt2_jax
 from gpt2_jax.checkpoints import pretrained, tensors

@@ -16,13 +16,14 @@ import tempfile
 import threading
 from pathlib import Path
 
-import forked
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, environment, make_text, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import forked
+from support.processes import ROOT, environment, run
+from support.texts import make_text
 
 import gpt2_jax
 from gpt2_jax.checkpoints import manifest, orbax_store

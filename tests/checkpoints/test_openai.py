@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_close, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.arrays import assert_close
+from support.processes import ROOT, run
 
 from gpt2_jax.checkpoints.formats import openai, tensor_bundle
 from gpt2_jax.checkpoints.formats.crc32c import crc32c, masked_crc32c
@@ -26,7 +27,7 @@ from gpt2_jax.model.config import GPTConfig
 from gpt2_jax.model.gpt2 import bind
 from gpt2_jax.tokenizer import bpe
 
-GOLDEN = Path(__file__).parent / 'golden' / 'openai'
+GOLDEN = ROOT / 'tests' / 'golden' / 'openai'
 EXPECTED = dict(np.load(GOLDEN / 'expected.npz'))
 CONFIG = GPTConfig(
   vocab_size=13,

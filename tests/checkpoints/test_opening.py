@@ -9,9 +9,9 @@ import shutil
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.processes import ROOT
 
 import gpt2_jax
 from configs import finetune

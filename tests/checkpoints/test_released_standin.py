@@ -11,8 +11,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, environment
-from test_hub import hub  # noqa: F401
+from support.hub import hub  # noqa: F401
+from support.processes import ROOT, environment
 
 import gpt2_jax
 from gpt2_jax.model.config import GPTConfig

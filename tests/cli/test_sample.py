@@ -13,9 +13,9 @@ import time
 
 import pytest
 import tyro
-from conftest import ROOT, environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.processes import ROOT, environment
 
 import gpt2_jax
 from gpt2_jax.cli import inputs, main

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags as absl_flags
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
+from support.processes import ROOT
 
 import gpt2_jax
 from configs import base

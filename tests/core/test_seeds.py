@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving_fixtures import byte_model
+from support.serving import byte_model
 
 import gpt2_jax
 from gpt2_jax.core import seeds

@@ -11,13 +11,15 @@ import sys
 import time
 from pathlib import Path
 
-import forked
 import jax
 import numpy as np
 import pytest
-from conftest import environment, make_text, mesh_of, run
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from support import forked
+from support.arrays import mesh_of
+from support.processes import ROOT, environment, run
+from support.texts import make_text
 
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.data import corpora, corpus_parts, prepare, shards, token_batches, token_store
@@ -293,7 +295,7 @@ def test_stdlib_is_this_pythons_source():
 
 def test_tfds_without_tensorflow(tmp_path):
   code = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})
 from tiny_tfds import tiny_text
 builder = tiny_text.TinyText(data_dir={str(tmp_path)!r}, file_format='array_record')
 builder.download_and_prepare()

@@ -8,10 +8,11 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, mesh_of
 from golden.make_searches import CASES, COMMON, PROMPTS, SIZES, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.arrays import mesh_of
+from support.processes import ROOT
 
 from gpt2_jax.checkpoints.tensors import Source, load_params
 from gpt2_jax.core.errors import UserError

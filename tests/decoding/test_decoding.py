@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import mesh_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.arrays import mesh_of
 
 from gpt2_jax.checkpoints.pretrained import from_pretrained, save_pretrained
 from gpt2_jax.core.errors import UserError

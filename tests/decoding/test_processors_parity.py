@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 torch = pytest.importorskip('torch', reason='parity tests need the extra: pip install -e .[parity]')
 transformers = pytest.importorskip('transformers', reason='parity tests need the extra parity')
 
-from test_processors import EOS, apply, make_history, random_scores  # noqa: E402
+from support.scores import EOS, apply, make_history, random_scores  # noqa: E402
 
 from gpt2_jax.decoding.from_options import make_processors  # noqa: E402
 from gpt2_jax.decoding.options import Options  # noqa: E402

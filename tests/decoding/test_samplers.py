@@ -6,8 +6,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, environment
-from test_processors import apply, random_history, random_scores
+from support.processes import ROOT, environment
+from support.scores import apply, random_history, random_scores
 
 from gpt2_jax.core.bounds import Bool, Int
 from gpt2_jax.decoding.samplers import SAMPLERS, Given

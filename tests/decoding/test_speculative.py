@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import mesh_of
+from support.arrays import mesh_of
 
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.decoding.decoder import Decoder, TextRequest

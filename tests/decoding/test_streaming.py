@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import run
+from support.processes import run
 
 from gpt2_jax.checkpoints import pretrained, tensors
 from gpt2_jax.model.config import GPTConfig

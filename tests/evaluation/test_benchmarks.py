@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import environment
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from support.processes import environment
 
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.data import benchmark_readers, benchmarks, corpora, downloads, sources, tfds_builders

@@ -10,14 +10,16 @@ import sys
 import time
 from pathlib import Path
 
-import forked
 import jax
 import numpy as np
 import optax
 import pytest
-from conftest import ROOT, assert_close, environment, make_text, mesh_of
 from hypothesis import given
 from hypothesis import strategies as st
+from support import forked
+from support.arrays import assert_close, mesh_of
+from support.processes import ROOT, environment
+from support.texts import make_text
 
 import gpt2_jax
 from gpt2_jax.cli import main

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, run
+from support.processes import ROOT, run
 
 import gpt2_jax
 from gpt2_jax.model.config import GPTConfig

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_close, mesh_of
 from flax import nnx
+from support.arrays import assert_close, mesh_of
 
 import gpt2_jax
 from gpt2_jax.core.errors import UserError

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_close, mesh_of
+from support.arrays import assert_close, mesh_of
 
 from gpt2_jax.model import attention_kernels
 from gpt2_jax.model.attention import attention, causal_mask

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import assert_close
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.arrays import assert_close
 
 from gpt2_jax.model import cross_entropy as loss
 from gpt2_jax.model import decode_layout

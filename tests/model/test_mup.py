@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import assert_close
-from test_training import optim
+from support.arrays import assert_close
+from support.configs import optim
 
 import gpt2_jax
 from gpt2_jax.checkpoints import tensors

@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from conftest import mesh_of
 from flax.traverse_util import flatten_dict
+from support.arrays import mesh_of
 
 import gpt2_jax
 from gpt2_jax.model.config import LoRA

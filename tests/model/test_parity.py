@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import ROOT, assert_close
+from support.arrays import assert_close
+from support.processes import ROOT
 
 torch = pytest.importorskip('torch', reason='parity tests need the extra: pip install -e .[parity]')
 transformers = pytest.importorskip('transformers', reason='parity tests need the extra parity')

@@ -11,10 +11,10 @@ import sys
 import time
 from pathlib import Path
 
-import forked
 import pytest
-from conftest import ROOT, environment, run
-from test_launch import arguments, finished, lines, plain  # noqa: F401
+from support import forked
+from support.processes import ROOT, environment, run
+from support.runs import arguments, finished, lines, plain  # noqa: F401
 
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.parallel import multihost

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_close
+from support.arrays import assert_close
 
 from gpt2_jax.parallel import cpu_matmul
 

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_close, mesh_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from support.arrays import assert_close, mesh_of
 
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.model.config import GPTConfig

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, run
 from jax.sharding import NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
+from support.processes import ROOT, run
 
 from configs import base
 from gpt2_jax.cli import main

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import assert_close, run
+from support.arrays import assert_close
+from support.processes import run
 
 import gpt2_jax
 from gpt2_jax.checkpoints import hub

@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 import jax
 import numpy as np
 import pytest
-from conftest import assert_close
-from serving_fixtures import audit, byte_model
+from support.arrays import assert_close
+from support.serving import audit, byte_model
 
 import gpt2_jax
 from gpt2_jax.model.config import GPTConfig

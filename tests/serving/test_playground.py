@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 import tyro
-from serving_fixtures import audit, until
+from support.serving import audit, until
 
 import gpt2_jax
 from gpt2_jax.cli import inputs, main

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from support.processes import ROOT
 
 pytest.importorskip('fastapi', reason='the server needs the extra serve')
 httpx = pytest.importorskip('httpx', reason='the client of these tests, of the extra test')
 
-from serving_fixtures import CONFIG, events, serve, tiny_model  # noqa: E402
+from support.serving import CONFIG, events, serve, tiny_model  # noqa: E402
 
 import gpt2_jax  # noqa: E402
 from gpt2_jax.cli.serve import Serve, model_names  # noqa: E402

@@ -13,16 +13,16 @@ import subprocess
 import sys
 import time
 
-import forked
 import pytest
-from conftest import ROOT, environment
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import forked
+from support.processes import ROOT, environment
 
 pytest.importorskip('fastapi', reason='the server needs the extra serve')
 httpx = pytest.importorskip('httpx', reason='a client, of the extra test')
 
-from serving_fixtures import events, serve, tiny_model  # noqa: E402
+from support.serving import events, serve, tiny_model  # noqa: E402
 
 import gpt2_jax  # noqa: E402
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.processes import ROOT
 
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.tokenizer import bpe as tokenizer

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from test_context import begun, evaluated, one_device, shrunk, texts  # noqa: F401
+from support.contexts import begun, evaluated, one_device, shrunk, texts  # noqa: F401
 
 import gpt2_jax
 from configs import finetune

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, assert_close, make_text, mesh_of, run
 from flax.traverse_util import flatten_dict
+from support.arrays import assert_close, mesh_of
+from support.processes import ROOT, run
+from support.texts import make_text
 
 import gpt2_jax
 from configs import base, finetune

@@ -4,10 +4,10 @@ import json
 import shutil
 
 import pytest
-from conftest import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_launch import arguments
+from support.processes import run
+from support.runs import arguments
 
 from gpt2_jax.core import determinism
 from gpt2_jax.core.errors import UserError

@@ -9,8 +9,9 @@ import sys
 
 import jax
 import pytest
-from conftest import ROOT, environment, mesh_of, run
-from test_launch import arguments, finished, lines, plain  # noqa: F401
+from support.arrays import mesh_of
+from support.processes import ROOT, environment, run
+from support.runs import arguments, finished, lines, plain  # noqa: F401
 
 from gpt2_jax.checkpoints import manifest, orbax_store
 from gpt2_jax.checkpoints.orbax_store import Checkpoints

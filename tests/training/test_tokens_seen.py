@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_context import one_device, shrunk, texts  # noqa: F401
+from support.contexts import one_device, shrunk, texts  # noqa: F401
 
 from configs import base
 from gpt2_jax.checkpoints.orbax_store import Checkpoints

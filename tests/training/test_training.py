@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import assert_close, mesh_of
 from jax.sharding import PartitionSpec as P
+from support.arrays import assert_close, mesh_of
+from support.configs import optim, tiny_config
 
 from configs import base
 from gpt2_jax.checkpoints import orbax_store
@@ -23,12 +24,6 @@ from gpt2_jax.parallel.sharding import BATCH, factorizations, on_devices
 from gpt2_jax.training import memory_estimate, run_plan
 from gpt2_jax.training.optimizer import clip_by_global_norm, decay_mask, make_optimizer, make_schedule
 from gpt2_jax.training.step import init_state, make_eval_step, make_train_step, nll
-
-
-def optim(**fields):
-  config = base.get_config().optim
-  config.update(peak_lr=1e-2, warmup_steps=2, **fields)
-  return config
 
 
 def run_steps(config, A, steps=4, G=8, T=16, mesh=None, **fields):
@@ -223,16 +218,6 @@ def test_ema_follows(tiny):
 
 
 # --- plan -------------------------------------------------------------------------------------
-
-
-def tiny_config(**fields):
-  config = base.get_config()
-  config.model.update(vocab_size=97, n_positions=32, n_embd=32, n_layer=2, n_head=4)
-  config.train.update(global_batch_tokens=32 * 16, steps=10)
-  for key, value in fields.items():
-    section, name = key.split('__')
-    config[section][name] = value
-  return config
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,14 @@ import subprocess
 import sys
 import time
 
-import forked
 import jax
 import numpy as np
 import optax
 import pytest
-from conftest import ROOT, USUAL, environment, run
-from test_launch import arguments, lines, plain, start_and_send
-from test_training import optim, tiny_config
+from support import forked
+from support.configs import optim, tiny_config
+from support.processes import ROOT, USUAL, environment, run
+from support.runs import arguments, lines, plain, start_and_send
 
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.training import compile_cache, memory_estimate, out_of_memory, run_plan, skip_spikes

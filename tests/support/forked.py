@@ -48,7 +48,7 @@ class Template:
   def __init__(self):
     self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     self.socket.settimeout(300)
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     self.env = {k: v for k, v in START.items() if not k.startswith(READ_LATER)}
     self.env['PYTHONPATH'] = root
     command = [sys.executable, __file__, str(theirs.fileno())]
