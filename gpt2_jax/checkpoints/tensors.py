@@ -23,7 +23,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from gpt2_jax.core.bounds import DType
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.core.progress import track
-from gpt2_jax.model.config import TANH_GELU, GPTConfig
+from gpt2_jax.model.activations import TANH_GELU
+from gpt2_jax.model.config import GPTConfig
 from gpt2_jax.model.gpt2 import Params, make_params
 from gpt2_jax.model.parameters import TABLE, Row, row_of
 from gpt2_jax.parallel.sharding import P, mesh_of, on_devices, reshard

@@ -15,16 +15,30 @@ prompt 1) may go on from beam 2 or 3. A score of -inf says that there is no such
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from gpt2_jax.decoding.beam_rows import (
+  Extended,
+  Rows,
+  Searching,
+  Shared,
+  Texts,
+  best,
+  existing,
+  merge,
+  reorder,
+  row_numbers,
+  split,
+  take,
+  zeros_like_rows,
+)
 from gpt2_jax.decoding.device_loop import (
   Record,
   Request,
-  Rules,
   expand,
   expand_cache,
   next_logits,
@@ -34,122 +48,11 @@ from gpt2_jax.decoding.device_loop import (
   row_keys,
 )
 from gpt2_jax.decoding.pytree import register
-from gpt2_jax.decoding.row_state import NO_TOKEN, NOT_A_NUMBER, RUNNING, History
+from gpt2_jax.decoding.row_state import NO_TOKEN, NOT_A_NUMBER, History
 from gpt2_jax.decoding.warpers import NEVER
 from gpt2_jax.model.gpt2 import GPT2
-from gpt2_jax.model.kv_cache import Cache
 from gpt2_jax.model.layers import pick
-from gpt2_jax.parallel.sharding import BATCH, P, by_rows, in_mesh, spec_of
-
-
-@register
-class Texts:
-  """Beams, as many of each prompt, the best first."""
-
-  history: History
-  record: Record
-  scores_B: jax.Array
-
-
-@register
-class Searching:
-  """State of `Beams`."""
-
-  t: jax.Array
-  cache: Cache  # of the running beams
-  running: Texts  # scored by the sum of log-probabilities; none when a prompt is done
-  finished: Texts  # scored by the sum / length ** length_penalty
-
-
-class Shared(NamedTuple):
-  """What holds for all rows."""
-
-  search: 'Beams'
-  rules: Rules
-  t: jax.Array  # how many new tokens the beams have
-
-
-class Rows(NamedTuple):
-  """Rows before a step."""
-
-  logits_BV: jax.Array  # of the running beams
-  keys_B: jax.Array | None  # of their prompts; None: the best candidates are taken
-  running: Texts
-  finished: Texts
-
-
-class Extended(NamedTuple):
-  """Rows after a step."""
-
-  running: Texts
-  finished: Texts
-  parents_B: jax.Array  # which beam of its prompt each running one continues
-
-
-def zeros_like_rows(rows_B: jax.Array, A: int, V: int) -> jax.Array:
-  """Returns zeros [A, V] that lie where the rows do: within `shard_map`, an array that is made of
-  nothing counts as the same on all devices, and no loop may carry it along with others.
-  """
-  return jnp.zeros((A, V), jnp.int32) + 0 * rows_B[:A, None]
-
-
-def _rows(which_AJ: jax.Array, K: int) -> jax.Array:
-  """Returns the rows, [A·J], of some of each prompt's K beams."""
-  return (which_AJ + K * jnp.arange(which_AJ.shape[0])[:, None]).ravel()
-
-
-def _take(tree: Any, rows: jax.Array) -> Any:
-  return jax.tree.map(lambda x: x[rows], tree)
-
-
-def _split(A: int, G: int, tree: Any) -> Any:
-  """Returns the rows of each of the G groups, [G, A·K]."""
-
-  def split(x):
-    K = x.shape[0] // (A * G)
-    return x.reshape(A, G, K, *x.shape[1:]).swapaxes(0, 1).reshape(G, A * K, *x.shape[1:])
-
-  return jax.tree.map(split, tree)
-
-
-def _merge(A: int, tree: Any) -> Any:
-  """Undoes `_split`."""
-
-  def merge(x):
-    G, K = x.shape[0], x.shape[1] // A
-    return x.reshape(G, A, K, *x.shape[2:]).swapaxes(0, 1).reshape(A * G * K, *x.shape[2:])
-
-  return jax.tree.map(merge, tree)
-
-
-def _existing(scores_B: jax.Array) -> jax.Array:
-  """Returns RUNNING for the beams that there are, NO_TOKEN for the others."""
-  return jnp.where(scores_B > NEVER, RUNNING, NO_TOKEN)
-
-
-def _best(A: int, n: int, *texts: Texts) -> Texts:
-  """Returns the n best beams of each prompt."""
-
-  def join(*xs):
-    x_AJ = jnp.concatenate([x.reshape(A, x.shape[0] // A, *x.shape[1:]) for x in xs], axis=1)
-    return x_AJ.reshape(A * x_AJ.shape[1], *x_AJ.shape[2:])
-
-  all_of_them = jax.tree.map(join, *texts)
-  scores_AJ = all_of_them.scores_B.reshape(A, -1)
-  return _take(all_of_them, _rows(jax.lax.top_k(scores_AJ, n)[1], scores_AJ.shape[1]))
-
-
-def _reorder(cache: Cache, parents_B: jax.Array, K: int) -> Cache:
-  """Returns the cache of beams that continue others, numbered among the K of their prompt."""
-
-  def take(cache, parents_B):
-    rows_B = _rows(parents_B.reshape(-1, K), K)
-    return cache.map(lambda x_BNSH: x_BNSH[..., rows_B, :, :, :])
-
-  if not in_mesh():
-    return take(cache, parents_B)
-  specs = jax.tree.map(spec_of, cache)
-  return jax.shard_map(take, in_specs=(specs, P(BATCH)), out_specs=specs)(cache, parents_B)
+from gpt2_jax.parallel.sharding import by_rows
 
 
 @register
@@ -207,13 +110,13 @@ class Beams:
     # the likeliest ids are those of the parent; the chosen one's log-probability is its own
     places_B = running.history.lengths_B
     record = running.record.put(places_B, jnp.zeros_like(places_B), rows.logits_BV)
-    history, record, places_C = _take((running.history, record, places_B), _rows(parents_AJ, K))
+    history, record, places_C = take((running.history, record, places_B), row_numbers(parents_AJ, K))
     logprobs_C = at_picks(jax.nn.log_softmax(rows.logits_BV, axis=-1).reshape(A, K * V))
     here_CS = jnp.arange(record.logprobs_BS.shape[1]) == places_C[:, None]
     record = dataclasses.replace(
       record, logprobs_BS=jnp.where(here_CS, logprobs_C[:, None], record.logprobs_BS)
     )
-    history = dataclasses.replace(history, reason_B=_existing(scores_C))
+    history = dataclasses.replace(history, reason_B=existing(scores_C))
     history = history.push(tokens_AJ.ravel(), shared.rules.endings)
     return Texts(history, record, scores_C), parents_AJ, tokens_AJ
 
@@ -243,9 +146,9 @@ class Beams:
     ended_AJ = (scores_AJ > NEVER) & ~goes_on_AJ & (jnp.arange(J) < K)
     ranked_AJ = jnp.where(ended_AJ, self._ranked(scores_AJ, shared.t + 1), NEVER)
     ended = dataclasses.replace(texts, scores_B=ranked_AJ.ravel())
-    finished = _best(A, K, rows.finished, ended)
+    finished = best(A, K, rows.finished, ended)
     scores_AK, best_AK = jax.lax.top_k(jnp.where(goes_on_AJ, scores_AJ, NEVER), K)
-    running = _take(texts, _rows(best_AK, J))
+    running = take(texts, row_numbers(best_AK, J))
     parents_AK, tokens_AK = (jnp.take_along_axis(x, best_AK, axis=1) for x in (parents_AJ, tokens_AJ))
     count = lambda chosen_V, tokens_K, there_K: chosen_V.at[tokens_K].add(there_K.astype(jnp.int32))
     chosen_AV = jax.vmap(count)(chosen_AV, tokens_AK, scores_AK > NEVER)
@@ -254,7 +157,7 @@ class Beams:
     hope_A = (scores_AJ if self.groups > 1 else scores_AK).max(1)
     done_A = broken_A | self._done(shared.t, hope_A, running.history, finished)
     scores_B = jnp.where(done_A[:, None], NEVER, scores_AK).ravel()
-    history = dataclasses.replace(running.history, reason_B=_existing(scores_B))
+    history = dataclasses.replace(running.history, reason_B=existing(scores_B))
     running = Texts(history, running.record, scores_B)
     broken_B, h = jnp.repeat(broken_A, K), finished.history
     finished = Texts(  # the broken ones come first: they are reported
@@ -287,7 +190,7 @@ class Beams:
         return chosen_AV, extended._replace(parents_B=extended.parents_B + g * search.K)
 
       none_AV = zeros_like_rows(rows.finished.history.lengths_B, A, V)
-      return _merge(A, jax.lax.scan(group, none_AV, (jnp.arange(G), _split(A, G, rows)))[1])
+      return merge(A, jax.lax.scan(group, none_AV, (jnp.arange(G), split(A, G, rows)))[1])
 
     rows = Rows(logits_BV, row_keys(request.key, request.samples_B), running, finished)
     return by_rows(each, Shared(self, request.rules, t), rows)
@@ -297,7 +200,7 @@ class Beams:
       first_B = jnp.arange(texts.scores_B.size) % self.K == 0
       running_B = texts.history.running_B  # what isn't, is finished as it is
       scores_B = jnp.where(first_B & running_B, 0, NEVER)
-      history = dataclasses.replace(texts.history, reason_B=_existing(scores_B))
+      history = dataclasses.replace(texts.history, reason_B=existing(scores_B))
       return (
         Texts(history, texts.record, scores_B),
         dataclasses.replace(texts, scores_B=jnp.where(running_B, NEVER, 0)),
@@ -318,7 +221,7 @@ class Beams:
     running, finished, parents_B = self._advance(
       request, state.t, next_logits(model, out.x_BTD)[:, 0], state.running, state.finished
     )
-    return Searching(state.t + 1, _reorder(out.cache, parents_B, self.num_beams), running, finished)
+    return Searching(state.t + 1, reorder(out.cache, parents_B, self.num_beams), running, finished)
 
   def running(self, state: Searching) -> jax.Array:
     return (state.running.scores_B > NEVER).any()
@@ -337,7 +240,7 @@ def _results(search: Beams, running: Texts, finished: Texts, n: int) -> Texts:
     A = running.scores_B.size // search.num_beams
     goes_on_A = (running.scores_B.reshape(A, -1) > NEVER).any(1)
     ranked_B = search._ranked(running.scores_B, jnp.maximum(running.history.new_B, 1))
-    texts = _best(A, n, finished, dataclasses.replace(running, scores_B=ranked_B))
+    texts = best(A, n, finished, dataclasses.replace(running, scores_B=ranked_B))
     h = texts.history  # of the finished, those that are running are missing
     missing_B = h.running_B & ~jnp.repeat(goes_on_A, n)
     reason_B = jnp.where(missing_B, NO_TOKEN, h.reason_B)

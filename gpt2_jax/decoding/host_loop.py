@@ -14,8 +14,8 @@ import numpy as np
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.decoding import row_state as h
 from gpt2_jax.decoding.automaton import Automaton, walk
+from gpt2_jax.decoding.constraints import PrefixConstrained
 from gpt2_jax.decoding.device_loop import Request, Rules, Search, advance, start
-from gpt2_jax.decoding.processors import PrefixConstrained
 from gpt2_jax.decoding.row_state import History
 from gpt2_jax.model import text_batches
 from gpt2_jax.model.config import GPTConfig

@@ -6,22 +6,18 @@ cost no compilation, another set of processors does.
 """
 
 import dataclasses
-import itertools
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import ClassVar, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from gpt2_jax.core.errors import UserError
-from gpt2_jax.decoding.automaton import Automaton
 from gpt2_jax.decoding.pytree import register
 from gpt2_jax.decoding.row_state import History
 from gpt2_jax.decoding.warpers import NEVER, log_probs
-from gpt2_jax.model.text_batches import bucket, id_list
+from gpt2_jax.model.text_batches import bucket
 
 NOWHERE = np.iinfo(np.int32).max  # an id beyond any vocabulary: pads lists of ids
 ANY = -1  # in a prefix: whatever stands there, or nothing
@@ -53,20 +49,20 @@ def id_array(ids: Iterable[int]) -> np.ndarray:
   return np.array(ids + [NOWHERE] * (bucket(len(ids), NOWHERE, 4) - len(ids)), np.int32)
 
 
-def _among(ids_K: ArrayLike, V: int) -> jax.Array:
+def among(ids_K: ArrayLike, V: int) -> jax.Array:
   """Returns which ids of the vocabulary are listed, [V]."""
   return jnp.zeros(V, bool).at[jnp.asarray(ids_K)].set(True, mode='drop')
 
 
 def _only(ids_K: ArrayLike, when_B1: jax.Array, scores_BV: jax.Array) -> jax.Array:
   """Returns scores with 0 for some ids and -inf for all others, in some rows."""
-  forced_V = jnp.where(_among(ids_K, scores_BV.shape[-1]), 0.0, NEVER)
+  forced_V = jnp.where(among(ids_K, scores_BV.shape[-1]), 0.0, NEVER)
   return jnp.where(when_B1, forced_V, scores_BV)
 
 
 def _never(ids_K: ArrayLike, when_B1: jax.Array, scores_BV: jax.Array) -> jax.Array:
   """Returns scores with -inf for some ids, in some rows."""
-  return jnp.where(when_B1 & _among(ids_K, scores_BV.shape[-1]), NEVER, scores_BV)
+  return jnp.where(when_B1 & among(ids_K, scores_BV.shape[-1]), NEVER, scores_BV)
 
 
 @register
@@ -154,7 +150,7 @@ class NoRepeatNGram:
     places = jnp.arange(S)
     same_BS = (places >= n_X1 - 1) & (places < lengths_B1)
     same_BS = jax.lax.fori_loop(1, n_X1.max(), compare, same_BS)
-    again_BV = jax.vmap(_among, (0, None))(jnp.where(same_BS, tokens_BS, NOWHERE), V)
+    again_BV = jax.vmap(among, (0, None))(jnp.where(same_BS, tokens_BS, NOWHERE), V)
     return jnp.where(again_BV, NEVER, scores_BV)
 
 
@@ -178,98 +174,6 @@ class MinNewTokens:
 
   def __call__(self, scores_BV: jax.Array, history: History) -> jax.Array:
     return _never(self.ends_E, history.new_B[:, None] < self.new, scores_BV)
-
-
-@register
-class Guided:
-  """Allows only what an automaton can go on with, and the end exactly where it accepts."""
-
-  automaton: Automaton
-  ends_E: ArrayLike
-
-  def __call__(self, scores_BV: jax.Array, history: History) -> jax.Array:
-    accepts_B1 = self.automaton.accepts(history.guide_B)[:, None]
-    allowed_BV = jnp.where(
-      _among(self.ends_E, scores_BV.shape[-1]), accepts_B1, self.automaton.allowed(history.guide_B)
-    )
-    return jnp.where(allowed_BV, scores_BV, NEVER)
-
-
-class AllowedTokens:
-  """A user's function that lists the tokens that may follow, and the first error that it raised.
-
-  A compiled program can't hold the function, or another one would have to be compiled for. It holds
-  a number, which is traced, and looks it up in `known` when it runs; there the function stays as long
-  as its request.
-  """
-
-  known: ClassVar[weakref.WeakValueDictionary[int, 'AllowedTokens']] = weakref.WeakValueDictionary()
-  numbers: ClassVar = itertools.count()
-
-  def __init__(self, function: Callable[[int, np.ndarray], Sequence[int]]):
-    self.function, self.number = function, next(self.numbers)
-    self.error: Exception | None = None
-    self.known[self.number] = self
-
-  def mask(self, V: int, tokens_BS, lengths_B, which_B, running_B) -> np.ndarray:
-    """Returns which tokens may follow, [B, V]: all in rows that have stopped, none after an error."""
-    allowed_BV = np.repeat(~running_B[:, None], V, axis=1)
-    try:
-      for b in np.flatnonzero(running_B if self.error is None else []):
-        which, ids = int(which_B[b]), tokens_BS[b, : lengths_B[b]]
-        allowed = id_list('prefix_allowed_tokens_fn', self.function(which, ids), V)
-        if not allowed:
-          raise UserError(f'prefix_allowed_tokens_fn({which}, {ids.tolist()}) allows no token.')
-        allowed_BV[b, allowed] = True
-    except Exception as e:  # raised here it would leave other devices waiting
-      self.error = e
-    return allowed_BV
-
-
-@register
-class PrefixConstrained:
-  """Allows only the tokens that a Python function lists (De Cao et al. 2020, arXiv:2010.00904).
-
-  The function gets the index of a row's prompt and the ids so far, as a NumPy array. An error in it
-  forbids all tokens from there on, and is kept as `error`.
-  """
-
-  number: ArrayLike
-  beams: bool = dataclasses.field(default=False, metadata=dict(static=True))
-  asked: AllowedTokens | None = dataclasses.field(default=None, metadata=dict(host=True))
-
-  @classmethod
-  def of(cls, function: Callable, *, beams: bool = False) -> 'PrefixConstrained':
-    asked = AllowedTokens(function)
-    return cls(np.int32(asked.number), beams, asked)
-
-  @property
-  def error(self) -> Exception | None:
-    """The exception of the function, or a UserError: it allows nothing, or ids that don't exist."""
-    return self.asked and self.asked.error
-
-  def __call__(self, scores_BV: jax.Array, history: History) -> jax.Array:
-    h, (B, V) = history, scores_BV.shape
-
-    def ask(number, *rows) -> np.ndarray:
-      asked = AllowedTokens.known.get(int(number))
-      # where nobody waits for the text any more
-      return np.zeros((B, V), bool) if asked is None else asked.mask(V, *map(np.asarray, rows))
-
-    allowed_BV = jax.pure_callback(
-      ask,
-      jax.ShapeDtypeStruct((B, V), bool),
-      self.number,
-      h.tokens_BS,
-      h.lengths_B,
-      h.which_B,
-      h.running_B,
-    )
-    # where all that is allowed is forbidden already, in all beams of a prompt, it's allowed again
-    possible_B = (allowed_BV & (scores_BV != NEVER)).any(-1)
-    if self.beams:
-      possible_B = ((h.which_B[:, None] == h.which_B) & possible_B & h.running_B).any(-1)
-    return jnp.where(allowed_BV, jnp.where(possible_B[:, None], scores_BV, 0.0), NEVER)
 
 
 @register
@@ -312,7 +216,7 @@ class ExponentialDecay:
     late_B1 = (history.new_B - self.start)[:, None]
     most = jnp.finfo(jnp.float32).max  # an infinite power times a score of 0 would be NaN
     more_B1 = jnp.minimum(jnp.float32(self.factor) ** jnp.maximum(late_B1, 0), most) - 1
-    raised_BV = (late_B1 > 0) & _among(self.eos_E, scores_BV.shape[-1]) & jnp.isfinite(scores_BV)
+    raised_BV = (late_B1 > 0) & among(self.eos_E, scores_BV.shape[-1]) & jnp.isfinite(scores_BV)
     return jnp.where(raised_BV, scores_BV + jnp.abs(scores_BV) * more_B1, scores_BV)
 
 
@@ -323,7 +227,7 @@ class SuppressTokens:
   ids_K: ArrayLike
 
   def __call__(self, scores_BV: jax.Array, history: History) -> jax.Array:
-    return jnp.where(_among(self.ids_K, scores_BV.shape[-1]), NEVER, scores_BV)
+    return jnp.where(among(self.ids_K, scores_BV.shape[-1]), NEVER, scores_BV)
 
 
 @register

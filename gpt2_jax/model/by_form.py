@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gpt2_jax.model.config import REMAT_POLICIES, GPTConfig
+from gpt2_jax.model.config import GPTConfig
 from gpt2_jax.model.decode_layers import DecodeLinear, Int8Embed, Int8Linear
 from gpt2_jax.model.layers import Embed, Linear
 from gpt2_jax.model.lora import LoRADecodeLinear, LoRAInt8Linear, LoRALinear
 from gpt2_jax.model.parameters import ROWS
+from gpt2_jax.model.remat import REMAT_POLICIES
 
 LINEAR = {'train': Linear, 'decode': DecodeLinear, 'int8': Int8Linear}
 ADAPTED = {'train': LoRALinear, 'decode': LoRADecodeLinear, 'int8': LoRAInt8Linear}

@@ -1,76 +1,25 @@
 """The configuration of a GPT-2, and what its names stand for."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-import jax
-import jax.numpy as jnp
-
 from gpt2_jax.core import bounds
 from gpt2_jax.core.bounds import Bool, Choice, DType, Float, Int, Optional
 from gpt2_jax.core.errors import UserError, brief, near
+from gpt2_jax.model.activations import ACTIVATIONS
 from gpt2_jax.model.parameters import ADAPTABLE, TABLE, Row
+from gpt2_jax.model.remat import REMAT_POLICIES
 
 Config = Any  # a run's ml_collections.ConfigDict (configs/base.py), or a section of it: untyped
 
-# Names of GPT-2's tanh form of the GELU, in Hugging Face's version first.
-TANH_GELU = ('gelu_new', 'gelu_pytorch_tanh', 'gelu_python_tanh', 'gelu_fast', 'gelu_accurate')
-
-# Hugging Face's names (transformers `activations.py`, ACT2FN) -> function.
-ACTIVATIONS = {
-  **dict.fromkeys(TANH_GELU, functools.partial(jax.nn.gelu, approximate=True)),
-  'gelu': functools.partial(jax.nn.gelu, approximate=False),
-  'gelu_python': functools.partial(jax.nn.gelu, approximate=False),
-  'gelu_10': lambda x: jnp.clip(jax.nn.gelu(x, approximate=False), -10, 10),
-  'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),
-  'relu': jax.nn.relu,
-  'relu2': lambda x: jnp.square(jax.nn.relu(x)),
-  'relu6': jax.nn.relu6,
-  'leaky_relu': jax.nn.leaky_relu,
-  'hardswish': jax.nn.hard_swish,
-  'laplace': lambda x: 0.5 * (1 + jax.lax.erf((x - 0.707107) / (0.282095 * 2**0.5))),
-  'sqrtsoftplus': lambda x: jnp.sqrt(jax.nn.softplus(x)),
-  'silu': jax.nn.silu,
-  'swish': jax.nn.silu,
-  'mish': jax.nn.mish,
-  'sigmoid': jax.nn.sigmoid,
-  'tanh': jnp.tanh,
-  'linear': lambda x: x,
-}
 
 # How attention is computed: by XLA, by a kernel that never holds T x T weights, of cuDNN (GPU) or
 # Splash (TPU), or a block of queries at a time (CPU). 'auto': the device's own, where it can do what
 # is asked (`kernels.py`).
 ATTENTIONS = ('auto', 'xla', 'cudnn', 'splash', 'blocks')
 
-# Elementwise functions and sums along an axis: they cost less to compute again than to keep.
-CHEAP = frozenset(
-  """
-  add bitcast_convert_type broadcast_in_dim convert_element_type div erf exp integer_pow logistic
-  max min mul neg pow reduce_max reduce_sum rsqrt select_n square sub tanh
-  """.split()
-)
-
-
-def keep_products(primitive, *operands, **params) -> bool:
-  """Whether a value is dear: a product, or what was moved about. Not a product in a wider dtype than
-  its operands: it is kept as it is named, rounded as a rule (`matmul.kept`).
-  """
-  if primitive.name == 'dot_general':
-    return operands[0].dtype == (params['preferred_element_type'] or operands[0].dtype)
-  return primitive.name not in CHEAP | {'reshard', 'layout_constraint', 'custom_jvp_call'}
-
-
-# What a block keeps for its backward pass; the rest is computed again. None keeps what was gathered
-# from other devices: neither weights that `fsdp` splits, nor keys and values that `seq` splits.
-REMAT_POLICIES = {
-  'none': keep_products,
-  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # outputs of the projections
-  'full': jax.checkpoint_policies.nothing_saveable,  # the block's input alone
-}
 
 HEADS = ('lm', 'sequence_classification', 'token_classification')
 

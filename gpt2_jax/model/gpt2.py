@@ -21,10 +21,11 @@ from flax import nnx
 
 from gpt2_jax.core import seeds
 from gpt2_jax.core.errors import UserError
+from gpt2_jax.model.activations import ACTIVATIONS
 from gpt2_jax.model.attention import Mask, causal_mask
 from gpt2_jax.model.attention_kernels import Kernel, choose
 from gpt2_jax.model.by_form import embedding, linear, make_blocks, run_blocks
-from gpt2_jax.model.config import ACTIVATIONS, GPTConfig
+from gpt2_jax.model.config import GPTConfig
 from gpt2_jax.model.cross_entropy import CrossEntropyOptions, Factors, Loss, cross_entropy
 from gpt2_jax.model.layers import Classifier, Embed, LayerNorm, dropout, fold_in, pick
 from gpt2_jax.model.layers import DropoutSite as Site

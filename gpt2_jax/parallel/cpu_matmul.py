@@ -110,7 +110,7 @@ def row_major(
 
 
 def kept(x: jax.Array) -> jax.Array:
-  """`x`, marked for `jax.checkpoint` to keep for the backward pass (`config.REMAT_POLICIES`).
+  """`x`, marked for `jax.checkpoint` to keep for the backward pass (`remat.REMAT_POLICIES`).
 
   A CPU has no loops over bfloat16: XLA would keep a float32 copy of all layers' values beside them.
   So there the bits are kept.

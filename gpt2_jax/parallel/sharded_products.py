@@ -2,7 +2,7 @@
 
 A parameter that `fsdp` splits is gathered where it is used, in the activations' dtype, once for the
 forward and once more for the backward pass: blocks run under `jax.checkpoint`, with policies that
-never keep what was gathered (`config.REMAT_POLICIES`). Its gradient is summed over the devices in
+never keep what was gathered (`remat.REMAT_POLICIES`). Its gradient is summed over the devices in
 `reduce_dtype` by a reduce-scatter: each device receives the sum of its own shard alone. Left to the
 compiler it is often an all-reduce of whole gradients, twice the bytes, in the activations' dtype.
 (ZeRO stage 3: Rajbhandari et al. 2019, arXiv:1910.02054.)

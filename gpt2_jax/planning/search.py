@@ -20,7 +20,8 @@ from gpt2_jax.core.chips import GIB
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.core.progress import track
 from gpt2_jax.data import downloads
-from gpt2_jax.model.config import REMAT_POLICIES, Config, GPTConfig
+from gpt2_jax.model.config import Config, GPTConfig
+from gpt2_jax.model.remat import REMAT_POLICIES
 from gpt2_jax.parallel.sharding import check_divisible, make_mesh
 from gpt2_jax.planning import topology as topologies
 from gpt2_jax.planning.compile_ahead import plan_train, versions

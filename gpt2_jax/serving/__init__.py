@@ -1,4 +1,4 @@
-"""A checkpoint over HTTP, its pages, and the same views in a notebook.
+"""A model over HTTP, its pages, a notebook's view.
 
 `attention_figure` is loaded when it is first used.
 """

@@ -669,7 +669,7 @@ def test_commands_that_are_offered_can_be_pasted(made, tmp_path):
 def test_a_limit_on_the_size_of_files_is_one_line(made, tmp_path):
   """No trace of asyncio's before it. (JAX's cache of programs couldn't be written either.)"""
   code = (
-    'import sys; sys.path.insert(0, "tests")\n'
+    'import sys; sys.path[:0] = ["tests", "tests/checkpoints"]\n'
     'from pathlib import Path\nfrom test_integrity import tiny_config\n'
     'from gpt2_jax.core.errors import UserError\nfrom gpt2_jax.training.train import train\n'
     f'try:\n  train(tiny_config(Path({str(made)!r})), {str(tmp_path / "run")!r})\n'

@@ -15,15 +15,14 @@ from support.scores import EOS, INF, STOP, apply, make_history, random_history, 
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.decoding import row_state as h
 from gpt2_jax.decoding.automaton import DEAD, Automaton
+from gpt2_jax.decoding.constraints import Guided, PrefixConstrained
 from gpt2_jax.decoding.from_options import make_processors
 from gpt2_jax.decoding.options import Options
 from gpt2_jax.decoding.processors import (
-  Guided,
   InfNanRemove,
   LogitNormalization,
   MinLength,
   NoRepeatNGram,
-  PrefixConstrained,
   SequenceBias,
 )
 from gpt2_jax.decoding.warpers import TopK, TopP, Typical, threshold

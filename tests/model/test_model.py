@@ -12,10 +12,11 @@ from support.arrays import assert_close, mesh_of
 
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.model.attention import Mask, causal_mask
-from gpt2_jax.model.config import REMAT_POLICIES, GPTConfig
+from gpt2_jax.model.config import GPTConfig
 from gpt2_jax.model.gpt2 import bind, init_params
 from gpt2_jax.model.kv_cache import empty_cache
 from gpt2_jax.model.layers import dropout, fold_in
+from gpt2_jax.model.remat import REMAT_POLICIES
 from gpt2_jax.model.sizes import flops_per_token, num_params
 from gpt2_jax.training.step import nll, row_keys
 

@@ -20,7 +20,7 @@ from gpt2_jax.checkpoints.formats import huggingface_config  # noqa: E402
 from gpt2_jax.checkpoints.tensors import Source, check_tensors, load_params, shapes, source_of  # noqa: E402
 from gpt2_jax.core.errors import UserError  # noqa: E402
 from gpt2_jax.decoding.generate import generate_tokens  # noqa: E402
-from gpt2_jax.model.config import ACTIVATIONS  # noqa: E402
+from gpt2_jax.model.activations import ACTIVATIONS  # noqa: E402
 from gpt2_jax.model.gpt2 import bind  # noqa: E402
 from gpt2_jax.tokenizer import bpe  # noqa: E402
 from gpt2_jax.training.optimizer import decay_mask  # noqa: E402

@@ -32,7 +32,8 @@ from gpt2_jax.checkpoints.tensors import (
 from gpt2_jax.core import bounds
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.core.files import unreadable
-from gpt2_jax.model.config import MODEL, RATE, TANH_GELU, GPTConfig
+from gpt2_jax.model.activations import TANH_GELU
+from gpt2_jax.model.config import MODEL, RATE, GPTConfig
 from gpt2_jax.tokenizer import bpe
 
 FILE = 'ckpt.pt'
