@@ -339,11 +339,11 @@ def test_a_connection_that_takes_nothing_is_closed():
 
 
 def test_a_turn_that_is_too_long_in_coming(monkeypatch):
-  from gpt2_jax.serving import app
+  from gpt2_jax.serving import endpoints
   from gpt2_jax.serving.schemas import Limits
 
-  made = app.features_data
-  monkeypatch.setattr(app, 'features_data', lambda *asked: time.sleep(1.5) or made(*asked))
+  made = endpoints.features_data
+  monkeypatch.setattr(endpoints, 'features_data', lambda *asked: time.sleep(1.5) or made(*asked))
   with (
     serve(slots=2, limits=Limits(seconds=0.5)) as running,
     concurrent.futures.ThreadPoolExecutor(2) as pool,
