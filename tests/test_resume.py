@@ -6,11 +6,13 @@ import shutil
 import subprocess
 import sys
 
+import forked
 import jax
 import pytest
-from conftest import ROOT, environment, mesh_of, run
+from conftest import environment, mesh_of, run
 from test_launch import arguments, finished, lines, plain  # noqa: F401
 
+from benchmarks import kills
 from gpt2_jax import checkpoint, manifest
 from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.errors import UserError
@@ -209,15 +211,12 @@ def test_the_loader_holds_no_more_after_10000_steps(tmp_path):
 
 
 @pytest.mark.slow
-def test_kills_at_random_moments_lose_nothing(tmp_path):
+def test_kills_at_random_moments_lose_nothing(tmp_path, monkeypatch, capsys):
   """benchmarks/kills.py with fewer kills: of each aim one, of the preparation two."""
-  result = subprocess.run(
-    [sys.executable, '-m', 'benchmarks.kills', '--kills=5', f'--folder={tmp_path / "kills"}'],
-    cwd=ROOT,
-    env=environment(),
-    capture_output=True,
-    text=True,
-    timeout=900,
-  )
-  assert result.returncode == 0, result.stdout + result.stderr
-  assert '5 kills' in result.stdout and 'nothing was lost' in result.stdout
+  monkeypatch.setattr(subprocess, 'Popen', forked.Popen)
+  monkeypatch.setattr(sys, 'argv', ['kills', '--kills=5', f'--folder={tmp_path / "kills"}'])
+  for name in ('XLA_FLAGS', 'PYTHONPATH'):
+    monkeypatch.setenv(name, environment()[name])
+  status, printed = kills.main(), capsys.readouterr().out
+  assert status == 0, printed
+  assert '5 kills' in printed and 'nothing was lost' in printed
