@@ -125,7 +125,7 @@ def follow(page: Path, tree: Path) -> None:
     if by_ci:
       command = command.partition('&& ')[2]
     if command not in ('', 'pytest', *typed):
-      type_in(command, tree, by_ci)
+      type_in(command, tree, by_ci or bool(re.search(r'steps=\d{3}', command)))
   for block in re.findall(r'^```python\n(.*?)^```', page.read_text(), re.M | re.S):
     type_in(f'python -c {shlex.quote(block)}', tree, False)
 
