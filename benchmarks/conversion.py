@@ -26,7 +26,7 @@ FORMATS = ('hf', 'llmc', 'openai', 'flax')
 WORK = """
 import json, resource, sys, time
 import gpt2_jax
-from gpt2_jax import pretrained
+from gpt2_jax.checkpoints import pretrained
 what, source, target = sys.argv[1:]
 began = time.monotonic()
 if what == 'load':

@@ -27,16 +27,16 @@ PREPARE = (
   PIN
   + """
 import tempfile
-from gpt2_jax import tokenizer
 from gpt2_jax.data import corpora, prepare
+from gpt2_jax.tokenizer import bpe
 def train(corpus, size, folder):
   texts = [d.text for piece in corpora.open_corpus(corpus).pieces
            for d in corpora.documents(piece, 'text')]
   began = time.perf_counter()
-  tokenizer.train_bpe(texts, size).save(tokenizer.Path(folder))
+  bpe.train_bpe(texts, size).save(bpe.Path(folder))
   return {'seconds': time.perf_counter() - began}
 def run(corpus, spec, folder=None):
-  if size := tokenizer.trained_size(spec):
+  if size := bpe.trained_size(spec):
     return train(corpus, size, folder)
   with tempfile.TemporaryDirectory() as root:
     began = time.perf_counter()
@@ -48,15 +48,15 @@ def run(corpus, spec, folder=None):
 BARE = (
   PIN
   + """
-from gpt2_jax import tokenizer
 from gpt2_jax.data import corpora
+from gpt2_jax.tokenizer import bpe
 texts, encode = [], None
 def run(package, corpus=None, spec=None):
   global texts, encode
   if corpus:
     texts = [d.text for piece in corpora.open_corpus(corpus).pieces
              for d in corpora.documents(piece, 'text')]
-    made = tokenizer.load(spec)
+    made = bpe.load(spec)
     if package == 'tiktoken':
       encode = lambda: made._encoding.encode_ordinary_batch(texts, num_threads=1)
     else:
@@ -71,13 +71,13 @@ LOADER = (
   + """
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
-from gpt2_jax import sharding
-from gpt2_jax.data import loader, store
+from gpt2_jax.data import token_batches, token_store
+from gpt2_jax.parallel import sharding
 layout = NamedSharding(sharding.make_mesh(devices=jax.devices()[:1]),
                        PartitionSpec(None, sharding.BATCH))
 def run(folder, rows, T, steps):
-  split = store.open_store(folder).splits['train']
-  batches = loader.TokenBatches(split, T, rows, 0, 50257).batches(0, steps + 1, 1, layout)
+  split = token_store.open_store(folder).splits['train']
+  batches = token_batches.TokenBatches(split, T, rows, 0, 50257).batches(0, steps + 1, 1, layout)
   next(batches)  # starts the threads
   began = time.perf_counter()
   for batch in batches:

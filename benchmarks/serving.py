@@ -37,7 +37,7 @@ def start(server):
 OURS = (
   START
   + """
-from gpt2_jax import pretrained
+from gpt2_jax.checkpoints import pretrained
 from gpt2_jax.serving.app import make_app
 from gpt2_jax.serving.server import make_server
 def run(folder, slots):

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import tyro
-from support.processes import ROOT
+from support import forked
+from support.processes import QUICK, ROOT
 
 from gpt2_jax.cli import inputs, main
 from gpt2_jax.cli.plan import split_overrides
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 BY_CI = ('pip install', 'pytest')  # .ci/run does these, in an environment of its own
+PROGRAMS = {'python launch.py': ['launch.py'], 'python -c': ['-c'], 'gpt2-jax': ['-m', 'gpt2_jax']}
 
 
 def commands(page: Path) -> list[str]:
@@ -98,24 +100,34 @@ def test_every_option_of_generation_has_an_example_that_works():
     assert all(result.tokens or result.finish_reason == 'stop' for result in results), name
 
 
+def type_in(command: str, tree: Path, usual: bool) -> None:
+  """A line of bash in a tree: by a fork where it is one of our programs and plain words.
+
+  usual: compiled as users' is; else with less, which takes less time but for hundreds of steps.
+  """
+  env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'} | {'PYTHONPATH': str(tree)}
+  env |= {} if usual else {'XLA_FLAGS': QUICK.replace('level=0', 'level=1')}
+  program = next((name for name in PROGRAMS if command.startswith(name + ' ')), None)
+  if program and not set('$|<>&;') & set(command):
+    words = [sys.executable, *PROGRAMS[program], *shlex.split(command.removeprefix(program))]
+  else:
+    env['PATH'] = f'{Path(sys.executable).parent}:{env["PATH"]}'
+    words = ['bash', '-c', command]
+  result = forked.run(words, 1200, cwd=tree, env=env)
+  assert result.returncode == 0, f'{command}\n{result.stdout}\n{result.stderr}'
+
+
 def follow(page: Path, tree: Path) -> None:
-  """Types what a page says, in order: commands first, then Python."""
-  env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
-  env |= {'PATH': f'{Path(sys.executable).parent}:{env["PATH"]}', 'PYTHONPATH': str(tree)}
+  """Types what a page says, in order: commands first, then Python. README.md's are there already."""
+  typed = commands(PAGES[0]) if page != PAGES[0] else []
   for command in commands(page):
-    if command.startswith(BY_CI):
+    by_ci = command.startswith(BY_CI)
+    if by_ci:
       command = command.partition('&& ')[2]
-      if not command or command == 'pytest':
-        continue
-    result = subprocess.run(
-      ['bash', '-c', command], cwd=tree, env=env, capture_output=True, text=True, timeout=1200
-    )
-    assert result.returncode == 0, f'{page.name}: {command}\n{result.stdout}\n{result.stderr}'
+    if command not in ('', 'pytest', *typed):
+      type_in(command, tree, by_ci or bool(re.search(r'steps=\d{3}', command)))
   for block in re.findall(r'^```python\n(.*?)^```', page.read_text(), re.M | re.S):
-    result = subprocess.run(
-      [sys.executable, '-c', block], cwd=tree, env=env, capture_output=True, text=True, timeout=600
-    )
-    assert result.returncode == 0, f'{page.name}: {block}\n{result.stderr}'
+    type_in(f'python -c {shlex.quote(block)}', tree, False)
 
 
 @pytest.fixture(scope='module')

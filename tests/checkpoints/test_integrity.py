@@ -452,8 +452,8 @@ def test_a_second_run_says_who_holds_the_workdir(made, copy):
 
 HOLDER = """
 import os, sys, time
-from gpt2_jax.training import holding
-with holding.held(sys.argv[1]):
+from gpt2_jax.training import workdir_lock
+with workdir_lock.held(sys.argv[1]):
   if os.fork() == 0:  # as a worker: it outlives the run
     print(os.getpid(), flush=True)
     time.sleep(60)

@@ -416,7 +416,7 @@ def test_ctrl_c_stops_the_text_and_not_the_session(model, tmp_path):
   code = (
     'import os, signal, sys; os.login_tty(os.dup(0)); '
     'signal.signal(signal.SIGINT, signal.default_int_handler); '  # a background job ignores it
-    'from gpt2_jax import cli; cli.main(sys.argv[1:])'
+    'from gpt2_jax.cli import main; main.main(sys.argv[1:])'
   )
   process = subprocess.Popen(
     [

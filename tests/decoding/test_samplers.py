@@ -27,7 +27,7 @@ SAMPLERS |= {{{ROW}}}
 """
 USE_IT = """
 import gpt2_jax
-from gpt2_jax import cli, inputs
+from gpt2_jax.cli import inputs, main
 from gpt2_jax.model.config import GPTConfig
 from gpt2_jax.decoding.options import Options
 
@@ -39,7 +39,7 @@ def tokens(**options):
   return gpt2_jax.generate(model, [[1]], **options)[0].tokens
 
 assert tokens() == tokens(heat=0.0) != tokens(heat=10.0)
-made = cli.parse(['sample', '--checkpoint', 'x', '--heat', '2.5'])
+made = main.parse(['sample', '--checkpoint', 'x', '--heat', '2.5'])
 assert made.options == Options(heat=2.5) == inputs.changed(Options(), 'heat', ['2.5'])
 for options, says in [
   (dict(heat=11), 'heat = 11 must lie in [0, 10]'),

@@ -24,7 +24,7 @@ PROBE = """
 import json, resource, sys
 import jax.numpy as jnp
 import gpt2_jax
-from gpt2_jax import pretrained
+from gpt2_jax.checkpoints import pretrained
 from gpt2_jax.parallel.sharding import make_mesh
 
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

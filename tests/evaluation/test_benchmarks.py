@@ -750,7 +750,7 @@ from gpt2_jax.data import sources
 from gpt2_jax.data.sources import Source
 for name, source in {replaced!r}.items():
   setattr(sources, name, source)
-from gpt2_jax.data import builders, corpora, prepare
+from gpt2_jax.data import corpora, prepare, tfds_builders
 import tensorflow_datasets as tfds
 tfds.disable_progress_bar()
 for name, split in (('wikitext/wikitext-2', 'test'), ('ptb', 'validation'), ('text8', 'train'),

@@ -19,7 +19,8 @@ torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
 DATA = os.environ.get('GPT2_JAX_TEST_DATA')
 needs_data = pytest.mark.skipif(not DATA, reason='GPT2_JAX_TEST_DATA is not set')
-pytestmark = pytest.mark.filterwarnings('ignore')  # theirs
+# slow all of it: two of its parts would make the same models twice
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore')]  # theirs
 
 LAMBADA = """
 task: local_lambada
@@ -135,7 +136,7 @@ def evaluate(model, args, tasks: Path, names: str, **options):
 
 
 @needs_data
-@pytest.mark.parametrize('name', ['trained', pytest.param('random', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('name', ['trained', 'random'])
 def test_every_result_is_the_one_of_its_own_model(models, tasks, name):
   names = 'lambada hellaswag wikitext free write'
   args = dict(pretrained=str(models[name]))
@@ -177,7 +178,6 @@ def test_the_trained_model_is_worth_testing_with(models, tasks):
 
 
 @needs_data
-@pytest.mark.slow
 def test_nothing_depends_on_the_batch_the_mesh_or_the_cache(models, tasks, tmp_path):
   names = 'lambada write'
   args = dict(pretrained=str(models['trained']))
@@ -260,7 +260,6 @@ def test_options_that_cannot_be_honoured_are_named(small, options, parts):
 
 
 @needs_data
-@pytest.mark.slow
 def test_the_command_of_the_page(models, tasks, tmp_path):
   page = (ROOT / 'docs' / 'lm-eval.md').read_text()
   [command] = re.findall(r'^python (-m gpt2_jax.evaluation.lm_eval .*)$', page, re.M)

@@ -90,20 +90,20 @@ WORKER = """
 import json, sys
 import jax, numpy as np
 from pathlib import Path
-from gpt2_jax import checkpoint, sharding
-from gpt2_jax.data import loader, store
-from gpt2_jax.training import distributed
+from gpt2_jax.checkpoints import orbax_store
+from gpt2_jax.data import token_batches, token_store
+from gpt2_jax.parallel import multihost, sharding
 from jax.sharding import NamedSharding, PartitionSpec as P
 folder, *flags = sys.argv[1:]
 address, n, i = (flag.split('=')[1] for flag in flags)
-distributed.initialize('auto', address, int(n), int(i))
+multihost.initialize('auto', address, int(n), int(i))
 folder = Path(folder)
 
 (folder / f'data{i}').mkdir()
 np.arange(4000, dtype='<u2').tofile(folder / f'data{i}' / 'train.bin')
 mesh = sharding.make_mesh(data=2, fsdp=-1, tensor=1)
-split = store.open_store(folder / f'data{i}').splits['train']
-read, own = [], loader.TokenBatches(split, 8, 8, 0, 4000)
+split = token_store.open_store(folder / f'data{i}').splits['train']
+read, own = [], token_batches.TokenBatches(split, 8, 8, 0, 4000)
 rows = own.rows
 own.rows = lambda step, numbers: read.extend((step, r) for r in numbers) or rows(step, numbers)
 sums = [int(jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, P()))(batch))
@@ -112,7 +112,7 @@ sums = [int(jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, P()))(b
 with jax.set_mesh(mesh):
   array = jax.make_array_from_callback(
       (8, 4), NamedSharding(mesh, P(sharding.BATCH)), lambda at: np.ones((8, 4), np.float32)[at])
-  checkpoints = checkpoint.Checkpoints(folder, keep=3)
+  checkpoints = orbax_store.Checkpoints(folder, keep=3)
   for step in (1, 2, 3):
     checkpoints.save(step, {'params': {'w': step * array}}, {})
   checkpoints.wait()

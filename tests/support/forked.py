@@ -20,6 +20,7 @@ import threading
 import types
 import warnings
 from pathlib import Path
+from typing import ClassVar
 
 import jax  # which sets two of the variables
 
@@ -42,13 +43,12 @@ PR_SET_CHILD_SUBREAPER = 36
 class Template:
   """The client's side of the process that forks."""
 
-  made: 'Template | None' = None
+  made: ClassVar[dict[str, 'Template']] = {}  # by PYTHONPATH: the tree whose code is imported
   lock = threading.Lock()
 
-  def __init__(self):
+  def __init__(self, root: str):
     self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     self.socket.settimeout(300)
-    root = str(Path(__file__).resolve().parents[2])
     self.env = {k: v for k, v in START.items() if not k.startswith(READ_LATER)}
     self.env['PYTHONPATH'] = root
     command = [sys.executable, __file__, str(theirs.fileno())]
@@ -88,12 +88,15 @@ class Popen(subprocess.Popen):
     env = dict(os.environ if env is None else env)
     if sys.platform == 'linux' and not (preexec_fn or pass_fds or shell or session):
       with Template.lock:
-        Template.made = Template.made or Template()
-        if forkable(args, env, Template.made.env):
+        root = env.get('PYTHONPATH', '')
+        if os.path.exists(f'{root}/launch.py') and root not in Template.made:
+          Template.made[root] = Template(root)
+        template = Template.made.get(root)
+        if template and forkable(args, env, template.env):
           ends = zip((pipes[0], pipes[3], pipes[5]), range(3))
           files = [end if end != -1 else usual for end, usual in ends]
           cwd = os.path.abspath(cwd or '.')
-          self.pid = Template.made.fork(args[1:], cwd, env, files)
+          self.pid = template.fork(args[1:], cwd, env, files)
           self._child_created = True
           self._close_pipe_fds(*pipes)
           return

@@ -73,12 +73,20 @@ def lines(workdir):
   return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+  """For tests in which the mesh is no matter: a step on eight simulated devices takes far longer."""
+  first = jax.devices()[:1]
+  monkeypatch.setattr(jax, 'devices', lambda *_: first)
+
+
 def tuning(init_from, text, recipe='full', **overrides):
-  """A fine-tuning config for this process's eight devices."""
+  """A fine-tuning config for this process's devices."""
   config = finetune.get_config(recipe)
   config.init_from = str(init_from)
   config.data.update(corpus=f'text:{text}', directory=str(text.parent / 'data'), val_fraction=0.2)
-  config.mesh.update(data=2, fsdp=2, tensor=2)
+  if len(jax.devices()) > 1:
+    config.mesh.update(data=2, fsdp=2, tensor=2)
   config.optim.update(peak_lr=1e-2, warmup_steps=2)
   config.train.update(steps=12, global_batch_tokens=512)
   config.checkpoint.every = config.evaluate.every = 4
@@ -93,7 +101,7 @@ def tuning(init_from, text, recipe='full', **overrides):
 
 
 @pytest.mark.slow
-def test_adapters_lower_the_loss_on_other_text(pretrained, tmp_path, capsys):
+def test_adapters_lower_the_loss_on_other_text(pretrained, one_device, tmp_path, capsys):
   text = other_text(tmp_path / 'other.txt')
   config = tuning(pretrained, text, 'lora', train__steps=40, evaluate__every=20)
   made = run_plan.make_plan(config)
@@ -207,7 +215,9 @@ def test_an_adapter_begins_as_nothing_and_learns(tiny):
 
 
 @pytest.mark.slow
-def test_a_run_stops_when_the_loss_rises_and_offers_its_best(pretrained, tmp_path, capsys):
+def test_a_run_stops_when_the_loss_rises_and_offers_its_best(
+  pretrained, one_device, tmp_path, capsys
+):
   text = tmp_path / 'short.txt'  # so little that it is soon learnt by heart
   text.write_text(make_text(np.random.default_rng(2), 250))
   settings = dict(
@@ -296,7 +306,7 @@ def reviews(path, count=120):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('r', [0, 4])
-def test_a_classifier_learns_and_says_its_labels(pretrained, tmp_path, r):
+def test_a_classifier_learns_and_says_its_labels(pretrained, one_device, tmp_path, r):
   config = tuning(
     pretrained,
     reviews(tmp_path / 'r.jsonl'),

@@ -9,10 +9,12 @@ import sys
 
 import jax
 import pytest
+from support import forked
 from support.arrays import mesh_of
 from support.processes import ROOT, environment, run
 from support.runs import arguments, finished, lines, plain  # noqa: F401
 
+from benchmarks import kills
 from gpt2_jax.checkpoints import manifest, orbax_store
 from gpt2_jax.checkpoints.orbax_store import Checkpoints
 from gpt2_jax.core.errors import UserError
@@ -188,13 +190,13 @@ import sys
 import numpy as np
 from pathlib import Path
 import jax
-from gpt2_jax import sharding
-from gpt2_jax.data import loader, store
+from gpt2_jax.data import token_batches, token_store
+from gpt2_jax.parallel import sharding
 from jax.sharding import NamedSharding, PartitionSpec as P
 folder = Path(sys.argv[1])
 np.random.default_rng(0).integers(0, 2048, 100_000).astype('<u2').tofile(folder / 'train.bin')
 mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1)
-own = loader.TokenBatches(store.open_store(folder).splits['train'], 256, 8, 0, 2048)
+own = token_batches.TokenBatches(token_store.open_store(folder).splits['train'], 256, 8, 0, 2048)
 def resident():
   return int(open('/proc/self/statm').read().split()[1]) * 4096 / 2**20
 for step, batch in enumerate(own.batches(0, 10_000, 1, NamedSharding(mesh, P(None, sharding.BATCH)))):
@@ -214,18 +216,15 @@ def test_the_loader_holds_no_more_after_10000_steps(tmp_path):
 
 
 @pytest.mark.slow
-def test_kills_at_random_moments_lose_nothing(tmp_path):
+def test_kills_at_random_moments_lose_nothing(tmp_path, monkeypatch, capsys):
   """benchmarks/kills.py with fewer kills: of each aim one, of the preparation two."""
-  result = subprocess.run(
-    [sys.executable, '-m', 'benchmarks.kills', '--kills=5', f'--folder={tmp_path / "kills"}'],
-    cwd=ROOT,
-    env=environment(),
-    capture_output=True,
-    text=True,
-    timeout=900,
-  )
-  assert result.returncode == 0, result.stdout + result.stderr
-  assert '5 kills' in result.stdout and 'nothing was lost' in result.stdout
+  monkeypatch.setattr(subprocess, 'Popen', forked.Popen)
+  monkeypatch.setattr(sys, 'argv', ['kills', '--kills=5', f'--folder={tmp_path / "kills"}'])
+  for name in ('XLA_FLAGS', 'PYTHONPATH'):
+    monkeypatch.setenv(name, environment()[name])
+  status, printed = kills.main(), capsys.readouterr().out
+  assert status == 0, printed
+  assert '5 kills' in printed and 'nothing was lost' in printed
 
 
 def test_a_run_of_an_early_commit_goes_on(tmp_path):
@@ -251,11 +250,11 @@ def test_a_run_of_an_early_commit_goes_on(tmp_path):
   code = """
 import json, sys
 from configs import base
-from gpt2_jax.training import loop
+from gpt2_jax.training import train
 config = base.get_config()
 config.update(json.load(open('run/config.json')))  # a knob that was not there yet has its default
-loop.sample = lambda run, prompt: ''  # takes as long as the rest
-sys.exit(loop.train(config, 'run'))"""
+train.sample = lambda run, prompt: ''  # takes as long as the rest
+sys.exit(train.train(config, 'run'))"""
   result = run('-c', code, cwd=tmp_path)
   assert result.returncode == 0, result.stderr
   assert 'resumed from step 4 of 8, 256 tokens seen' in result.stdout
