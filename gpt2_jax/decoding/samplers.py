@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 
 from gpt2_jax.core.bounds import AT_LEAST_0, AT_LEAST_1, FINITE, LARGE, POSITIVE, Bool, Float, Kind
 from gpt2_jax.core.errors import UserError, brief
+from gpt2_jax.decoding import constraints
 from gpt2_jax.decoding import processors as p
 from gpt2_jax.decoding import warpers as w
 from gpt2_jax.model.text_batches import id_list
@@ -178,9 +179,9 @@ SAMPLERS: dict[str, SamplingRule] = {
   ),
   'min_length': SamplingRule(p.MinLength, AT_LEAST_0, 0, 0),
   'min_new_tokens': SamplingRule(p.MinNewTokens, AT_LEAST_0, 0, 0),
-  'prefix_allowed_tokens_fn': SamplingRule(p.PrefixConstrained, of=_prefix_constrained),
+  'prefix_allowed_tokens_fn': SamplingRule(constraints.PrefixConstrained, of=_prefix_constrained),
   'regex': SamplingRule(
-    p.Guided,
+    constraints.Guided,
     of=_as_it_is,
     type=str | None,
     help='A regular expression that the new text matches as a whole.',
