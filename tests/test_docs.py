@@ -1,5 +1,7 @@
 """What README.md and docs/ tell a reader to type is typed here, in order, in a copy of the tree."""
 
+import importlib.util
+import json
 import os
 import re
 import shlex
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 import tyro
 from support import forked
-from support.processes import QUICK, ROOT
+from support.processes import QUICK, ROOT, environment
 
 from gpt2_jax.cli import inputs, main
 from gpt2_jax.cli.plan import split_overrides
@@ -64,6 +66,49 @@ def test_links_and_pictures_are_there():
   for page in PAGES:
     for target in re.findall(r'\]\(([^)#:]+)(?:#[^)]*)?\)', page.read_text()):
       assert (page.parent / target).exists(), (page.name, target)
+
+
+@pytest.fixture(scope='module')
+def architecture():
+  """The script that draws the rooms."""
+  spec = importlib.util.spec_from_file_location('architecture', ROOT / 'docs' / 'architecture.py')
+  assert spec is not None and spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def ways_on(page: str) -> dict[str, list[str]]:
+  """The ways that a page lists: 'room/file.py:function' of each file."""
+  parts = re.split(r'^\*\*.*\*\*: \d+ files\.$', page, flags=re.M)[1:]
+  names = ('update', 'text', 'arrays')
+  return {
+    way: re.findall(r'^\d+\. `(.*)`$', part, re.M) for way, part in zip(names, parts, strict=True)
+  }
+
+
+def test_the_picture_of_the_rooms_is_that_of_the_code(architecture):
+  page = architecture.PAGE.read_text()
+  listed = ways_on(page)
+  assert architecture.between(page, architecture.lists(listed)) == page
+  assert architecture.draw(listed) == architecture.PICTURE.read_text()
+  assert len([room for row in architecture.rows() for room in row]) == 12
+  for step in (step for way in listed.values() for step in way):
+    file, _, function = step.partition(':')
+    text = (architecture.PACKAGE / file).read_text()
+    assert re.search(rf'\b(def|class) {function.split(".")[-1]}\b', text), step
+
+
+@pytest.mark.slow
+def test_the_ways_through_the_rooms_are_those_of_a_run():
+  """In a process of its own: what is loaded and compiled already would not be entered again."""
+  code = 'import json, architecture; print(json.dumps(architecture.ways()))'
+  told = forked.run([sys.executable, '-c', code], 300, cwd=ROOT / 'docs', env=environment())
+  assert told.returncode == 0, told.stderr
+  listed = ways_on((ROOT / 'docs' / 'architecture.md').read_text())
+  for way, steps in json.loads(told.stdout.splitlines()[-1]).items():
+    files = [step.partition(':')[0] for step in steps]
+    assert files == [step.partition(':')[0] for step in listed[way]], way
 
 
 def test_python_examples_use_what_there_is():

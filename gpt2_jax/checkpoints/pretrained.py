@@ -197,7 +197,7 @@ def save_pretrained(
 
   Args:
     model: the model.
-    folder: a new folder, or a new file where the format is one (`interop.formats.FORMATS`).
+    folder: a new folder, or a new file where the format is one (`format_table.FORMATS`).
     to: a format that is written. Adapters are merged into the weights, but for 'peft', which has them
       only.
     dtype: of the tensors: float32, bfloat16 or float16, as `jnp.dtype` takes it. Default:

@@ -25,7 +25,7 @@ def causal_mask(T: int, S: int, offset: jax.Array | int = 0) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
-  """Attention to what a mask lets a query see; `kernels.Kernel` has the same method."""
+  """Attention to what a mask lets a query see; `attention_kernels.Kernel` has the same method."""
 
   mask_BTS: jax.Array
 

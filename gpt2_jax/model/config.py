@@ -17,7 +17,7 @@ Config = Any  # a run's ml_collections.ConfigDict (configs/base.py), or a sectio
 
 # How attention is computed: by XLA, by a kernel that never holds T x T weights, of cuDNN (GPU) or
 # Splash (TPU), or a block of queries at a time (CPU). 'auto': the device's own, where it can do what
-# is asked (`kernels.py`).
+# is asked (`attention_kernels.py`).
 ATTENTIONS = ('auto', 'xla', 'cudnn', 'splash', 'blocks')
 
 
@@ -25,7 +25,7 @@ HEADS = ('lm', 'sequence_classification', 'token_classification')
 
 # How parameters lie. 'train': the blocks' stacked, one array for all layers, weights [in, out],
 # float32. 'decode': a block after another, weights [out, in], in `dtype`. 'int8': so, with weights in
-# steps of 1/127 of the largest in their output channel. See `forms.py`.
+# steps of 1/127 of the largest in their output channel. See `decode_layout.py`.
 FORMS = ('train', 'decode', 'int8')
 
 DTYPES = ('float32', 'bfloat16')  # of activations, of gradients on their way

@@ -20,7 +20,8 @@ For one token with the hidden state x, the target t and the weight w, and for ro
     dL/dw       = nll + Σ_k c_k·f_k
 
 On a mesh each device scans its own tokens against its own part of the vocabulary, inside one
-`jax.shard_map`; the table's gradient is summed over the devices once, as `fsdp.einsum`'s are.
+`jax.shard_map`; the table's gradient is summed over the devices once, as those of
+`sharded_products.einsum` are.
 """
 
 import dataclasses

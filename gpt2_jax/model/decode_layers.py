@@ -1,4 +1,4 @@
-"""The model's parts in the forms that are fast or small to decode with: see `forms.py`."""
+"""The model's parts in the forms that are fast or small to decode with: see `decode_layout.py`."""
 
 import jax
 import jax.numpy as jnp

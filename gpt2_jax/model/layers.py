@@ -1,4 +1,4 @@
-"""The parts that the model is put together from. Letters: see `model.py`.
+"""The parts that the model is put together from. Letters: see `gpt2.py`.
 
 A part is named as its row in the table of parameters begins, 'h.attn.c_attn': shapes and layouts are
 found there.

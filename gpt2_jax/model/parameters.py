@@ -5,7 +5,7 @@ mesh, whether its weight decays and how muP scales its steps, how it lies when a
 whether it can have an adapter, what Hugging Face calls it, and how much memory it takes. A parameter
 without a row is an error.
 
-Letters: see `model.py`; also `K` labels of a classifier and `R` the rank of an adapter.
+Letters: see `gpt2.py`; also `K` labels of a classifier and `R` the rank of an adapter.
 """
 
 import dataclasses

@@ -17,7 +17,7 @@ class Pretrained:
   Attributes:
     model: the model itself, which knows nothing of files and texts.
     tokenizer: that of its texts; None where there is none that can be used.
-    source: the opened checkpoint (`interop.tensors.Source`); None: the model is from none.
+    source: the opened checkpoint (`checkpoints.tensors.Source`); None: the model is from none.
   """
 
   def __init__(self, model: GPT2, tokenizer: Tokenizer | None = None, source: Any = None):

@@ -13,7 +13,7 @@ CHEAP = frozenset(
 
 def keep_products(primitive, *operands, **params) -> bool:
   """Whether a value is dear: a product, or what was moved about. Not a product in a wider dtype than
-  its operands: it is kept as it is named, rounded as a rule (`matmul.kept`).
+  its operands: it is kept as it is named, rounded as a rule (`cpu_matmul.kept`).
   """
   if primitive.name == 'dot_general':
     return operands[0].dtype == (params['preferred_element_type'] or operands[0].dtype)

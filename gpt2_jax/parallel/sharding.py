@@ -30,7 +30,7 @@ BATCH = ('data', 'fsdp')  # the axes over which rows of a batch are split
 
 
 def activation(letters: str) -> P:
-  """Where an array of activations lies, by the letters of its axes: see `model.py`. Parameters:
+  """Where an array of activations lies, by the letters of its axes: see `gpt2.py`. Parameters:
   `parameters.Row.layout`.
   """
   split = {'B': BATCH, 'T': 'seq', 'N': 'tensor', 'F': 'tensor', 'V': 'tensor'}

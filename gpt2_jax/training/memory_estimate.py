@@ -44,7 +44,7 @@ def estimate_parts(c: GPTConfig, mesh: Mesh, T: int, rows: int, optim: Config) -
 
   State: float32 parameters, their average, gradients, accumulated gradients, the optimizer's moments.
   Activations: the values of each layer that the remat policy keeps, and the temporaries of one layer.
-  Logits: those of a chunk of tokens (`loss.py`), the table, the hidden states, and their gradients.
+  Logits: of a chunk of tokens (`cross_entropy.py`), the table, the hidden states, their gradients.
   """
   tensor, split = mesh.shape['tensor'], mesh.shape['fsdp'] * mesh.shape['tensor']
   b, D, F = jnp.dtype(c.dtype).itemsize, c.n_embd, c.F // tensor

@@ -68,7 +68,7 @@ def _model(
     if k not in free and v is not None and v != getattr(source.config, k)
   }
   if other.keys() == {'n_positions'} and other['n_positions'] > source.config.n_positions:
-    free.append('n_positions')  # a longer context: see `positions.stretched`
+    free.append('n_positions')  # a longer context: see `longer_context.stretched`
     given = source.config.n_positions
     fields['n_positions'] = longer_context.context(other['n_positions'], rows, given, held)
   elif other:

@@ -218,7 +218,7 @@ def make_plan(config: Config, devices=None, held: int | None = None) -> Plan:
   Args:
     config: of the run.
     devices: default: all. They needn't be there: those of a topology are only described.
-    held: positions of the run that goes on, see `positions.context`; None: it begins.
+    held: positions of the run that goes on, see `longer_context.context`; None: it begins.
 
   Raises:
     UserError: the config contradicts itself or doesn't fit the devices.
