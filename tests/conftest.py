@@ -7,6 +7,9 @@ from support.processes import ONLINE  # isort: skip  # it sets the environment o
 
 import numpy as np
 import pytest
+from support.contexts import begun, texts  # noqa: F401
+from support.hub import hub  # noqa: F401
+from support.runs import finished  # noqa: F401
 from support.serving import browser, byte_server, open_page  # noqa: F401
 from support.texts import make_text
 

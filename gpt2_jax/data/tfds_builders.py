@@ -81,7 +81,7 @@ class Wikitext(Published):
   BUILDER_CONFIGS = _configs(wikitext_2='2 million words', wikitext_103='103 million words')
 
   @property
-  def source(self) -> sources.Source:
+  def source(self) -> sources.Source:  # pyright: ignore[reportIncompatibleVariableOverride]
     return {'wikitext-2': sources.WIKITEXT_2, 'wikitext-103': sources.WIKITEXT_103}[self.kind]
 
   def examples(self, split: str) -> Iterator[dict]:

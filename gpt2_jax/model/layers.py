@@ -81,8 +81,6 @@ def pick(x_BS: jax.Array, indices_B: jax.Array) -> jax.Array:
 class Embed(nnx.Module):
   """A table of vectors. Rows beyond the vocabulary are padding, and zero."""
 
-  scale_V: jax.Array | None = None  # a factor of each row, where the weights are in steps
-
   def __init__(self, config: GPTConfig, name: str, std: float, *, rngs: nnx.Rngs):
     self.config = config
     self.weight = normal(config, f'{name}.weight', std, rngs)
@@ -90,6 +88,11 @@ class Embed(nnx.Module):
       table_VD = self.weight[...]
       real_V1 = jnp.arange(len(table_VD))[:, None] < config.vocab_size
       self.weight = nnx.Param(jnp.where(real_V1, table_VD, 0))
+
+  @property
+  def scale_V(self) -> jax.Array | None:
+    """A factor of each row, where the weights are in steps."""
+    return None
 
   def rows(self, indices: jax.Array, B: int) -> jax.Array:
     """The vectors at indices [B, T], or [1, T] for all of B rows; NaN for one beyond the table."""

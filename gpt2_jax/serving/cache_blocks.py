@@ -47,7 +47,7 @@ class Blocks:
 class BlocksMask(attention.Mask):
   """A mask over keys and values that are `Blocks`."""
 
-  def attend(
+  def attend(  # pyright: ignore[reportIncompatibleMethodOverride]  # of blocks alone
     self,
     q_BTNH: jax.Array,
     k_BSNH: Blocks,

@@ -23,7 +23,7 @@ LIMIT = 10  # skipped in a row: then it's no spike, and the run stops
 class SpikeState(NamedTuple):
   """Scalars, and the state of the optimizer that is guarded."""
 
-  count: jax.Array  # norms in the averages
+  count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  # norms in the averages
   mean: jax.Array  # of log norm
   variance: jax.Array
   zscore: jax.Array  # of the last step

@@ -11,7 +11,6 @@ import sys
 
 import numpy as np
 import pytest
-from support.hub import hub  # noqa: F401
 from support.processes import ROOT, environment
 
 import gpt2_jax
@@ -74,7 +73,7 @@ def sliding(theirs, ids, window: int, stride: int) -> float:
   return float(np.exp(total / scored))
 
 
-def test_every_check_runs_and_holds_on_the_stand_in(hub, tmp_path):  # noqa: F811
+def test_every_check_runs_and_holds_on_the_stand_in(hub, tmp_path):
   folder, env, asked = hub
   config = GPTConfig(n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3)
   model = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))

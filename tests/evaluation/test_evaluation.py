@@ -393,7 +393,7 @@ def test_hugging_faces_page(run, slow, name):
 
 def test_windows_of_hugging_faces_page_overlap(slow):
   tokens = np.arange(25)
-  asked = example_tasks.corpora.hf_windows(tokens, 10, 4)
+  asked = example_tasks.corpus_tasks.hf_windows(tokens, 10, 4)
   assert [(r.context[0], len(r.context), r.target.tolist()) for r in asked] == [
     (0, 1, [1, 2, 3, 4, 5, 6, 7, 8, 9]),
     (4, 6, [10, 11, 12, 13]),

@@ -7,7 +7,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.contexts import evaluated, shrunk
+from support.contexts import evaluated, one_device, shrunk  # noqa: F401# noqa: F401
 
 import gpt2_jax
 from configs import finetune, recipes

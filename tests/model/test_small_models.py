@@ -258,7 +258,7 @@ NAMES = [pytest.param(name, marks=pytest.mark.slow if '-' in name else ()) for n
 @pytest.fixture(scope='module')
 def server():
   pytest.importorskip('fastapi', reason='the server needs the extra serve')
-  from serving_fixtures import serve
+  from support.serving import serve
 
   with serve({name: make(*size) for name, size in SERVED.items()}, slots=2) as running:
     yield running
@@ -318,7 +318,7 @@ def test_served_scores_and_refusals(server, name):
 def test_served_streams_and_the_best_of_several(server):
   """Of a model whose context is eight ids."""
   import httpx
-  from serving_fixtures import events
+  from support.serving import events
 
   body = dict(prompt='ab', seed=2, stop=['\x00'])
   whole = ask(server, 'p8', **body, n=3).json()['choices']

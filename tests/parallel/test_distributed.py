@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from support import forked
 from support.processes import ROOT, environment, run
-from support.runs import arguments, finished, lines, plain  # noqa: F401
+from support.runs import arguments, lines, plain
 
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.parallel import multihost
@@ -235,7 +235,7 @@ def saved(text_folder, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('n', [2, 4])
-def test_processes_make_the_same_run(finished, saved, n):  # noqa: F811
+def test_processes_make_the_same_run(finished, saved, n):
   """Started as Open MPI would start them: found by --distributed=auto, on a mesh across all."""
   for have, want in zip(plain(saved(n)), plain(finished[0]), strict=True):
     assert have == pytest.approx(want, rel=2e-5)
@@ -255,13 +255,7 @@ def test_processes_make_the_same_run(finished, saved, n):  # noqa: F811
   ],
 )
 def test_a_run_goes_on_with_other_processes_and_meshes(
-  finished,  # noqa: F811
-  saved,
-  text_folder,
-  tmp_path,
-  n,
-  m,
-  mesh,
+  finished, saved, text_folder, tmp_path, n, m, mesh
 ):
   """Saved by n, continued by m: bitwise with the same processes and mesh, else to rounding."""
   workdir = tmp_path / 'moved'
@@ -288,7 +282,7 @@ def until(condition, processes, seconds: float = 120) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('victim', [0, 1])
-def test_a_process_killed_within_a_save(finished, text_folder, tmp_path, victim):  # noqa: F811
+def test_a_process_killed_within_a_save(finished, text_folder, tmp_path, victim):
   """The other one ends by itself, with an error; the run goes on from the last whole checkpoint."""
   workdir = tmp_path / 'run'
   command = arguments(text_folder, workdir, train__micro_batch_rows=2)

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from support.contexts import begun, evaluated, one_device, shrunk, texts  # noqa: F401
+from support.contexts import evaluated, one_device, shrunk  # noqa: F401# noqa: F401
 
 import gpt2_jax
 from configs import finetune
@@ -26,18 +26,18 @@ def permuted(tmp_path_factory):
   return folder
 
 
-def settings(texts, spec):  # noqa: F811
+def settings(texts, spec):
   return prepare.Settings(f'text:{texts}/one.txt', str(spec), 0.1, 0, 'tail')
 
 
 @pytest.fixture(scope='module')
-def other(texts, permuted, tmp_path_factory):  # noqa: F811
+def other(texts, permuted, tmp_path_factory):
   """A store of the same text, made with it."""
   folder = tmp_path_factory.mktemp('other') / 'store'
   return prepare.ensure_store(settings(texts, permuted), folder, 1)
 
 
-def test_a_store_of_another_tokenizer_is_not_scored(begun, other, tmp_path, capfd):  # noqa: F811
+def test_a_store_of_another_tokenizer_is_not_scored(begun, other, tmp_path, capfd):
   with pytest.raises(UserError, match=f'another tokenizer .*--tokenizer={other.path}/tokenizer'):
     evaluated(begun, other.path, tmp_path)
   assert not (tmp_path / 'found.json').exists()
@@ -47,7 +47,7 @@ def test_a_store_of_another_tokenizer_is_not_scored(begun, other, tmp_path, capf
   assert found['tokenizer'] == other.manifest['tokenizer']['sha256']
 
 
-def test_a_store_is_known_by_its_ids_not_by_a_name(begun, texts, other, permuted, tmp_path):  # noqa: F811
+def test_a_store_is_known_by_its_ids_not_by_a_name(begun, texts, other, permuted, tmp_path):
   own = gpt2_jax.from_pretrained(begun).tokenizer
   made = prepare.ensure_store(settings(texts, 'byte'), tmp_path / 's', 1)
   # asked for by another name
@@ -69,7 +69,7 @@ def test_tokens_that_say_nothing_are_gpt2s(tmp_path):
     opened.check_tokenizer(swapped, 'the model', '--tokenizer')
 
 
-def test_training_does_not_begin_on_the_ids_of_another(begun, other, texts, tmp_path, capsys):  # noqa: F811
+def test_training_does_not_begin_on_the_ids_of_another(begun, other, texts, tmp_path, capsys):
   config = finetune.get_config()
   config.init_from = str(begun)
   config = shrunk(config, texts)
@@ -87,7 +87,7 @@ def test_training_does_not_begin_on_the_ids_of_another(begun, other, texts, tmp_
     run_data.open_data(run_plan.make_plan(config))
 
 
-def test_an_assistant_has_the_tokenizer_of_the_model(begun, permuted):  # noqa: F811
+def test_an_assistant_has_the_tokenizer_of_the_model(begun, permuted):
   model, assistant = (gpt2_jax.from_pretrained(begun) for _ in range(2))
   options = dict(max_new_tokens=4, do_sample=False)
   want = gpt2_jax.generate(model, 'the', **options)[0].tokens

@@ -12,7 +12,7 @@ import pytest
 from support import forked
 from support.arrays import mesh_of
 from support.processes import ROOT, environment, run
-from support.runs import arguments, finished, lines, plain  # noqa: F401
+from support.runs import arguments, lines, plain
 
 from benchmarks import kills
 from gpt2_jax.checkpoints import manifest, orbax_store
@@ -149,7 +149,7 @@ def test_what_is_kept(tmp_path, policy, kept):
 
 
 @pytest.mark.slow
-def test_a_run_passes_over_a_damaged_checkpoint(finished, text_folder, tmp_path):  # noqa: F811
+def test_a_run_passes_over_a_damaged_checkpoint(finished, text_folder, tmp_path):
   """The newest one is cut short: the run makes its steps again, bitwise."""
   workdir = tmp_path / 'run'
   shutil.copytree(finished[0], workdir)

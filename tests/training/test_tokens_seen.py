@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.contexts import one_device, shrunk, texts  # noqa: F401
+from support.contexts import one_device, shrunk  # noqa: F401# noqa: F401
 
 from configs import base
 from gpt2_jax.checkpoints.orbax_store import Checkpoints
@@ -24,7 +24,7 @@ def lines(workdir):
   return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
 
 
-def config_of(texts, rows, steps, **optim):  # noqa: F811
+def config_of(texts, rows, steps, **optim):
   config = shrunk(importlib.import_module('configs.tiny').get_config('shakespeare'), texts)
   config.train.update(steps=steps, global_batch_tokens=rows * T)
   config.evaluate.every = 1000
@@ -32,7 +32,7 @@ def config_of(texts, rows, steps, **optim):  # noqa: F811
   return config
 
 
-def test_a_run_goes_on_with_other_batches(texts, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_run_goes_on_with_other_batches(texts, tmp_path, monkeypatch, capsys):
   """Tokens, the order of the data and the learning rate, over four starts."""
   optim = dict(warmup_tokens=4 * T, decay_tokens=20 * T)
   seen, rows = [], token_batches.TokenBatches.rows

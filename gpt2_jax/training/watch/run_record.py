@@ -145,11 +145,11 @@ def begin(workdir: Path, plan: Plan, data: TrainingData, step: int, seconds: dic
   return changed
 
 
-def _knobs(config: dict) -> dict:
+def _knobs(read: dict) -> dict:
   """Returns the knobs of a config's sections, and init_from, as a flat dict."""
-  sections = ((name, section) for name, section in config.items() if isinstance(section, dict))
+  sections = ((name, section) for name, section in read.items() if isinstance(section, dict))
   flat = {f'{name}.{key}': value for name, section in sections for key, value in section.items()}
-  return flat | {'init_from': config.get('init_from')}
+  return flat | {'init_from': read.get('init_from')}
 
 
 def save_tokenizer(own: bpe.Tokenizer, folder: Path) -> None:
