@@ -87,6 +87,7 @@ class Task:
       env['XLA_FLAGS'] = (
         f'{env.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count={devices}'
       ).strip()
+    status = 0
     for step in [*self.point.get('run.kill_at', ()), None]:
       if step is None or len(metrics_file.read(self.folder)) < step:
         with open(self.folder / LOG, 'a') as log:

@@ -32,7 +32,8 @@ def report(runs, axes):
     kills = ', '.join(map(str, run.point.get('run.kill_at', []))) or 'never'
     begins = [start['began_at'] for start in run.starts]
     found = 'compared with' if run is whole else len(list(differences(whole.lines, run.lines)))
-    rows.append([kills, len(run.starts), ', '.join(map(str, begins)), len(run.lines), found])
+    row = (kills, len(run.starts), ', '.join(map(str, begins)), len(run.lines), found)
+    rows.append([*map(str, row)])
     losses = [line['train/loss'] + 0.5 * i for line in run.lines]
     axes.plot([line['step'] for line in run.lines], losses, label=f'killed: {kills}', linewidth=1.3)
     axes.plot(begins[1:], [losses[max(step - 1, 0)] for step in begins[1:]], 'k|', markersize=14)

@@ -52,7 +52,9 @@ def report(runs, axes):
       curve = curves[name, width]
       best = min(range(len(RATES)), key=curve.__getitem__)
       shown = [f'**{v:.4f}**' if j == best else f'{v:.4f}' for j, v in enumerate(curve)]
-      rows.append([name, width, *shown, f'{RATES[best]:g}', f'{curve[at_base] - curve[best]:.4f}'])
+      rows.append(
+        [name, str(width), *shown, f'{RATES[best]:g}', f'{curve[at_base] - curve[best]:.4f}']
+      )
       if name == 'mup' and width == BASE:
         continue
       plots.line(

@@ -453,7 +453,7 @@ class Site(http.server.BaseHTTPRequestHandler):
       self.server.stalled.wait(20)
     self.close_connection = True
 
-  def log_message(self, *_):
+  def log_message(self, format, *args):
     pass
 
 

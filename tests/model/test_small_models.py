@@ -30,7 +30,7 @@ def letters(V: int) -> Tokenizer:
   return Tokenizer([], Tables(vocab, [], [Added(V - 1, EOT)], {}, False, V - 1))
 
 
-def make(P: int, V: int, D: int, seed: int = 0, *, bias: float = 0.7) -> GPT2:
+def make(P: int, V: int, D: int, seed: int = 0, *, bias: float = 0.7) -> gpt2_jax.Pretrained:
   config = GPTConfig(
     vocab_size=V,
     n_positions=P,
@@ -52,7 +52,7 @@ def make(P: int, V: int, D: int, seed: int = 0, *, bias: float = 0.7) -> GPT2:
 
 
 @pytest.fixture(scope='module', params=SIZES, ids=lambda size: 'P{}-V{}-D{}'.format(*size))
-def small(request) -> GPT2:
+def small(request) -> gpt2_jax.Pretrained:
   return make(*request.param)
 
 

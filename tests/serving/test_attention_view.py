@@ -170,7 +170,7 @@ def test_a_classifier_attends_but_predicts_no_tokens(model):
 def svg_texts(svg: str) -> list[str]:
   root = ElementTree.fromstring(svg.encode())
   assert root.tag == '{http://www.w3.org/2000/svg}svg'
-  return [node.text for node in root.iter('{http://www.w3.org/2000/svg}text')]
+  return [node.text or '' for node in root.iter('{http://www.w3.org/2000/svg}text')]
 
 
 def test_a_figure_is_a_picture_and_a_page(model, tmp_path):

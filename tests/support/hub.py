@@ -53,7 +53,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     if body:
       self.wfile.write(content)
 
-  def log_message(self, *_):
+  def log_message(self, format, *args):
     pass
 
 
