@@ -333,7 +333,7 @@ def test_served_streams_and_the_best_of_several(server):
 
 def test_all_programs_of_a_small_model_are_compiled_at_the_start(server):
   server.serving.engines['p1'].warm()
-  assert [server.serving.engines[name].chunks for name in SERVED] == [
+  assert [server.serving.engines[name].batch.chunks for name in SERVED] == [
     [1],
     [2],
     [8],
