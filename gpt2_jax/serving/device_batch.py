@@ -55,7 +55,7 @@ class DeviceBatch:
     check_memory(self._form, slots, *devices)
     ends = own_ends(model)
     self._eos = jnp.asarray([model.tokenizer.eot] if ends is None else ends, jnp.int32)
-    self._chunks = chunk_sizes(self._form)
+    self.chunks = chunk_sizes(self._form)
     self._slots: Slots | None = None
     self.rows: list[Row | None] = [None] * slots
     self.ended_B = np.zeros(slots, bool)
@@ -103,7 +103,7 @@ class DeviceBatch:
     """
     prompt = row.prompt
     n, start = min(prompt.unread, CHUNK), prompt.read
-    T = next(size for size in self._chunks if n <= size)
+    T = next(size for size in self.chunks if n <= size)
     ids_2T = np.zeros((2, T), np.int32)
     ids_2T[0, :n], ids_2T[1, :n] = (prompt.ids[start + i : start + i + n] for i in (0, 1))
     prompt.cache, scores = programs.prefill(
@@ -131,7 +131,7 @@ class DeviceBatch:
     """Compiles all that requests will need, with a row in slots of its own."""
     row = Row(Prompt([0], 1), 1, 0, 0, choice_of(self._form.vocab_size, {}), pieces, slot=0)
     slots = empty(self._form, B=len(self.rows))
-    for T in self._chunks:
+    for T in self.chunks:
       ids_2T = np.zeros((2, T), np.int32)
       row.prompt.cache, _ = programs.prefill(
         self._form, self.params, self._cache(row), 0, *ids_2T, False
