@@ -12,7 +12,7 @@ from gpt2_jax.checkpoints import orbax_store
 from gpt2_jax.checkpoints.opening import PLAIN, Opening
 from gpt2_jax.checkpoints.tensors import Source, source_of
 from gpt2_jax.core.errors import UserError, brief
-from gpt2_jax.core.files import read_json, read_lines, whole_number
+from gpt2_jax.core.files import misfit, read_json, read_lines, whole_number
 from gpt2_jax.model.config import GPTConfig
 from gpt2_jax.model.gpt2 import Params
 from gpt2_jax.parallel.sharding import without_mesh
@@ -31,6 +31,11 @@ ENV = {
   'command': list,
   'data': {'corpus': str, 'tokens': whole_number, 'sha256': str, 'licence': (str, type(None))},
 }
+
+
+def _shown(line: Any) -> bool:
+  """Whether a line of the record has what is shown of it; a held-out loss may be missing or null."""
+  return misfit(line, LINE) is None and isinstance(line.get('eval/loss'), (*NUMBER, type(None)))
 
 
 def recognises(path: Path) -> bool:
@@ -190,7 +195,7 @@ def record(path: Path, step: int) -> dict[str, Any]:
   except UserError as e:
     print(f'{e} Of this run no more is known than its checkpoints say.', file=sys.stderr, flush=True)
     return {'step': step}
-  lines = read_lines(path / 'metrics.jsonl', LINE)[0]
+  lines = read_lines(path / 'metrics.jsonl', _shown)[0]
   lines = [line for line in lines if line['step'] <= step]
   losses = [line for line in lines if 'eval/loss' in line]
   losses = losses[:: -(-len(losses) // 20) or 1]

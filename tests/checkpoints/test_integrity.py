@@ -208,6 +208,19 @@ def test_readers_of_a_run_with_a_damaged_file(made, name, data):
       run_record.finished(run)
 
 
+@pytest.mark.parametrize('loss', [[], 'low', {}, True])
+def test_a_held_out_loss_that_is_no_number_is_not_shown(copy, loss):
+  from gpt2_jax.checkpoints import model_card, workdir
+
+  lines = metrics_file.read(copy)
+  kept = [json.dumps(line) for line in lines[:-1]] + [json.dumps(lines[-1] | {'eval/loss': loss})]
+  (copy / metrics_file.FILE).write_text('\n'.join(kept) + '\n')
+  source = workdir.open_source(copy)
+  assert source.record is not None
+  assert loss is True or lines[-1]['step'] not in [line['step'] for line in source.record['losses']]
+  assert model_card.model_card(source)
+
+
 @pytest.mark.parametrize('name', RUN[:3])
 @few
 @given(data=st.data())
