@@ -1,4 +1,6 @@
-"""Configs and recipes made small, and their runs."""
+"""Configs and recipes made small, and their runs. What they need is imported late: tests/conftest.py
+imports this before it says whether the hub may be asked, which is read when its library is loaded.
+"""
 
 import importlib
 import json
@@ -7,8 +9,6 @@ import jax
 import numpy as np
 import pytest
 
-from gpt2_jax.cli.evaluate import Evaluate
-from gpt2_jax.training import train
 from support.texts import make_text
 
 
@@ -52,6 +52,8 @@ def shrunk(config, texts):
 
 def evaluated(workdir, store, tmp_path, **options):
   """What `evaluate --tasks store:…` finds."""
+  from gpt2_jax.cli.evaluate import Evaluate
+
   Evaluate(str(workdir), f'store:{store}', json=tmp_path / 'found.json', **options).run()
   return json.loads((tmp_path / 'found.json').read_text())['results'][0]
 
@@ -59,6 +61,8 @@ def evaluated(workdir, store, tmp_path, **options):
 @pytest.fixture(scope='module')
 def begun(texts, tmp_path_factory):
   """The workdir of a small run by bytes, with 64 positions."""
+  from gpt2_jax.training import train
+
   folder = tmp_path_factory.mktemp('begun')
   config = shrunk(importlib.import_module('configs.tiny').get_config('shakespeare'), texts)
   config.train.update(steps=1)
