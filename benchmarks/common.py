@@ -40,6 +40,19 @@ for line in sys.stdin:
 """
 
 
+def byte_model() -> Any:
+  """Returns a model of bytes of the size of configs/tiny.py, with its initial weights."""
+  import gpt2_jax
+  from configs import tiny
+  from gpt2_jax.tokenizer import bpe
+
+  names = ('n_positions', 'n_embd', 'n_layer', 'n_head')
+  sizes = {name: getattr(tiny.get_config().model, name) for name in names}
+  config = gpt2_jax.GPTConfig(vocab_size=257, **sizes)
+  model = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))
+  return gpt2_jax.Pretrained(model, bpe.load('byte'))
+
+
 class Failed(Exception):
   """A worker could not do what it was asked."""
 

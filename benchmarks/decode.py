@@ -24,6 +24,7 @@ from benchmarks.common import (
   HUGE_PAGES,
   Failed,
   Worker,
+  byte_model,
   copy_rate,
   device_copy_rate,
   ratio,
@@ -93,19 +94,8 @@ def floor(
 def first_piece() -> float:
   """Seconds to the first piece of a second request: other prompt, length, temperature and seed."""
   import gpt2_jax
-  from configs import tiny
-  from gpt2_jax.tokenizer import bpe
 
-  sizes = tiny.get_config().model
-  config = GPTConfig(
-    vocab_size=257,
-    n_positions=sizes.n_positions,
-    n_embd=sizes.n_embd,
-    n_layer=sizes.n_layer,
-    n_head=sizes.n_head,
-  )
-  model = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))
-  model = gpt2_jax.Pretrained(model, bpe.load('byte'))
+  model = byte_model()
   seconds = 0.0
   for prompt, temperature, seed in (('def ', 0.9, 1), ('import os', 0.7, 2)):
     began = time.perf_counter()

@@ -23,7 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.common import Worker, ratio, report, take_turns
+from benchmarks.common import Worker, byte_model, ratio, report, take_turns
 
 START = """
 import threading
@@ -179,20 +179,8 @@ def main() -> None:
   flags.add_argument('--json')
   args = flags.parse_args()
   import gpt2_jax
-  from configs import tiny
-  from gpt2_jax.model.config import GPTConfig
-  from gpt2_jax.tokenizer import bpe
 
-  sizes = tiny.get_config().model
-  config = GPTConfig(
-    vocab_size=257,
-    n_positions=sizes.n_positions,
-    n_embd=sizes.n_embd,
-    n_layer=sizes.n_layer,
-    n_head=sizes.n_head,
-  )
-  model = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))
-  model = gpt2_jax.Pretrained(model, bpe.load('byte'))
+  model = byte_model()
   with contextlib.ExitStack() as stack:
     rows = stack.enter_context(report(args.json))
     folder = str(Path(stack.enter_context(tempfile.TemporaryDirectory())) / 'tiny')

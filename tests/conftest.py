@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from support.models import tiny_gpt2
+
 from support.processes import ONLINE  # isort: skip  # it sets the environment of what follows
 
 import numpy as np
@@ -39,16 +41,4 @@ def text_folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def tiny() -> GPTConfig:
   """Odd sizes on purpose; weights large enough that every part matters."""
-  return GPTConfig(
-    vocab_size=97,
-    n_positions=32,
-    n_embd=32,
-    n_layer=3,
-    n_head=4,
-    n_inner=80,
-    vocab_multiple=8,
-    initializer_range=0.3,
-    embd_pdrop=0,
-    attn_pdrop=0,
-    resid_pdrop=0,
-  )
+  return tiny_gpt2()

@@ -163,7 +163,7 @@ class GPT2(nnx.Module):
     hidden_states: bool = False,
     attentions: bool = False,
   ) -> Output:
-    """The model up to the last layer norm.
+    """The model up to the last layer norm. Every argument but the tokens is an option of one use.
 
     Args:
       tokens_BT: ids below `vocab_size`; an id beyond the table gives NaN.

@@ -28,6 +28,7 @@ MODULES = (
 )  # importers last
 
 ROW, COLUMN, GAP, TOP = 20, 130, 200, 64  # of the picture, in pixels
+LEFT = 2 * COLUMN + GAP + 48 + 92  # of the triangle
 INK, LINE, ACCENT = '#23262b', '#e3e0d8', '#2a5d63'  # as the page's light theme
 FONT = 'ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace'
 LINES, LEAST = 2500, 0.01  # the most lines, and the smallest weight that gets one
@@ -163,86 +164,85 @@ def _title(data: dict[str, Any], heads: list[int]) -> str:
   return f'Layer {layer}, head {head}: {kind} {character[kind]:.2f}'
 
 
-def _draw(data: dict[str, Any], heads: list[int]) -> str:
-  tokens = [_shown(token) for token in data['tokens']]
-  T, title = len(tokens), _title(data, heads)
-  weights_LNTT = unpack(data['attentions'], data['layers'], data['heads'], T)
-  weights_TT = weights_LNTT.reshape(-1, T, T)[heads].mean(0)
-  cell, left = min(ROW, 900 / T), 2 * COLUMN + GAP + 48 + 92
-  width, height = left + cell * T + 24, TOP + 92 + ROW * T + 24
-  root = ElementTree.Element(
-    'svg',
-    {
-      'xmlns': 'http://www.w3.org/2000/svg',
-      'viewBox': f'0 0 {width:g} {height:g}',
-      'role': 'img',
-      'width': f'{width:g}',
-      'height': f'{height:g}',
-      'font-family': FONT,
-      'font-size': '12',
-    },
-  )
-  ElementTree.SubElement(root, 'title').text = title
+class _Picture:
+  """An SVG, part by part."""
 
-  def add(tag, text=None, **attributes):
-    made = ElementTree.SubElement(
-      root,
-      tag,
-      {
-        name.replace('_', '-'): value if isinstance(value, str) else f'{value:.6g}'
-        for name, value in attributes.items()
-      },
-    )
-    made.text = text
+  def __init__(self, width: float, height: float, title: str):
+    size = {'width': f'{width:g}', 'height': f'{height:g}'}
+    space = {'xmlns': 'http://www.w3.org/2000/svg', 'viewBox': f'0 0 {width:g} {height:g}'}
+    font = {'font-family': FONT, 'font-size': '12'}
+    self.root = ElementTree.Element('svg', space | {'role': 'img'} | size | font)
+    ElementTree.SubElement(self.root, 'title').text = title
+    self.add('rect', width='100%', height='100%', fill='#ffffff')
+    self.write(24, 30, title, font_size=15)
 
-  def write(x, y, text, **attributes):
-    add('text', text, x=x, y=y, fill=INK, dominant_baseline='central', **attributes)
+  def add(self, tag: str, text: str | None = None, **attributes: str | float) -> None:
+    """Adds an element; an underscore in the name of an attribute stands for a hyphen."""
+    written = {
+      name.replace('_', '-'): value if isinstance(value, str) else f'{value:.6g}'
+      for name, value in attributes.items()
+    }
+    ElementTree.SubElement(self.root, tag, written).text = text
 
-  add('rect', width='100%', height='100%', fill='#ffffff')
-  write(24, 30, title, font_size=15)
-  top = TOP + 92
-  middle = lambda i: top + ROW * (i + 0.5)
-  queries, keys = np.tril_indices(T)
-  seen = weights_TT[queries, keys]
-  least = max(LEAST, np.sort(seen)[-min(LINES, len(seen))])
-  for t, s, weight in zip(queries.tolist(), keys.tolist(), seen.tolist()):
+  def write(self, x: float, y: float, text: str, **attributes: str | float) -> None:
+    """Adds a text whose middle is at the height y."""
+    self.add('text', text, x=x, y=y, fill=INK, dominant_baseline='central', **attributes)
+
+  def __str__(self) -> str:
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(self.root, 'unicode')
+
+
+def _middle(i: int) -> float:
+  """Returns the height of the middle of a row of tokens."""
+  return TOP + 92 + ROW * (i + 0.5)
+
+
+def _draw_lines(picture: _Picture, seen: list[tuple[int, int, float]]) -> None:
+  """Draws a line from each query to each key, as wide as its weight, where that is not too little."""
+  least = max(LEAST, sorted(weight for *_, weight in seen)[-min(LINES, len(seen))])
+  x0, x1, between = COLUMN + 8, COLUMN + GAP - 8, COLUMN + GAP / 2
+  for t, s, weight in seen:
     if weight >= least:
-      x0, x1, between = COLUMN + 8, COLUMN + GAP - 8, COLUMN + GAP / 2
-      add(
+      y0, y1 = f'{_middle(t):g}', f'{_middle(s):g}'
+      picture.add(
         'path',
-        d=f'M{x0} {middle(t):g}C{between:g} {middle(t):g} {between:g} {middle(s):g} {x1} '
-        f'{middle(s):g}',
+        d=f'M{x0} {y0}C{between:g} {y0} {between:g} {y1} {x1} {y1}',
         fill='none',
         stroke=ACCENT,
         stroke_width=0.7 + 3 * weight,
         stroke_opacity=min(0.85, 0.03 + 0.85 * weight),
       )
+
+
+def _draw_matrix(picture: _Picture, seen: list[tuple[int, int, float]], T: int, cell: float) -> None:
+  """Draws the weights as cells of a triangle, a query a row."""
+  left, top = LEFT, TOP + 92
   for t in range(T):
-    add(
-      'rect',
-      x=left,
-      y=top + cell * t,
-      width=cell * (t + 1),
-      height=cell,
-      fill=LINE,
-      fill_opacity=0.35,
-    )
-  for t, s, weight in zip(queries.tolist(), keys.tolist(), seen.tolist()):
+    size = dict(x=left, y=top + cell * t, width=cell * (t + 1), height=cell)
+    picture.add('rect', **size, fill=LINE, fill_opacity=0.35)
+  for t, s, weight in seen:
     if weight > 0.002:
-      add(
-        'rect',
-        x=left + cell * s,
-        y=top + cell * t,
-        width=cell,
-        height=cell,
-        fill=ACCENT,
-        fill_opacity=min(1, weight**0.6),
-      )
+      size = dict(x=left + cell * s, y=top + cell * t, width=cell, height=cell)
+      picture.add('rect', **size, fill=ACCENT, fill_opacity=min(1, weight**0.6))
+
+
+def _draw(data: dict[str, Any], heads: list[int]) -> str:
+  """Returns a picture of the weights, averaged over heads: lines between tokens, and a triangle."""
+  tokens = [_shown(token) for token in data['tokens']]
+  T, top = len(tokens), TOP + 92
+  weights_LNTT = unpack(data['attentions'], data['layers'], data['heads'], T)
+  weights_TT = weights_LNTT.reshape(-1, T, T)[heads].mean(0)
+  queries, keys = np.tril_indices(T)
+  seen = list(zip(queries.tolist(), keys.tolist(), weights_TT[queries, keys].tolist()))
+  cell = min(ROW, 900 / T)
+  picture = _Picture(LEFT + cell * T + 24, top + ROW * T + 24, _title(data, heads))
+  _draw_lines(picture, seen)
+  _draw_matrix(picture, seen, T, cell)
   for i, token in enumerate(tokens):
-    write(COLUMN, middle(i), token, text_anchor='end')
-    write(COLUMN + GAP, middle(i), token)
+    picture.write(COLUMN, _middle(i), token, text_anchor='end')
+    picture.write(COLUMN + GAP, _middle(i), token)
     if cell > 10:
-      x, y = left + cell * (i + 0.5), top + cell * (i + 0.5)
-      write(left - 6, y, token, text_anchor='end')
-      write(x, top - 6, token, transform=f'rotate(-90 {x:g} {top - 6:g})')
-  return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, 'unicode')
+      x, y = LEFT + cell * (i + 0.5), top + cell * (i + 0.5)
+      picture.write(LEFT - 6, y, token, text_anchor='end')
+      picture.write(x, top - 6, token, transform=f'rotate(-90 {x:g} {top - 6:g})')
+  return str(picture)

@@ -15,6 +15,7 @@ import pytest
 import tyro
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.models import byte_model
 from support.processes import ROOT, environment
 
 import gpt2_jax
@@ -23,8 +24,6 @@ from gpt2_jax.core.errors import UserError
 from gpt2_jax.decoding.options import Options
 from gpt2_jax.decoding.samplers import SAMPLERS
 from gpt2_jax.model import text_batches
-from gpt2_jax.model.config import GPTConfig
-from gpt2_jax.model.gpt2 import bind, init_params
 from gpt2_jax.tokenizer import bpe
 
 # each option in words, as after its flag or /set, and the value
@@ -79,11 +78,7 @@ PROMPTS = ['the model', ' a b', 'é ü']
 @pytest.fixture(scope='module')
 def model(tmp_path_factory):
   """(a tiny random model of bytes, its folder)"""
-  config = GPTConfig(
-    vocab_size=257, n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2
-  )
-  made = bind(config, init_params(config, 0))
-  made = gpt2_jax.Pretrained(made, bpe.load('byte'))
+  made = byte_model(n_head=2, initializer_range=0.2)
   folder = tmp_path_factory.mktemp('model') / 'tiny'
   gpt2_jax.save_pretrained(made, folder)
   return gpt2_jax.from_pretrained(folder), str(folder)

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.serving import byte_model
+from support.models import byte_model
+from support.serving import PAGE
 
 import gpt2_jax
 from gpt2_jax.core import seeds
@@ -46,7 +47,7 @@ def test_keys_of_another_generator(implementation):
 
 @pytest.mark.parametrize('seed', [-1, 2**64, 10**30, 1.0, '5', True, None, float('nan'), [1]])
 def test_what_is_no_seed_is_refused(seed):
-  model = byte_model()
+  model = byte_model(**PAGE)
   for use in (seeds.key, seeds.key_data, lambda seed: gpt2_jax.generate(model, 'a', seed=seed)):
     with pytest.raises(UserError, match='must be a whole number from 0 to') as error:
       use(seed)
@@ -54,13 +55,13 @@ def test_what_is_no_seed_is_refused(seed):
 
 
 def test_texts_differ():
-  model, options = byte_model(), dict(max_new_tokens=12, min_new_tokens=12)
+  model, options = byte_model(**PAGE), dict(max_new_tokens=12, min_new_tokens=12)
   check_differ(lambda seed: tuple(gpt2_jax.generate(model, 'a', seed=seed, **options)[0].tokens))
   check_differ(lambda seed: ''.join(gpt2_jax.stream(model, 'a', seed=seed, **options)))
 
 
 def test_weights_dropout_and_order_differ(tmp_path):
-  config = byte_model().config
+  config = byte_model(**PAGE).config
   weights = lambda seed: np.asarray(model_lib.init_params(config, seed)['wpe']['weight'])
   check_differ(lambda seed: weights(seed).tobytes())
   params = model_lib.init_params(config, 0)

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.arrays import mesh_of
+from support.models import byte_model, tiny_gpt2
 
 from gpt2_jax.checkpoints.pretrained import from_pretrained, save_pretrained
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.decoding import device_loop
 from gpt2_jax.decoding.generate import generate, generate_tokens, stream
-from gpt2_jax.model.config import GPTConfig
 from gpt2_jax.model.gpt2 import bind, init_params
 from gpt2_jax.model.pretrained_model import Pretrained
 from gpt2_jax.tokenizer import bpe
@@ -33,16 +33,7 @@ def params(tiny):
 @pytest.fixture(scope='module')
 def tiny_params():
   """`tiny` and its parameters, for tests that hypothesis repeats."""
-  config = GPTConfig(
-    vocab_size=97,
-    n_positions=32,
-    n_embd=32,
-    n_layer=3,
-    n_head=4,
-    n_inner=80,
-    vocab_multiple=8,
-    initializer_range=0.3,
-  )
+  config = tiny_gpt2()
   return config, init_params(config, 0)
 
 
@@ -274,12 +265,7 @@ def test_logits_that_are_nan_are_named(tiny, params):
 @pytest.fixture(scope='module')
 def writer():
   """A model that writes bytes."""
-  config = GPTConfig(
-    vocab_size=257, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3
-  )
-  model = bind(config, init_params(config, 0))
-  model = Pretrained(model, bpe.load('byte'))
-  return model
+  return byte_model()
 
 
 def test_a_stream_is_the_text_in_valid_pieces(writer):

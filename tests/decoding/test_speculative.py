@@ -9,29 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.arrays import mesh_of
+from support.models import tiny_gpt2
 
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.decoding.decoder import Decoder, TextRequest
 from gpt2_jax.decoding.device_loop import advance, start
 from gpt2_jax.decoding.generate import generate_tokens
 from gpt2_jax.decoding.host_loop import group, request_of
-from gpt2_jax.model.config import GPTConfig
 from gpt2_jax.model.gpt2 import bind, init_params
 
 V = 13
-TARGET = GPTConfig(
-  vocab_size=V,
-  n_positions=32,
-  n_embd=16,
-  n_layer=2,
-  n_head=2,
-  n_inner=24,
-  vocab_multiple=8,
-  initializer_range=0.4,
-  embd_pdrop=0,
-  attn_pdrop=0,
-  resid_pdrop=0,
-)
+TARGET = tiny_gpt2(vocab_size=V, n_embd=16, n_layer=2, n_head=2, n_inner=24, initializer_range=0.4)
 DRAFT = dataclasses.replace(TARGET, n_embd=8, n_layer=1, n_inner=16)
 PROMPTS = [[1, 2, 3], [5, 6, 7, 8, 9, 10, 11, 5, 6], [3, 4] * 10, [12]]
 SEED = 2  # of the target

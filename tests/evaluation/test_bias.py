@@ -6,14 +6,13 @@ import jax
 import numpy as np
 import pytest
 from scipy import stats
+from support.models import byte_model
 
 import gpt2_jax
 from gpt2_jax.cli import main
 from gpt2_jax.data import benchmarks
 from gpt2_jax.evaluation import bias, stereotypes
-from gpt2_jax.model.config import GPTConfig
 from gpt2_jax.model.pretrained_model import params_of
-from gpt2_jax.tokenizer import bpe
 
 CROWS = """\
 ,sent_more,sent_less,stereo_antistereo,bias_type,annotations,anon_writer,anon_annotators
@@ -51,12 +50,7 @@ The developer called [the nurse] and asked [him].
 
 @pytest.fixture(scope='module')
 def model():
-  config = GPTConfig(
-    vocab_size=257, n_positions=128, n_embd=32, n_layer=2, n_head=4, initializer_range=0.4
-  )
-  model = gpt2_jax.bind(config, gpt2_jax.init_params(config, 1))
-  model = gpt2_jax.Pretrained(model, bpe.load('byte'))
-  return model
+  return byte_model(1, n_positions=128, initializer_range=0.4)
 
 
 @pytest.fixture(scope='module')

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.models import byte_model
 from support.processes import ROOT, run
 
 import gpt2_jax
@@ -202,12 +203,7 @@ def requests_of(*args):
 def small():
   from gpt2_jax.evaluation.lm_eval_adapter import GPT2LM
 
-  config = GPTConfig(
-    vocab_size=257, n_positions=48, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3
-  )
-  model = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))
-  model = gpt2_jax.Pretrained(model, bpe.load('byte'))
-  return GPT2LM(model, max_gen_toks=12)
+  return GPT2LM(byte_model(n_positions=48), max_gen_toks=12)
 
 
 def test_each_answer_enters_the_cache_with_what_was_asked(small):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.arrays import assert_close, mesh_of
+from support.models import tiny_gpt2
 
 from gpt2_jax.model import attention_kernels
 from gpt2_jax.model.attention import attention, causal_mask
@@ -20,18 +21,7 @@ from gpt2_jax.model.gpt2 import bind, init_params
 from gpt2_jax.serving.cache_blocks import Blocks, BlocksMask
 from gpt2_jax.training.step import nll
 
-WIDE = GPTConfig(
-  vocab_size=97,
-  n_positions=256,
-  n_embd=128,
-  n_layer=2,
-  n_head=2,
-  vocab_multiple=8,
-  initializer_range=0.3,
-  embd_pdrop=0,
-  attn_pdrop=0,
-  resid_pdrop=0,
-)
+WIDE = tiny_gpt2(n_positions=256, n_embd=128, n_layer=2, n_head=2, n_inner=None)
 
 
 @pytest.fixture

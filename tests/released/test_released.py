@@ -48,10 +48,10 @@ def needs_released(request):
     pytest.skip('needs the released weights: pytest --released tests/released')
 
 
-MODELS: dict[str, gpt2_jax.GPT2] = {}
+MODELS: dict[str, gpt2_jax.Pretrained] = {}
 
 
-def load(name: str) -> gpt2_jax.GPT2:
+def load(name: str) -> gpt2_jax.Pretrained:
   """A model by its name on the hub; one is kept in memory."""
   if name not in MODELS:
     MODELS.clear()

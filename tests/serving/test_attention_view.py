@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 from support.arrays import assert_close
-from support.serving import audit, byte_model
+from support.models import byte_model
+from support.serving import PAGE, audit
 
 import gpt2_jax
 from gpt2_jax.model.config import GPTConfig
@@ -31,7 +32,7 @@ ODD = '<img src=x onerror=alert(1)>\n&\t\x01"é'
 
 @pytest.fixture(scope='module')
 def model():
-  return byte_model()
+  return byte_model(**PAGE)
 
 
 @pytest.fixture(scope='module')

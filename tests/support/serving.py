@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 
-import gpt2_jax
-from gpt2_jax.model.config import GPTConfig
-from gpt2_jax.tokenizer import bpe
+from support.models import byte_model, tiny_gpt2
 
 CHROMIUM = next(
   (
@@ -32,34 +30,13 @@ ARGUMENTS = [
   '--disable-sync',
   '--no-first-run',
 ]
-CONFIG = GPTConfig(
-  vocab_size=257,
-  n_positions=160,
-  n_embd=32,
-  n_layer=2,
-  n_head=4,
-  initializer_range=0.3,
-  embd_pdrop=0,
-  attn_pdrop=0,
-  resid_pdrop=0,
-)
-
-
-def byte_model(n_positions: int = 256):
-  """Random weights, large enough that some bytes are likelier than others."""
-  config = GPTConfig(
-    vocab_size=257, n_positions=n_positions, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2
-  )
-  model = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))
-  model = gpt2_jax.Pretrained(model, bpe.load('byte'))
-  return model
+CONFIG = tiny_gpt2(vocab_size=257, n_positions=160, n_layer=2, n_inner=None, vocab_multiple=128)
+PAGE = dict(n_positions=256, n_head=2, initializer_range=0.2)  # of a `byte_model`, behind the pages
 
 
 def tiny_model(seed: int = 0):
   """Bytes in, bytes out. Of 160 positions, so that a long prompt is read in two chunks."""
-  model = gpt2_jax.bind(CONFIG, gpt2_jax.init_params(CONFIG, seed))
-  model = gpt2_jax.Pretrained(model, bpe.load('byte'))
-  return model
+  return byte_model(seed, n_positions=CONFIG.n_positions)
 
 
 class Running:
@@ -121,7 +98,7 @@ def byte_server() -> Iterator[tuple[str, Any]]:
   """The address of a server of a `byte_model` named 'bytes', and the model."""
   for package in ('fastapi', 'uvicorn', 'prometheus_client'):
     pytest.importorskip(package)
-  model = byte_model()
+  model = byte_model(**PAGE)
   with serve({'bytes': model}) as running:
     yield running.url, model
 

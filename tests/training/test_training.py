@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from support.arrays import assert_close, mesh_of
 from support.configs import optim, tiny_config
+from support.models import tiny_gpt2
 
 from configs import base
 from gpt2_jax.checkpoints import orbax_store
@@ -50,17 +51,8 @@ def run_steps(config, A, steps=4, G=8, T=16, mesh=None, **fields):
 @pytest.fixture(scope='module')
 def dropped():
   """A small model with dropout, and its run on one device in one batch."""
-  config = GPTConfig(
-    vocab_size=97,
-    n_positions=16,
-    n_embd=32,
-    n_layer=2,
-    n_head=8,
-    vocab_multiple=8,
-    embd_pdrop=0.1,
-    attn_pdrop=0.1,
-    resid_pdrop=0.1,
-  )
+  sizes = dict(n_positions=16, n_layer=2, n_head=8, n_inner=None, initializer_range=0.02)
+  config = tiny_gpt2(**sizes, embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1)
   return config, *run_steps(config, 1)
 
 
