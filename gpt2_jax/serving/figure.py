@@ -218,11 +218,11 @@ def _draw_matrix(picture: _Picture, seen: list[tuple[int, int, float]], T: int, 
   """Draws the weights as cells of a triangle, a query a row."""
   left, top = LEFT, TOP + 92
   for t in range(T):
-    size = dict(x=left, y=top + cell * t, width=cell * (t + 1), height=cell)
+    size: Any = dict(x=left, y=top + cell * t, width=cell * (t + 1), height=cell)
     picture.add('rect', **size, fill=LINE, fill_opacity=0.35)
   for t, s, weight in seen:
     if weight > 0.002:
-      size = dict(x=left + cell * s, y=top + cell * t, width=cell, height=cell)
+      size: Any = dict(x=left + cell * s, y=top + cell * t, width=cell, height=cell)
       picture.add('rect', **size, fill=ACCENT, fill_opacity=min(1, weight**0.6))
 
 
