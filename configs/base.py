@@ -46,7 +46,9 @@ def get_config() -> ConfigDict:
       mup_base_head_width=placeholder(int),  # mup: width of its heads; default: as wide as here
       vocab_multiple=128,  # the vocabulary is padded inside: 50257 = 29·1733 would not split
       dtype='auto',  # of activations: bfloat16 on accelerators, float32 on CPU
-      remat='none',  # what is computed again: none (of the products), dots (attention), full (all)
+      remat='auto',  # what is computed again: none (of the products), dots (attention), full (all);
+      # auto: what is fastest of what fits the memory
+      scan_layers=placeholder(bool),  # layers as a loop; default: but on GPUs, which are then faster
       attention='auto',  # cudnn on GPUs, splash on TPUs, blocks on CPUs, where they can; else xla
       reduce_dtype='float32',  # of gradients while they are summed over devices, or bfloat16
       head='lm',  # or sequence_classification

@@ -37,7 +37,7 @@ def get_config(recipe: str = 'full'):
   config = base.get_config()
   config.init_from = 'gpt2'
   # the other fields are those of init_from
-  kept = ('dtype', 'remat', 'attention', 'reduce_dtype', 'head', 'vocab_multiple')
+  kept = ('dtype', 'remat', 'scan_layers', 'attention', 'reduce_dtype', 'head', 'vocab_multiple')
   config.model = ConfigDict({key: config.model[key] for key in kept})
   config.model.n_positions = placeholder(int)  # a larger one: see init_positions in base.py
   config.model.update(embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1)

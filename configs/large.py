@@ -13,7 +13,7 @@ from configs import base, recipes
 
 def get_config(recipe: str = 'stdlib'):
   config = base.get_config()
-  config.model.update(n_layer=36, n_embd=1280, n_head=20, remat='dots')
+  config.model.update(n_layer=36, n_embd=1280, n_head=20)
   config.optim.peak_lr = 2.5e-4  # GPT-3's for this size (arXiv:2005.14165, table 2.1)
   recipes.apply(config, recipe)
   return config

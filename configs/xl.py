@@ -13,7 +13,7 @@ from configs import base, recipes
 
 def get_config(recipe: str = 'stdlib'):
   config = base.get_config()
-  config.model.update(n_layer=48, n_embd=1600, n_head=25, remat='full')  # 25 heads: tensor 1, 5, 25
+  config.model.update(n_layer=48, n_embd=1600, n_head=25)  # 25 heads: tensor 1, 5, 25
   config.optim.peak_lr = 2e-4  # GPT-3's for this size (arXiv:2005.14165, table 2.1)
   recipes.apply(config, recipe)
   if recipe == 'fineweb':  # llm.c's

@@ -44,6 +44,8 @@ class Plan:
   """How many at most, the most promising first."""
   workers: int | None = None
   """Compilations at a time; default: by cores and free memory (3 GB each)."""
+  bill: bool = False
+  """train: bytes, FLOPs, kernels and compiler cycles by place in the model, beside an ideal."""
   json: Annotated[Path | None, tyro.conf.arg(metavar='FILE')] = None
   """Write the plan here too; with --search, a list of plans."""
   dump: Annotated[Path | None, tyro.conf.arg(metavar='DIR')] = None
@@ -70,6 +72,8 @@ class Plan:
       texts = AskedTexts(self.batch, self.prompt, self.new)
       made = plan_decode(config, topo, name, self.mode, texts, dump=file)
     print(made.text())
+    if self.bill:
+      print(made.bill())
     if self.json is not None:
       made.save(self.json)
 

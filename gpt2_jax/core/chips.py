@@ -27,17 +27,18 @@ class Chip:
   ici: float  # bytes/s that it can send to its slice (TPU) or host (NVLink, else PCIe), all links
   dcn: float  # bytes/s that it can send to other slices or hosts
   cores: int = 1  # devices that make up one chip, as it is counted and paid for
+  clock: float = 0  # Hz of a TPU: what its FLOP/s and the number of its multipliers make it
 
 
 # By the beginning of jax's `device_kind`. Megacore chips (v4, v5p) are one device.
 CHIPS = {
-  'TPU v2': Chip(22.5e12, int(7.5 * GIB), 350e9, 124e9, 3e9, 2),
-  'TPU v3': Chip(61.5e12, int(15.48 * GIB), 450e9, 164e9, 3e9, 2),
-  'TPU v4': Chip(275e12, int(30.75 * GIB), 1228e9, 300e9, 6.25e9),
-  'TPU v5 lite': Chip(197e12, int(15.75 * GIB), 819e9, 200e9, 3.125e9),
-  'TPU v5': Chip(459e12, int(95.74 * GIB), 2765e9, 600e9, 6.25e9),
-  'TPU v6 lite': Chip(918e12, int(31.25 * GIB), 1640e9, 400e9, 6.25e9),
-  'TPU7x': Chip(1153.5e12, int(94.75 * GIB), 3690e9, 300e9, 6.25e9, 2),
+  'TPU v2': Chip(22.5e12, int(7.5 * GIB), 350e9, 124e9, 3e9, 2, clock=0.69e9),
+  'TPU v3': Chip(61.5e12, int(15.48 * GIB), 450e9, 164e9, 3e9, 2, clock=0.94e9),
+  'TPU v4': Chip(275e12, int(30.75 * GIB), 1228e9, 300e9, 6.25e9, clock=1.05e9),
+  'TPU v5 lite': Chip(197e12, int(15.75 * GIB), 819e9, 200e9, 3.125e9, clock=1.5e9),
+  'TPU v5': Chip(459e12, int(95.74 * GIB), 2765e9, 600e9, 6.25e9, clock=1.75e9),
+  'TPU v6 lite': Chip(918e12, int(31.25 * GIB), 1640e9, 400e9, 6.25e9, clock=1.75e9),
+  'TPU7x': Chip(1153.5e12, int(94.75 * GIB), 3690e9, 300e9, 6.25e9, 2, clock=2.2e9),
   'NVIDIA A100': Chip(312e12, 40 * 10**9, 1555e9, 300e9, 12.5e9),
   'NVIDIA A100-SXM4-80GB': Chip(312e12, 85_091_549_184, 2039e9, 300e9, 25e9),
   'NVIDIA L4': Chip(121e12, 24 * 10**9, 300e9, 32e9, 3.125e9),

@@ -189,10 +189,19 @@ def _splash(T: int, N: int):
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
   shape = jax.sharding.get_abstract_mesh().shape if in_mesh() else {'seq': 1, 'tensor': 1}
-  q, kv = math.gcd(T // shape['seq'], BLOCK), math.gcd(T, BLOCK)
-  of_kv = 'block_kv', 'block_kv_compute', 'block_kv_dkv', 'block_kv_dkv_compute', 'block_kv_dq'
-  of_q = dict.fromkeys(('block_q', 'block_q_dkv', 'block_q_dq'), q)
-  sizes = splash.BlockSizes(**of_q, **dict.fromkeys(of_kv, kv))
+  block = lambda most: dict(q=math.gcd(T // shape['seq'], most), kv=math.gcd(T, most))
+  forward, backward = block(BLOCK), block(2 * BLOCK)
+  lanes = splash.QKVLayout.SEQ_MINOR  # positions: a head's width fills half of them
+  sizes = splash.BlockSizes(
+    block_q=forward['q'],
+    block_kv=forward['kv'],
+    block_q_dkv=backward['q'],
+    block_kv_dkv=backward['kv'],
+    use_fused_bwd_kernel=True,  # makes the weights once for all three gradients
+    q_layout=lanes,
+    k_layout=lanes,
+    v_layout=lanes,
+  )
   return splash.make_splash_mha(
     splash.MultiHeadMask([splash.CausalMask((T, T))] * N),
     block_sizes=sizes,

@@ -66,7 +66,12 @@ def run_blocks(run: Run, blocks: Any, config: GPTConfig, x_BTD: jax.Array, cache
 
 
 def _scan(run: Run, blocks: Any, config: GPTConfig, x_BTD: jax.Array, cache: Any):
-  """A loop over the axis L; `config.remat` says what a block keeps for the backward pass."""
+  """Over the axis L, by a loop where `config.scan_layers`; `config.remat` says what a block keeps for
+  the backward pass.
+
+  A loop is compiled once for all layers, but what they keep is copied into arrays of all layers, and
+  out of them. Written out, they are compiled one by one.
+  """
   block, layers = nnx.split(blocks)
 
   def body(carry, layer):
@@ -74,9 +79,11 @@ def _scan(run: Run, blocks: Any, config: GPTConfig, x_BTD: jax.Array, cache: Any
     x_BTD, cache, kept = run(nnx.merge(block, params), x_BTD, number, cache)
     return (x_BTD, cache), kept
 
-  body = jax.checkpoint(body, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+  # written out, what is to be computed again would be merged with what was computed
+  apart = not config.scan_layers
+  body = jax.checkpoint(body, policy=REMAT_POLICIES[config.remat], prevent_cse=apart)
   numbers = jnp.arange(config.n_layer)
-  (x_BTD, cache), kept = jax.lax.scan(body, (x_BTD, cache), (layers, numbers))
+  (x_BTD, cache), kept = jax.lax.scan(body, (x_BTD, cache), (layers, numbers), unroll=apart)
   return x_BTD, cache, kept
 
 

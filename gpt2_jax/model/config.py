@@ -61,6 +61,7 @@ MODEL: bounds.Table = dict(
   vocab_multiple=Int(1),
   dtype=DType(DTYPES),
   remat=Choice(REMAT_POLICIES),
+  scan_layers=Bool(),
   attention=Choice(ATTENTIONS),
   reduce_dtype=DType(DTYPES),
   head=Choice(HEADS),
@@ -137,6 +138,7 @@ class GPTConfig:
   vocab_multiple: int = 128  # the vocabulary is padded inside to a multiple of this
   dtype: str = 'float32'  # of activations: 'float32' | 'bfloat16'; parameters are float32
   remat: str = 'none'  # a name of REMAT_POLICIES
+  scan_layers: bool = True  # the layers are a loop, not written out: see `by_form`
   attention: str = 'auto'  # a name of ATTENTIONS
   reduce_dtype: str = 'float32'  # of gradients while they are summed over devices, or 'bfloat16'
   head: str = 'lm'  # a name of HEADS

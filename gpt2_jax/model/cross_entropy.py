@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.parallel import cpu_matmul, sharded_products
-from gpt2_jax.parallel.sharding import in_mesh, platform, reshard, spec_of, unshard
+from gpt2_jax.parallel.sharding import chip, in_mesh, platform, reshard, spec_of, unshard
 
 
 class Term(NamedTuple):
@@ -93,9 +93,11 @@ def chunk_bytes() -> int:
   """The most bytes of float32 logits that a device makes at a time.
 
   A chunk reads the table and adds to its gradient. It needs thousands of tokens, on a CPU one
-  thousand, for its products to take longer than that.
+  thousand, for its products to take longer than that: a sixteenth of an accelerator's memory.
   """
-  return (256 if platform() == 'cpu' else 512) * 2**20
+  if platform() == 'cpu':
+    return 256 * 2**20
+  return (8 * 2**30 if (known := chip()) is None else known.hbm) // 16
 
 
 def num_chunks(tokens: int, V: int) -> int:
@@ -225,9 +227,10 @@ def _device_loss(options: CrossEntropyOptions, wanted: Wanted, axis: str | None,
     x_CD, targets_C, weights_C = tokens
     y_CV = scaled(product('CD,VD->CV', x_CD, table_VD, jnp.float32))
     y_CV = jnp.where(ids_V < options.vocab_size, y_CV, jnp.finfo(jnp.float32).min)
-    max_C = whole(jax.lax.pmax, y_CV.max(-1))
+    local_max_C, Z_C, target_C = _softmax_sums(y_CV, targets_C - first)
+    max_C = whole(jax.lax.pmax, local_max_C)
+    Z_C, target_C = whole(jax.lax.psum, (Z_C * jnp.exp(local_max_C - max_C), target_C))
     exp_CV = jnp.exp(y_CV - max_C[:, None])
-    Z_C, target_C = whole(jax.lax.psum, (exp_CV.sum(-1), _logits_at(y_CV, targets_C - first)))
     log_Z_C = jnp.log(Z_C) + max_C
     each_C, dx_CD = log_Z_C - target_C, None
     by_p_C, by_target_C = _slopes(options.factors, weights_C, log_Z_C, target_C)
@@ -260,6 +263,27 @@ def _slopes(factors: Factors, weights_C, log_Z_C, target_C):
     by_p_C += factor * weights_C * by_log_Z
     by_target_C -= factor * weights_C * by_y_t
   return by_p_C, by_target_C
+
+
+def _softmax_sums(y_CV: jax.Array, ids_C: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The largest logit, the sum of exp(logit - largest), and the logit at an id, of each token.
+
+  On GPUs in one pass over the logits: sums of parts are brought to a common largest logit as they are
+  joined (Milakov & Gimelshein 2018, arXiv:1805.02867). A TPU finds the largest as it makes them.
+  """
+  if platform() != 'gpu':
+    max_C = y_CV.max(-1)
+    return max_C, jnp.exp(y_CV - max_C[:, None]).sum(-1), _logits_at(y_CV, ids_C)
+
+  def join(a, b):
+    max_C = jnp.maximum(a[0], b[0])
+    (a_Z, b_Z) = (Z_C * jnp.exp(of_C - max_C) for of_C, Z_C, _ in (a, b))
+    return max_C, a_Z + b_Z, a[2] + b[2]
+
+  here_CV = ids_C[:, None] == jnp.arange(y_CV.shape[1])
+  operands = y_CV, jnp.ones_like(y_CV), jnp.where(here_CV, y_CV, 0)
+  zero = jnp.zeros((), y_CV.dtype)
+  return jax.lax.reduce(operands, (jnp.finfo(y_CV.dtype).min, zero, zero), join, (1,))
 
 
 def _logits_at(y_CV: jax.Array, ids_C: jax.Array) -> jax.Array:

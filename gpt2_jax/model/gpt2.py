@@ -91,7 +91,8 @@ class MLP(nnx.Module):
   def __call__(self, x_BTD, keys_B):
     c = self.config
     h_BTF = self.c_fc(x_BTD, keys_B)
-    h_BTF = ACTIVATIONS[c.activation_function](h_BTF.astype(jnp.float32)).astype(h_BTF.dtype)
+    with jax.named_scope('activation'):
+      h_BTF = ACTIVATIONS[c.activation_function](h_BTF.astype(jnp.float32)).astype(h_BTF.dtype)
     out_BTD = self.c_proj(h_BTF, keys_B)
     return dropout(out_BTD, c.resid_pdrop, fold_in(keys_B, Site.MLP_OUT))
 
@@ -192,7 +193,8 @@ class GPT2(nnx.Module):
       y_BTD, weights_BNTS, cache = block(x_BTD, layer, see, cache, slot, fold_in(keys_B, layer))
       return y_BTD, cache, (x_BTD if hidden_states else None, weights_BNTS if attentions else None)
 
-    x_BTD = self._embedded(tokens_BT, positions_BT, slot, keys_B)
+    with jax.named_scope('embed'):
+      x_BTD = self._embedded(tokens_BT, positions_BT, slot, keys_B)
     x_BTD, cache, (states_LBTD, weights_LBNTS) = run_blocks(run, self.h, c, x_BTD, cache)
     x_BTD = self.ln_f(x_BTD)
     if states_LBTD is not None:

@@ -134,6 +134,7 @@ class LayerNorm(nnx.Module):
     self.weight = constant(config, f'{name}.weight', 1)
     self.bias = constant(config, f'{name}.bias')
 
+  @jax.named_scope('ln')
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     x = x_BTD.astype(jnp.float32)
     x = x - x.mean(-1, keepdims=True)

@@ -12,10 +12,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.parallel import cpu_matmul
-from gpt2_jax.parallel.sharding import in_mesh, layout, reshard, spec_of, unshard
+from gpt2_jax.parallel.sharding import in_mesh, layout, platform, reshard, spec_of, unshard
+
+MANY = 128  # rows: of fewer, the time of a product is that of reading its weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +42,25 @@ def _forward(how: Product, x, w, b):
 
 
 def _multiply(how: Product, x, gathered, b):
-  y = cpu_matmul.kept(
-    cpu_matmul.einsum(how.equation, x, gathered, how.out_spec, how.precision, how.wide)
-  )
+  y = cpu_matmul.kept(_product(how, x, gathered))
   if b is None:
     return y
   return y + unshard(b.astype(how.wide)).reshape(_over_rows(how, b.shape))
+
+
+def _product(how: Product, x, gathered):
+  axes = cpu_matmul.parse_einsum(how.equation)
+  parts, rows = axes.out[0], x.size // x.shape[-1]
+  if platform() != 'gpu' or parts not in axes.columns or rows < MANY:
+    return cpu_matmul.einsum(how.equation, x, gathered, how.out_spec, how.precision, how.wide)
+  # a product for each of query, key and value: one product would be transposed, and then taken apart
+  equation, at = how.equation.replace(parts, ''), axes.y.index(parts)
+  return jnp.stack(
+    [
+      cpu_matmul.einsum(equation, x, w, P(*how.out_spec[1:]), how.precision, how.wide)
+      for w in (jax.lax.index_in_dim(gathered, c, at, False) for c in range(gathered.shape[at]))
+    ]
+  )
 
 
 def _over_rows(how: Product, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -65,6 +81,8 @@ def _einsum_bwd(how, kept, dy):
   x, w, gathered, b = kept
   axes, dtype = cpu_matmul.parse_einsum(how.equation), jnp.promote_types(how.reduce_dtype, x.dtype)
   dy = dy.astype(x.dtype)
+  if platform() == 'gpu' and axes.out == axes.rows + axes.columns:
+    dy = jax.lax.optimization_barrier(dy)  # else it is written in float32 too, for the bias's sum
   to_x = f'{axes.out},{axes.y}->{axes.x}'
   dx = cpu_matmul.einsum(to_x, dy, gathered, spec_of(x), how.precision, x.dtype)
 
@@ -114,13 +132,22 @@ class GradientSum:
     self.now = [axis for axis in summed_over(spec) if axis not in self.deferred]
 
   def local(self, part: jax.Array) -> jax.Array:
-    """A device's share of the sum, from its part, which is whole along `fsdp`."""
-    mesh = jax.sharding.get_abstract_mesh()
+    """A device's share of the sum, from its part, which is whole along `fsdp`, its first or last
+    axis.
+    """
+    mesh, shape = jax.sharding.get_abstract_mesh(), list(part.shape)
     if self.split is not None and mesh.shape['fsdp'] > 1:
-      part = jax.lax.psum_scatter(part, 'fsdp', scatter_dimension=self.split, tiled=True)
+      # as a matrix until it is summed: else a TPU's compiler makes a sum of whole gradients of it
+      axis = 0 if self.split == 0 else 1
+      part = part.reshape(shape[0], -1) if axis == 0 else part.reshape(-1, shape[-1])
+      if platform() == 'tpu':
+        part = with_layout_constraint(part, Layout((axis, 1 - axis)))
+      part = jax.lax.psum_scatter(part, 'fsdp', scatter_dimension=axis, tiled=True)
+      shape[self.split] //= mesh.shape['fsdp']
     # a sum over one device would be a copy; `check_vma` wants it all the same
     if now := [axis for axis in self.now if mesh.shape[axis] > 1 or self.check_vma]:
       part = jax.lax.psum(part, now)
+    part = part.reshape(shape)
     if self.deferred:
       part = jax.lax.pcast(part, tuple(self.deferred), to='unreduced')
     return part.astype(self.dtype)

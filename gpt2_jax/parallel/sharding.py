@@ -23,6 +23,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gpt2_jax.core.chips import Chip, chip_of
 from gpt2_jax.core.errors import UserError
 
 AXES = ('data', 'fsdp', 'seq', 'tensor')  # neighbours on the fastest links last
@@ -201,6 +202,12 @@ def platform() -> str:
   device = jax.sharding.get_abstract_mesh().abstract_device if in_mesh() else None
   name = jax.default_backend() if device is None else device.platform
   return {'cuda': 'gpu', 'rocm': 'gpu'}.get(name, name)
+
+
+def chip() -> Chip | None:
+  """The chip of `platform`; None if it is unknown."""
+  device = jax.sharding.get_abstract_mesh().abstract_device if in_mesh() else None
+  return chip_of(jax.devices()[0].device_kind if device is None else device.device_kind)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from gpt2_jax.core.errors import UserError
 from gpt2_jax.core.files import save_text
 from gpt2_jax.model.config import Config, GPTConfig
 from gpt2_jax.model.sizes import flops_per_token, num_params
+from gpt2_jax.planning.bill import ideal
 from gpt2_jax.planning.program_cost import Cost, UnknownProgram, count
 from gpt2_jax.planning.report import Memory, Report, refused_bytes, times
 from gpt2_jax.planning.topology import Topology
@@ -153,6 +154,7 @@ def report(topology: Topology, mesh, compiled: Compiled, *, flops: float, **fiel
       flops_compiled=cost.flops,
       hbm_bytes=cost.hbm_bytes,
       cycles=cost.cycles,
+      places={name: dataclasses.asdict(use) for name, use in cost.places.items()},
       times=times(topology.chip, flops, cost),
     )
   return Report(
@@ -208,6 +210,7 @@ def plan_train(
     mode='train',
     config=name,
     flops=all_flops / plan.mesh.size,
+    ideal=ideal(c, plan.mesh, step // plan.mesh.size, plan.A),
     model=f'{describe(c)}, remat {c.remat}',
     batch=f'{step:,} tokens a step = {plan.A} micro-batches x {rows} rows a device x {plan.T}',
     numbers=dict(

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -42,12 +43,25 @@ class Array:
   dtype: str
   dims: tuple[int, ...]
   space: int  # memory space: 0 is the device's main memory; TPUs have others on the chip
+  order: tuple[int, ...] = ()  # of the axes in memory, the last one of a row first
+  tile: tuple[int, ...] = ()  # what its last axes in memory are rounded up to, the outer one first
 
   @property
   def bytes(self) -> int:
     """The size without padding; an unknown dtype (token, opaque) has none, float8 one byte each."""
+    return self._bytes(self.dims)
+
+  @property
+  def padded(self) -> int:
+    """The size in a TPU's memory, whose tiles are filled up: a head's width of 64 to 128."""
+    dims = list(self.dims)
+    for axis, size in zip(self.order, reversed(self.tile)):
+      dims[axis] = -(-dims[axis] // size) * size
+    return self._bytes(dims)
+
+  def _bytes(self, dims: Sequence[int]) -> int:
     each = BYTES.get(self.dtype, 1 if self.dtype.startswith('f8') else 0)
-    return math.ceil(each * math.prod(self.dims))
+    return math.ceil(each * math.prod(dims))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,10 +117,11 @@ def arrays_of(shape: str) -> tuple[Array, ...]:
   """Returns the arrays in the text of a shape, those of tuples in one row."""
   found = []
   for dtype, dims, layout in ARRAY.findall(shape):
-    space = re.search(r'S\((\d+)\)', layout)
-    found.append(
-      Array(dtype, tuple(int(n) for n in dims.split(',') if n), int(space[1]) if space else 0)
-    )
+    space, tile = re.search(r'S\((\d+)\)', layout), re.search(r':T\(([\d,]+)\)', layout)
+    order = layout[1:].partition(':')[0].rstrip('}')
+    ints = lambda text: tuple(int(n) for n in text.split(',') if n)
+    shape = dtype, ints(dims), int(space[1]) if space else 0
+    found.append(Array(*shape, ints(order), ints(tile[1]) if tile else ()))
   return tuple(found)
 
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from gpt2_jax.core.errors import UserError, brief
 from gpt2_jax.decoding.device_loop import Request, Rules, Sample, advance, start
 from gpt2_jax.decoding.from_options import make_processors
+from gpt2_jax.decoding.generation_mesh import generation_mesh
 from gpt2_jax.decoding.options import Options
 from gpt2_jax.decoding.row_state import Endings, History
 from gpt2_jax.model import text_batches
@@ -27,6 +28,8 @@ from gpt2_jax.planning.report import HBM, Report
 from gpt2_jax.planning.topology import Topology
 from gpt2_jax.training.run_model import make_model
 
+# of a config that sets none
+OPEN_MESH = dict(data=None, fsdp=-1, seq=1, tensor=1, slices_over='data')
 FILL = 0.97  # share of the memory that the largest batch should take
 TOKENS = 128  # of a prompt, and new ones, where the user says nothing
 TRIES = 3  # the most compilations to find the largest batch
@@ -167,7 +170,7 @@ def plan_decode(
   """Compiles generation with a config's model for a topology.
 
   Args:
-    config: its model and mesh are used.
+    config: its model is used, and its mesh where it sets one; else `generation_mesh`.
     topology: the devices to compile for.
     name: of the config, for the report.
     mode: 'decode', one token more in each row, or 'prefill', the prompts and the first token.
@@ -179,6 +182,8 @@ def plan_decode(
     UserError: the model does not fit the mesh, or the texts the model.
   """
   _, _, model, mesh = make_model(config, topology.devices)
+  if dict(config.mesh) == OPEN_MESH:
+    mesh = generation_mesh(model, topology.devices)
   if model.head != 'lm':
     raise UserError(f'a model with model.head = {model.head} does not write.')
   texts = asked.texts(model, mesh.shape['data'] * mesh.shape['fsdp'])

@@ -8,16 +8,22 @@ from typing import Any
 
 from gpt2_jax.core.chips import GIB, Chip
 from gpt2_jax.core.files import save_text
-from gpt2_jax.planning.program_cost import Cost
+from gpt2_jax.planning import bill
+from gpt2_jax.planning.program_cost import Cost, Use
 
 # Shares of a data sheet's figures that programs are assumed to get. Not measured: see ASSUMPTIONS.
 COMPUTE, HBM, LINKS = 0.6, 0.8, 0.5
+LAUNCH = 2e-6  # seconds from a small kernel of a GPU to the next
 ASSUMPTIONS = (
   'uncalibrated: no run on this hardware stands behind the times',
-  f'the longest of four: FLOPs at {COMPUTE:.0%} of the bfloat16 peak, main memory at {HBM:.0%}, '
-  f'ICI (or NVLink) and DCN at {LINKS:.0%} of their bandwidth; the others are hidden behind it',
+  f'the longest of six: FLOPs at {COMPUTE:.0%} of the bfloat16 peak, main memory at {HBM:.0%}, '
+  f'ICI (or NVLink) and DCN at {LINKS:.0%} of their bandwidth, on a TPU the cycles that its compiler '
+  f"counts and its kernels' FLOPs, on a GPU {LAUNCH * 1e6:.0f} us a kernel; the others are hidden "
+  'behind it, and to it is added what crosses ICI with no product beside it',
   'FLOPs: the larger of the formula and the compiled products, of attention the causal half too',
-  "main memory: operands and results of all fusions, as the program's text has them",
+  "main memory: operands and results of all fusions, as the program's text has them, on a TPU with "
+  'its tiles filled up: heads of 64 take 128',
+  'simple: the longest of FLOPs, main memory without padding, ICI and DCN, as plans were made before',
 )
 
 
@@ -44,24 +50,60 @@ class Times:
   hbm: float
   ici: float
   dcn: float
+  padded_hbm: float = 0  # with tiles filled up
+  cycles: float = 0  # that a TPU's compiler counts, and its kernels
+  launches: float = 0  # of a GPU's kernels
+  exposed: float = 0  # part of ici: of what no product is beside
+
+  def _parts(self) -> dict[str, float]:
+    """The seconds of which the longest counts, by their name for a reader."""
+    return dict(
+      compute=self.compute,
+      hbm=max(self.hbm, self.padded_hbm),
+      ici=self.ici - self.exposed,
+      dcn=self.dcn,
+      cycles=self.cycles,
+      launches=self.launches,
+    )
 
   @property
   def total(self) -> float:
+    return max(self._parts().values()) + self.exposed
+
+  @property
+  def simple(self) -> float:
+    """As plans were made before: memory without padding, links hidden."""
     return max(self.compute, self.hbm, self.ici, self.dcn)
 
   @property
   def bound(self) -> str:
-    return max(vars(self), key=lambda name: vars(self)[name])
+    parts = self._parts()
+    return max(parts, key=lambda name: parts[name])
+
+  def text(self) -> str:
+    ms = {name: f'{1e3 * seconds:,.2f}' for name, seconds in vars(self).items()}
+    return (
+      f'{1e3 * self.total:,.2f} ms (uncalibrated; bound by {self.bound}): compute {ms["compute"]}, '
+      f'HBM {ms["hbm"]} ({ms["padded_hbm"]} with tiles filled up), ICI {ms["ici"]} ({ms["exposed"]} '
+      f'exposed), DCN {ms["dcn"]}, cycles {ms["cycles"]}, launches {ms["launches"]} ms; simple: '
+      f'{1e3 * self.simple:,.2f} ms'
+    )
 
 
 def times(chip: Chip, flops: float, cost: Cost) -> Times:
   """Returns the estimate that ASSUMPTIONS describes; `flops` are the formula's, of one device."""
   traffic = cost.collectives.values()
+  link = LINKS * chip.ici
+  cycles = cost.cycles / chip.clock + cost.kernel_flops / (COMPUTE * chip.flops) if chip.clock else 0
   return Times(
     max(flops, cost.flops) / (COMPUTE * chip.flops),
     cost.hbm_bytes / (HBM * chip.hbm_bandwidth),
-    sum(t.ici for t in traffic) / (LINKS * chip.ici),
+    sum(t.ici for t in traffic) / link,
     sum(t.dcn for t in traffic) / (LINKS * chip.dcn),
+    cost.padded_bytes / (HBM * chip.hbm_bandwidth),
+    cycles,
+    0 if chip.clock else LAUNCH * cost.launches,
+    sum(t.exposed for t in traffic) / link,
   )
 
 
@@ -88,6 +130,8 @@ class Report:
   flops_compiled: float = 0
   hbm_bytes: float = 0
   cycles: float = 0  # the TPU compiler's estimates summed, to compare programs with
+  places: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # see `bill`
+  ideal: dict[str, float] = dataclasses.field(default_factory=dict)  # train: bytes by place
   times: Times | None = None
   results: dict[str, float] = dataclasses.field(default_factory=dict)  # tokens_per_second, mfu, …
   notes: tuple[str, ...] = ()
@@ -98,7 +142,8 @@ class Report:
   def to_json(self) -> str:
     fields: dict[str, Any] = dataclasses.asdict(self) | {'assumptions': ASSUMPTIONS}
     if self.times:
-      fields['times'] |= {'total': self.times.total, 'bound': self.times.bound}
+      made = {name: getattr(self.times, name) for name in ('total', 'simple', 'bound')}
+      fields['times'] |= made
     return json.dumps(fields, indent=1)
 
   @classmethod
@@ -113,6 +158,10 @@ class Report:
 
   def save(self, path: str | Path) -> None:
     save_text(path, self.to_json() + '\n', 'the plan')
+
+  def bill(self) -> str:
+    """Returns the bytes, FLOPs, kernels and cycles by place in the model, for a reader."""
+    return bill.table({name: Use(**used) for name, used in self.places.items()}, self.ideal)
 
   def text(self) -> str:
     """Returns the report as lines for a reader."""
@@ -147,9 +196,7 @@ class Report:
       lines += [
         f'FLOPs      {self.flops:,.0f} by the formula, {self.flops_compiled:,.0f} in compiled '
         f'products; {size(self.hbm_bytes)} of main memory traffic',
-        f'time       {t.total * 1e3:,.2f} ms (uncalibrated; bound by {t.bound}): compute '
-        f'{t.compute * 1e3:,.2f}, HBM {t.hbm * 1e3:,.2f}, ICI {t.ici * 1e3:,.2f}, DCN '
-        f'{t.dcn * 1e3:,.2f} ms',
+        f'time       {t.text()}',
       ]
       if self.cycles:
         lines.append(

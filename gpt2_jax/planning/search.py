@@ -27,7 +27,7 @@ from gpt2_jax.planning import topology as topologies
 from gpt2_jax.planning.compile_ahead import plan_train, versions
 from gpt2_jax.planning.report import Report
 from gpt2_jax.planning.topology import Topology
-from gpt2_jax.training.memory_estimate import divisors, estimate_bytes
+from gpt2_jax.training.memory_estimate import divisors, estimate_bytes, slowness
 from gpt2_jax.training.run_model import make_model
 
 WORKER_BYTES = 3 * GIB  # of the host's memory, for one compilation
@@ -35,12 +35,9 @@ MOST_TENSOR = 8
 # Shares of the memory, by the estimate: up to SURE a candidate should fit, up to PERHAPS it may (the
 # compiler knows).
 SURE, PERHAPS = 0.9, 2.0
-# What makes a candidate less promising, roughly as shares of a step's time. By hand: no measurement
-# stands behind these, and none is needed, as they only choose what is compiled first.
-RECOMPUTED = {'none': 0.0, 'dots': 0.1, 'full': 0.33}  # of the FLOPs, by remat policy
-GATHER = 0.05  # each time that all weights are gathered in a step
-TENSOR = 0.1  # each doubling of the tensor axis: its sums are not hidden
-FEW_ROWS = 0.02  # each halving of the micro-batch
+TENSOR = (
+  0.1  # a step is slower by such a share with each doubling of `tensor`, whose sums are not hidden
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +105,9 @@ def candidates(config: Config, topology: Topology) -> list[Candidate]:
       fitting = [rows for rows in need if need[rows] <= SURE]
       beyond = [rows for rows in need if SURE < need[rows] <= PERHAPS]
       for rows in [*fitting[-1:], *beyond[:1]]:
-        gathers = G // (data * fsdp) // rows if fsdp > 1 else 0  # of all weights, a step
         score = (
-          RECOMPUTED[remat]
-          + GATHER * gathers
+          slowness(dataclasses.replace(model, remat=remat), mesh, T, rows)
           + TENSOR * math.log2(tensor)
-          - FEW_ROWS * math.log2(rows)
           + max(0.0, need[rows] - SURE)
         )
         found.append((score, Candidate(data, fsdp, tensor, rows, remat)))

@@ -22,6 +22,7 @@ from gpt2_jax.core.errors import UserError, brief, near
 from gpt2_jax.data.splits import SETTINGS
 from gpt2_jax.model.config import DTYPES, LORA, MODEL, Config
 from gpt2_jax.model.cross_entropy import LOSS_TERMS
+from gpt2_jax.model.remat import REMAT_POLICIES
 from gpt2_jax.parallel import sharding
 from gpt2_jax.training import compile_cache
 from gpt2_jax.training.longer_context import WAYS
@@ -32,7 +33,7 @@ TOKENS = 2**62
 MOST_ROWS = 2**20  # of an evaluation batch
 DERIVED = ('num_labels', 'classifier_dropout', 'form')  # fields of a model that are no knobs
 # What the model section says also where a model is there to begin with (init_from), beside its sizes.
-ALWAYS = ('dtype', 'remat', 'attention', 'reduce_dtype', 'head', 'vocab_multiple')
+ALWAYS = ('dtype', 'remat', 'scan_layers', 'attention', 'reduce_dtype', 'head', 'vocab_multiple')
 
 TOP: Table = dict(
   init_from=Optional(Place()),
@@ -48,6 +49,8 @@ SECTIONS: dict[str, Table] = dict(
     n_positions=Optional(MODEL['n_positions']),
     dtype=Choice(('auto', *DTYPES)),
     reduce_dtype=Choice(DTYPES),
+    remat=Choice(('auto', *REMAT_POLICIES)),
+    scan_layers=Optional(Bool()),
   ),
   data=dict(SETTINGS)
   | dict(

@@ -1,6 +1,7 @@
 """Estimates of a step's memory on a device, and the mesh and micro-batches that fit it."""
 
 import contextlib
+import dataclasses
 import math
 import os
 from typing import Any
@@ -14,11 +15,13 @@ from gpt2_jax.core.errors import UserError
 from gpt2_jax.model import attention_kernels
 from gpt2_jax.model.config import Config, GPTConfig
 from gpt2_jax.model.cross_entropy import num_chunks
-from gpt2_jax.model.sizes import num_params, num_trained
+from gpt2_jax.model.remat import REMAT_POLICIES
+from gpt2_jax.model.sizes import flops_per_token, num_params, num_trained
 from gpt2_jax.parallel import sharding
 from gpt2_jax.training.optimizer import OPTIMIZERS
 
 Parts = dict[str, float]  # bytes a device, by their use
+LANES = 128  # a TPU's memory holds rows of a multiple of so many numbers
 
 
 def memory_limit(device: Any) -> int:
@@ -63,7 +66,10 @@ def estimate_parts(c: GPTConfig, mesh: Mesh, T: int, rows: int, optim: Config) -
     attention, 0
   )
   products = b * (3 * D + D + D + D + F)  # q, k and v, attention, its projection, the MLP's, its c_fc
-  kept = {'none': products + 4 * pairs_kept, 'dots': products, 'full': b * D}[c.remat]
+  lanes = (
+    b * 3 * D * (-(-c.H // LANES) * LANES / c.H - 1) if attention == 'splash' else 0
+  )  # of q, k, v
+  kept = {'none': products + lanes + 4 * pairs_kept, 'dots': products, 'full': b * D}[c.remat]
   values = b * (8 * D + 3 * F)  # of a block, with their gradients
   norm = 4 * 2 * D  # a layer norm's, in float32
   scores = (4 + 2 * b) * pairs_at_once  # in float32, their exp and gradients in the dtype
@@ -110,8 +116,41 @@ def divisors(n: int) -> list[int]:
   return sorted({*small, *(n // d for d in small)})
 
 
-def micro_batches(config: Config, model: GPTConfig, mesh: Mesh, T: int, G: int) -> int:
-  """The number A of micro-batches: as asked for, or the fewest whose estimate fits the device."""
+# What makes a way to run a step slower, as shares of its time.
+RECOMPUTED = {'none': 0.0, 'dots': 0.1, 'full': 0.33}  # of the FLOPs, by remat policy
+FEW_ROWS = 0.02  # each halving of the micro-batch, by hand
+COMPUTE, LINKS = 0.6, 0.5  # of a chip's figures that programs get
+
+
+def slowness(c: GPTConfig, mesh: Mesh, T: int, rows: int) -> float:
+  """How much slower a step is with `c.remat` and micro-batches of so many rows a device, and gathers
+  of all weights in each: as if nothing hid them.
+  """
+  chip, fsdp, gather = chip_of(mesh.devices.flat[0].device_kind), mesh.shape['fsdp'], 0.0
+  if chip is not None and fsdp > 1:
+    # in the activations' dtype for each of two passes, and the sum of float32 gradients
+    sent = (2 * jnp.dtype(c.dtype).itemsize + 4) * num_params(c) / mesh.shape['tensor']
+    sent *= (fsdp - 1) / fsdp
+    compute = flops_per_token(c, T) * T * rows / mesh.shape['tensor'] / (COMPUTE * chip.flops)
+    gather = sent / (LINKS * chip.ici) / compute
+  return RECOMPUTED[c.remat] + gather - FEW_ROWS * math.log2(rows)
+
+
+def fitted(config: Config, model: GPTConfig, mesh: Mesh, T: int, G: int) -> tuple[GPTConfig, int]:
+  """The model with a remat policy, and the number A of micro-batches: as asked for, or those that are
+  fastest (`slowness`) of the ones whose estimate fits the device, or the smallest.
+  """
+  possible, limit = _micro_batches(config, mesh, T, G), memory_limit(sharding.own_device(mesh))
+  policies = REMAT_POLICIES if config.model.remat == 'auto' else [config.model.remat]
+  ways = [(dataclasses.replace(model, remat=remat), A) for remat in policies for A in possible]
+  need = lambda way: estimate_bytes(way[0], mesh, T, G // way[1], config.optim)
+  fits = [way for way in ways if need(way) <= limit] or ways[-1:]
+  rows = G // mesh.shape['data'] // mesh.shape['fsdp']  # of a device
+  return min(fits, key=lambda way: slowness(way[0], mesh, T, rows // way[1]))
+
+
+def _micro_batches(config: Config, mesh: Mesh, T: int, G: int) -> list[int]:
+  """The numbers of micro-batches that a batch of G rows may come in; one, where it is asked for."""
   split = mesh.shape['data'] * mesh.shape['fsdp']
   if G % split:
     raise UserError(
@@ -128,8 +167,5 @@ def micro_batches(config: Config, model: GPTConfig, mesh: Mesh, T: int, G: int) 
         f"train.micro_batch_rows = {asked} rows a device don't divide the batch of "
         f'{G} rows on {split} parts; it may be one of {rows}.'
       )
-    return G // (asked * split)
-  limit = memory_limit(sharding.own_device(mesh))
-  return next(
-    (A for A in fits if estimate_bytes(model, mesh, T, G // A, config.optim) <= limit), fits[-1]
-  )
+    return [G // (asked * split)]
+  return fits

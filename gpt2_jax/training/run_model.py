@@ -19,7 +19,16 @@ from gpt2_jax.tokenizer import bpe
 from gpt2_jax.training import knobs, longer_context, memory_estimate
 
 # Fields of the model that may change between two starts of a run: they don't change what it is.
-FREE = ('dtype', 'remat', 'attention', 'reduce_dtype', 'embd_pdrop', 'attn_pdrop', 'resid_pdrop')
+FREE = (
+  'dtype',
+  'remat',
+  'scan_layers',
+  'attention',
+  'reduce_dtype',
+  'embd_pdrop',
+  'attn_pdrop',
+  'resid_pdrop',
+)
 
 
 def _tokenizer(config: Config, source: Source | None) -> str:
@@ -48,6 +57,10 @@ def _model(
   fields, rows = dict(config.model), config.data.sequence_length
   if fields['dtype'] == 'auto':
     fields['dtype'] = 'float32' if platform == 'cpu' else 'bfloat16'
+  if fields['remat'] == 'auto':  # until the batch is known: see `memory_estimate.fitted`
+    fields['remat'] = 'none'
+  if fields['scan_layers'] is None:
+    fields['scan_layers'] = platform != 'gpu'
   lora = dict(config.lora)
   fields['lora'] = LoRA(**lora) if lora['r'] else None
   if fields['head'] == 'token_classification':

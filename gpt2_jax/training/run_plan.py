@@ -228,7 +228,7 @@ def make_plan(config: Config, devices=None, held: int | None = None) -> Plan:
     determinism.check()
   T, G = _rows(config, model, mesh)
   _check_checkpoints(config)
-  A = memory_estimate.micro_batches(config, model, mesh, T, G)
+  model, A = memory_estimate.fitted(config, model, mesh, T, G)
   eval_rows = _eval_rows(config, mesh, G // A)
   schedule = make_schedule(config.optim, config.train.steps, G * T)
   tx = make_optimizer(config.optim, schedule, model.width_ratio)

@@ -202,16 +202,19 @@ def make_train_step(
       return loss.total, loss.terms
 
     (loss, terms), grads = summed(loss_fn, part, batch, [name for name, _ in factors])
-    updates, opt_state = tx.update(grads, state.opt_state, part)
-    params: Any = replaced(state.params, optax.apply_updates(part, updates))  # pyright: ignore
-    ema: Any = None
-    if state.ema is not None:
-      ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
+    with jax.named_scope('optimizer'):
+      updates, opt_state = tx.update(grads, state.opt_state, part)
+      params: Any = replaced(state.params, optax.apply_updates(part, updates))  # pyright: ignore
+      ema: Any = None
+      if state.ema is not None:
+        ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
+    # of what was added, and not of `updates`: so it is found in the pass that adds them
+    added = jax.tree.map(jnp.subtract, trained(config, params), part)
     metrics = {
       'train/loss': functools.reduce(jnp.subtract, terms.values(), loss),
       **{f'train/{name}': value for name, value in terms.items()},
       'train/grad_norm': optax.tree.norm(grads),  # before clipping
-      'train/update_norm': optax.tree.norm(updates),
+      'train/update_norm': optax.tree.norm(added),
       'train/param_norm': optax.tree.norm(params),
       'train/learning_rate': jnp.asarray(schedule(state.step), jnp.float32),
       **skip_spikes.metrics(opt_state),

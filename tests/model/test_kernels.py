@@ -214,7 +214,7 @@ def lowered(name: str, platform: str) -> str:
 
 
 def test_splash_lowers_for_tpu():
-  assert lowered('splash', 'tpu').count('tpu_custom_call') == 3
+  assert lowered('splash', 'tpu').count('tpu_custom_call') == 2  # one makes all three gradients
 
 
 def test_cudnn_lowers_for_gpu(monkeypatch):

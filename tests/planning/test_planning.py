@@ -21,7 +21,7 @@ from gpt2_jax.core import chips
 from gpt2_jax.core.chips import GIB, Chip
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.parallel import sharding
-from gpt2_jax.planning import hlo_text, program_cost, report, search, topology
+from gpt2_jax.planning import hlo_text, op_flops, places, program_cost, report, search, topology
 from gpt2_jax.planning.compile_ahead import plan_train
 from gpt2_jax.planning.plan_decode import AskedTexts, lengths, plan_decode
 from gpt2_jax.planning.program_cost import Traffic
@@ -83,7 +83,9 @@ def test_a_loop_counts_as_often_as_it_runs():
   found = program_cost.count(text, [0] * 8)
   weights = L * D * D * 4
   assert found.flops == L * 2 * (B // 8) * D * D
-  assert found.collectives == {'all-gather': Traffic(L, weights, weights * 7 / 8, 0)}
+  assert found.collectives == {
+    'all-gather': Traffic(L, weights, *(weights * 7 / 8, 0), weights * 7 / 8)
+  }
   assert found.endless == 0
   # of the weights, each turn reads its own, not all: the stacked parts, gathered, and read whole
   assert weights < found.hbm_bytes < 4 * weights
@@ -148,7 +150,7 @@ PROGRAM = (ROOT / 'tests' / 'golden' / 'made_up.hlo').read_text()
 def test_what_a_tpu_hides_in_fusions():
   found = program_cost.count(PROGRAM, [0] * 4)
   assert found.collectives == {
-    'reduce-scatter': Traffic(7, 7 * 512, 7 * 384, 0),  # an all-reduce by name
+    'reduce-scatter': Traffic(7, 7 * 512, 7 * 384, 0, 7 * 384),  # an all-reduce by name
     'all-gather': Traffic(7, 7 * 512, 7 * 384, 0),
   }  # in two steps
   assert found.cycles == 700
@@ -221,16 +223,14 @@ def test_trip_counts(condition, loop, count):
 )
 def test_products_written_as_convolutions(out, left, right, rest, flops):
   i = hlo_text.Instruction('c', 'convolution', hlo_text.arrays_of(out), ('l', 'r'), f', {rest}', True)
-  assert (
-    program_cost._product_flops(i, [hlo_text.arrays_of(left), hlo_text.arrays_of(right)]) == flops
-  )
+  assert op_flops.of_product(i, [hlo_text.arrays_of(left), hlo_text.arrays_of(right)]) == flops
 
 
 @pytest.mark.parametrize(
   'name,target,dims,products',
   [
     ('splash_mha_fwd_residuals.3', 'tpu_custom_call', (4, 12, 128, 64), 2),
-    ('splash_mha_dkv.1', 'tpu_custom_call', (4, 12, 128, 64), 4),
+    ('splash_mha_dkv.1', 'tpu_custom_call', (4, 12, 128, 64), 5),
     ('custom-call.1', '__cudnn$fmhaSoftmax', (4, 128, 12, 64), 2),
     ('custom-call.2', '__cudnn$fmhaSoftmaxBackward', (4, 128, 12, 64), 5),
     ('custom-call.3', 'Sharding', (4, 128, 12, 64), 0),
@@ -239,11 +239,81 @@ def test_products_written_as_convolutions(out, left, right, rest, flops):
 def test_products_of_attention_kernels(name, target, dims, products):
   array = hlo_text.Array('bf16', dims, 0)
   i = hlo_text.Instruction(name, 'custom-call', (array,), ('q', 'k'), '', True)
-  flops = program_cost._library_flops(i, target, [(array,)] * 2)
+  flops = op_flops.of_library(i, target, [(array,)] * 2)
   assert flops == products * 2 * 4 * 12 * 128 * 128 * 64
 
 
 # --- Topologies -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  'text,bytes_,padded',
+  [
+    ('bf16[8,12,1024,64]{3,2,1,0:T(8,128)(2,1)}', 2 * 8 * 12 * 1024 * 64, 2 * 8 * 12 * 1024 * 128),
+    ('bf16[8,12,1024,64]{2,3,1,0:T(8,128)(2,1)}', 2 * 8 * 12 * 1024 * 64, 2 * 8 * 12 * 1024 * 64),
+    ('f32[3,130]{1,0:T(8,128)S(1)}', 4 * 3 * 130, 4 * 8 * 256),
+    ('f32[1000]{0:T(1024)}', 4000, 4096),
+    ('f32[3,130]{1,0}', 4 * 3 * 130, 4 * 3 * 130),
+  ],
+)
+def test_tiles_of_a_tpu_are_filled_up(text, bytes_, padded):
+  (array,) = hlo_text.arrays_of(text)
+  assert (array.bytes, array.padded) == (bytes_, padded)
+
+
+ASYNC = """
+ENTRY %main (x: f32[8,8]) -> f32[8,8] {{
+  %x = f32[8,8]{{1,0}} parameter(0)
+  %start = f32[8,8]{{1,0}} all-reduce-start(%x), replica_groups={{{{0,1}}}}, to_apply=%add
+  {between}
+  %done = f32[8,8]{{1,0}} all-reduce-done(%start)
+  ROOT %last = f32[8,8]{{1,0}} add(%done, %beside)
+}}
+"""
+
+
+@pytest.mark.parametrize(
+  'between,exposed',
+  [
+    ('%beside = f32[8,8]{1,0} add(%x, %x)', 256),
+    ('%beside = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}', 0),
+  ],
+)
+def test_a_collective_is_hidden_by_a_product_beside_it(between, exposed):
+  found = program_cost.count(ASYNC.format(between=between), [0, 0]).collectives['all-reduce']
+  assert (found.ici, found.exposed) == (256, exposed)
+
+
+@pytest.mark.parametrize(
+  'path,op,place',
+  [
+    ('jit(step)/jvp(loss)/shard_map/while/body/closed_call/CD,VD->CV/dot_general', 'fusion', 'loss'),
+    (
+      'jit(step)/jvp()/while/body/closed_call/attn/BTD,DCNH->CBTNH/dot_general',
+      'fusion',
+      'attention products',
+    ),
+    (
+      'jit(step)/transpose(jvp())/while/body/closed_call/checkpoint/mlp/shard_map/BTF->F/reduce_sum',
+      'fusion',
+      'bias gradients',
+    ),
+    ('jit(step)/jvp()/while/body/closed_call/attn/ln/rsqrt', 'fusion', 'layer norms'),
+    ('jit(step)/jvp()/while/body/closed_call/attn/split', 'fusion', 'attention layouts'),
+    (
+      'jit(step)/jvp()/while/body/jit(dynamic_update_index_in_dim)/dynamic_update_slice',
+      'fusion',
+      'stacks of the layers',
+    ),
+    ('jit(step)/jvp()/mlp/activation/tanh', 'fusion', 'activation'),
+    ('jit(step)/optimizer/mul', 'fusion', 'optimizer'),
+    ('', 'all-reduce-start', 'collectives'),
+    ('', 'sort', places.OTHER),
+  ],
+)
+def test_places_of_instructions(path, op, place):
+  i = hlo_text.Instruction('x', op, (), (), f', metadata={{op_name="{path}"}}' if path else '', False)
+  assert places.place_of(i, hlo_text.Module({}, '')) == place
 
 
 def test_names_of_topologies():
@@ -297,6 +367,11 @@ def test_a_plan_of_a_training_step(tmp_path):
   assert math.isclose(results['days'] * results['tokens_per_second'] * 86400, 1e9)
   assert math.isclose(results['chip_hours'], results['days'] * 24 * 8)
   assert results['mfu'] < report.COMPUTE + 1e-6
+  bill = lambda field: sum(used[field] for used in made.places.values())
+  assert bill('hbm_bytes') == made.hbm_bytes and bill('flops') == made.flops_compiled
+  named = {'loss', 'optimizer', 'layer norms', 'activation', 'MLP products', 'attention products'}
+  assert named < made.places.keys() and made.ideal.keys() < {*places.PLACES}
+  assert 0 < sum(made.ideal.values()) < made.hbm_bytes and '  in all' in made.bill()
   made.save(tmp_path / 'plan.json')
   text = (tmp_path / 'plan.json').read_text()
   assert Report.from_json(text) == made
