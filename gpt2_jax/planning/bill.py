@@ -54,7 +54,7 @@ def table(places: dict[str, Use], needed: dict[str, float]) -> str:
     ratio = f'{use.padded_bytes / ideal_bytes:6.2f}' if ideal_bytes else '     –'
     return (
       f'{use.hbm_bytes / GB:15.2f} {use.padded_bytes / GB:8.2f} {ideal_bytes / GB:7.2f} {ratio} '
-      f'{use.launches:7,d} {use.flops / 1e12:6.2f} {use.cycles / 1e6:8.2f}  {name}'
+      f'{use.launches:7,.0f} {use.flops / 1e12:6.2f} {use.cycles / 1e6:8.2f}  {name}'
     )
 
   whole = Use()

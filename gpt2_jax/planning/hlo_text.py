@@ -120,8 +120,8 @@ def arrays_of(shape: str) -> tuple[Array, ...]:
     space, tile = re.search(r'S\((\d+)\)', layout), re.search(r':T\(([\d,]+)\)', layout)
     order = layout[1:].partition(':')[0].rstrip('}')
     ints = lambda text: tuple(int(n) for n in text.split(',') if n)
-    shape = dtype, ints(dims), int(space[1]) if space else 0
-    found.append(Array(*shape, ints(order), ints(tile[1]) if tile else ()))
+    place = int(space[1]) if space else 0
+    found.append(Array(dtype, ints(dims), place, ints(order), ints(tile[1]) if tile else ()))
   return tuple(found)
 
 

@@ -58,7 +58,7 @@ class Use:
   hbm_bytes: float = 0  # read and written in main memory by fusions and other instructions
   padded_bytes: float = 0  # the same, with what tiles are filled up with
   cycles: float = 0  # the TPU compiler's own estimates summed: without collectives and kernels
-  launches: int = 0  # instructions that use main memory: on a GPU each is a kernel
+  launches: float = 0  # instructions that use main memory: on a GPU each is a kernel
 
 
 @dataclasses.dataclass
