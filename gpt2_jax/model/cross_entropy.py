@@ -216,9 +216,6 @@ def _device_loss(options: CrossEntropyOptions, wanted: Wanted, axis: str | None,
   def product(equation, x, y, wide):
     return cpu_matmul.einsum(equation, x, y, None, options.precision, wide)
 
-  def whole(sum_or_max, values):
-    return sum_or_max(values, axis) if axis else values
-
   def scaled(y_CV):
     y_CV = y_CV if scale_V is None else y_CV * scale_V
     return y_CV if options.width_ratio == 1 else y_CV / options.width_ratio
@@ -227,10 +224,7 @@ def _device_loss(options: CrossEntropyOptions, wanted: Wanted, axis: str | None,
     x_CD, targets_C, weights_C = tokens
     y_CV = scaled(product('CD,VD->CV', x_CD, table_VD, jnp.float32))
     y_CV = jnp.where(ids_V < options.vocab_size, y_CV, jnp.finfo(jnp.float32).min)
-    local_max_C, Z_C, target_C = _softmax_sums(y_CV, targets_C - first)
-    max_C = whole(jax.lax.pmax, local_max_C)
-    Z_C, target_C = whole(jax.lax.psum, (Z_C * jnp.exp(local_max_C - max_C), target_C))
-    exp_CV = jnp.exp(y_CV - max_C[:, None])
+    exp_CV, max_C, Z_C, target_C = _softmax(y_CV, targets_C, first, axis)
     log_Z_C = jnp.log(Z_C) + max_C
     each_C, dx_CD = log_Z_C - target_C, None
     by_p_C, by_target_C = _slopes(options.factors, weights_C, log_Z_C, target_C)
@@ -252,7 +246,7 @@ def _device_loss(options: CrossEntropyOptions, wanted: Wanted, axis: str | None,
   tokens = tuple(_cut(a, chunks) for a in (x_BTD, targets_BT, weights_BT))
   dtable_VD, losses = jax.lax.scan(chunk, dtable_VD, tokens)
   each_BT, terms, dx_BTD = jax.tree.map(functools.partial(_joined, B=B, T=T), losses)
-  return each_BT, terms, whole(jax.lax.psum, dx_BTD), dtable_VD
+  return each_BT, terms, jax.lax.psum(dx_BTD, axis) if axis else dx_BTD, dtable_VD
 
 
 def _slopes(factors: Factors, weights_C, log_Z_C, target_C):
@@ -265,25 +259,33 @@ def _slopes(factors: Factors, weights_C, log_Z_C, target_C):
   return by_p_C, by_target_C
 
 
-def _softmax_sums(y_CV: jax.Array, ids_C: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """The largest logit, the sum of exp(logit - largest), and the logit at an id, of each token.
+def _softmax(y_CV: jax.Array, ids_C: jax.Array, first: Any = 0, axis: str | None = None):
+  """exp(logit - largest); and of each token's logits, over all devices along `axis`, the largest, the
+  sum of those exp, and the logit at an id, of which `first` is the first one here.
 
   On GPUs in one pass over the logits: sums of parts are brought to a common largest logit as they are
   joined (Milakov & Gimelshein 2018, arXiv:1805.02867). A TPU finds the largest as it makes them.
   """
+  whole_max = functools.partial(jax.lax.pmax, axis_name=axis) if axis else lambda x: x
+  whole_sum = functools.partial(jax.lax.psum, axis_name=axis) if axis else lambda x: x
   if platform() != 'gpu':
-    max_C = y_CV.max(-1)
-    return max_C, jnp.exp(y_CV - max_C[:, None]).sum(-1), _logits_at(y_CV, ids_C)
+    max_C = whole_max(y_CV.max(-1))
+    exp_CV = jnp.exp(y_CV - max_C[:, None])
+    return exp_CV, max_C, *whole_sum((exp_CV.sum(-1), _logits_at(y_CV, ids_C - first)))
 
   def join(a, b):
     max_C = jnp.maximum(a[0], b[0])
-    (a_Z, b_Z) = (Z_C * jnp.exp(of_C - max_C) for of_C, Z_C, _ in (a, b))
+    a_Z, b_Z = (Z_C * jnp.exp(of_C - max_C) for of_C, Z_C, _ in (a, b))
     return max_C, a_Z + b_Z, a[2] + b[2]
 
-  here_CV = ids_C[:, None] == jnp.arange(y_CV.shape[1])
+  here_CV = (ids_C - first)[:, None] == jnp.arange(y_CV.shape[1])
   operands = y_CV, jnp.ones_like(y_CV), jnp.where(here_CV, y_CV, 0)
   zero = jnp.zeros((), y_CV.dtype)
-  return jax.lax.reduce(operands, (jnp.finfo(y_CV.dtype).min, zero, zero), join, (1,))
+  begin = jnp.finfo(y_CV.dtype).min, zero, zero
+  part_C, Z_C, target_C = jax.lax.reduce(operands, begin, join, (1,))
+  max_C = whole_max(part_C)
+  sums = whole_sum((Z_C * jnp.exp(part_C - max_C), target_C))
+  return jnp.exp(y_CV - max_C[:, None]), max_C, *sums
 
 
 def _logits_at(y_CV: jax.Array, ids_C: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ from gpt2_jax.model.gpt2 import GPT2, Params, bind, make_params
 from gpt2_jax.model.parameters import map_rows
 from gpt2_jax.model.sizes import trainable_paths
 from gpt2_jax.parallel import sharded_products
-from gpt2_jax.parallel.sharding import RULES, reshard
+from gpt2_jax.parallel.sharding import RULES, platform, reshard
 from gpt2_jax.training import skip_spikes
 
 
@@ -208,8 +208,9 @@ def make_train_step(
       ema: Any = None
       if state.ema is not None:
         ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
-    # of what was added, and not of `updates`: so it is found in the pass that adds them
-    added = jax.tree.map(jnp.subtract, trained(config, params), part)
+    added = updates
+    if platform() != 'cpu':  # the same, but found in the pass that adds them
+      added = jax.tree.map(jnp.subtract, trained(config, params), part)
     metrics = {
       'train/loss': functools.reduce(jnp.subtract, terms.values(), loss),
       **{f'train/{name}': value for name, value in terms.items()},

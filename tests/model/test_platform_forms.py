@@ -80,8 +80,9 @@ def test_sums_of_a_softmax_in_one_pass(V, largest, monkeypatch):
   logits = rng.normal(size=(5, V)).astype(np.float32) * largest
   ids = rng.integers(0, V, 5)
   monkeypatch.setattr(cross_entropy, 'platform', lambda: 'gpu')
-  most, total, at = jax.jit(cross_entropy._softmax_sums)(jnp.asarray(logits), jnp.asarray(ids))
+  each, most, total, at = jax.jit(cross_entropy._softmax)(jnp.asarray(logits), jnp.asarray(ids))
   wide = logits.astype(np.float64)
+  np.testing.assert_allclose(each, np.exp(wide - wide.max(1, keepdims=True)), rtol=1e-6, atol=1e-30)
   np.testing.assert_array_equal(most, logits.max(1))
   np.testing.assert_allclose(total, np.exp(wide - wide.max(1, keepdims=True)).sum(1), rtol=1e-6)
   np.testing.assert_array_equal(at, logits[range(5), ids])
