@@ -43,13 +43,14 @@ step() {  # step NAME LIMIT COMMAND…: what it prints, and how it ended
   [ "$status" = 0 ] || { echo "$name ended with $status:"; tail -n 5 "$out/$name.err"; }
 }
 step kernels 60 python -m benchmarks.kernels --json "$out/kernels.json"
-step train-small 170 python -m benchmarks.train --sizes small --shapes 16x1024 --dtypes bfloat16 \
-  --modes "${modes[@]}" --steps 10 --json "$out/train-small.json"
-step train-xl 100 python -m benchmarks.train --sizes xl --shapes 4x1024 --dtypes bfloat16 \
+step train-small 190 python -m benchmarks.train --sizes small --shapes 16x1024 --dtypes bfloat16 \
+  --modes "${modes[@]}" --levers scan_layers=True remat=full --steps 10 --repeats 4 \
+  --json "$out/train-small.json"
+step train-xl 95 python -m benchmarks.train --sizes xl --shapes 4x1024 --dtypes bfloat16 \
   --modes --steps 3 --repeats 3 --json "$out/train-xl.json"
 if [ "${#modes[@]}" -gt 0 ]; then
-  step decode 150 python -m benchmarks.decode --dtypes bfloat16 --batches 1 8 64 --prompts 16 960 \
+  step decode 140 python -m benchmarks.decode --dtypes bfloat16 --batches 1 8 64 --prompts 16 960 \
     --new 128 --no-stream --json "$out/decode.json"
 fi
-step startup 60 python -m benchmarks.startup --json "$out/startup.json"
+step startup 40 python -m benchmarks.startup --json "$out/startup.json"
 printf '\nall done in %s s: %s\n' "$SECONDS" "$out"

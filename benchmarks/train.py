@@ -24,11 +24,11 @@ OURS = """
 import importlib, jax, numpy as np
 from gpt2_jax.training.run_plan import make_plan
 state = step = tokens = None
-def setup(size, rows, T, dtype):
+def setup(size, rows, T, dtype, **levers):
   global state, step, tokens
   config = importlib.import_module(f'configs.{size}').get_config()
   config.data.update(tokenizer='byte', sequence_length=T)
-  config.model.update(vocab_size=50257, dtype=dtype, remat='none')
+  config.model.update({'vocab_size': 50257, 'dtype': dtype, 'remat': 'none'} | levers)
   config.train.update(global_batch_tokens=rows * T, micro_batch_rows=rows)
   plan = make_plan(config, devices=jax.devices()[:1])
   jax.set_mesh(plan.mesh)
@@ -96,7 +96,9 @@ def sizes_of(name: str) -> dict:
   return {key: model[key] for key in ('n_positions', 'n_embd', 'n_layer', 'n_head')}
 
 
-def measure(size: str, R: int, T: int, dtype: str, modes, repeats: int, steps: int, limit: float):
+def measure(
+  size: str, R: int, T: int, dtype: str, modes, levers, repeats: int, steps: int, limit: float
+):
   """Yields (side, seconds of each turn, peak bytes), or (side, why not, None)."""
   asked = {'rows': R, 'T': T, 'dtype': dtype}
   sides, peak = {}, {}
@@ -117,9 +119,13 @@ def measure(size: str, R: int, T: int, dtype: str, modes, repeats: int, steps: i
 
       sides[name] = turn
 
-    for name in ('gpt2_jax', *modes):
+    ours = {f'ours, {lever}': lever.split('=') for lever in levers}
+    for name in ('gpt2_jax', *ours, *modes):
       try:
-        if name == 'gpt2_jax':
+        if name in ours:
+          knob, value = ours[name]
+          add(name, OURS, size=size, **{knob: {'True': True, 'False': False}.get(value, value)})
+        elif name == 'gpt2_jax':
           add(name, OURS, size=size)
         else:
           attention, compiled = MODES[name]
@@ -136,6 +142,7 @@ def main() -> None:
   flags.add_argument('--shapes', nargs='+', default=['4x256', '1x1024'], help='rows x tokens')
   flags.add_argument('--dtypes', nargs='+', default=['float32', 'bfloat16'])
   flags.add_argument('--modes', nargs='*', default=list(MODES), choices=list(MODES))
+  flags.add_argument('--levers', nargs='*', default=[], help='sides of ours with a knob: remat=full')
   flags.add_argument('--repeats', type=int, default=5, help='turns of each side')
   flags.add_argument('--steps', type=int, default=1, help='steps a turn')
   flags.add_argument('--limit', type=float, default=60, help='seconds a step may take')
@@ -150,7 +157,7 @@ def main() -> None:
   device = jax.devices()[0].device_kind
   peak_rate = peak_flops(device)
   print(
-    f'{"size":7s}{"shape":>8s} {"dtype":9s}{"side":14s}{"tokens/s":>10s}{"step, ms":>10s}'
+    f'{"size":7s}{"shape":>8s} {"dtype":9s}{"side":24s}{"tokens/s":>10s}{"step, ms":>10s}'
     f'{"spread":>16s}{"GB":>7s}{"of GEMM":>9s}{"MFU":>7s}  ours is faster by',
     flush=True,
   )
@@ -160,7 +167,7 @@ def main() -> None:
       flops = R * T * flops_per_token(GPTConfig(**sizes_of(size)), T)
       rate, ours = gemm_rate(dtype), None
       for side, seconds, peak in measure(
-        size, R, T, dtype, args.modes, args.repeats, args.steps, args.limit
+        size, R, T, dtype, args.modes, args.levers, args.repeats, args.steps, args.limit
       ):
         row = {
           'size': size,
@@ -172,7 +179,7 @@ def main() -> None:
           'gemm_flops_per_second': rate,
         }
         rows.append(row)
-        line = f'{size:7s}{shape:>8s} {dtype:9s}{side:14s}'
+        line = f'{size:7s}{shape:>8s} {dtype:9s}{side:24s}'
         if isinstance(seconds, str):
           row['failed'] = seconds
           print(line + seconds, flush=True)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
+from gpt2_jax.core.bounds import shortened
 from gpt2_jax.core.chips import GIB
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.core.files import save_text
@@ -111,9 +112,7 @@ def compile_for(
     temporaries = refused_bytes(message)
     memory = Memory(known, temporaries, 0, max(known + temporaries, hbm + 1), hbm)
     return Compiled(memory, None, message, time.monotonic() - began)
-  seconds, text = time.monotonic() - began, compiled.as_text()
-  if dump is not None:
-    save_text(dump, text, 'the program')
+  seconds = time.monotonic() - began
   m = compiled.memory_analysis()
   made = m.output_size_in_bytes - m.alias_size_in_bytes
   needed = m.argument_size_in_bytes + m.temp_size_in_bytes + m.generated_code_size_in_bytes + made
@@ -124,6 +123,14 @@ def compile_for(
     max(needed, getattr(m, 'peak_memory_in_bytes', 0)),
     hbm,
   )
+  try:
+    text = compiled.as_text()
+  except jax.errors.JaxRuntimeError as e:
+    why = f"this compiler can't print its program ({shortened(str(e).splitlines()[0], 200)})"
+    note = f'memory alone is known: {why}; libtpu 0.0.42.1 could.'
+    return Compiled(memory, None, None, seconds, note)
+  if dump is not None:
+    save_text(dump, text, 'the program')
   try:
     cost = count(text, topology.slices_of(mesh.devices.flat), one_turn=one_turn)
   except UnknownProgram as e:

@@ -22,7 +22,7 @@ from gpt2_jax.core.chips import GIB, Chip
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.parallel import sharding
 from gpt2_jax.planning import hlo_text, op_flops, places, program_cost, report, search, topology
-from gpt2_jax.planning.compile_ahead import plan_train
+from gpt2_jax.planning.compile_ahead import plan_train, versions
 from gpt2_jax.planning.plan_decode import AskedTexts, lengths, plan_decode
 from gpt2_jax.planning.program_cost import Traffic
 from gpt2_jax.planning.report import Report
@@ -430,6 +430,18 @@ def test_of_a_program_that_cannot_be_read_the_memory_is_known(monkeypatch):
   assert note in made.text() and made == Report.from_json(made.to_json())
 
 
+def test_of_a_program_that_cannot_be_printed_the_memory_is_known(monkeypatch):
+  """As libtpu 0.0.52's of a v6e."""
+
+  def refuse(self):
+    raise jax.errors.JaxRuntimeError('INTERNAL: RET_CHECK failure: async-update')
+
+  monkeypatch.setattr(jax.stages.Compiled, 'as_text', refuse)
+  made = plan_train(small_config(), fake(), 'small')
+  assert made.fits and made.times is None and made.memory.total > 0
+  assert "can't print its program (INTERNAL: RET_CHECK failure" in made.text()
+
+
 def test_lengths_follow_the_context():
   for S, given, want in (
     (1024, (None, None), (128, 128)),
@@ -608,6 +620,23 @@ def test_a_gpu_plan(tmp_path):
 
 
 @tpu
+@pytest.mark.slow
+def test_the_table_of_the_docs_is_not_stale():
+  """Its first row, compiled again by the same versions: else python -m benchmarks.plans."""
+  kept = json.loads((ROOT / 'benchmarks' / 'results' / 'plans-tpu.json').read_text())
+  entry = kept['small v5e:4x4']
+  if entry['versions'] != versions():
+    pytest.skip(f'of other versions: {entry["versions"]}')
+  config, name = command.load_config('configs/small.py:fineweb')
+  made, listed = plan_train(config, topology.get('v5e:4x4'), name), entry['report']
+  for have, want in (
+    (made.memory.total, listed['memory']['total']),
+    (made.times.total, listed['times']['total']),
+    (made.hbm_bytes, listed['hbm_bytes']),
+  ):
+    assert 0.97 < have / want < 1.03, 'stale: python -m benchmarks.plans'
+
+
 @pytest.mark.slow
 def test_a_search(tmp_path):
   done = run(

@@ -269,6 +269,22 @@ def test_micro_batches_follow_the_memory(monkeypatch):
   assert need(8) < need(16) < 2 * need(8)
 
 
+def test_auto_computes_again_what_the_memory_does_not_hold(monkeypatch):
+  config = tiny_config(train__micro_batch_rows=4)
+  whole = run_plan.make_plan(config, jax.devices()[:1])
+  assert whole.model.remat == 'none'
+  need = lambda remat: memory_estimate.estimate_bytes(
+    dataclasses.replace(whole.model, remat=remat), whole.mesh, whole.T, 4, config.optim
+  )
+  assert need('none') >= need('dots') > need('full')
+  monkeypatch.setattr(memory_estimate, 'memory_limit', lambda _: need('full'))
+  assert run_plan.make_plan(config, jax.devices()[:1]).model.remat == 'full'
+  config.train.micro_batch_rows = None  # smaller micro-batches cost less than another forward pass
+  assert run_plan.make_plan(config, jax.devices()[:1]).model.remat != 'full'
+  config.model.remat = 'full'
+  assert run_plan.make_plan(config, jax.devices()[:1]).model.remat == 'full'
+
+
 @pytest.mark.parametrize('remat', ['none', 'dots', 'full'])
 def test_the_memory_estimate_is_near_the_compilers(remat):
   config = base.get_config()
