@@ -17,8 +17,7 @@ from gpt2_jax.cli.plan import load_config
 from gpt2_jax.core.chips import GIB
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.core.progress import track
-from gpt2_jax.planning import topology
-from gpt2_jax.planning.compile_ahead import versions
+from gpt2_jax.planning import compile_ahead, topology
 from gpt2_jax.planning.report import ASSUMPTIONS, Report
 from gpt2_jax.planning.search import source_hash
 
@@ -49,6 +48,11 @@ def cell(size: str, name: str) -> dict:
     return {'report': json.loads(plan_train(config, topo, called).to_json())}
   except UserError as e:
     return {'error': str(e)}
+
+
+def versions() -> dict[str, str]:
+  """Of what makes a TPU's program."""
+  return {k: v for k, v in compile_ahead.versions().items() if 'cuda' not in k}
 
 
 def stamp(size: str) -> dict:

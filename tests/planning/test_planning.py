@@ -625,7 +625,7 @@ def test_the_table_of_the_docs_is_not_stale():
   """Its first row, compiled again by the same versions: else python -m benchmarks.plans."""
   kept = json.loads((ROOT / 'benchmarks' / 'results' / 'plans-tpu.json').read_text())
   entry = kept['small v5e:4x4']
-  if entry['versions'] != versions():
+  if not entry['versions'].items() <= versions().items():
     pytest.skip(f'of other versions: {entry["versions"]}')
   config, name = command.load_config('configs/small.py:fineweb')
   made, listed = plan_train(config, topology.get('v5e:4x4'), name), entry['report']
