@@ -1,5 +1,6 @@
 """GPT-2 in JAX and Flax.
 
+    run = gpt2_jax.train('tiny', 'runs/tiny')
     model = gpt2_jax.from_pretrained('runs/tiny')
     for result in gpt2_jax.generate(model, 'def ', max_new_tokens=60, seed=42):
       print(result.text)
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
   from gpt2_jax.model.features import Classified, Features, classify, features
   from gpt2_jax.model.gpt2 import GPT2, bind, init_params
   from gpt2_jax.model.pretrained_model import Pretrained
+  from gpt2_jax.training.from_python import TrainedRun, train
 
 _PLACES = {
   'Classified': 'model.features',
@@ -30,6 +32,7 @@ _PLACES = {
   'LoRA': 'model.config',
   'Pretrained': 'model.pretrained_model',
   'Processor': 'decoding.processors',
+  'TrainedRun': 'training.from_python',
   'UserError': 'core.errors',
   'bind': 'model.gpt2',
   'classify': 'model.features',
@@ -41,6 +44,7 @@ _PLACES = {
   'quantize': 'model.decode_layout',
   'save_pretrained': 'checkpoints.pretrained',
   'stream': 'decoding.generate',
+  'train': 'training.from_python',
 }
 
 __all__ = [
@@ -52,6 +56,7 @@ __all__ = [
   'LoRA',
   'Pretrained',
   'Processor',
+  'TrainedRun',
   'UserError',
   'bind',
   'classify',
@@ -63,12 +68,15 @@ __all__ = [
   'quantize',
   'save_pretrained',
   'stream',
+  'train',
 ]
 
 
 def __getattr__(name: str):
   if name in _PLACES:
     return getattr(importlib.import_module(f'gpt2_jax.{_PLACES[name]}'), name)
+  if name == 'configs':
+    return importlib.import_module('gpt2_jax.configs')
   raise AttributeError(f'module gpt2_jax has no attribute {name!r}')
 
 

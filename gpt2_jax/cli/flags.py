@@ -65,6 +65,8 @@ FLAGS: dict[str, Table] = {
     json=PATH,
     dump=PATH,
   ),
+  'Train': {},
+  'Config': dict(name=Text(1000)),
   'Reproduce': dict(workdir=Place(), output=PATH),
 }
 

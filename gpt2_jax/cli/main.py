@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,6 +17,7 @@ import tyro
 
 from gpt2_jax.cli import flags, inputs
 from gpt2_jax.cli.bias import Bias
+from gpt2_jax.cli.config import Config
 from gpt2_jax.cli.convert import Convert
 from gpt2_jax.cli.evaluate import Evaluate
 from gpt2_jax.cli.plan import Plan, split_overrides
@@ -221,8 +223,21 @@ class Reproduce:
       sys.exit(status)
 
 
+@dataclasses.dataclass
+class Train:
+  """Trains, or goes on with a run: --config=small:fineweb --workdir=DIR --config.KEY=VALUE …
+
+  Its flags are those of launch.py: gpt2-jax train --help.
+  """
+
+  def run(self) -> None:
+    raise AssertionError('`main` hands it over')
+
+
 Verb = (
-  Annotated[Prepare, tyro.conf.subcommand('prepare')]
+  Annotated[Train, tyro.conf.subcommand('train')]
+  | Annotated[Config, tyro.conf.subcommand('config')]
+  | Annotated[Prepare, tyro.conf.subcommand('prepare')]
   | Annotated[Sample, tyro.conf.subcommand('sample')]
   | Annotated[Serve, tyro.conf.subcommand('serve')]
   | Annotated[Convert, tyro.conf.subcommand('convert')]
@@ -261,6 +276,12 @@ def main(argv: list[str] | None = None) -> None:
   argv, overrides = list(sys.argv[1:] if argv is None else argv), ()
   if argv[:1] == ['--version']:
     return print(errors.versions())
+  if argv[:1] == ['train']:
+    began = time.monotonic()
+    from gpt2_jax.cli import train
+
+    train.use_huge_pages()
+    sys.exit(train.main(['gpt2-jax train', *argv[1:]], began))
   if argv[:1] == ['plan']:
     argv, overrides = split_overrides(argv)
   try:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from gpt2_jax import configs
 from gpt2_jax.core.bounds import shortened
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.core.files import local, save_text
@@ -23,7 +24,7 @@ class Plan:
   """
 
   config: str
-  """As for launch.py: configs/xl.py:RECIPE. Without a recipe: fineweb, where the file has it."""
+  """As for train: xl:RECIPE, or a file. Without a recipe: fineweb, where the config has it."""
   topology: str
   """v5e:16x16, 4*v5e:8x8 (slices), v4, v5p, v6e, v7x; h100:8, h100:2x8 (hosts x GPUs), a100, h200."""
   mode: Literal['train', 'decode', 'prefill'] = 'train'
@@ -123,16 +124,18 @@ def load_config(path: str, overrides: tuple[str, ...] = ()) -> tuple[Any, str]:
     UserError: the file can't be loaded, or an override names no knob.
   """
   local(path, '--config')
+  path = configs.path_of(path)
   file, _, recipe = path.partition(':')
   if not Path(file).is_file():
     raise UserError(f'--config {path}: there is no file {file}.')
-  folder = str(Path(file).resolve().parent.parent)
-  if folder not in sys.path:  # configs import each other, as from launch.py
-    sys.path.insert(0, folder)
+  folder = Path(file).absolute().parent
+  if folder != configs.FOLDER and str(folder.parent) not in sys.path:
+    sys.path.insert(0, str(folder.parent))  # configs import each other, as from launch.py
   tries = [path] if recipe else [f'{path}:{RECIPE}', path]
   for i, name in enumerate(tries):
     try:
-      return _load(name, overrides), ' '.join([name, *overrides])
+      shown = name.replace(f'{configs.FOLDER}/', 'configs/')
+      return _load(name, overrides), ' '.join([shown, *overrides])
     except Exception as e:  # of many kinds, some with a traceback as their text
       last = shortened((str(e) or repr(e)).strip().splitlines()[-1].strip())
       if i + 1 == len(tries) or 'recipe' not in last:

@@ -50,8 +50,17 @@ def _duration(seconds: float) -> str:
 
 
 def plot_losses(workdir: Path, title: str, totals: dict[str, float]) -> Path:
-  """Draws training and held-out loss against the tokens seen, and beneath where the time went
-  (seconds by kind), to `loss.png`.
+  """Draws `loss_figure` to `loss.png`."""
+  figure, path = loss_figure(workdir, title, totals), workdir / PLOT
+  with saving('the plot', path):
+    figure.savefig(path.with_suffix('.tmp'), format='png', dpi=120)
+    os.replace(path.with_suffix('.tmp'), path)
+  return path
+
+
+def loss_figure(workdir: Path, title: str, totals: dict[str, float]):
+  """Returns a figure of training and held-out loss against the tokens seen; and beneath, of the
+  seconds by kind, where there are any.
   """
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
@@ -65,8 +74,11 @@ def plot_losses(workdir: Path, title: str, totals: dict[str, float]) -> Path:
   ]
   figure = Figure(figsize=(7, 4.8), layout='constrained')
   FigureCanvasAgg(figure)
-  axes, below = figure.subplots(2, height_ratios=(16, 1))
-  _draw_time(below, totals)
+  if totals:
+    axes, below = figure.subplots(2, height_ratios=(16, 1))
+    _draw_time(below, totals)
+  else:
+    axes = figure.subplots()
   axes.plot(tokens, losses, color='tab:blue', alpha=0.25, linewidth=0.8)
   axes.plot(tokens, _smooth(losses), color='tab:blue', label='training')
   if held_out:
@@ -83,11 +95,7 @@ def plot_losses(workdir: Path, title: str, totals: dict[str, float]) -> Path:
   axes.xaxis.set_major_formatter(EngFormatter())
   axes.grid(alpha=0.3)
   axes.legend()
-  path = workdir / PLOT
-  with saving('the plot', path):
-    figure.savefig(path.with_suffix('.tmp'), format='png', dpi=120)
-    os.replace(path.with_suffix('.tmp'), path)
-  return path
+  return figure
 
 
 def fit_prompt(prompt: str, tokenizer: Tokenizer | None, config: GPTConfig) -> str:

@@ -26,7 +26,7 @@ classification
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs import base
+from gpt2_jax.configs import base
 
 RECIPES = ('full', 'lora', 'classification')
 

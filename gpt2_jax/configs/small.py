@@ -9,7 +9,7 @@ Measured on 2 CPU cores (AMD EPYC, AVX-512), float32, jax 0.10.2, commit 9992cb3
 measured on an accelerator.
 """
 
-from configs import base, recipes
+from gpt2_jax.configs import base, recipes
 
 
 def get_config(recipe: str = 'stdlib'):

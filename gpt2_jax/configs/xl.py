@@ -8,7 +8,7 @@
 9992cb3): 31,907,745,876 bytes. Not yet trained or measured on an accelerator.
 """
 
-from configs import base, recipes
+from gpt2_jax.configs import base, recipes
 
 
 def get_config(recipe: str = 'stdlib'):

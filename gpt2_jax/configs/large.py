@@ -8,7 +8,7 @@
 9992cb3): 17,614,702,676 bytes. Not yet trained or measured on an accelerator.
 """
 
-from configs import base, recipes
+from gpt2_jax.configs import base, recipes
 
 
 def get_config(recipe: str = 'stdlib'):

@@ -14,7 +14,7 @@ a CPU. Measured likewise at 9992cb3: 10,200 tokens/s, held-out loss 2.04 and 1.8
 the whole last tenth of the text) at steps 1,000 and 2,000.
 """
 
-from configs import base, recipes
+from gpt2_jax.configs import base, recipes
 
 
 def get_config(recipe: str = 'stdlib'):
