@@ -50,10 +50,10 @@ def usage() -> str:
 
 {flags.FLAGS.module_help(__name__)}
 
-examples, with `python launch.py` of a checkout too:
+examples:
   gpt2-jax train --config=tiny
-  gpt2-jax train --config=small:openwebtext --workdir=runs/a --config.train.steps=1000
   gpt2-jax train --config=small --dry_run
+  python launch.py --config=configs/small.py:openwebtext --workdir=runs/a --config.train.steps=1000
 
 The knobs, --config.SECTION.KEY=VALUE, and what they do: gpt2-jax config small."""
 
