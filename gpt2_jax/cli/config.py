@@ -7,6 +7,7 @@ import tyro
 
 from gpt2_jax import configs
 from gpt2_jax.core.errors import UserError
+from gpt2_jax.model.config import knobs_of
 
 
 @dataclasses.dataclass
@@ -22,18 +23,9 @@ class Config:
     except ValueError as e:
       raise UserError(f'{e}.') from e
     said = comments()
-    for knob, value in knobs(config):
+    for knob, value in knobs_of(config).items():
       value = value if isinstance(value, str) and value.isprintable() else repr(value)
       print(f'{f"--config.{knob}={value}":52s} # {said.get(knob, "")}'.rstrip(' #'))
-
-
-def knobs(config) -> list[tuple[str, object]]:
-  """The knobs of a config by their full names, with their values, in order."""
-  found = []
-  for name, value in config.items():
-    inner = value.items() if hasattr(value, 'items') else None
-    found += [(name, value)] if inner is None else [(f'{name}.{key}', each) for key, each in inner]
-  return found
 
 
 def comments() -> dict[str, str]:

@@ -282,13 +282,18 @@ class GPTConfig:
     }
 
 
+def knobs_of(config: Config) -> dict[str, Any]:
+  """The values of all knobs of a run's config, by their full names: 'train.steps'."""
+  found = {}
+  for name, value in config.items():
+    inner = value.items() if hasattr(value, 'keys') else [('', value)]
+    found |= {f'{name}.{key}'.rstrip('.'): each for key, each in inner}
+  return found
+
+
 def wrong_knob(config: Config, words: Iterable[str]) -> str | None:
   """What is wrong with the first `--config.KEY[=VALUE]` of a command line whose key is no knob."""
-  known = [
-    name if key is None else f'{name}.{key}'
-    for name, section in config.items()
-    for key in (section if hasattr(section, 'keys') else [None])
-  ]
+  known = [*knobs_of(config)]
   for word in words:
     name = word.removeprefix('--config.').partition('=')[0]
     if word.startswith('--config.') and name not in (*known, *config):

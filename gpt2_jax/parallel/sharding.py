@@ -199,15 +199,19 @@ def in_mesh() -> bool:
 
 def platform() -> str:
   """'cpu', 'gpu' or 'tpu': of the mesh that is set, whose devices needn't be here, or JAX's own."""
-  device = jax.sharding.get_abstract_mesh().abstract_device if in_mesh() else None
+  device = _described()
   name = jax.default_backend() if device is None else device.platform
   return {'cuda': 'gpu', 'rocm': 'gpu'}.get(name, name)
 
 
 def chip() -> Chip | None:
   """The chip of `platform`; None if it is unknown."""
-  device = jax.sharding.get_abstract_mesh().abstract_device if in_mesh() else None
-  return chip_of(jax.devices()[0].device_kind if device is None else device.device_kind)
+  return chip_of((_described() or jax.devices()[0]).device_kind)
+
+
+def _described() -> Any:
+  """What the mesh that is set says of its devices; None where none is, or it says nothing."""
+  return jax.sharding.get_abstract_mesh().abstract_device if in_mesh() else None
 
 
 @contextlib.contextmanager

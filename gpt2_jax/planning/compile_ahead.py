@@ -217,7 +217,7 @@ def plan_train(
     mode='train',
     config=name,
     flops=all_flops / plan.mesh.size,
-    ideal=ideal(c, plan.mesh, step // plan.mesh.size, plan.A),
+    ideal=ideal(c, plan.mesh, step * plan.mesh.shape['tensor'] // plan.mesh.size, plan.A),
     model=f'{describe(c)}, remat {c.remat}',
     batch=f'{step:,} tokens a step = {plan.A} micro-batches x {rows} rows a device x {plan.T}',
     numbers=dict(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from gpt2_jax.core.chips import HBM
 from gpt2_jax.core.errors import UserError, brief
 from gpt2_jax.decoding.device_loop import Request, Rules, Sample, advance, start
 from gpt2_jax.decoding.from_options import make_processors
@@ -24,7 +25,7 @@ from gpt2_jax.model.gpt2 import make_params
 from gpt2_jax.model.sizes import flops_per_token, num_params
 from gpt2_jax.parallel.sharding import BATCH, P, on_devices, reshard
 from gpt2_jax.planning.compile_ahead import Compiled, bytes_of, compile_for, describe, report
-from gpt2_jax.planning.report import HBM, Report
+from gpt2_jax.planning.report import Report
 from gpt2_jax.planning.topology import Topology
 from gpt2_jax.training.run_model import make_model
 

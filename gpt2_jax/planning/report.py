@@ -6,13 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gpt2_jax.core.chips import GIB, Chip
+from gpt2_jax.core.chips import COMPUTE, GIB, HBM, LINKS, Chip
 from gpt2_jax.core.files import save_text
 from gpt2_jax.planning import bill
 from gpt2_jax.planning.program_cost import Cost, Use
 
-# Shares of a data sheet's figures that programs are assumed to get. Not measured: see ASSUMPTIONS.
-COMPUTE, HBM, LINKS = 0.6, 0.8, 0.5
 LAUNCH = 2e-6  # seconds from a small kernel of a GPU to the next
 ASSUMPTIONS = (
   'uncalibrated: no run on this hardware stands behind the times',

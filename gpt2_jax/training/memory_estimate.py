@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gpt2_jax.core.chips import chip_of
+from gpt2_jax.core.chips import COMPUTE, LINKS, chip_of
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.model import attention_kernels
 from gpt2_jax.model.config import Config, GPTConfig
@@ -119,7 +119,6 @@ def divisors(n: int) -> list[int]:
 # What makes a way to run a step slower, as shares of its time.
 RECOMPUTED = {'none': 0.0, 'dots': 0.1, 'full': 0.33}  # of the FLOPs, by remat policy
 FEW_ROWS = 0.02  # each halving of the micro-batch, by hand
-COMPUTE, LINKS = 0.6, 0.5  # of a chip's figures that programs get
 
 
 def slowness(c: GPTConfig, mesh: Mesh, T: int, rows: int) -> float:

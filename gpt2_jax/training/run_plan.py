@@ -122,7 +122,8 @@ class Plan:
 
   def eval_step(self, eot: int = 0):
     """Returns the step of an evaluation; it is compiled when it is first called."""
-    return jax.jit(make_eval_step(self.model, self.document_start(eot)))
+    model = dataclasses.replace(self.model, scan_layers=True)  # nothing of the layers is kept
+    return jax.jit(make_eval_step(model, self.document_start(eot)))
 
   def attention(self) -> str:
     """Names the attention that the step will have, and says why it is not another."""

@@ -1,6 +1,7 @@
 """`gpt2-jax train`, `gpt2-jax config` and `gpt2_jax.train`: training without a checkout."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,9 +82,12 @@ def test_training_from_python(text_folder, tmp_path):
 
 @pytest.mark.slow
 def test_a_wheel_trains_outside_of_a_checkout(tmp_path):
-  pip = [sys.executable, '-m', 'pip']
+  pip, source = [sys.executable, '-m', 'pip'], tmp_path / 'source'  # a build leaves files there
+  shutil.copytree(ROOT / 'gpt2_jax', source / 'gpt2_jax')
+  for name in ('setup.cfg', 'pyproject.toml', 'README.md', 'LICENSE'):
+    shutil.copy(ROOT / name, source)
   for words in (
-    ['wheel', '--quiet', '--no-deps', '--wheel-dir', str(tmp_path / 'dist'), str(ROOT)],
+    ['wheel', '--quiet', '--no-deps', '--wheel-dir', str(tmp_path / 'dist'), str(source)],
     ['install', '--quiet', '--no-deps', '--target', str(tmp_path / 'site')],
   ):
     wheels = (

@@ -146,6 +146,6 @@ def summary(workdir: Path, prompt: str, sample: str | None, totals: dict[str, fl
         ]
       ),
       f'  {shlex.join(["tensorboard", "--logdir", str(workdir)])}          (pip install tensorboard)',
-      '  the same launch.py command with a larger --config.train.steps goes on from here',
+      '  the same command with a larger --config.train.steps goes on from here',
     ]
   )
