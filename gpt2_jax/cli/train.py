@@ -60,20 +60,18 @@ The knobs, --config.SECTION.KEY=VALUE, and what they do: gpt2-jax config small."
 
 def with_paths(argv: list[str]) -> list[str]:
   """A command line with the path of a config in place of its name: '--config=tiny'."""
-  found, before = [], ''
-  for word in argv:
-    flag, _, value = word.partition('=')
-    if flag == '--config' and value:
-      word = f'--config={configs.path_of(value)}'
-    elif before == '--config':
-      word = configs.path_of(word)
+  found, words = [], iter(argv)
+  for word in words:
+    if word == '--config':
+      word = f'--config={next(words, "")}'
+    if word.startswith('--config='):
+      word = f'--config={configs.path_of(word.removeprefix("--config="))}'
     found.append(word)
-    before = word
   return found
 
 
-def files(argv: list[str]) -> list[str]:
-  """The files that a command line names as its config."""
+def config_files(argv: list[str]) -> list[str]:
+  """The files that a command line names as its config, after `with_paths`."""
   named = [word.partition('=')[2] for word in argv if word.startswith('--config=')]
   return [name.partition(':')[0] for name in named]
 
@@ -88,7 +86,7 @@ def parse_flags(argv: list[str]) -> None:
     print(versions())
     sys.exit(0)
   try:
-    for file in files(argv):
+    for file in config_files(argv):
       if not Path(file).is_file():
         names = ', '.join(configs.NAMES)
         raise ValueError(f'--config={file} is neither a file nor one of the configs {names}')
@@ -112,7 +110,7 @@ def wrong_flag(e: Exception, argv: list[str]) -> str:
     from gpt2_jax.cli.plan import load_config
     from gpt2_jax.model.config import wrong_knob
 
-    file = files(argv)[-1:]
+    file = config_files(argv)[-1:]
     with contextlib.suppress(UserError):
       if file and (wrong := wrong_knob(load_config(file[0])[0], argv)):
         return wrong

@@ -20,10 +20,8 @@ def generation_mesh(config: GPTConfig, devices: Sequence[Any]) -> Mesh:
 
   `fsdp`, which training splits parameters by, would send all of them for every token.
   """
-  chip, weights = (
-    chip_of(devices[0].device_kind),
-    jnp.dtype(config.dtype).itemsize * num_params(config),
-  )
+  chip = chip_of(devices[0].device_kind)
+  weights = jnp.dtype(config.dtype).itemsize * num_params(config)
   sizes = [size for size, axis in config.divisible().values() if axis == 'tensor']
   possible = [
     n

@@ -66,9 +66,8 @@ def estimate_parts(c: GPTConfig, mesh: Mesh, T: int, rows: int, optim: Config) -
     attention, 0
   )
   products = b * (3 * D + D + D + D + F)  # q, k and v, attention, its projection, the MLP's, its c_fc
-  lanes = (
-    b * 3 * D * (-(-c.H // LANES) * LANES / c.H - 1) if attention == 'splash' else 0
-  )  # of q, k, v
+  # what fills up the rows of q, k and v in a TPU's memory
+  lanes = -c.H % LANES / c.H * b * 3 * D if attention == 'splash' else 0
   kept = {'none': products + lanes + 4 * pairs_kept, 'dots': products, 'full': b * D}[c.remat]
   values = b * (8 * D + 3 * F)  # of a block, with their gradients
   norm = 4 * 2 * D  # a layer norm's, in float32

@@ -86,8 +86,8 @@ def _take(workdir: Path) -> int:
 
 def _leave(workdir: Path, fd: int) -> None:
   """Lets go of a workdir; one in which nothing but the lock is left is as if it had never been."""
-  if os.listdir(workdir) == [FILE]:
-    with contextlib.suppress(OSError):
+  with contextlib.suppress(OSError):  # it may be gone, and what is said of that is another's
+    if os.listdir(workdir) == [FILE]:
       (workdir / FILE).unlink()
       workdir.rmdir()
   _held.remove(fd)

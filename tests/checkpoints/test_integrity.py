@@ -634,6 +634,15 @@ def launch(*arguments: str) -> subprocess.CompletedProcess:
   return run('launch.py', *arguments, timeout=120)
 
 
+def test_a_workdir_that_vanishes_hides_no_message(tmp_path):
+  workdir = tmp_path / 'run'
+  with pytest.raises(UserError, match='what went wrong'), workdir_lock.held(workdir):
+    shutil.rmtree(workdir)
+    raise UserError('what went wrong')
+  with workdir_lock.held(workdir):  # it can be held again
+    assert workdir.is_dir()
+
+
 def test_launch_tells_what_it_takes():
   told = launch('--help')
   assert told.returncode == 0 and not told.stderr
