@@ -1,0 +1,113 @@
+"""An emulated Cloud Storage, with what a real one has and gcp-storage-emulator lacks.
+
+    python tests/bucket_server.py PORT FOLDER
+
+Many requests at a time; preconditions (ifGenerationMatch); and, told by a file of JSON named
+`faults.json` in FOLDER, `latency_s` for each answer and `failing`: the share of answers that are 429,
+503, or a connection that is cut.
+"""
+
+import functools
+import http.server
+import io
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from gcp_storage_emulator import server
+from gcp_storage_emulator.handlers import buckets
+from gcp_storage_emulator.storage import Storage
+
+LOCK = threading.Lock()
+BUCKET = 'bucket'
+
+
+class Handler(server.RequestHandler):
+  protocol_version = 'HTTP/1.0'
+
+  def __init__(self, folder: Path, storage: Storage, *args):
+    self.folder = folder
+    super().__init__(storage, *args)
+
+  def _refused(self, method: str) -> bool:
+    """Whether a precondition does not hold; answers 412 then."""
+    request = server.Request(self, method)
+    wanted = request.query.get('ifGenerationMatch')
+    if not wanted:
+      return False
+    length = int(self.headers.get('Content-Length') or 0)
+    body = self.rfile.read(length)
+    name = (request.query.get('name') or [None])[0]
+    if name is None and length:
+      self.rfile = io.BytesIO(body)
+      name = request.data['meta']['name']
+    name = name or server.unquote(request.path.rpartition('/o/')[2])
+    self.rfile = io.BytesIO(body)  # to be read again
+    bucket = request.path.partition('/b/')[2].partition('/')[0]
+    try:
+      have = self.storage.get_file_obj(bucket, name)['generation']
+    except Exception:
+      have = '0'
+    if str(have) == wanted[0]:
+      return False
+    self.send_error(412)
+    return True
+
+  def _answer(self, method: str) -> None:
+    try:
+      faults = json.loads((self.folder / 'faults.json').read_text())
+    except (OSError, ValueError):
+      faults = {}
+    time.sleep(faults.get('latency_s', 0))
+    if random.random() < faults.get('failing', 0):
+      status = random.choice((429, 503, None))
+      if status:
+        self.rfile.read(int(self.headers.get('Content-Length') or 0))
+        self.send_error(status)
+      return  # None: the connection ends without an answer
+    with LOCK:
+      if not self._refused(method):
+        server.Router(self).handle(method)
+
+  def log_message(self, format, *args):
+    pass
+
+  def do_GET(self):
+    self._answer('GET')
+
+  def do_POST(self):
+    self._answer('POST')
+
+  def do_PUT(self):
+    self._answer('PUT')
+
+  def do_DELETE(self):
+    self._answer('DELETE')
+
+  def do_PATCH(self):
+    self._answer('PATCH')
+
+
+def main() -> None:
+  port, folder = int(sys.argv[1]), Path(sys.argv[2])
+  storage = Storage(data_dir=str(folder / 'objects'))
+  buckets.create_bucket(BUCKET, storage)
+
+  def leave(*_) -> None:  # not in the middle of a write
+    LOCK.acquire()
+    os._exit(0)
+
+  signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=leave).start())
+  handler = functools.partial(Handler, folder, storage)
+  there = http.server.ThreadingHTTPServer(('127.0.0.1', port), handler)
+  there.handle_error = lambda *_: None  # who asked has gone
+  there.serve_forever()
+
+
+if __name__ == '__main__':
+  main()
