@@ -1,7 +1,7 @@
 """Buckets: what a path like gs://bucket/run names, through etils' `epath` and fsspec's libraries.
 
 A bucket is no disk: nothing can be appended to, renamed or locked, and it may be out of reach for
-minutes. Everything here that fails for good raises an OSError, as a disk would.
+minutes. What fails for good is an OSError, as a disk's would be, and one that is meant for the user.
 """
 
 import base64
@@ -33,7 +33,15 @@ EXTRAS = {'gs': 'gcs', 's3': 's3'}
 PATIENCE_S = 600  # how long a bucket that was reached before may be out of reach
 THREADS = 16
 SHOWN_BYTES = 2**30  # the fetching of less is over before one wonders
+WAY_OUT = (
+  "Look at the bucket's name, and at who you are (gcloud auth application-default login, or "
+  'GOOGLE_APPLICATION_CREDENTIALS).'
+)
 ADDRESS = re.compile(r'([A-Za-z][A-Za-z0-9+.\-]+):/+')
+
+
+class Unreachable(OSError, UserError):
+  """A bucket, or what should lie there, can't be had."""
 
 
 def address(path: str | os.PathLike) -> str | None:
@@ -133,7 +141,9 @@ def _patient_gcs() -> type:
         except (retry.HttpError, aiohttp.ClientError, google.auth.exceptions.GoogleAuthError) as e:
           again = retry.is_retriable(e) and self.reached
           if not again or time.monotonic() - began > PATIENCE_S:
-            raise OSError(f"{self._said(args)} can't be reached: {e or type(e).__name__}") from e
+            raise Unreachable(
+              f"{self._said(args)} can't be had: {str(e) or type(e).__name__}. {WAY_OUT}"
+            ) from e
           if not told:
             print(
               f"{self._said(args)} can't be reached ({brief(str(e))}): trying again for "
@@ -143,6 +153,10 @@ def _patient_gcs() -> type:
             )
           told = True
           await asyncio.sleep(5)
+        except OSError as e:
+          if 'Forbidden' not in str(e):
+            raise
+          raise Unreachable(f'{self._said(args)}: {str(e).splitlines()[-1]}. {WAY_OUT}') from e
 
     @staticmethod
     def _said(args: tuple) -> str:
@@ -175,24 +189,30 @@ def _content(about: dict[str, Any]) -> list:
   return [str(about[key]) for key in keys if about.get(key) is not None]
 
 
+def md5(about: dict[str, Any]) -> str | None:
+  """Returns the MD5 of a file in hex, by what a bucket says of it; None where it doesn't."""
+  said = about.get('md5Hash')
+  return base64.b64decode(said).hex() if said else None
+
+
 def fetch_file(path: AnyPath, to: Path, about: dict[str, Any] | None = None) -> None:
   """Fetches a file, whole or not at all, and checks it by the hash that the bucket has of it.
 
   Raises:
-    OSError: it is not there, or another content came than the bucket says.
+    Unreachable: another content came than the bucket says.
   """
   partial = to.with_name(f'{to.name}.{os.getpid()}.part')
   to.parent.mkdir(parents=True, exist_ok=True)
   try:
     filesystem(path).get_file(os.fspath(path), str(partial))
-    want = (about or {}).get('md5Hash')
+    want = md5(about or {})
     if want is not None:
       with open(partial, 'rb') as file:
         have = hashlib.file_digest(file, functools.partial(hashlib.md5, usedforsecurity=False))
-      if base64.b64encode(have.digest()).decode() != want:
-        raise OSError(f'{path} came with another content than the bucket has (MD5)')
+      if have.hexdigest() != want:
+        raise Unreachable(f'{path} came with another content than the bucket has (MD5)')
     if about is not None and partial.stat().st_size != int(about['size']):
-      raise OSError(f'{path} came with {partial.stat().st_size:,} bytes, not {about["size"]:,}')
+      raise Unreachable(f'{path} came with {partial.stat().st_size:,} bytes, not {about["size"]:,}')
     partial.replace(to)
   finally:
     partial.unlink(missing_ok=True)
@@ -202,6 +222,13 @@ def cache() -> Path:
   """Returns the folder in which copies of what lies in buckets are kept."""
   home = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
   return home / 'gpt2_jax' / 'buckets'
+
+
+def kept(path: str | os.PathLike) -> Path:
+  """Returns the folder of this machine, made if need be, for what belongs to a path in a bucket."""
+  folder = cache() / hashlib.sha256(str(address(path)).encode()).hexdigest()[:16]
+  folder.mkdir(parents=True, exist_ok=True)
+  return folder
 
 
 def fetched(path: AnyPath, wanted: Callable[[str], bool] = lambda name: True) -> Path:
@@ -214,19 +241,16 @@ def fetched(path: AnyPath, wanted: Callable[[str], bool] = lambda name: True) ->
     wanted: whether a file is needed, by its name relative to the path.
 
   Raises:
-    OSError: it can't be fetched.
-    FileNotFoundError: there is no such file or folder.
+    Unreachable: it can't be fetched, or is not there.
   """
   if not is_bucket(path):
     return Path(path)
-  named = hashlib.sha256(os.fspath(path).encode()).hexdigest()[:16]
-  home = cache() / named
+  home = kept(path)
   target, known = home / (path.name or 'bucket'), home / 'fetched.json'
-  home.mkdir(parents=True, exist_ok=True)
   with filelock.FileLock(home / '.lock'):
     there = {name: about for name, about in listing(path).items() if wanted(name)}
     if not there:
-      raise FileNotFoundError(f'{path} is not there')
+      raise Unreachable(f'{path} is not there.')
     have = _known(known)
     for name in have.keys() - there.keys():
       (target / name if name else target).unlink(missing_ok=True)
