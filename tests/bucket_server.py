@@ -2,10 +2,10 @@
 
     python tests/bucket_server.py PORT FOLDER
 
-Many requests at a time; preconditions (ifGenerationMatch); a list of what was asked for (`asked.txt` in
-FOLDER: method, path and range of each request); and, told by a file of JSON named `faults.json` in FOLDER,
-`latency_s` for each answer and `failing`: the share of answers that are 429, 503, or a connection that is
-cut, before the answer or in the middle of it.
+Many requests at a time; preconditions (ifGenerationMatch); `asked.txt` in FOLDER, a list of what was
+asked for: method, path and range of each request; and, told by a file of JSON named `faults.json` in
+FOLDER, `latency_s` for each answer and `failing`: the share of answers that are 429, 503, or a
+connection that is cut, before the answer or in the middle of it.
 """
 
 import functools

@@ -78,7 +78,7 @@ class Bucket:
 
 @contextlib.contextmanager
 def emulated(folder: Path) -> Iterator[Bucket]:
-  """Yields a bucket that this process finds too; `folder`: to keep its state in `folder / 'bucket'`."""
+  """Yields a bucket that this process finds too; its state is kept in `folder / 'bucket'`."""
   there = Bucket(folder / 'bucket')
   before = {name: os.environ.get(name) for name in there.env}
   os.environ.update(there.env)
