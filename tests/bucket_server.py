@@ -2,9 +2,10 @@
 
     python tests/bucket_server.py PORT FOLDER
 
-Many requests at a time; preconditions (ifGenerationMatch), generations; and, told by a file of JSON
-named `faults.json` in FOLDER, `latency_s` of each answer and `failing`: the share of those that are
-429, 503, or a connection that is cut.
+Many requests at a time; preconditions (ifGenerationMatch), generations; `asked.txt` in FOLDER, a list
+of what was asked for: method, path and range of each request; and, told by a file of JSON named
+`faults.json` in FOLDER, `latency_s` of each answer and `failing`: the share of answers that are 429,
+503, or a connection that is cut, before the answer or in the middle of it.
 """
 
 import functools
@@ -57,17 +58,21 @@ class Handler(server.RequestHandler):
     super().end_headers()
 
   def _answer(self, method: str) -> None:
+    with open(self.folder / 'asked.txt', 'a') as asked:
+      print(method, self.path, self.headers.get('Range') or '', file=asked)
     try:
       faults = json.loads((self.folder / 'faults.json').read_text())
     except (OSError, ValueError):
       faults = {}
     time.sleep(faults.get('latency_s', 0))
     if random.random() < faults.get('failing', 0):
-      status = random.choice((429, 503, None))
-      if status:
+      status = random.choice((429, 503, None, 'half'))
+      if status == 'half' and method == 'GET':
+        self._answer_half()
+      elif status != 'half' and status is not None:
         self.rfile.read(int(self.headers.get('Content-Length') or 0))
         self.send_error(status)
-      return  # None: the connection ends without an answer
+      return  # otherwise the connection ends without an answer
     with LOCK:
       wanted, have = self._object(method)
       if wanted not in (None, have):
@@ -75,6 +80,14 @@ class Handler(server.RequestHandler):
         return
       self.generation = have if method == 'GET' and have != '0' else ''
       server.Router(self).handle(method)
+
+  def _answer_half(self) -> None:
+    there, self.wfile = self.wfile, io.BytesIO()
+    with LOCK:
+      server.Router(self).handle('GET')
+    content = self.wfile.getvalue()
+    self.wfile = there
+    there.write(content[: len(content) - len(content.partition(b'\r\n\r\n')[2]) // 2 - 1])
 
   def log_message(self, format, *args):
     pass
