@@ -43,7 +43,8 @@ def test_recipes_are_well_formed(page):
     text = recipe.replace('\\\n', ' ')
     for program, arguments in re.findall(r'(launch\.py|gpt2-jax) ([^\n&]*)', text):
       words = shlex.split(arguments.rstrip('\'"'))
-      if program == 'launch.py':
+      if program == 'launch.py' or words[0] == 'train':
+        words = words[words[0] == 'train' :]
         code = 'import sys, launch; launch.parse_flags(sys.argv)'
         done = subprocess.run(
           [sys.executable, '-c', code, *words], cwd=ROOT, capture_output=True, text=True
