@@ -1,6 +1,7 @@
 """What a save costs the loop, in units of steps; how long a restore takes; the memory of both.
 
     python -m benchmarks.checkpoint [tiny] [30m] [--saves N] [--gap STEPS] [--json FILE]
+        [--workdir gs://BUCKET/DIR]
 
 The loop is that of training: a step is dispatched, then the metrics of the one before are fetched, so
 that a save finds the device one step behind. `blocked`: how long `Checkpoints.save` keeps the loop
@@ -10,6 +11,7 @@ contains the work of writing, which runs on the cores that train.
 Beside them a plain copy: the same bytes written to one file and synced, and read from it. Both
 reads find the files in memory. `extra`: the largest resident memory of the process meanwhile, beyond
 what it had before, in units of the checkpoint (Linux only); a restore has the state itself in it.
+With --workdir the checkpoints lie there; the plain copies stay on this disk.
 """
 
 import argparse
@@ -70,7 +72,7 @@ def plain_copy(leaves: list, path: Path) -> tuple[float, float]:
   return written - began, time.monotonic() - written
 
 
-def measure(name: str, saves: int, gap: int, folder: Path) -> dict:
+def measure(name: str, saves: int, gap: int, folder: Path, workdir: str | None = None) -> dict:
   plan = make_plan(config_of(name), devices=jax.devices()[:1])
   rng = np.random.default_rng(0)
   with jax.set_mesh(plan.mesh):
@@ -79,7 +81,7 @@ def measure(name: str, saves: int, gap: int, folder: Path) -> dict:
       rng.integers(0, 2048, (plan.A, plan.G // plan.A, plan.T + 1)).astype(np.int32),
       plan.batch_sharding,
     )
-    checkpoints = Checkpoints(folder, keep=2)
+    checkpoints = Checkpoints(folder if workdir is None else f'{workdir}/{name}', keep=2)
 
     def loop(state, first: int, count: int, save: bool):
       """Seconds of `count` steps, and of the blocking part of a save in their middle."""
@@ -172,12 +174,13 @@ def main() -> None:
   flags.add_argument('names', nargs='*', default=['tiny', '30m'])
   flags.add_argument('--saves', type=int, default=7)
   flags.add_argument('--gap', type=int, default=4, help='steps from one save to the next')
+  flags.add_argument('--workdir', help='of the checkpoints; default: a temporary folder')
   flags.add_argument('--json')
   args = flags.parse_args()
   with report(args.json) as rows:
     for name in args.names:
       with tempfile.TemporaryDirectory() as folder:
-        rows.append(measure(name, args.saves, args.gap, Path(folder)))
+        rows.append(measure(name, args.saves, args.gap, Path(folder), args.workdir))
 
 
 if __name__ == '__main__':

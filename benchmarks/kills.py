@@ -1,6 +1,7 @@
 """SIGKILL at random moments of a tiny run, again and again: nothing may be lost or torn.
 
-    python -m benchmarks.kills [--kills 20] [--seed N] [--folder DIR] [--workdir gs://BUCKET/DIR]
+    python -m benchmarks.kills [--kills 20] [--steps 200] [--seed N] [--folder DIR]
+        [--workdir gs://BUCKET/DIR]
 
 The run prepares its data (a BPE tokenizer, several parts), trains, saves every 5 steps and evaluates
 every 8. In turns a kill is aimed at the preparation, at a save, at an evaluation, or at any moment.
@@ -31,7 +32,7 @@ from gpt2_jax.core.buckets import AnyPath
 from gpt2_jax.data.token_store import open_store
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS, SAVE, EVALUATE = 200, 5, 8
+SAVE, EVALUATE = 5, 8
 PLAIN = ('step', 'train/loss', 'train/grad_norm', 'train/param_norm', 'eval/loss')
 AIMS = ('preparation', 'save', 'evaluation', 'any moment')
 PREPARATIONS = 0.25  # of the kills: they come first, while there is something to prepare
@@ -47,7 +48,7 @@ def make_corpus(folder: Path, rng: random.Random) -> None:
     )
 
 
-def command(folder: Path, name: str, workdir: AnyPath) -> list[str]:
+def command(folder: Path, name: str, workdir: AnyPath, steps: int) -> list[str]:
   knobs = {
     'model.n_positions': 64,
     'model.n_embd': 32,
@@ -59,7 +60,7 @@ def command(folder: Path, name: str, workdir: AnyPath) -> list[str]:
     'data.val_fraction': 0.003,
     'data.split': 'tail',
     'data.store': folder / f'store-{name}',
-    'train.steps': STEPS,
+    'train.steps': steps,
     'train.global_batch_tokens': 64 * 8,
     'optim.warmup_steps': 4,
     'checkpoint.every': SAVE,
@@ -78,7 +79,8 @@ def command(folder: Path, name: str, workdir: AnyPath) -> list[str]:
 class Run:
   """The files of the run that is killed, as they are at this moment."""
 
-  def __init__(self, folder: Path, workdir: AnyPath):
+  def __init__(self, folder: Path, workdir: AnyPath, steps: int):
+    self.argv = command(folder, 'killed', workdir, steps)
     self.folder, self.workdir, self.store = folder, workdir, folder / 'store-killed'
     self.log = folder / 'log.txt'
     self.record = workdir  # where it is written, on this disk
@@ -176,8 +178,7 @@ def check(run: Run, kills: int, rng: random.Random) -> list[str]:
   while True:
     before, since = run.committed(), run.lines()
     with open(run.log, 'w') as out:
-      argv = command(run.folder, 'killed', run.workdir)
-      process = subprocess.Popen(argv, cwd=ROOT, stdout=out, stderr=out)
+      process = subprocess.Popen(run.argv, cwd=ROOT, stdout=out, stderr=out)
     if killed < kills:
       preparing = killed < PREPARATIONS * kills
       aimed(run, process, 'preparation' if preparing else AIMS[1 + killed % 3], rng, since)
@@ -211,6 +212,7 @@ def check(run: Run, kills: int, rng: random.Random) -> list[str]:
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
   parser.add_argument('--kills', type=int, default=20)
+  parser.add_argument('--steps', type=int, default=200, help='of the run')
   parser.add_argument('--seed', type=int, help='of the moments; default: another each time')
   parser.add_argument('--folder', type=Path, help='to work in; default: a temporary one')
   parser.add_argument('--workdir', help='of the run that is killed; default: in --folder')
@@ -221,12 +223,12 @@ def main() -> int:
   rng = random.Random(seed)
   make_corpus(folder / 'text', random.Random(0))
   with open(folder / 'log-whole.txt', 'w') as out:
-    argv = command(folder, 'whole', folder / 'whole')
+    argv = command(folder, 'whole', folder / 'whole', args.steps)
     whole = subprocess.run(argv, cwd=ROOT, stdout=out, stderr=out)
   if whole.returncode:
     print((folder / 'log-whole.txt').read_text())
     return 1
-  run = Run(folder, buckets.place(args.workdir or folder / 'killed'))
+  run = Run(folder, buckets.place(args.workdir or folder / 'killed'), args.steps)
   lost = check(run, args.kills, rng)
   have, want = plain(run.workdir), plain(folder / 'whole')
   if have != want:

@@ -159,7 +159,7 @@ def committed(workdir: str) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('n,victims,m', [(2, [0, 1], 4), (4, [1], 2), (2, [0], 1)])
+@pytest.mark.parametrize('n,victims,m', [(2, [0, 1], 4), (4, [1], 1)])
 def test_processes_without_a_common_folder(cloud, finished, text_folder, tmp_path, n, victims, m):
   """Trained by n, killed (one, or all), gone on with by m elsewhere: each step once, as on a disk."""
   workdir = f'{cloud.url}/several-{n}-{m}'
@@ -235,7 +235,13 @@ def test_a_run_in_a_bucket_is_that_on_a_disk(cloud, finished, text_folder, tmp_p
 def test_kills_at_random_moments_lose_nothing_in_a_bucket(cloud, tmp_path, monkeypatch, capsys):
   """benchmarks/kills.py with fewer kills."""
   monkeypatch.setattr(subprocess, 'Popen', forked.Popen)
-  argv = ['kills', '--kills=3', f'--folder={tmp_path / "kills"}', f'--workdir={cloud.url}/kills/run']
+  argv = [
+    'kills',
+    '--kills=3',
+    '--steps=50',
+    f'--folder={tmp_path / "kills"}',
+    f'--workdir={cloud.url}/kills/run',
+  ]
   monkeypatch.setattr(sys, 'argv', argv)
   for name in ('XLA_FLAGS', 'PYTHONPATH'):
     monkeypatch.setenv(name, environment()[name])
