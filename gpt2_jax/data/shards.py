@@ -1,14 +1,16 @@
-"""Files of tokens, memory-mapped: shards of a token store, and those of nanoGPT and llm.c."""
+"""Files of tokens: shards of a token store, and those of nanoGPT and llm.c."""
 
 import bisect
 import dataclasses
 import functools
 import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from gpt2_jax.core.errors import UserError
+from gpt2_jax.data import shard_files
 from gpt2_jax.tokenizer.bpe import GPT2_SIZE
 
 GPT2_EOT = GPT2_SIZE - 1
@@ -51,12 +53,8 @@ class Shard:
   def _check_size(self, path: Path, want: int) -> None:
     have = path.stat().st_size if path.is_file() else -1
     if have != want:
-      raise UserError(
-        f'{path} '
-        + ('is missing' if have < 0 else f'has {have:,} bytes, not {want:,}')
-        + f': the token store is damaged. Remove the folder {self.path.parent} and prepare it again '
-        '(or restore the file).'
-      )
+      why = 'is missing' if have < 0 else f'has {have:,} bytes, not {want:,}'
+      raise shard_files.damaged(path, why)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +69,12 @@ class Split:
     return list(itertools.accumulate(shard.tokens for shard in self.shards))
 
   @functools.cached_property
-  def _arrays(self) -> list[np.ndarray]:
-    return [shard.array() for shard in self.shards]
+  def _at_random(self) -> shard_files.Files:
+    return shard_files.Files(random=True)
+
+  @functools.cached_property
+  def _in_order(self) -> shard_files.Files:
+    return shard_files.Files(random=False)
 
   def __len__(self) -> int:
     return self._ends[-1] if self.shards else 0
@@ -83,14 +85,34 @@ class Split:
     return sum(shard.documents for shard in self.shards)
 
   def read(self, start: int, stop: int) -> np.ndarray:
-    """Returns tokens [start, stop) as int32, across shards."""
-    out, done, i = np.empty(stop - start, np.int32), 0, bisect.bisect_right(self._ends, start)
-    while done < len(out):
-      first = start + done - self._ends[i] + self.shards[i].tokens
-      part = self._arrays[i][first : first + len(out) - done]
-      out[done : done + len(part)] = part
-      done, i = done + len(part), i + 1
-    return out
+    """Returns tokens [start, stop) as int32; the system reads ahead of them."""
+    return self._read(self._in_order, [start], stop - start)[0]
+
+  def rows(self, starts: Sequence[int], length: int) -> np.ndarray:
+    """Returns the `length` tokens from each of `starts` on, int32 [rows, length]; reads no others."""
+    return self._read(self._at_random, starts, length)
+
+  def _read(self, files: shard_files.Files, starts: Sequence[int], length: int) -> np.ndarray:
+    rows = np.empty((len(starts), length), self.shards[0].dtype if self.shards else '<u2')
+    out = memoryview(rows.reshape(-1).view(np.uint8))
+    try:
+      files.read((shard.path, *rest) for shard, *rest in self._extents(starts, length, out))
+    except OSError as e:
+      raise shard_files.unreadable(Path(e.filename), e) from e
+    return rows.astype(np.int32)
+
+  def _extents(
+    self, starts: Sequence[int], length: int, out: memoryview
+  ) -> Iterator[tuple[Shard, int, memoryview]]:
+    """Yields where the tokens of rows lie: shard, offset in its file, and where they go in `out`."""
+    width, at = len(out) // max(1, len(starts) * length), 0
+    for start in starts:
+      i, stop = bisect.bisect_right(self._ends, start), start + length
+      while start < stop:
+        shard, end = self.shards[i], self._ends[i]
+        size = (min(stop, end) - start) * width
+        yield shard, shard.offset + (start - end + shard.tokens) * width, out[at : at + size]
+        start, at, i = end, at + size, i + 1
 
   def documents_in(self, start: int, stop: int) -> list[str]:
     """Returns the names of the documents that tokens [start, stop) belong to: `shard:number`."""

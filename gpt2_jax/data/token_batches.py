@@ -72,7 +72,7 @@ class TokenBatches(Order):
   def rows(self, step: int, rows: Sequence[int]) -> np.ndarray:
     """Returns some rows of the batch of `step`, T + 1 tokens each."""
     starts = [self._start(step, row) for row in rows]
-    tokens = np.stack([self.split.read(start, start + self.T + 1) for start in starts])
+    tokens = self.split.rows(starts, self.T + 1)
     if tokens.max() >= self.vocab_size:
       start, largest = next(
         (start, row.max()) for start, row in zip(starts, tokens) if row.max() >= self.vocab_size

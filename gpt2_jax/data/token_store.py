@@ -1,4 +1,4 @@
-"""Token stores: tokens in files, memory-mapped, with a manifest that says what they are.
+"""Token stores: tokens in files, with a manifest that says what they are.
 
 A store is a folder:
 
