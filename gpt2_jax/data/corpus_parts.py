@@ -17,7 +17,7 @@ from gpt2_jax.core.files import misfit, read_json, write_whole
 from gpt2_jax.core.progress import track
 from gpt2_jax.data import corpora, sections, token_store
 from gpt2_jax.data.shard_writer import ShardWriter
-from gpt2_jax.data.shards import Shard
+from gpt2_jax.data.shards import Shard, size_of
 from gpt2_jax.data.splits import Settings, split_document
 from gpt2_jax.tokenizer.bpe import Tokenizer, load
 
@@ -101,7 +101,7 @@ def _finished(folder: Path, number: int, tokenizer: Tokenizer) -> dict | None:
     record = read_json(folder / record_name(number), {'train': _is_shard, 'val': _is_shard})
     for s in filter(None, (record['train'], record['val'])):
       shard = Shard.of_manifest(folder, s, dtype_of(tokenizer))
-      shard.check()
+      shard.check(size_of)
       if verified.digest([folder / s['file'], folder / s['index']]) != s['sha256']:
         return None
   except (UserError, OSError):
