@@ -2,10 +2,10 @@
 
     python tests/bucket_server.py PORT FOLDER
 
-Many requests at a time; preconditions (ifGenerationMatch); `asked.txt` in FOLDER, a list of what was
-asked for: method, path and range of each request; and, told by a file of JSON named `faults.json` in
-FOLDER, `latency_s` for each answer and `failing`: the share of answers that are 429, 503, or a
-connection that is cut, before the answer or in the middle of it.
+Many requests at a time; preconditions (ifGenerationMatch), generations; `asked.txt` in FOLDER, a list
+of what was asked for: method, path and range of each request; and, told by a file of JSON named
+`faults.json` in FOLDER, `latency_s` of each answer and `failing`: the share of answers that are 429,
+503, or a connection that is cut, before the answer or in the middle of it.
 """
 
 import functools
@@ -29,35 +29,33 @@ BUCKET = 'bucket'
 
 
 class Handler(server.RequestHandler):
-  protocol_version = 'HTTP/1.0'
+  generation = ''
 
   def __init__(self, folder: Path, storage: Storage, *args):
     self.folder = folder
     super().__init__(storage, *args)
 
-  def _refused(self, method: str) -> bool:
-    """Whether a precondition does not hold; answers 412 then."""
+  def _object(self, method: str) -> tuple[str | None, str]:
+    """Returns the generation that a request wants an object to have, and that it has; '0': none."""
     request = server.Request(self, method)
-    wanted = request.query.get('ifGenerationMatch')
-    if not wanted:
-      return False
-    length = int(self.headers.get('Content-Length') or 0)
-    body = self.rfile.read(length)
+    wanted = request.query.get('ifGenerationMatch', [None])[0]
     name = (request.query.get('name') or [None])[0]
-    if name is None and length:
+    if wanted and name is None and method == 'POST':  # it stands in the body, which is read again
+      body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
       self.rfile = io.BytesIO(body)
       name = request.data['meta']['name']
+      self.rfile = io.BytesIO(body)
     name = name or server.unquote(request.path.rpartition('/o/')[2])
-    self.rfile = io.BytesIO(body)  # to be read again
     bucket = request.path.partition('/b/')[2].partition('/')[0]
     try:
-      have = self.storage.get_file_obj(bucket, name)['generation']
+      return wanted, str(self.storage.get_file_obj(bucket, name)['generation'])
     except Exception:
-      have = '0'
-    if str(have) == wanted[0]:
-      return False
-    self.send_error(412)
-    return True
+      return wanted, '0'
+
+  def end_headers(self):
+    if self.generation:
+      self.send_header('x-goog-generation', self.generation)
+    super().end_headers()
 
   def _answer(self, method: str) -> None:
     with open(self.folder / 'asked.txt', 'a') as asked:
@@ -76,8 +74,12 @@ class Handler(server.RequestHandler):
         self.send_error(status)
       return  # otherwise the connection ends without an answer
     with LOCK:
-      if not self._refused(method):
-        server.Router(self).handle(method)
+      wanted, have = self._object(method)
+      if wanted not in (None, have):
+        self.send_error(412)
+        return
+      self.generation = have if method == 'GET' and have != '0' else ''
+      server.Router(self).handle(method)
 
   def _answer_half(self) -> None:
     there, self.wfile = self.wfile, io.BytesIO()

@@ -7,10 +7,10 @@ format is a module and a row: docs/extending.md.
 import dataclasses
 import importlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from gpt2_jax.core.bounds import Bool, Int, Kind, Optional
+from gpt2_jax.core.buckets import AnyPath
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ FORMATS = {
 }
 
 
-def recognise(path: Path) -> str | None:
+def recognise(path: AnyPath) -> str | None:
   """Returns the name of the format of a file or folder; None where it is none that is read."""
   formats = ((name, each) for name, each in FORMATS.items() if each.known_by)
   return next((name for name, each in formats if each.module.recognises(path)), None)

@@ -3,11 +3,12 @@
 import logging
 import sys
 from collections.abc import Collection
-from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+
+from gpt2_jax.core.buckets import AnyPath
 
 # Orbax logs a background thread's exception with its traceback, and then raises it in ours as well;
 # asyncio prints about its other tasks that nobody asked how they ended, or that they ended too late.
@@ -52,7 +53,7 @@ class Manager(ocp.CheckpointManager):
     return super()._load_checkpoint_infos(skip_metadata_read=True)
 
 
-def unreadable(folder: Path, tree: Collection[str], items: Collection[str] | None) -> str | None:
+def unreadable(folder: AnyPath, tree: Collection[str], items: Collection[str] | None) -> str | None:
   """Reads all of a checkpoint of an early version, which has no manifest, and says what is damaged.
 
   Args:

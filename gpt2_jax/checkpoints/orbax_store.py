@@ -9,8 +9,10 @@ and `orbax_manager` know Orbax.
 
 import contextlib
 import errno
+import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,10 @@ from jax.experimental import multihost_utils
 
 from gpt2_jax.checkpoints import manifest
 from gpt2_jax.checkpoints.orbax_manager import BestPolicy, Manager, unreadable
+from gpt2_jax.core import buckets
+from gpt2_jax.core.buckets import AnyPath
 from gpt2_jax.core.errors import UserError, saving
-from gpt2_jax.core.files import local, read_json, whole_number
+from gpt2_jax.core.files import read_json, whole_number
 from gpt2_jax.model.config import GPTConfig
 from gpt2_jax.model.gpt2 import Params, make_params
 from gpt2_jax.parallel.sharding import on_devices, without_mesh
@@ -58,7 +62,12 @@ class Checkpoints:
   """The checkpoints of a workdir."""
 
   def __init__(
-    self, workdir: str | Path, keep: int | None = None, keep_every: int = 0, keep_best: int = 0
+    self,
+    workdir: str | os.PathLike,
+    keep: int | None = None,
+    keep_every: int = 0,
+    keep_best: int = 0,
+    before_commit: Callable[[], None] = lambda: None,
   ):
     """
     Args:
@@ -66,8 +75,11 @@ class Checkpoints:
       keep: how many of the newest to keep, beside the one that is offered; None: to read only.
       keep_every: the steps that are multiples of it are kept too; 0: none.
       keep_best: so many with the lowest held-out loss are kept too.
+      before_commit: is called on process 0, in a thread, once all of a checkpoint is written but what
+        makes it count; where it raises, the checkpoint does not.
     """
-    self.path, self._best = epath.Path(local(workdir)).resolve() / FOLDER, BestPolicy(keep_best)
+    self.path, self._best = _absolute(workdir) / FOLDER, BestPolicy(keep_best)
+    self._before_commit = before_commit
     self._writes, self._saving = keep is not None, 0
     managers = ocp.checkpoint_managers
     policies = [managers.LatestN(keep), self._best]
@@ -80,7 +92,7 @@ class Checkpoints:
         create=self._writes,
         cleanup_tmp_directories=self._writes,
         enable_async_checkpointing=True,
-        async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+        async_options=ocp.AsyncOptions(post_finalization_callback=self._complete),
       ),
     )
 
@@ -92,15 +104,19 @@ class Checkpoints:
     """Returns the steps that have a checkpoint, whole or not."""
     return list(self._manager.all_steps())
 
-  def _write_manifest(self) -> None:
+  def _complete(self) -> None:
     """Writes the manifest. Orbax calls it on process 0, in a thread, before it commits."""
-    folder = Path(self.path) / str(self._saving)
+    self._before_commit()
+    folder = self._folder(self._saving)
     unfinished = folder.with_name(folder.name + '.orbax-checkpoint-tmp')
     manifest.write(unfinished if unfinished.exists() else folder)
 
+  def _folder(self, step: int) -> AnyPath:
+    return buckets.place(self.path) / str(step)
+
   def _damage(self, step: int, items: tuple[str, ...] | None = None) -> str | None:
     """Says what is wrong with the files of a step; None if nothing is."""
-    folder = Path(self.path) / str(step)
+    folder = self._folder(step)
     if (folder / manifest.FILE).exists():
       return manifest.damage(folder, items)
     try:
@@ -150,9 +166,9 @@ class Checkpoints:
       self._manager.reload()
     return step or None
 
-  def _move_aside(self, step: int) -> Path:
+  def _move_aside(self, step: int) -> AnyPath:
     """Gives a damaged checkpoint a name that is no step's."""
-    folder = Path(self.path)
+    folder = buckets.place(self.path)
     names = (f'damaged-{step}-{n}' if n > 1 else f'damaged-{step}' for n in range(1, 1000))
     target = next(folder / name for name in names if not (folder / name).exists())
     return (folder / str(step)).rename(target)
@@ -203,7 +219,8 @@ class Checkpoints:
     self._saving = step
     with saving('a checkpoint', str(self.path)):
       need = sum(leaf.nbytes for leaf in jax.tree.leaves(items)) // jax.process_count()
-      if (free := shutil.disk_usage(self.path).free) < need:
+      on_disk = not buckets.is_bucket(self.path)
+      if on_disk and (free := shutil.disk_usage(self.path).free) < need:
         raise OSError(errno.ENOSPC, f'{need:,} bytes needed, {free:,} free')
       self._manager.save(
         step,
@@ -250,26 +267,32 @@ class Checkpoints:
     self._manager.close()
 
 
-def is_workdir(path: str | Path) -> bool:
+def _absolute(path: str | os.PathLike) -> epath.Path:
+  """Returns a place as Orbax wants it."""
+  found = buckets.place(path)
+  return epath.Path(found.resolve() if isinstance(found, Path) else found)
+
+
+def is_workdir(path: str | os.PathLike) -> bool:
   """Whether a path is the folder of a run that has saved anything."""
-  return (Path(path) / FOLDER).is_dir()
+  return (buckets.place(path) / FOLDER).is_dir()
 
 
-def kept_steps(workdir: str | Path) -> list[int]:
+def kept_steps(workdir: str | os.PathLike) -> list[int]:
   """Returns the steps that a run has checkpoints of, in order."""
   with contextlib.closing(Checkpoints(workdir)) as checkpoints:
     return sorted(checkpoints.all_steps())
 
 
-def held_positions(workdir: str | Path) -> int | None:
+def held_positions(workdir: str | os.PathLike) -> int | None:
   """Returns n_positions of the run in a workdir, by any of its checkpoints; None if it has none."""
-  for path in sorted((Path(workdir) / FOLDER).glob('*/meta/metadata')):
+  for path in sorted((buckets.place(workdir) / FOLDER).glob('*/meta/metadata')):
     with contextlib.suppress(UserError):  # a damaged one: another tells
       return read_json(path, {'model': {'n_positions': whole_number}})['model']['n_positions']
   return None
 
 
-def read_meta(workdir: str | Path, step: int | None = None) -> dict:
+def read_meta(workdir: str | os.PathLike, step: int | None = None) -> dict:
   """Returns the meta of a checkpoint, its `step` among it.
 
   Args:
@@ -279,7 +302,7 @@ def read_meta(workdir: str | Path, step: int | None = None) -> dict:
   Raises:
     UserError: the workdir has no finished checkpoint, or that of `step` is damaged.
   """
-  workdir = local(workdir)
+  workdir = buckets.place(workdir)
   if not is_workdir(workdir):
     raise UserError(f'{workdir} holds no checkpoints: is it the --workdir of a run?')
   with contextlib.closing(Checkpoints(workdir)) as checkpoints:
@@ -292,7 +315,7 @@ def read_meta(workdir: str | Path, step: int | None = None) -> dict:
     return checkpoints.meta(step)
 
 
-def load_params(workdir: str | Path, meta: dict) -> Params:
+def load_params(workdir: str | os.PathLike, meta: dict) -> Params:
   """Returns the parameters of the checkpoint that `read_meta` described, on the mesh that is set."""
   config = GPTConfig(**meta['model'])
   abstract = on_devices(jax.eval_shape(lambda: make_params(config, 0)))

@@ -19,7 +19,9 @@ from gpt2_jax.checkpoints.format_table import FORMATS, recognise, written
 from gpt2_jax.checkpoints.formats import mup, peft
 from gpt2_jax.checkpoints.opening import PLAIN, Opening
 from gpt2_jax.checkpoints.tensors import Source, load_params, source_of
+from gpt2_jax.core import buckets
 from gpt2_jax.core.bounds import DType, Place
+from gpt2_jax.core.buckets import AnyPath
 from gpt2_jax.core.errors import UserError, brief
 from gpt2_jax.core.files import whole
 from gpt2_jax.model.config import DTYPES
@@ -33,10 +35,10 @@ def open_source(source: str | os.PathLike, opening: Opening = PLAIN) -> Source:
   """Opens a checkpoint of any kind, recognised by its content. Tensors are read later, one at a time.
 
   Args:
-    source: the workdir of a run, `DIR`, or one of its kept steps, `DIR@1200`, `DIR@best` or
-      `DIR@latest`; a folder of Hugging Face's (safetensors or .bin, the removed Flax one, or PEFT's
-      adapters), of OpenAI's release or of nanoGPT; a file of nanoGPT or llm.c; or a name on the
-      Hugging Face hub, `NAME` or `NAME@REVISION`.
+    source: on a disk or in a bucket (gs://…, s3://…): the workdir of a run, `DIR`, or one of its kept
+      steps, `DIR@1200`, `DIR@best` or `DIR@latest`; a folder of Hugging Face's (safetensors or .bin,
+      the removed Flax one, or PEFT's adapters), of OpenAI's release or of nanoGPT; a file of nanoGPT
+      or llm.c; or a name on the Hugging Face hub, `NAME` or `NAME@REVISION`.
     opening: how it is opened.
 
   Raises:
@@ -54,7 +56,10 @@ def open_source(source: str | os.PathLike, opening: Opening = PLAIN) -> Source:
 
 def _open(source: str | os.PathLike, opening: Opening, above: tuple[Path, ...]) -> Source:
   """`above`: the adapters whose base this is."""
-  path = Path(Place().check('source', source))  # a base, perhaps
+  path = buckets.place(Place().check('source', source))  # of a base, perhaps
+  if not isinstance(path, Path) and not workdir.recognises(path):
+    opened = _open(buckets.fetched(path), opening, above)
+    return dataclasses.replace(opened, where=str(path))
   if not path.exists():
     if not hub.is_name(str(source)):
       raise UserError(f'{str(source)[:300]} is neither a file or folder here nor a name of the hub.')
@@ -78,7 +83,7 @@ def _open(source: str | os.PathLike, opening: Opening, above: tuple[Path, ...]) 
       f'{path} holds no checkpoint that can be read (there is: {there or "nothing"}). '
       f'Wanted: {wanted}.'
     )
-  if name == 'peft':
+  if name == 'peft' and isinstance(path, Path):
     return _adapters(path, opening, above)
   return FORMATS[name].module.open_source(path, opening)
 
@@ -96,9 +101,10 @@ def _adapters(path: Path, opening: Opening, above: tuple[Path, ...]) -> Source:
   return peft.open_source(path, open_base, opening.base)
 
 
-def _same_place(name: str, path: Path) -> bool:
+def _same_place(name: str, path: AnyPath) -> bool:
   """Whether a base is the model itself, of several that are opened alike."""
-  return os.path.exists(name) and Path(name).resolve() == path.resolve()
+  other = buckets.place(name)
+  return other.exists() and other.resolve() == path.resolve()
 
 
 def from_pretrained(

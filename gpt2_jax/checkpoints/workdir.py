@@ -11,6 +11,8 @@ from typing import Any
 from gpt2_jax.checkpoints import orbax_store
 from gpt2_jax.checkpoints.opening import PLAIN, Opening
 from gpt2_jax.checkpoints.tensors import Source, source_of
+from gpt2_jax.core import buckets
+from gpt2_jax.core.buckets import AnyPath
 from gpt2_jax.core.errors import UserError, brief
 from gpt2_jax.core.files import misfit, read_json, read_lines, whole_number
 from gpt2_jax.model.config import GPTConfig
@@ -18,6 +20,7 @@ from gpt2_jax.model.gpt2 import Params
 from gpt2_jax.parallel.sharding import without_mesh
 from gpt2_jax.tokenizer import bpe
 
+APART = orbax_store.FOLDER + '/', 'tensorboard/', 'profile/'  # folders that are no part of the record
 LABELS = 'labels.json'  # names of a classifier's labels, in order
 NUMBER = int, float
 # what a model card shows of the record, see `files.misfit`
@@ -38,11 +41,21 @@ def _shown(line: Any) -> bool:
   return misfit(line, LINE) is None and isinstance(line.get('eval/loss'), (*NUMBER, type(None)))
 
 
-def recognises(path: Path) -> bool:
+def recognises(path: AnyPath) -> bool:
   return orbax_store.is_workdir(path)
 
 
-def split_step(source: str | os.PathLike) -> tuple[Path, int | str | None]:
+def in_record(name: str) -> bool:
+  """Whether a file of a workdir, by its name in there, is of the record that others read."""
+  return not name.startswith(APART) and name != '.lock'
+
+
+def record_of(path: str | os.PathLike) -> Path:
+  """Returns a folder of this machine with the record of a run: on a disk, the workdir itself."""
+  return buckets.fetched(buckets.place(path), in_record)
+
+
+def split_step(source: str | os.PathLike) -> tuple[AnyPath, int | str | None]:
   """Splits `runs/x@1200` into the workdir and the step, where there is such a workdir.
 
   A path that exists as it stands has no step, nor has what may be a name of the hub, `NAME@REVISION`.
@@ -51,21 +64,22 @@ def split_step(source: str | os.PathLike) -> tuple[Path, int | str | None]:
     UserError: the workdir is there, and what stands behind the @ is neither a number nor a name.
   """
   head, at, which = str(source).rpartition('@')
-  if not at or os.path.exists(source) or not os.path.exists(head):
-    return Path(source), None
+  whole, before = buckets.place(source), buckets.place(head or '.')
+  if not at or whole.exists() or not before.exists():
+    return whole, None
   said = re.fullmatch(r'[0-9]{1,18}|best|latest', which)
-  if recognises(Path(head)):
+  if recognises(before):
     if not said:
       raise UserError(
         f'{source}: behind the @ stands a step of the run {head}, best or latest, not '
         f'{brief(which)}; kept are {_listed(orbax_store.kept_steps(head))}.'
       )
   elif not said:  # perhaps a revision
-    return Path(source), None
-  return Path(head), int(which) if which.isdecimal() else which
+    return whole, None
+  return before, int(which) if which.isdecimal() else which
 
 
-def find_step(path: Path, which: int | str) -> int:
+def find_step(path: AnyPath, which: int | str) -> int:
   """Returns the number of a kept step of a run, named by its number, 'latest' or 'best'.
 
   The best has the lowest held-out loss that metrics.jsonl has of a kept step.
@@ -82,7 +96,8 @@ def find_step(path: Path, which: int | str) -> int:
   if which == 'latest':
     return kept[-1]
   if which == 'best':
-    lines, _ = read_lines(path / 'metrics.jsonl', {'step': whole_number, 'eval/loss': NUMBER})
+    file = record_of(path) / 'metrics.jsonl'
+    lines, _ = read_lines(file, {'step': whole_number, 'eval/loss': NUMBER})
     losses = {line['step']: line['eval/loss'] for line in lines}
     found = [step for step in kept if math.isfinite(losses.get(step, math.nan))]
     if not found:
@@ -108,7 +123,7 @@ def _listed(steps: list[int]) -> str:
   return f'{_listed(steps[:10])}, … ({len(steps) - 20} more), {_listed(steps[-10:])}'
 
 
-def open_source(path: Path, opening: Opening = PLAIN) -> Source:
+def open_source(path: AnyPath, opening: Opening = PLAIN) -> Source:
   """Opens a run's checkpoint.
 
   It is the step that is asked for, else the best one where the run stops early, else the newest.
@@ -119,7 +134,8 @@ def open_source(path: Path, opening: Opening = PLAIN) -> Source:
   asked = None if opening.step is None else find_step(path, opening.step)
   meta = orbax_store.read_meta(path, asked)
   where = str(path) if asked is None else f'{path}@{asked}'
-  config, known = GPTConfig(**meta['model']), record(path, meta['step'])
+  at = record_of(path)
+  config, known = GPTConfig(**meta['model']), record(at, meta['step'])
   asked_of = known.get('config', {})  # empty where the run's record is damaged
   known['rows'] = rows = meta.get('rows') or _rows(asked_of, config)
   if asked_of.get('init_from') is None and rows['tokens'] < config.n_positions:
@@ -144,8 +160,8 @@ def open_source(path: Path, opening: Opening = PLAIN) -> Source:
     'float32',
     where,
     load=load,
-    tokenizer=_tokenizer(path, meta),
-    keys=keys(path),
+    tokenizer=_tokenizer(at, meta),
+    keys=keys(at),
     record=known,
     base=asked_of.get('init_from'),
   )
@@ -195,7 +211,7 @@ def record(path: Path, step: int) -> dict[str, Any]:
   except UserError as e:
     print(f'{e} Of this run no more is known than its checkpoints say.', file=sys.stderr, flush=True)
     return {'step': step}
-  lines = read_lines(path / 'metrics.jsonl', _shown)[0]
+  lines = read_lines(record_of(path) / 'metrics.jsonl', _shown)[0]
   lines = [line for line in lines if line['step'] <= step]
   losses = [line for line in lines if 'eval/loss' in line]
   losses = losses[:: -(-len(losses) // 20) or 1]

@@ -134,6 +134,10 @@ class Evaluate:
 
   def scores(self) -> Path | None:
     """Returns the file that keeps scores until the end; None where nothing keeps them."""
+    from gpt2_jax.core import buckets
+
+    if self.json is not None and buckets.is_bucket(self.json):
+      return buckets.kept(self.json) / 'scores'
     if self.json is not None:
       with saving('scores', self.json):
         self.json.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +145,10 @@ class Evaluate:
     from gpt2_jax.checkpoints.workdir import split_step
 
     workdir, _ = split_step(self.checkpoint)
-    return workdir / 'evaluate.scores' if (workdir / 'checkpoints').is_dir() else None
+    if not (workdir / 'checkpoints').is_dir():
+      return None
+    here = workdir if isinstance(workdir, Path) else buckets.kept(workdir)
+    return here / 'evaluate.scores'
 
   def save(self, said: dict[str, Any]) -> None:
     from gpt2_jax.core.files import write_whole

@@ -215,11 +215,13 @@ class Reproduce:
   """Folder of the repetition; default: beside the run, with -again behind its name."""
 
   def run(self) -> None:
-    if not self.workdir.is_dir():
-      raise UserError(f'{self.workdir} is no folder: name the --workdir of a run.')
+    from gpt2_jax.core.buckets import place
+
+    if not (workdir := place(self.workdir)).is_dir():
+      raise UserError(f'{workdir} is no folder: name the --workdir of a run.')
     from gpt2_jax.training import reproduce
 
-    if status := reproduce.reproduce(self.workdir, self.output):
+    if status := reproduce.reproduce(workdir, self.output):
       sys.exit(status)
 
 

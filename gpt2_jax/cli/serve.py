@@ -125,7 +125,7 @@ def model_names(checkpoints: tuple[str, ...]) -> list[str]:
   names = []
   for checkpoint in checkpoints:
     path, step = split_step(checkpoint)
-    name = path.resolve().name if os.path.exists(path) else checkpoint
+    name = path.resolve().name if path.exists() else checkpoint
     names.append(name if step is None else f'{name}@{step}')
   if not names:
     raise UserError('--checkpoint names nothing to serve.')

@@ -143,13 +143,13 @@ def main(argv: list[str], began: float | None = None) -> int:
   """
   parse_flags(argv)
   from gpt2_jax.checkpoints import orbax_store
-  from gpt2_jax.core import determinism, files
+  from gpt2_jax.core import determinism
   from gpt2_jax.parallel import multihost
-  from gpt2_jax.training import compile_cache, run_plan, train
+  from gpt2_jax.training import compile_cache, run_folder, run_plan, train
 
   workdir = WORKDIR.value or default_workdir()
   try:
-    files.local(workdir, '--workdir')
+    run_folder.checked(workdir)
     if CONFIG.value.deterministic:
       determinism.require()
     multihost.initialize(DISTRIBUTED.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)

@@ -15,8 +15,8 @@ from typing import Any
 import ml_dtypes  # noqa: F401  so that NumPy knows the name bfloat16
 import numpy as np
 
+from gpt2_jax.core.buckets import place
 from gpt2_jax.core.errors import UserError, brief
-from gpt2_jax.core.files import local
 
 FLOAT32 = float(np.finfo(np.float32).max)
 LARGE = 2**30  # no axis is longer: positions and token ids are int32, also a few beyond the last one
@@ -175,7 +175,7 @@ class Text(Kind):
 
 @dataclasses.dataclass(frozen=True)
 class Place(Kind):
-  """Paths of this machine, names, and patterns of them."""
+  """Paths, of this machine or of a bucket, names, and patterns of them."""
 
   @property
   def says(self) -> str:
@@ -186,7 +186,7 @@ class Place(Kind):
     _demand(isinstance(text, str) and text.strip() != '' and '\0' not in text)
     encoded = text.encode(errors='surrogateescape')
     _demand(len(encoded) < 4096 and all(len(part) < 256 for part in encoded.split(b'/')))
-    local(text)
+    place(text)
     return value
 
 

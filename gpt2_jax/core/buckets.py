@@ -1,7 +1,7 @@
 """Buckets: what a path like gs://bucket/run names, through etils' `epath` and fsspec's libraries.
 
 A bucket is no disk: nothing can be appended to, renamed or locked, and it may be out of reach for
-minutes. Everything here that fails for good raises an OSError, as a disk would.
+minutes. What fails for good is an OSError, as a disk's would be, and one that is meant for the user.
 """
 
 import base64
@@ -35,7 +35,15 @@ PATIENCE_S = 600  # how long a bucket that was reached before may be out of reac
 THREADS = 16
 BLOCK_BYTES = 16 * 2**20  # that are fetched at a time
 SHOWN_BYTES = 2**30  # the fetching of less is over before one wonders
+WAY_OUT = (
+  "Look at the bucket's name, and at who you are (gcloud auth application-default login, or "
+  'GOOGLE_APPLICATION_CREDENTIALS).'
+)
 ADDRESS = re.compile(r'([A-Za-z][A-Za-z0-9+.\-]+):/+')
+
+
+class Unreachable(OSError, UserError):
+  """A bucket, or what should lie there, can't be had."""
 
 
 def address(path: str | os.PathLike) -> str | None:
@@ -136,7 +144,9 @@ def _patient_gcs() -> type:
         except (retry.HttpError, aiohttp.ClientError, google.auth.exceptions.GoogleAuthError) as e:
           again = retry.is_retriable(e) and self.reached
           if not again or time.monotonic() - began > PATIENCE_S:
-            raise OSError(f"{self._said(args)} can't be reached: {e or type(e).__name__}") from e
+            raise Unreachable(
+              f"{self._said(args)} can't be had: {str(e) or type(e).__name__}. {WAY_OUT}"
+            ) from e
           if not told:
             print(
               f"{self._said(args)} can't be reached ({brief(str(e))}): trying again for "
@@ -146,6 +156,10 @@ def _patient_gcs() -> type:
             )
           told = True
           await asyncio.sleep(5)
+        except OSError as e:
+          if 'Forbidden' not in str(e):
+            raise
+          raise Unreachable(f'{self._said(args)}: {str(e).splitlines()[-1]}. {WAY_OUT}') from e
 
     @staticmethod
     def _said(args: tuple) -> str:
@@ -178,19 +192,25 @@ def content(about: dict[str, Any]) -> list:
   return [str(about[key]) for key in keys if about.get(key) is not None]
 
 
+def md5(about: dict[str, Any]) -> str | None:
+  """Returns the MD5 of a file in hex, by what a bucket says of it; None where it doesn't."""
+  said = about.get('md5Hash')
+  return base64.b64decode(said).hex() if said else None
+
+
 def fetch_file(path: AnyPath, to: Path, about: dict[str, Any] | None = None) -> None:
   """Fetches a file, whole or not at all, and checks it by the hash that the bucket has of it.
 
   It comes in blocks, of which each is asked for again if it breaks off.
 
   Raises:
-    OSError: it is not there, or another content came than the bucket says.
+    Unreachable: another content came than the bucket says.
   """
   there, named = filesystem(path), os.fspath(path)
   partial = to.with_name(f'{to.name}.{os.getpid()}.{threading.get_ident()}.part')
   to.parent.mkdir(parents=True, exist_ok=True)
   about = dict(there.info(named)) if about is None else about
-  size, want = int(about['size']), about.get('md5Hash')
+  size, want = int(about['size']), md5(about)
   try:
     with open(partial, 'wb') as file:
       have = hashlib.md5(usedforsecurity=False)
@@ -199,9 +219,9 @@ def fetch_file(path: AnyPath, to: Path, about: dict[str, Any] | None = None) -> 
         file.write(block)
         have.update(block)
       if file.tell() != size:
-        raise OSError(f'{path} came with {file.tell():,} bytes, not {size:,}')
-    if want is not None and base64.b64encode(have.digest()).decode() != want:
-      raise OSError(f'{path} came with another content than the bucket has (MD5)')
+        raise Unreachable(f'{path} came with {file.tell():,} bytes, not {size:,}')
+    if want is not None and have.hexdigest() != want:
+      raise Unreachable(f'{path} came with another content than the bucket has (MD5)')
     partial.replace(to)
   finally:
     partial.unlink(missing_ok=True)
@@ -211,6 +231,13 @@ def cache() -> Path:
   """Returns the folder in which copies of what lies in buckets are kept."""
   home = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
   return home / 'gpt2_jax' / 'buckets'
+
+
+def kept(path: str | os.PathLike) -> Path:
+  """Returns the folder of this machine, made if need be, for what belongs to a path in a bucket."""
+  folder = cache() / hashlib.sha256(str(address(path)).encode()).hexdigest()[:16]
+  folder.mkdir(parents=True, exist_ok=True)
+  return folder
 
 
 def fetched(path: AnyPath, wanted: Callable[[str], bool] = lambda name: True) -> Path:
@@ -223,19 +250,16 @@ def fetched(path: AnyPath, wanted: Callable[[str], bool] = lambda name: True) ->
     wanted: whether a file is needed, by its name relative to the path.
 
   Raises:
-    OSError: it can't be fetched.
-    FileNotFoundError: there is no such file or folder.
+    Unreachable: it can't be fetched, or is not there.
   """
   if not is_bucket(path):
     return Path(path)
-  named = hashlib.sha256(os.fspath(path).encode()).hexdigest()[:16]
-  home = cache() / named
+  home = kept(path)
   target, known = home / (path.name or 'bucket'), home / 'fetched.json'
-  home.mkdir(parents=True, exist_ok=True)
   with filelock.FileLock(home / '.lock'):
     there = {name: about for name, about in listing(path).items() if wanted(name)}
     if not there:
-      raise FileNotFoundError(f'{path} is not there')
+      raise Unreachable(f'{path} is not there.')
     have = _known(known)
     for name in have.keys() - there.keys():
       (target / name if name else target).unlink(missing_ok=True)

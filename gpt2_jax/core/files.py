@@ -3,13 +3,14 @@
 import contextlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gpt2_jax.core import buckets
+from gpt2_jax.core.buckets import AnyPath
 from gpt2_jax.core.errors import UserError, brief, saving
 
 
@@ -22,22 +23,21 @@ def unreadable(path: str | os.PathLike, why: object) -> UserError:
 
 
 def local(path: str | os.PathLike, what: str = '') -> Path:
-  """Returns a path of this machine as a user names it. Nothing is read or made.
+  """Returns a path that can only be of this machine, as a user names it. Nothing is read or made.
 
   Args:
-    path: which; a `Path` has lost one of the slashes of its `gs://`.
+    path: which.
     what: to put before it in a message, such as the name of a flag.
 
   Raises:
-    UserError: it is an address, as gs://bucket/run.
+    UserError: it is an address, of a bucket for instance.
   """
-  if address := re.match(r'([A-Za-z][A-Za-z0-9+.\-]+):/+', os.fspath(path)):
-    shown = f'{address[1]}://{os.fspath(path)[address.end() :]}'
+  found = buckets.place(path, what)
+  if not isinstance(found, Path):
     raise UserError(
-      f'{f"{what} {brief(shown)}".lstrip()}: buckets and other addresses are not '
-      'supported yet: name a local path (or one where the bucket is mounted).'
+      f'{f"{what} {brief(str(found))}".lstrip()} can only be a path of this machine, not of a bucket.'
     )
-  return Path(path)
+  return found
 
 
 # --- JSON, which may be broken or hold anything ------------------------------------------------
@@ -114,7 +114,7 @@ def parse_json(text: str | bytes, shape: Any = None) -> Any:
   return value
 
 
-def read_text(path: Path) -> str:
+def read_text(path: AnyPath) -> str:
   """Reads a text of UTF-8 from a file.
 
   Raises:
@@ -126,7 +126,7 @@ def read_text(path: Path) -> str:
     raise unreadable(path, e) from e
 
 
-def read_json(path: Path, shape: Any = dict) -> Any:
+def read_json(path: AnyPath, shape: Any = dict) -> Any:
   """Reads a JSON object from a file, or a value of another `shape` (see `misfit`).
 
   Raises:
@@ -139,7 +139,7 @@ def read_json(path: Path, shape: Any = dict) -> Any:
     raise unreadable(path, e) from e
 
 
-def read_lines(path: Path, shape: Any = dict) -> tuple[list[Any], int]:
+def read_lines(path: AnyPath, shape: Any = dict) -> tuple[list[Any], int]:
   """Reads the values of a file of JSON lines, and counts the lines that are none of this shape.
 
   A last line without its end, which a kill has cut short, is not counted. No file: no lines.
@@ -183,7 +183,13 @@ def whole(target: str | os.PathLike) -> Iterator[Path]:
   Raises:
     UserError: the target is there already, or can't be written.
   """
-  target = local(target)
+  target = buckets.place(target)
+  if not isinstance(target, Path):
+    if target.exists():
+      raise UserError(f'{target} is there already: name a new place, or remove it.')
+    with buckets.scratch_for(target) as path:
+      yield path
+    return
   if target.is_dir() and not any(target.iterdir()):
     target.rmdir()
   if target.exists():
@@ -204,15 +210,18 @@ def save_text(path: str | os.PathLike, text: str, what: str) -> None:
   Raises:
     UserError: it can't be written; `what` names the content.
   """
-  path = local(path)
+  path = buckets.place(path)
   with saving(what, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
 
 
-def write_whole(path: Path, content: bytes | str) -> None:
+def write_whole(path: AnyPath, content: bytes | str) -> None:
   """Writes a file whole or not at all."""
-  path = local(path)
+  path = buckets.place(path)
+  if not isinstance(path, Path):  # what is written there appears whole
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return
   temporary = path.with_name(path.name + '.tmp')
   with open(temporary, 'wb') as f:
     f.write(content.encode() if isinstance(content, str) else content)

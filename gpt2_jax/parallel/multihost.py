@@ -7,13 +7,13 @@ import socket
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from gpt2_jax.core.buckets import AnyPath
 from gpt2_jax.core.errors import UserError, saving
 
 # After so long without a sign of life a process counts as dead, and the others end too. A host that
@@ -158,7 +158,7 @@ def hello(mesh: Mesh) -> None:
     )
 
 
-def check_shared(folder: Path) -> None:
+def check_shared(folder: AnyPath) -> None:
   """Checks that all processes see one folder, by a file that process 0 leaves there.
 
   Raises:
@@ -181,6 +181,6 @@ def check_shared(folder: Path) -> None:
   if blind:
     raise UserError(
       f'{folder} is another folder on process {", ".join(map(str, blind))} than on '
-      'process 0: checkpoints need one that all see (NFS, Filestore, a mounted one). '
-      'Name it with --workdir.'
+      'process 0: checkpoints need one that all see (gs://…, NFS, Filestore). Name it with '
+      '--workdir.'
     )

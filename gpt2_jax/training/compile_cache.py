@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 
+from gpt2_jax.core import buckets
 from gpt2_jax.core.errors import UserError, brief
 from gpt2_jax.core.files import parse_json
 
@@ -14,7 +15,7 @@ FOLDER = '.jax_cache'
 HIT, MISS = '/jax/compilation_cache/cache_hits', '/jax/compilation_cache/cache_misses'
 
 
-def keep_compiled(workdir: str | Path) -> str:
+def keep_compiled(workdir: str | os.PathLike) -> str:
   """Keeps what takes over a second to compile in `.jax_cache` beside the workdir.
 
   Where JAX_COMPILATION_CACHE_DIR is set, or the cache is set in another way, JAX does so by itself
@@ -24,7 +25,10 @@ def keep_compiled(workdir: str | Path) -> str:
   """
   if jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
     return ''
-  folder = Path(workdir).resolve().parent / FOLDER
+  folder = buckets.place(workdir).resolve().parent / FOLDER
+  if not isinstance(folder, Path):  # JAX reads and writes there by the same libraries
+    jax.config.update('jax_compilation_cache_dir', str(folder))
+    return ''
   try:
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK | os.X_OK):

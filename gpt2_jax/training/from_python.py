@@ -7,6 +7,8 @@ from typing import Any
 
 from gpt2_jax import configs
 from gpt2_jax.checkpoints.pretrained import from_pretrained
+from gpt2_jax.checkpoints.workdir import record_of
+from gpt2_jax.core.buckets import AnyPath, place
 from gpt2_jax.model.config import Config
 from gpt2_jax.model.pretrained_model import Pretrained
 from gpt2_jax.training import train as training
@@ -19,13 +21,13 @@ SHOWN = ('step', 'train/loss', 'eval/loss', 'train/tokens')
 class TrainedRun:
   """A run in its workdir."""
 
-  workdir: Path
+  workdir: AnyPath
   finished: bool  # False: a signal, or a notebook's stop button, ended it; `train` goes on from there
 
   @property
   def metrics(self) -> list[dict[str, Any]]:
     """The record, a dict a step: what `pandas.DataFrame` and `polars.DataFrame` take."""
-    return metrics_file.read(self.workdir)
+    return metrics_file.read(record_of(self.workdir))
 
   @property
   def model(self) -> Pretrained:
@@ -34,7 +36,7 @@ class TrainedRun:
 
   def plot(self) -> Any:
     """Training and held-out loss against the tokens seen, a matplotlib Figure."""
-    return run_summary.loss_figure(self.workdir, self.workdir.name, {})
+    return run_summary.loss_figure(record_of(self.workdir), self.workdir.name, {})
 
   def _last(self) -> dict[str, Any]:
     lines = self.metrics
@@ -74,4 +76,4 @@ def train(
   for section, values in knobs.items():
     made[section].update(values)
   status = training.train(made, workdir)
-  return TrainedRun(Path(workdir), finished=status == 0)
+  return TrainedRun(place(workdir), finished=status == 0)

@@ -17,7 +17,9 @@ import jax
 from ml_collections import ConfigDict
 
 from gpt2_jax.checkpoints.orbax_store import difference, held_positions
+from gpt2_jax.checkpoints.workdir import record_of
 from gpt2_jax.core import determinism
+from gpt2_jax.core.buckets import AnyPath, place
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.core.files import local, read_json
 from gpt2_jax.model.config import Config
@@ -133,7 +135,7 @@ def _take_environment(start: dict) -> None:
     jax.config.update('jax_platforms', platforms)
 
 
-def _claim(output: Path, workdir: Path) -> None:
+def _claim(output: Path, workdir: AnyPath) -> None:
   """Notes in a new folder which run it repeats, so that a killed repetition goes on."""
   note = output / NOTE
   if (
@@ -149,7 +151,7 @@ def _claim(output: Path, workdir: Path) -> None:
   run_record.write_json(note, {'run': str(workdir)})
 
 
-def reproduce(workdir: str | Path, output: str | Path | None = None) -> int:
+def reproduce(workdir: str | os.PathLike, output: str | os.PathLike | None = None) -> int:
   """Runs a run's config once more, and says where the two differ.
 
   The config, the mesh, the micro-batches and the variables of the environment are those of the run's
@@ -158,8 +160,8 @@ def reproduce(workdir: str | Path, output: str | Path | None = None) -> int:
 
   Args:
     workdir: of the run, finished or not: it is repeated up to its last recorded step.
-    output: folder of the repetition. Default: beside the run, its name and '-again'. A repetition
-      that was stopped there goes on.
+    output: folder of the repetition, on a disk. Default: beside the run (of one in a bucket: in
+      `runs`), its name and '-again'. A repetition that was stopped there goes on.
 
   Returns:
     0 where each step is bitwise the same, 1 where one is not, 128 + the signal that stopped it.
@@ -167,11 +169,14 @@ def reproduce(workdir: str | Path, output: str | Path | None = None) -> int:
   Raises:
     UserError: there is no such run, or it can't be run here.
   """
-  workdir = local(workdir)
-  output = workdir.with_name(workdir.name + '-again') if output is None else local(output, '--output')
+  lies, workdir = place(workdir), record_of(workdir)
+  if output is None:
+    beside = lies.parent if isinstance(lies, Path) else Path('runs')
+    output = beside / f'{lies.name}-again'
+  output = local(output, '--output')
   config, starts, lines = _recorded(workdir)
   start = starts[-1]
-  _claim(output, workdir)
+  _claim(output, lies)
   changed = difference(_environment(start), _here())
   _take_environment(start)  # before `say`, which asks the devices who is to speak
   if changed:
@@ -187,7 +192,7 @@ def reproduce(workdir: str | Path, output: str | Path | None = None) -> int:
     {'deterministic': False, 'init_base': None, 'init_ignore_extra': False} | config
   )
   knobs.check(again)
-  positions = held_positions(workdir)
+  positions = held_positions(lies)
   _restrict(again, lines[-1]['step'], start, positions)
   if again.deterministic:
     determinism.require()

@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from gpt2_jax.parallel import multihost
 from gpt2_jax.parallel.multihost import say
 from gpt2_jax.training import compile_cache, skip_spikes
 from gpt2_jax.training.run_data import BATCHES
+from gpt2_jax.training.run_folder import RunFolder
 from gpt2_jax.training.run_plan import Plan
 from gpt2_jax.training.step import TrainState
 from gpt2_jax.training.stopping import Patience, StopSignal
@@ -30,6 +30,7 @@ class Run:
   """A run in its workdir.
 
   Attributes:
+    folder: where it lies; `workdir`: the folder of this machine that its record is written in.
     start: updates that earlier starts have done; `step`: those done by now.
     identity: what must not change between two starts.
     cut: whether the last start was stopped within the evaluation after its last step.
@@ -45,7 +46,7 @@ class Run:
   def __init__(
     self,
     plan: Plan,
-    workdir: Path,
+    folder: RunFolder,
     clock: goodput.Clock,
     data: TrainingData,
     batches: Batches,
@@ -56,17 +57,20 @@ class Run:
     Raises:
       UserError: it holds the run of another model or other data.
     """
-    multihost.check_shared(workdir)
+    multihost.check_shared(folder.place)
     keep, every = plan.config.checkpoint, plan.config.evaluate.every
+    self.folder, workdir = folder, folder.record
     self.workdir, self.clock, self.data, self.batches, self.stop = workdir, clock, data, batches, stop
-    self.checkpoints = Checkpoints(workdir, keep.keep, keep.keep_every, keep.keep_best)
+    self.checkpoints = Checkpoints(
+      folder.place, keep.keep, keep.keep_every, keep.keep_best, folder.keep
+    )
     self.start, self.identity = self.checkpoints.whole_step() or 0, record_lib.identity(plan, data)
     self.step = self.saved = start = self.start
     self.steps: int = plan.config.train.steps
     meta = self.checkpoints.meta(start) if start else {}
     if start and (other := difference(meta['identity'], self.identity)):
       raise UserError(
-        f'{workdir} holds the run of another model or other data:\n{other}\n'
+        f'{folder.place} holds the run of another model or other data:\n{other}\n'
         'Choose another --workdir, or the config of that run.'
       )
     if jax.process_index() == 0:
@@ -93,10 +97,10 @@ class Run:
   def over(self) -> str:
     """Says why there is nothing left to do; '' if there is."""
     if self.start > self.steps or (self.start == self.steps and not self.cut):
-      return f'{self.workdir}: step {self.start} of {self.steps} is done already.'
+      return f'{self.folder.place}: step {self.start} of {self.steps} is done already.'
     if not self.patience.over:
       return ''
-    stopped = f'{self.workdir}: stopped early at step {self.start} of {self.steps}'
+    stopped = f'{self.folder.place}: stopped early at step {self.start} of {self.steps}'
     return f'{stopped}; its best is step {self.patience.best}.'
 
   def begin_record(self) -> None:

@@ -1,6 +1,6 @@
 """Training, from a config to a trained model: read `train` from top to bottom."""
 
-from pathlib import Path
+import os
 
 import jax
 
@@ -12,7 +12,7 @@ from gpt2_jax.model.config import Config
 from gpt2_jax.parallel import multihost
 from gpt2_jax.parallel.multihost import say
 from gpt2_jax.parallel.sharding import mesh_of, whole_rows
-from gpt2_jax.training import compile_cache, workdir_lock
+from gpt2_jax.training import compile_cache, run_folder
 from gpt2_jax.training.run import Run
 from gpt2_jax.training.run_data import check_prompt, make_batches, open_data
 from gpt2_jax.training.run_plan import make_plan, out_of_memory_advice
@@ -23,7 +23,7 @@ from gpt2_jax.training.watch.step_record import Recorder
 
 
 def train(
-  config: Config, workdir: str | Path, began: float | None = None, held: int | None = None
+  config: Config, workdir: str | os.PathLike, began: float | None = None, held: int | None = None
 ) -> int:
   """Runs, or continues, the training that a config describes.
 
@@ -42,10 +42,10 @@ def train(
   # --- Plan: sizes, mesh, micro-batches ----------------------------------------------------------
   clock = goodput.Clock(began)
   plan = make_plan(config, held=held_positions(workdir) if held is None else held)
-  with workdir_lock.held(workdir):
+  with run_folder.opened(workdir) as folder:
     multihost.hello(plan.mesh)
     say(plan.describe())
-    profile = Profile(config.profile.steps, Path(workdir), clock, say)
+    profile = Profile(config.profile.steps, folder.record, clock, say)
     if why := compile_cache.keep_compiled(workdir):
       say(why)
 
@@ -58,7 +58,7 @@ def train(
 
     with StopSignal() as stop, jax.set_mesh(plan.mesh):
       # --- Workdir: new, or that of the same run ---------------------------------------------------
-      run, status = Run(plan, Path(workdir), clock, data, batches, stop), 0
+      run, status = Run(plan, folder, clock, data, batches, stop), 0
       if why := run.over():
         say(why)
         run_record.mark_finished(run.workdir)
@@ -101,6 +101,7 @@ def run_steps(run: Run, profile: Profile, content: verify.Background) -> None:
       with clock('data'):
         batch = next(batches)
       content.check()
+      run.folder.check()
       profile.before(run.step + 1, values)
       with clock('device'), jax.profiler.StepTraceAnnotation('train', step_num=run.step + 1):
         run.state, values = run.train_step(run.state, batch)
@@ -138,12 +139,12 @@ def finish(run: Run) -> int:
     if first:
       totals, title = (
         run.clock.totals(),
-        f'{run.workdir.name}: {run.plan.G * run.plan.T:,} tokens a step',
+        f'{run.folder.place.name}: {run.plan.G * run.plan.T:,} tokens a step',
       )
       run_summary.plot_losses(
         run.workdir, f'{title}, at the end' if run.plan.offset else title, totals
       )
-      say(run_summary.summary(run.workdir, prompt, text, totals))
+      say(run_summary.summary(run.workdir, run.folder.place, prompt, text, totals))
   else:
     of = f'step {run.step:,} of {run.steps:,}'
     say(f'stopped at {of}, which is saved; the same command goes on from it')

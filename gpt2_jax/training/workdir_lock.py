@@ -15,9 +15,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from gpt2_jax.core.buckets import place
 from gpt2_jax.core.errors import UserError, saving
-from gpt2_jax.core.files import local, parse_json, whole_number
+from gpt2_jax.core.files import parse_json, whole_number
 from gpt2_jax.parallel.sharding import without_mesh
+from gpt2_jax.training.lease import Lease
 
 FILE = '.lock'  # of a workdir; what it says is of the run that holds it, or held it last
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -95,18 +97,20 @@ def _leave(workdir: Path, fd: int) -> None:
 
 
 @contextlib.contextmanager
-def held(workdir: str | os.PathLike) -> Iterator[None]:
+def held(workdir: str | os.PathLike) -> Iterator[Lease | None]:
   """Makes a workdir and holds it as long as the context lasts; of several processes, process 0 does.
+
+  Yields the lease of one in a bucket, on process 0.
 
   Who only reads needs no lock.
 
   Raises:
     UserError: another run holds it, or it can't be written to; on all processes.
   """
-  workdir, fd, error = local(workdir, '--workdir'), None, None
+  workdir, mine, error = place(workdir, '--workdir'), None, None
   if jax.process_index() == 0:
     try:
-      fd = _take(workdir)
+      mine = _take(workdir) if isinstance(workdir, Path) else Lease(workdir)
     except UserError as e:
       error = e
   try:
@@ -117,7 +121,9 @@ def held(workdir: str | os.PathLike) -> Iterator[None]:
         error = UserError(f"process 0 can't have the workdir {workdir}: see what it says.")
     if error is not None:
       raise error
-    yield
+    yield mine if isinstance(mine, Lease) else None
   finally:
-    if fd is not None and fd in _held:
-      _leave(workdir, fd)
+    if isinstance(mine, Lease):
+      mine.leave()
+    elif isinstance(workdir, Path) and mine in _held:
+      _leave(workdir, mine)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gpt2_jax.core.buckets import AnyPath
 from gpt2_jax.core.errors import saving
 from gpt2_jax.model.config import GPTConfig
 from gpt2_jax.tokenizer.bpe import Tokenizer
@@ -110,8 +111,17 @@ def fit_prompt(prompt: str, tokenizer: Tokenizer | None, config: GPTConfig) -> s
   return prompt
 
 
-def summary(workdir: Path, prompt: str, sample: str | None, totals: dict[str, float]) -> str:
-  """Returns a screen of text: the figures, where the files are, what to try next."""
+def summary(
+  workdir: Path, place: AnyPath, prompt: str, sample: str | None, totals: dict[str, float]
+) -> str:
+  """Returns a screen of text: the figures, where the files are, what to try next.
+
+  Args:
+    workdir: the folder that the record is read from.
+    place: where its user finds the run.
+    prompt, sample: a text, and what the model makes of it; None: it can't continue one.
+    totals: seconds by kind.
+  """
   lines = metrics_file.read(workdir)
   last, final = lines[-1], next((m for m in reversed(lines) if m.get('eval/loss') is not None), {})
   speed = np.median([m.get('perf/tokens_per_second') or 0.0 for m in lines])
@@ -129,10 +139,10 @@ def summary(workdir: Path, prompt: str, sample: str | None, totals: dict[str, fl
       *goodput.table(totals),
       rule,
       *([] if sample is None else [prompt + sample, rule]),
-      f'record     {workdir / metrics_file.FILE}',
-      f'picture    {workdir / PLOT}',
+      f'record     {place / metrics_file.FILE}',
+      f'picture    {place / PLOT}',
       'next',
-      f"  gpt2_jax.classify(gpt2_jax.from_pretrained({str(workdir)!r}), 'a text')"
+      f"  gpt2_jax.classify(gpt2_jax.from_pretrained({str(place)!r}), 'a text')"
       if sample is None
       else '  '
       + shlex.join(
@@ -140,12 +150,12 @@ def summary(workdir: Path, prompt: str, sample: str | None, totals: dict[str, fl
           'gpt2-jax',
           'sample',
           '--checkpoint',
-          str(workdir),
+          str(place),
           '--prompt',
           *(prompt.splitlines() or [''])[:1],
         ]
       ),
-      f'  {shlex.join(["tensorboard", "--logdir", str(workdir)])}          (pip install tensorboard)',
+      f'  {shlex.join(["tensorboard", "--logdir", str(place)])}          (pip install tensorboard)',
       '  the same command with a larger --config.train.steps goes on from here',
     ]
   )
