@@ -43,7 +43,7 @@ def limit(used: int) -> int:
 
 
 def _place(key: str, name: str) -> Path:
-  return home() / f'{key[:32]}-{name[-150:]}'
+  return home() / key[:32] / name
 
 
 def find(key: str, name: str, size: int) -> Path | None:
@@ -88,8 +88,9 @@ def fetch(
     OSError: it can't be fetched, or the disk is full.
   """
   target = _place(key, path.name)
-  home().mkdir(parents=True, exist_ok=True)
-  with filelock.FileLock(home() / f'.{target.name}.lock'):
+  target.parent.mkdir(parents=True, exist_ok=True)
+  named = hashlib.sha256(path.name.encode()).hexdigest()[:16]
+  with filelock.FileLock(target.parent / f'.{named}.lock'):
     if found := find(key, path.name, size):
       return found
     if not _make_room(size, {k[:32] for k in keep}) and not must:
@@ -106,19 +107,18 @@ def fetch(
 
 def _make_room(size: int, keep: Collection[str]) -> bool:
   """Lets copies go, the least recently used first; whether `size` more bytes fit then."""
-  files, used = [], 0
-  for entry in os.scandir(home()):
+  files = []
+  for path in (entry.path for folder in os.scandir(home()) for entry in os.scandir(folder)):
     with contextlib.suppress(FileNotFoundError):
-      status = entry.stat()
-      used += status.st_size
-      if not entry.name.startswith('.'):
-        files.append((status.st_atime, entry.name, status.st_size))
+      status = os.stat(path)
+      files.append((status.st_atime, Path(path), status.st_size))
+  used = sum(bytes_ for *_, bytes_ in files)
   most = limit(used)
-  for used_at, name, bytes_ in sorted(files):
+  for used_at, path, bytes_ in sorted(files):
     if used + size <= most:
       break
-    young = name.endswith(('.part', '.new')) and time.time() - used_at < PARTIAL_S
-    if name[:32] not in keep and not young and _drop(home() / name):
+    young = path.suffix in ('.part', '.new') and time.time() - used_at < PARTIAL_S
+    if bytes_ and path.parent.name not in keep and not young and _drop(path):
       used -= bytes_
   return used + size <= most
 

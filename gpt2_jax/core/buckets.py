@@ -168,6 +168,17 @@ def _patient_gcs() -> type:
   return PatientGCS
 
 
+@contextlib.contextmanager
+def reading(path: object) -> Iterator[None]:
+  """Turns what a bucket's library says into a line for the user."""
+  try:
+    yield
+  except UserError:
+    raise
+  except OSError as e:
+    raise Unreachable(f"{path} can't be read: {e or type(e).__name__}.") from e
+
+
 # --- What lies there -----------------------------------------------------------------------------
 
 

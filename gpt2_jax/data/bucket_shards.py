@@ -6,6 +6,7 @@ room for), each compared with its SHA-256 before it is read. How a row came chan
 """
 
 import concurrent.futures
+import functools
 import hashlib
 import os
 import sys
@@ -61,17 +62,18 @@ class BucketShards:
       far = extents
     self._fetch_ranges(far)
 
+  @functools.cached_property
+  def _there(self):
+    return buckets.filesystem(self._shards[0].path)  # one for all threads, and so its connections
+
   def _fetch_ranges(self, extents: Sequence[tuple]) -> None:
     if not extents:
       return
     paths = [os.fspath(shard.path) for shard, *_ in extents]
     starts = [offset for _, offset, _ in extents]
     stops = [offset + len(out) for _, offset, out in extents]
-    try:
-      there = buckets.filesystem(self._shards[0].path)
-      contents = there.cat_ranges(paths, starts, stops, on_error='raise')
-    except OSError as e:
-      raise UserError(f"the token store can't be read: {e}.") from e
+    with buckets.reading(self._shards[0].path.parent):
+      contents = self._there.cat_ranges(paths, starts, stops, on_error='raise')
     for (shard, offset, out), content in zip(extents, contents):
       if len(content) != len(out):
         raise shard_files.damaged(shard.path, f'has fewer than {offset + len(out):,} bytes')
@@ -123,11 +125,11 @@ class BucketShards:
       copy = bucket_copies.fetch(
         shard.path, shard.key, shard.size, lambda path: self._check(shard, path), self._keys
       )
-    except UserError as e:
-      self._error = e
-      return False
-    except OSError as e:
+    except OSError as e:  # the bucket's, or this disk's
       print(f'{shard.path} is not copied to this disk: {e}', file=sys.stderr, flush=True)
+      return False
+    except UserError as e:  # it is not what was written
+      self._error = e
       return False
     if copy is not None:
       self._copies[shard.path] = copy
@@ -155,14 +157,12 @@ def not_as_written(shard) -> UserError:
 def check(shard, advance=lambda amount: None) -> None:
   """Reads a shard in its bucket through, and raises a UserError if it is not as it was written."""
   found = hashlib.sha256()
-  try:
+  with buckets.reading(shard.path):
     for path, size in ((shard.path, shard.size), (shard.index, 8 * shard.documents)):
       for start in range(0, size, buckets.BLOCK_BYTES):
         stop = min(start + buckets.BLOCK_BYTES, size)
         block = buckets.filesystem(path).cat_file(os.fspath(path), start=start, end=stop)
         found.update(block)
         advance(len(block))
-  except OSError as e:
-    raise UserError(f"{shard.path} can't be read: {e}.") from e
   if found.hexdigest() != shard.sha256:
     raise not_as_written(shard)

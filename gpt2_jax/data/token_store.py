@@ -17,6 +17,7 @@ a header of 256 int32, magic 20240520, then uint16) open as stores too. They don
 tokenizer made them: it is GPT-2's.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -26,7 +27,7 @@ import shlex
 from gpt2_jax.core import buckets
 from gpt2_jax.core.buckets import AnyPath
 from gpt2_jax.core.errors import UserError, brief
-from gpt2_jax.core.files import misfit, name_of_file, parse_json, unreadable, whole_number
+from gpt2_jax.core.files import misfit, name_of_file, parse_json, whole_number
 from gpt2_jax.data.shards import (
   GPT2_EOT,
   Shard,
@@ -87,10 +88,7 @@ class TokenStore:
   @functools.cached_property
   def _tokenizer(self) -> Tokenizer:
     folder = self.path / 'tokenizer'
-    try:
-      found = bpe.load(buckets.fetched(folder) if folder.exists() else 'gpt2')
-    except OSError as e:
-      raise unreadable(folder, e) from e
+    found = bpe.load(folder if folder.exists() else 'gpt2')
     if found.sha256 != self.manifest['tokenizer'].get('sha256', found.sha256):
       raise UserError(
         f'{folder} is not the tokenizer that made the tokens in {self.path} (its hash is another '
@@ -190,12 +188,8 @@ def open_store(folder: str | AnyPath) -> TokenStore:
     UserError: there is no store, it is unfinished, damaged, or of a newer version.
   """
   folder = buckets.place(folder)
-  try:
+  with buckets.reading(folder) if buckets.is_bucket(folder) else contextlib.nullcontext():
     return _open(folder)
-  except OSError as e:
-    if not buckets.is_bucket(folder):
-      raise
-    raise UserError(f"{folder} can't be read: {e}.") from e
 
 
 def _open(folder: AnyPath) -> TokenStore:

@@ -12,9 +12,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from support import bucket
-from support.processes import environment, run
+from support.processes import environment
 from support.texts import make_text
 
+from gpt2_jax.cli import main
 from gpt2_jax.core import bucket_copies, buckets
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.data import corpus_parts, prepare, token_batches, token_store, verify
@@ -61,7 +62,16 @@ def in_bucket(there) -> dict[str, bytes]:
 
 
 def copies() -> list[Path]:
-  return sorted(path for path in bucket_copies.home().glob('*.bin'))
+  return sorted(path for path in bucket_copies.home().glob('*/*.bin'))
+
+
+def copy_all(far: token_store.TokenStore) -> None:
+  """Lets the training split be copied, and waits for it."""
+  far.splits['train'].at_random.expect(10**6, 130)
+  until = time.monotonic() + 60
+  while len(copies()) < len(far.splits['train'].shards):
+    assert time.monotonic() < until
+    time.sleep(0.05)
 
 
 # --- reading ----------------------------------------------------------------------------------
@@ -73,6 +83,8 @@ def test_batches_are_those_of_a_disk(near, far, monkeypatch, way):
   assert far.sha256 == near.sha256 and far.tokenizer.sha256 == near.tokenizer.sha256
   assert len(far.splits['train'].shards) > 3
   want, have = batches_of(near), batches_of(far)
+  if way.startswith('copies'):
+    copy_all(far)
   for step, batch in enumerate(have.batches(0, 12, 1, layout())):
     rows = want.rows(step, range(8))[None]
     assert (np.asarray(batch) == rows).all()
@@ -92,10 +104,7 @@ def test_shards_are_copied_where_it_is_cheaper(far, there):
   far.splits['train'].at_random.expect(size // 2**18 or 0, 130)
   batches.rows(0, range(8))
   assert not copies() and any('bytes=' in line and 'train' in line for line in there.asked())
-  far.splits['train'].at_random.expect(1000, 130)
-  until = time.monotonic() + 60
-  while len(copies()) < len(far.splits['train'].shards) and time.monotonic() < until:
-    time.sleep(0.05)
+  copy_all(far)
   fetched = lambda: sum('/download/' in line and 'train' in line for line in there.asked())
   before = fetched()
   batches.rows(1, range(8))
@@ -137,7 +146,7 @@ def test_copies_stay_within_their_limit(near, far, monkeypatch):
     assert get(third)
     bucket_copies.find(second.key, second.path.name, second.size)
     assert get(fourth)
-    names = {path.name.partition('-')[2] for path in copies()}
+    names = {path.name for path in copies()}
     assert names == {first.path.name, second.path.name, fourth.path.name}
   assert bucket_copies.fetch(third.path, third.key, third.size, keep=[second.key, fourth.key])
   assert sum(path.stat().st_size for path in copies()) <= sum(sizes[:3]) + 10
@@ -196,7 +205,7 @@ import sys
 from gpt2_jax.data import corpus_parts, prepare
 corpus_parts.MIN_PART_BYTES = 20_000
 corpus, tokenizer, folder, i, n = sys.argv[1:]
-s = prepare.Settings(corpus, tokenizer, 0.1)
+s = prepare.Settings(corpus, tokenizer, 0.2)
 print(prepare.ensure_store(s, folder, 1, (int(i), int(n))).sha256)
 """
 
@@ -205,7 +214,7 @@ print(prepare.ensure_store(s, folder, 1, (int(i), int(n))).sha256)
 def test_several_processes_make_one_store(text_folder, tmp_path, there, place, monkeypatch):
   """The bytes of one process, with a tokenizer that is trained on the text."""
   monkeypatch.setattr(corpus_parts, 'MIN_PART_BYTES', 20_000)
-  s = settings(text_folder, tokenizer='bpe:300')
+  s = settings(text_folder, tokenizer='bpe:300', val_fraction=0.2)
   want = prepare.ensure_store(s, tmp_path / 'one', 1)
   folder = f'{there.url}/s' if place == 'bucket' else str(tmp_path / 's')
   others = [
@@ -239,17 +248,18 @@ def test_shares_one_after_another(text_folder, tmp_path, there, monkeypatch, cap
     token_store.open_store(folder)
   assert prepare.do_share(s, folder, 1, (1, 3))
   assert token_store.open_store(folder).sha256 == prepare.ensure_store(s, tmp_path / 'x').sha256
-  done = run('-m', 'gpt2_jax', 'prepare', '--corpus=stdlib', '--output=x', '--part=3/3')
-  assert done.returncode == 1 and "--part '3/3' must be I/N" in done.stderr
+  with pytest.raises(UserError, match="--part '3/3' must be I/N"):
+    main.Prepare('stdlib', 'x', part='3/3').run()
 
 
 @pytest.mark.slow
-def test_shares_that_are_killed_go_on(tmp_path, there):
+def test_shares_that_are_killed_go_on(tmp_path, there, monkeypatch):
   """SIGKILL of both of two processes, again and again: no store is seen until all is there."""
+  monkeypatch.setattr(corpus_parts, 'MIN_PART_BYTES', 20_000)
   rng = np.random.default_rng(1)
   for i in range(24):
     (tmp_path / f'{i}.txt').write_text(make_text(rng, 2000) * 30)
-  s, folder = settings(tmp_path / '*.txt'), f'{there.url}/s'
+  s, folder = settings(tmp_path / '*.txt', val_fraction=0.2), f'{there.url}/s'
   there.faults(latency_s=0.02, failing=0.02)
 
   def start(i: int) -> subprocess.Popen:
