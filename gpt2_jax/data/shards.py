@@ -48,7 +48,7 @@ class Shard:
     """Bytes of its file."""
     return self.offset + self.tokens * np.dtype(self.dtype).itemsize
 
-  @property
+  @functools.cached_property
   def key(self) -> str:
     """A hash that names the content of a file in a bucket."""
     return self.sha256 or hashlib.sha256(f'{self.path} {self.mark}'.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Corpora, labelled texts and tokenizers in a bucket: as on a disk, and one line where they are not."""
+"""Corpora, labelled texts and tokenizers in a bucket: as on a disk, or one line."""
 
 import gzip
 import json
