@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from support import bucket
-from support.processes import environment
+from support.processes import ROOT, environment, run
+from support.runs import arguments, plain
 from support.texts import make_text
 
 from gpt2_jax.cli import main
@@ -284,3 +286,32 @@ def test_shares_that_are_killed_go_on(tmp_path, there, monkeypatch):
   assert told == {prepare.ensure_store(s, tmp_path / 'one').sha256}
   opened = token_store.open_store(folder)
   assert verify.verify(opened, again=True) > 10
+
+
+@pytest.mark.slow
+def test_two_hosts_train_from_a_bucket(finished, text_folder, tmp_path, there):
+  """They prepare the store together, from texts in the bucket, and train as one does from a disk."""
+  buckets.upload(text_folder, buckets.place(there.url) / 'texts')
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+  hosts = []
+  for i in range(2):
+    store = {'data.corpus': f'text:{there.url}/texts', 'data.store': f'{there.url}/store'}
+    command = arguments(text_folder, tmp_path / 'run', train__micro_batch_rows=1, **store)
+    flags = [f'--coordinator=127.0.0.1:{port}', '--num_processes=2', f'--process_id={i}']
+    env = environment(2, **there.env | {'XDG_CACHE_HOME': str(tmp_path / f'cache{i}')})
+    process = subprocess.Popen(
+      [sys.executable, *command, *flags], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True
+    )
+    hosts.append(process)
+  said = [host.communicate(timeout=300)[1] for host in hosts]
+  assert [host.returncode for host in hosts] == [0, 0], said
+  for have, want in zip(plain(tmp_path / 'run'), plain(finished[0]), strict=True):
+    assert have == pytest.approx(want, rel=2e-5)
+  assert token_store.open_store(f'{there.url}/store').manifest['source']['corpus'].endswith('texts')
+  done = run(
+    '-m', 'gpt2_jax', 'evaluate', f'--checkpoint={tmp_path / "run"}',
+    f'--tasks=store:{there.url}/store', **there.env,
+  )  # fmt: skip
+  assert done.returncode == 0 and 'loss' in done.stdout, done.stderr
