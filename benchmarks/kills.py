@@ -1,12 +1,13 @@
 """SIGKILL at random moments of a tiny run, again and again: nothing may be lost or torn.
 
-    python -m benchmarks.kills [--kills 20] [--seed N] [--folder DIR]
+    python -m benchmarks.kills [--kills 20] [--seed N] [--folder DIR] [--workdir gs://BUCKET/DIR]
 
 The run prepares its data (a BPE tokenizer, several parts), trains, saves every 5 steps and evaluates
 every 8. In turns a kill is aimed at the preparation, at a save, at an evaluation, or at any moment.
 After each one all files that are there must be whole, and the next start must go on from no earlier
 step than had been committed. At the end the record must be bitwise that of a run that was left alone.
-Exit status 1 where anything was lost.
+Exit status 1 where anything was lost. With --workdir the run that is killed lies there, in a bucket
+perhaps; the one that is left alone lies on this disk.
 """
 
 import argparse
@@ -25,6 +26,8 @@ from pathlib import Path
 import numpy as np
 
 from gpt2_jax.checkpoints import manifest
+from gpt2_jax.core import buckets
+from gpt2_jax.core.buckets import AnyPath
 from gpt2_jax.data.token_store import open_store
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,7 +47,7 @@ def make_corpus(folder: Path, rng: random.Random) -> None:
     )
 
 
-def command(folder: Path, name: str) -> list[str]:
+def command(folder: Path, name: str, workdir: AnyPath) -> list[str]:
   knobs = {
     'model.n_positions': 64,
     'model.n_embd': 32,
@@ -67,7 +70,7 @@ def command(folder: Path, name: str) -> list[str]:
     sys.executable,
     'launch.py',
     '--config=configs/tiny.py',
-    f'--workdir={folder / name}',
+    f'--workdir={workdir}',
     *(f'--config.{key}={value}' for key, value in knobs.items()),
   ]
 
@@ -75,23 +78,34 @@ def command(folder: Path, name: str) -> list[str]:
 class Run:
   """The files of the run that is killed, as they are at this moment."""
 
-  def __init__(self, folder: Path):
-    self.folder, self.workdir, self.store = folder, folder / 'killed', folder / 'store-killed'
+  def __init__(self, folder: Path, workdir: AnyPath):
+    self.folder, self.workdir, self.store = folder, workdir, folder / 'store-killed'
     self.log = folder / 'log.txt'
+    self.record = workdir  # where it is written, on this disk
+    if not isinstance(workdir, Path):
+      self.record = buckets.kept(workdir) / 'process-0' / workdir.name
 
   def lines(self) -> int:
-    path = self.workdir / 'metrics.jsonl'
+    path = self.record / 'metrics.jsonl'
     return path.read_bytes().count(b'\n') if path.exists() else 0
 
+  def saved(self) -> dict[str, bool]:
+    """The folders of checkpoints, and whether they count."""
+    folder = self.workdir / 'checkpoints'
+    if isinstance(self.workdir, Path):
+      return {path.name: path.name.isdecimal() for path in folder.glob('*')}
+    found = set(buckets.listing(folder))
+    steps = {name.partition('/')[0] for name in found}
+    return {step: f'{step}/commit_success.txt' in found for step in steps}
+
   def committed(self) -> int:
-    steps = [int(p.name) for p in self.workdir.glob('checkpoints/*') if p.name.isdecimal()]
-    return max(steps, default=0)
+    return max((int(name) for name, counts in self.saved().items() if counts), default=0)
 
   def phase(self) -> str:
     """What the run is at, as its files tell."""
     if not (self.store / 'manifest.json').exists():
       return 'preparation' if self.store.exists() else 'start'
-    if list(self.workdir.glob('checkpoints/*.orbax-checkpoint-tmp')):
+    if not all(self.saved().values()):
       return 'save'
     if '\nstep ' not in self.log.read_text():  # it is said of the first one
       return 'start'
@@ -108,17 +122,17 @@ class Run:
           pass  # a worker that outlived the kill for a moment
         except ValueError:
           bad.append(str(path))
-    path = self.workdir / 'metrics.jsonl'
+    path = self.record / 'metrics.jsonl'
     for line in path.read_text().split('\n')[:-1] if path.exists() else ():
       try:
         json.loads(line)
       except ValueError:
         bad.append(f'{path}: {line!r}')
-    for step in sorted(self.workdir.glob('checkpoints/*')):
-      if step.name.isdecimal() and int(step.name) == self.committed():
-        damage = manifest.damage(step) if (step / manifest.FILE).exists() else 'it has no manifest'
-        if damage:
-          bad.append(f'{step}: {damage}')
+    if last := self.committed():
+      step = self.workdir / 'checkpoints' / str(last)
+      damage = manifest.damage(step) if (step / manifest.FILE).exists() else 'it has no manifest'
+      if damage:
+        bad.append(f'{step}: {damage}')
     if (self.store / 'manifest.json').exists():
       store = open_store(self.store)
       for split in store.manifest['splits'].values():
@@ -151,7 +165,7 @@ def aimed(run: Run, process: subprocess.Popen, aim: str, rng: random.Random, sin
     time.sleep(0.001)
 
 
-def plain(workdir: Path) -> list[dict]:
+def plain(workdir: AnyPath) -> list[dict]:
   lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
   return [{key: line[key] for key in PLAIN if key in line} for line in lines]
 
@@ -162,7 +176,8 @@ def check(run: Run, kills: int, rng: random.Random) -> list[str]:
   while True:
     before, since = run.committed(), run.lines()
     with open(run.log, 'w') as out:
-      process = subprocess.Popen(command(run.folder, 'killed'), cwd=ROOT, stdout=out, stderr=out)
+      argv = command(run.folder, 'killed', run.workdir)
+      process = subprocess.Popen(argv, cwd=ROOT, stdout=out, stderr=out)
     if killed < kills:
       preparing = killed < PREPARATIONS * kills
       aimed(run, process, 'preparation' if preparing else AIMS[1 + killed % 3], rng, since)
@@ -198,6 +213,7 @@ def main() -> int:
   parser.add_argument('--kills', type=int, default=20)
   parser.add_argument('--seed', type=int, help='of the moments; default: another each time')
   parser.add_argument('--folder', type=Path, help='to work in; default: a temporary one')
+  parser.add_argument('--workdir', help='of the run that is killed; default: in --folder')
   args = parser.parse_args()
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   seed = args.seed if args.seed is not None else int(np.random.SeedSequence().entropy % 10**6)
@@ -205,11 +221,12 @@ def main() -> int:
   rng = random.Random(seed)
   make_corpus(folder / 'text', random.Random(0))
   with open(folder / 'log-whole.txt', 'w') as out:
-    whole = subprocess.run(command(folder, 'whole'), cwd=ROOT, stdout=out, stderr=out)
+    argv = command(folder, 'whole', folder / 'whole')
+    whole = subprocess.run(argv, cwd=ROOT, stdout=out, stderr=out)
   if whole.returncode:
     print((folder / 'log-whole.txt').read_text())
     return 1
-  run = Run(folder)
+  run = Run(folder, buckets.place(args.workdir or folder / 'killed'))
   lost = check(run, args.kills, rng)
   have, want = plain(run.workdir), plain(folder / 'whole')
   if have != want:

@@ -64,7 +64,7 @@ def place(path: str | os.PathLike, what: str = '') -> AnyPath:
   """
   named = address(path)
   if named is None:
-    return path if isinstance(path, (Path, epath.Path)) else Path(path)
+    return Path(path)
   scheme, _, rest = named.partition('://')
   said = f'{what} {brief(named)}'.lstrip()
   if scheme == 'file':
@@ -156,10 +156,29 @@ def _patient_gcs() -> type:
             )
           told = True
           await asyncio.sleep(5)
+        except FileNotFoundError as e:
+          if path != 'b/{}/o':
+            raise
+          raise Unreachable(f'there is no bucket {self._said(args[:1])}.') from e
         except OSError as e:
           if 'Forbidden' not in str(e):
             raise
           raise Unreachable(f'{self._said(args)}: {str(e).splitlines()[-1]}. {WAY_OUT}') from e
+
+    # theirs take any error for a sign that nothing is there
+
+    async def _exists(self, path, **kwargs):
+      try:
+        return bool(await self._info(path, **kwargs))
+      except FileNotFoundError:
+        return False
+
+    async def _isdir(self, path, **kwargs):
+      try:
+        about: Any = await self._info(path, **kwargs)
+        return about['type'] == 'directory'
+      except FileNotFoundError:
+        return False
 
     @staticmethod
     def _said(args: tuple) -> str:

@@ -38,6 +38,7 @@ class Lease:
     from google.cloud import storage
 
     self.workdir, self._lost, self._end = workdir, '', threading.Event()
+    self._generation = 0  # of the lease as this run wrote it last
     self._said = {
       'host': socket.gethostname(),
       'pid': os.getpid(),
@@ -127,13 +128,15 @@ class Lease:
       )
     except google.api_core.exceptions.PreconditionFailed:
       held = self._holder()  # perhaps we ourselves, by a request whose answer was lost
-      return held is not None and held['id'] == self._said['id']
+      if held is None or held['id'] != self._said['id']:
+        return False
+    self._generation = self._blob.generation or 0
     return True
 
   def _renew(self) -> None:
     while not self._end.wait(RENEW_S):
       with contextlib.suppress(Exception):  # out of reach: again in half a minute
-        if not self._write(self._blob.generation or 0):
+        if not self._write(self._generation):
           held = self._holder()
           who = f'process {held["pid"]} on {held["host"]}' if held else 'somebody'
           self._lost = (
@@ -152,4 +155,4 @@ class Lease:
     self._end.set()
     self._thread.join()
     with contextlib.suppress(Exception):  # it becomes stale, or is another's
-      self._blob.delete(if_generation_match=self._blob.generation, timeout=20)
+      self._blob.delete(if_generation_match=self._generation, timeout=20)

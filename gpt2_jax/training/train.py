@@ -144,7 +144,7 @@ def finish(run: Run) -> int:
       run_summary.plot_losses(
         run.workdir, f'{title}, at the end' if run.plan.offset else title, totals
       )
-      say(run_summary.summary(run.workdir, run.folder.place, prompt, text, totals))
+      say(run_summary.summary(run.workdir, prompt, text, totals, run.folder.place))
   else:
     of = f'step {run.step:,} of {run.steps:,}'
     say(f'stopped at {of}, which is saved; the same command goes on from it')

@@ -112,16 +112,21 @@ def fit_prompt(prompt: str, tokenizer: Tokenizer | None, config: GPTConfig) -> s
 
 
 def summary(
-  workdir: Path, place: AnyPath, prompt: str, sample: str | None, totals: dict[str, float]
+  workdir: Path,
+  prompt: str,
+  sample: str | None,
+  totals: dict[str, float],
+  place: AnyPath | None = None,
 ) -> str:
   """Returns a screen of text: the figures, where the files are, what to try next.
 
   Args:
     workdir: the folder that the record is read from.
-    place: where its user finds the run.
     prompt, sample: a text, and what the model makes of it; None: it can't continue one.
     totals: seconds by kind.
+    place: where its user finds the run; default: in that folder.
   """
+  place = workdir if place is None else place
   lines = metrics_file.read(workdir)
   last, final = lines[-1], next((m for m in reversed(lines) if m.get('eval/loss') is not None), {})
   speed = np.median([m.get('perf/tokens_per_second') or 0.0 for m in lines])
