@@ -72,7 +72,8 @@ class Job:
         raise UserError(f'{self.folder} exists and is no token store: choose another folder.')
       print(f'{self.folder}: an unfinished preparation of something else is replaced.')
       remove(self.folder, rest)  # the job last, so that a kill in between leaves it
-    self.folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(self.folder, Path):  # in a bucket, folders are names
+      self.folder.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(self.content))
 
   def begun(self) -> bool:
