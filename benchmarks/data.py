@@ -11,9 +11,15 @@ Loader: tokens a second from a store to the first device, on one core, beside a 
 nanoGPT's `get_batch` (a memmap, random slices, two arrays of int64; it places nothing). `need`: how
 many tokens a second the fastest step takes. 400,000 is 124M on one H100 at 35 % of its bfloat16 peak.
 The loader is to feed 20 times as many.
+
+Cold rows: the same loader on two cores, from a store that the system has nothing of in memory (the
+file's pages are dropped before each turn), beside random slices of a memmap of it. To feed: 4 million
+tokens a second. The store is written to --cold-folder, which must lie on a disk, not in memory.
 """
 
 import argparse
+import itertools
+import os
 import statistics
 import tempfile
 
@@ -99,6 +105,33 @@ def run(folder, rows, T, steps):
   return {'seconds': (time.perf_counter() - began) / steps}
 """
 )
+COLD = """
+import os
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from gpt2_jax.data import token_batches, token_store
+from gpt2_jax.parallel import sharding
+layout = NamedSharding(sharding.make_mesh(devices=jax.devices()[:1]),
+                       PartitionSpec(None, sharding.BATCH))
+def ours(folder, rows, T, steps, turn):
+  split = token_store.open_store(folder).splits['train']
+  batches = token_batches.TokenBatches(split, T, rows, turn, 50257)
+  for batch in batches.batches(0, steps, 1, layout):
+    jax.block_until_ready(batch)
+def memmap(folder, rows, T, steps, turn):
+  data, random = np.memmap(f'{folder}/train.bin', np.uint16, 'r'), np.random.default_rng(turn)
+  for _ in range(steps):
+    starts = random.integers(0, len(data) - T, rows)
+    np.stack([data[i:i + T + 1].astype(np.int32) for i in starts])
+def run(side, folder, rows, T, steps, turn):
+  fd = os.open(f'{folder}/train.bin', os.O_RDONLY)
+  os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+  os.close(fd)
+  began = time.perf_counter()
+  {'ours': ours, 'memmap': memmap}[side](folder, rows, T, steps, turn)
+  return {'seconds': (time.perf_counter() - began) / steps}
+"""
 
 
 def asker(worker: Worker, **asked):
@@ -159,6 +192,36 @@ def load(rows: int, T: int, tokens: int, repeats: int, need: float, folder: str)
   )
 
 
+def cold(rows: int, T: int, size: int, repeats: int, root: str | None) -> dict:
+  """Measures rows from a file of `size` bytes of which nothing is in memory."""
+  with tempfile.TemporaryDirectory(dir=root) as folder, Worker(COLD) as worker:
+    random = np.random.default_rng(0)
+    with open(f'{folder}/train.bin', 'wb') as file:
+      for _ in range(size >> 24):
+        file.write(random.integers(0, 50257, 1 << 23, np.uint16).tobytes())
+      os.fsync(file.fileno())
+    random.integers(0, 50257, 1 << 12, np.uint16).tofile(f'{folder}/val.bin')
+    turns = itertools.count()
+    ask = dict(folder=folder, rows=rows, T=T)
+    sides = {
+      'ours': lambda: worker.ask(side='ours', steps=32, turn=next(turns), **ask)['seconds'],
+      'memmap': lambda: worker.ask(side='memmap', steps=2, turn=next(turns), **ask)['seconds'],
+    }
+    take_turns(sides, 1)
+    seconds = take_turns(sides, repeats)
+  rate = {side: rows * T / statistics.median(each) for side, each in seconds.items()}
+  return dict(
+    what='cold',
+    rows=rows,
+    T=T,
+    bytes=size,
+    seconds=seconds['ours'],
+    tokens_per_second=rate['ours'],
+    memmap_tokens_per_second=rate['memmap'],
+    of_memmap=ratio(seconds['memmap'], seconds['ours']),
+  )
+
+
 def main() -> None:
   flags = argparse.ArgumentParser(description=(__doc__ or '').splitlines()[0])
   flags.add_argument('--corpus', default='stdlib')
@@ -167,6 +230,9 @@ def main() -> None:
   flags.add_argument('--need', type=float, default=4e5, help='tokens a second of the fastest step')
   flags.add_argument('--tokens', type=int, default=1 << 23, help='loaded a turn')
   flags.add_argument('--repeats', type=int, default=3, help='turns of each side')
+  flags.add_argument('--cold', nargs='*', default=['512x1024'], help='rows x tokens')
+  flags.add_argument('--cold-bytes', type=int, default=2 << 30, help='size of the store for it')
+  flags.add_argument('--cold-folder', help='on a disk; default: the one for temporary files')
   flags.add_argument('--json')
   args = flags.parse_args()
   with report(args.json) as rows, tempfile.TemporaryDirectory() as folder:
@@ -198,6 +264,15 @@ def main() -> None:
       print(
         f'{f"{R}x{T}":12s}{row["tokens_per_second"] / 1e6:12.1f}{row["times_need"]:7.0f}x'
         f'{row["slices_tokens_per_second"] / 1e6:15.1f}{row["of_slices"][0]:8.2f}',
+        flush=True,
+      )
+    print(f'{"cold batch":12s}{"M tokens/s":>12s}{"memmap":>15s}{"of it":>8s}')
+    for R, T in (map(int, shape.split('x')) for shape in args.cold):
+      row = cold(R, T, args.cold_bytes, args.repeats, args.cold_folder)
+      rows.append(row)
+      print(
+        f'{f"{R}x{T}":12s}{row["tokens_per_second"] / 1e6:12.1f}'
+        f'{row["memmap_tokens_per_second"] / 1e6:15.1f}{row["of_memmap"][0]:8.1f}',
         flush=True,
       )
 

@@ -108,6 +108,10 @@ class Handler(server.RequestHandler):
     self._answer('PATCH')
 
 
+class Server(http.server.ThreadingHTTPServer):
+  request_queue_size = 1024  # of 5, those who come at once would have to come again a second later
+
+
 def main() -> None:
   port, folder = int(sys.argv[1]), Path(sys.argv[2])
   storage = Storage(data_dir=str(folder / 'objects'))
@@ -119,7 +123,7 @@ def main() -> None:
 
   signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=leave).start())
   handler = functools.partial(Handler, folder, storage)
-  there = http.server.ThreadingHTTPServer(('127.0.0.1', port), handler)
+  there = Server(('127.0.0.1', port), handler)
   there.handle_error = lambda *_: None  # who asked has gone
   there.serve_forever()
 

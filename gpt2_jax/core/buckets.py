@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ LIBRARIES = {'gs': 'gcsfs', 's3': 's3fs'}  # by the scheme; each is an extra, na
 EXTRAS = {'gs': 'gcs', 's3': 's3'}
 PATIENCE_S = 600  # how long a bucket that was reached before may be out of reach
 THREADS = 16
+BLOCK_BYTES = 16 * 2**20  # that are fetched at a time
 SHOWN_BYTES = 2**30  # the fetching of less is over before one wonders
 WAY_OUT = (
   "Look at the bucket's name, and at who you are (gcloud auth application-default login, or "
@@ -123,9 +125,10 @@ def _patient_gcs() -> type:
   class PatientGCS(GCSFileSystem):
     """gcsfs, which tries for half a minute, and longer where it has reached the bucket before."""
 
+    reached = False  # by any thread: each has a file system of its own
+
     def __init__(self, *args, **kwargs):
       super().__init__(*args, **kwargs | {'use_listings_cache': False})
-      self.reached = False
 
     async def _call(self, method, path, *args, **kwargs):
       import asyncio
@@ -136,7 +139,7 @@ def _patient_gcs() -> type:
           answer = await super()._call(method, path, *args, **kwargs)
           if told:
             print(f'the bucket is there again ({self._said(args)})', file=sys.stderr, flush=True)
-          self.reached = True
+          type(self).reached = True
           return answer
         except (retry.HttpError, aiohttp.ClientError, google.auth.exceptions.GoogleAuthError) as e:
           again = retry.is_retriable(e) and self.reached
@@ -184,6 +187,17 @@ def _patient_gcs() -> type:
   return PatientGCS
 
 
+@contextlib.contextmanager
+def reading(path: object) -> Iterator[None]:
+  """Turns what a bucket's library says into a line for the user."""
+  try:
+    yield
+  except UserError:
+    raise
+  except OSError as e:
+    raise Unreachable(f"{path} can't be read: {e or type(e).__name__}.") from e
+
+
 # --- What lies there -----------------------------------------------------------------------------
 
 
@@ -202,7 +216,7 @@ def listing(path: AnyPath) -> dict[str, dict[str, Any]]:
   }
 
 
-def _content(about: dict[str, Any]) -> list:
+def content(about: dict[str, Any]) -> list:
   """Returns what changes where a file does."""
   keys = ('size', 'md5Hash', 'crc32c', 'etag', 'ETag', 'generation')
   return [str(about[key]) for key in keys if about.get(key) is not None]
@@ -217,21 +231,27 @@ def md5(about: dict[str, Any]) -> str | None:
 def fetch_file(path: AnyPath, to: Path, about: dict[str, Any] | None = None) -> None:
   """Fetches a file, whole or not at all, and checks it by the hash that the bucket has of it.
 
+  It comes in blocks, of which each is asked for again if it breaks off.
+
   Raises:
     Unreachable: another content came than the bucket says.
   """
-  partial = to.with_name(f'{to.name}.{os.getpid()}.part')
+  there, named = filesystem(path), os.fspath(path)
+  partial = to.with_name(f'{to.name}.{os.getpid()}.{threading.get_ident()}.part')
   to.parent.mkdir(parents=True, exist_ok=True)
+  about = dict(there.info(named)) if about is None else about
+  size, want = int(about['size']), md5(about)
   try:
-    filesystem(path).get_file(os.fspath(path), str(partial))
-    want = md5(about or {})
-    if want is not None:
-      with open(partial, 'rb') as file:
-        have = hashlib.file_digest(file, functools.partial(hashlib.md5, usedforsecurity=False))
-      if have.hexdigest() != want:
-        raise Unreachable(f'{path} came with another content than the bucket has (MD5)')
-    if about is not None and partial.stat().st_size != int(about['size']):
-      raise Unreachable(f'{path} came with {partial.stat().st_size:,} bytes, not {about["size"]:,}')
+    with open(partial, 'wb') as file:
+      have = hashlib.md5(usedforsecurity=False)
+      for start in range(0, size, BLOCK_BYTES):
+        block = there.cat_file(named, start=start, end=min(start + BLOCK_BYTES, size))
+        file.write(block)
+        have.update(block)
+      if file.tell() != size:
+        raise Unreachable(f'{path} came with {file.tell():,} bytes, not {size:,}')
+    if want is not None and have.hexdigest() != want:
+      raise Unreachable(f'{path} came with another content than the bucket has (MD5)')
     partial.replace(to)
   finally:
     partial.unlink(missing_ok=True)
@@ -276,7 +296,7 @@ def fetched(path: AnyPath, wanted: Callable[[str], bool] = lambda name: True) ->
     old = [
       name
       for name, about in there.items()
-      if have.get(name) != _content(about) or not (target / name if name else target).is_file()
+      if have.get(name) != content(about) or not (target / name if name else target).is_file()
     ]
     total = sum(int(there[name]['size']) for name in old)
     quiet = contextlib.nullcontext(lambda amount: None)
@@ -291,7 +311,7 @@ def fetched(path: AnyPath, wanted: Callable[[str], bool] = lambda name: True) ->
 
       for name in pool.map(get, old):
         advance(int(there[name]['size']))
-    known.write_text(json.dumps({name: _content(about) for name, about in there.items()}))
+    known.write_text(json.dumps({name: content(about) for name, about in there.items()}))
   return target
 
 

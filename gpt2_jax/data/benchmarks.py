@@ -22,8 +22,8 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from gpt2_jax.core import buckets
 from gpt2_jax.core.errors import UserError
-from gpt2_jax.core.files import local
 from gpt2_jax.data import benchmark_readers, downloads, sources, text_files
 from gpt2_jax.data.sources import Source
 
@@ -162,7 +162,9 @@ def load(name: str, data: str | None = None) -> Benchmark:
     paths = [fetched(part.source, part.member) for part in published.parts]
     source = ' '.join((*part.source.urls, str(path))[0] for part, path in zip(published.parts, paths))
   else:
-    paths = _find(name, published, local(data, '--data').expanduser())
+    with buckets.reading(data):
+      here = buckets.fetched(buckets.place(data, '--data')).expanduser()
+    paths = _find(name, published, here)
     source = ' '.join(map(str, paths))
   contents = [text_files.read_whole(str(path)) for path in paths]
   hashes = [hashlib.sha256(content).hexdigest() for content in contents]

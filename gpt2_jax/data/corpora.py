@@ -8,9 +8,12 @@
   Datasets in array_record format, read without TensorFlow.
 - `bin:FOLDER`: tokens, as nanoGPT (`train.bin`, `val.bin`) or llm.c (`*_train_*.bin`) left them.
 
+What comes after the colon may lie in a bucket (gs://…): files are copied from there as they are read.
 A corpus is cut into pieces, which can be read in any order and in other processes.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import platform
@@ -21,8 +24,10 @@ from typing import Any
 
 import numpy as np
 
+from gpt2_jax.core import buckets
+from gpt2_jax.core.buckets import THREADS, fetched, filesystem, is_bucket, reading
 from gpt2_jax.core.errors import UserError
-from gpt2_jax.data import listing, records, shards, text_files
+from gpt2_jax.data import far_files, listing, records, shards, text_files
 from gpt2_jax.data.text_files import LongText
 
 PIECE_BYTES, PIECE_EXAMPLES = 16 * 2**20, 10_000
@@ -93,6 +98,9 @@ def _read_records(piece: Piece, field: str) -> Iterator[Document]:
 def _tfds_builder(name: str) -> Any:
   import tensorflow_datasets as tfds
 
+  if is_bucket(name):
+    with reading(name):
+      name = str(fetched(buckets.place(name)))
   if Path(name).is_dir():
     return tfds.builder_from_directory(name)
   from gpt2_jax.data import tfds_builders  # noqa: F401  its classes are known by name once imported
@@ -139,7 +147,11 @@ READERS: dict[str, Callable[[Piece, str], Iterator[Document]]] = {
 
 def documents(piece: Piece, field: str) -> Iterator[Document]:
   """Yields the documents of a piece, in order; `field`: the name of the field that holds the text."""
-  return READERS[piece.reader](piece, field)
+  if piece.reader == 'tfds':  # which has a reader of files of its own
+    yield from _read_tfds(piece, field)
+    return
+  with far_files.at_hand(piece.path) as path:
+    yield from READERS[piece.reader](dataclasses.replace(piece, path=path), field)
 
 
 # --- How a spec is opened: (spec, what is after its colon) -> corpus ---------------------------
@@ -147,12 +159,12 @@ def documents(piece: Piece, field: str) -> Iterator[Document]:
 
 def _cut(file: listing.File) -> Iterator[Piece]:
   path, kind, size = file.path, file.kind, file.size
-  if kind == 'jsonl' and not text_files.kind_of(path)[1] and not records.is_array(path):
+  if kind == 'jsonl' and not text_files.kind_of(path)[1] and not _is_array(path):
     for start in range(0, size, PIECE_BYTES):
       stop = min(start + PIECE_BYTES, size)
       yield Piece('jsonl cut', path, start, stop, stop - start)
   elif kind == 'parquet':
-    with records.open_parquet(path) as opened:
+    with _open_parquet(path) as opened:
       sizes = [
         opened.metadata.row_group(i).total_byte_size for i in range(opened.metadata.num_row_groups)
       ]
@@ -161,9 +173,30 @@ def _cut(file: listing.File) -> Iterator[Piece]:
     yield Piece(kind, path, 0, size, size)
 
 
+def _is_array(path: str) -> bool:
+  if is_bucket(path):
+    return records.begins_array(far_files.head(path, records.HEAD))
+  return records.is_array(path)
+
+
+@contextlib.contextmanager
+def _open_parquet(path: str) -> Iterator[Any]:
+  with contextlib.ExitStack() as open_files:
+    file = None
+    if is_bucket(path):  # little more than its end is read
+      open_files.enter_context(reading(path))
+      there = filesystem(buckets.place(path)).open(path, 'rb', block_size=2**18)
+      file = open_files.enter_context(there)
+    yield open_files.enter_context(records.open_parquet(path, file))
+
+
 def _files(spec: str, files: list[listing.File], licence: str) -> Corpus:
   identity = [(file.path, file.size, file.mtime_ns) for file in files]
-  return Corpus(spec, licence, {'files': identity}, [p for file in files for p in _cut(file)])
+  with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:  # a bucket takes its time for each
+    far = bool(files) and is_bucket(files[0].path)
+    cut = (pool.map if far else map)(lambda file: list(_cut(file)), files)
+    pieces = [piece for some in cut for piece in some]
+  return Corpus(spec, licence, {'files': identity}, pieces)
 
 
 def _open_text(spec: str, pattern: str) -> Corpus:
@@ -210,7 +243,9 @@ def _open_tfds(spec: str, name: str) -> Corpus:
 
 
 def _open_bin(spec: str, folder: str) -> Corpus:
-  paths = [str(path) for paths in shards.foreign_files(Path(folder)).values() for path in paths]
+  paths = [
+    str(path) for paths in shards.foreign_files(buckets.place(folder)).values() for path in paths
+  ]
   if not paths:
     raise UserError(f'corpus {spec!r}: no train.bin (nanoGPT) or *_train_*.bin (llm.c) there.')
   corpus = _files(spec, [listing.named(path, 'bin') for path in paths], 'unstated')

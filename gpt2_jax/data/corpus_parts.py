@@ -8,17 +8,19 @@ import json
 import multiprocessing
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from gpt2_jax.core import verified
+from gpt2_jax.core import buckets, verified
 from gpt2_jax.core.errors import UserError, saving
 from gpt2_jax.core.files import misfit, read_json, write_whole
 from gpt2_jax.core.progress import track
 from gpt2_jax.data import corpora, sections, token_store
 from gpt2_jax.data.shard_writer import ShardWriter
-from gpt2_jax.data.shards import Shard
-from gpt2_jax.data.splits import Settings, split_document
+from gpt2_jax.data.shards import Shard, size_of
+from gpt2_jax.data.splits import split_document
+from gpt2_jax.data.store_job import Job
 from gpt2_jax.tokenizer.bpe import Tokenizer, load
 
 MIN_PART_BYTES, MAX_PART_BYTES, MAX_PARTS = 4 * 2**20, 256 * 2**20, 64
@@ -50,59 +52,92 @@ def dtype_of(tokenizer: Tokenizer) -> str:
   return '<u2' if tokenizer.vocab_size <= 2**16 else '<u4'
 
 
-def encode_all(
-  folder: Path, settings: Settings, tokenizer: Tokenizer, parts: list[Part], workers: int
-) -> list[dict]:
-  """Makes the shards of the parts that are not finished yet. Returns the records of all parts.
+def encode_all(job: Job, tokenizer: Tokenizer, parts: list[Part], workers: int) -> dict[int, dict]:
+  """Makes the shards of this process's parts that are not finished yet.
 
   Args:
-    folder: of the store; the tokenizer lies in it.
-    settings: of the store.
-    tokenizer: of the store.
-    parts: of the corpus.
-    workers: processes.
+    job: which store.
+    tokenizer: of the store, which lies in its scratch too.
+    parts: of the corpus; those of process i of n are i, i + n, ….
+    workers: processes on this machine.
+
+  Returns:
+    The records of the process's parts, by number.
 
   Raises:
     UserError: a worker was ended from outside, or can't read or write.
   """
-  sizes = [sum(piece.bytes for _, piece in part) for part in parts]
-  records = {n: found for n in range(len(parts)) if (found := _finished(folder, n, tokenizer))}
-  todo = [n for n in range(len(parts)) if n not in records]
-  done = sum(sizes[n] for n in records)
-  with track(f'tokenizing {settings.corpus}', sum(sizes), 'bytes', done=done) as advance:
+  mine = range(job.process[0], len(parts), job.process[1])
+  sizes = {n: sum(piece.bytes for _, piece in parts[n]) for n in mine}
+  records = _finished_parts(job, mine, tokenizer)
+  todo = [n for n in mine if n not in records]
+  done, what = sum(sizes[n] for n in records), f'tokenizing {job.settings.corpus}'
+  with track(what, sum(sizes.values()), 'bytes', done=done) as advance:
     if workers <= 1 or len(todo) <= 1:
       for n in todo:
-        records[n] = _encode(folder, settings, tokenizer, n, parts[n])
+        records[n] = _encode(job, tokenizer, n, parts[n])
         advance(sizes[n])
-      return [records[n] for n in range(len(parts))]
+      return records
     with concurrent.futures.ProcessPoolExecutor(
       min(workers, len(todo)), multiprocessing.get_context('spawn'), _end_with_parent
     ) as pool:
-      futures = {pool.submit(_encode_in_worker, folder, settings, n, parts[n]): n for n in todo}
+      futures = {pool.submit(_encode_in_worker, job, n, parts[n]): n for n in todo}
       try:
         for future in concurrent.futures.as_completed(futures):
           records[futures[future]] = future.result()
           advance(sizes[futures[future]])
       except concurrent.futures.process.BrokenProcessPool as e:
         raise UserError(
-          f'a process that tokenized {settings.corpus!r} was ended, perhaps for want '
+          f'a process that tokenized {job.settings.corpus!r} was ended, perhaps for want '
           'of memory. Run the same command again, with fewer --workers: what was '
           'finished is kept.'
         ) from e
       except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         raise
-  return [records[n] for n in range(len(parts))]
+  return records
 
 
-def _finished(folder: Path, number: int, tokenizer: Tokenizer) -> dict | None:
-  """Returns the record of a part that an earlier try finished; None if there is none, or damage."""
+def _finished_parts(job: Job, numbers: Iterable[int], tokenizer: Tokenizer) -> dict[int, dict]:
+  """Returns the records of the parts that an earlier try finished, and that are not damaged."""
+  sizes: dict[str, int] | None = None
+  if not isinstance(job.folder, Path):
+    sizes = {name: int(about['size']) for name, about in buckets.listing(job.folder).items()}
+    numbers = [n for n in numbers if record_name(n) in sizes]
+  with concurrent.futures.ThreadPoolExecutor(buckets.THREADS) as pool:
+    found = pool.map(lambda n: (n, _finished(job, n, tokenizer, sizes)), numbers)
+    return {n: record for n, record in found if record is not None}
+
+
+def record_of(job: Job, number: int) -> dict:
+  """Returns the record of a part of the job.
+
+  Raises:
+    UserError: there is none.
+  """
+  record = read_json(
+    job.folder / record_name(number), {'train': _is_shard, 'val': _is_shard, 'job': str}
+  )
+  if record['job'] != job.key:
+    raise UserError(f'{job.folder / record_name(number)} is of another corpus or other settings.')
+  return record
+
+
+def _finished(
+  job: Job, number: int, tokenizer: Tokenizer, sizes: dict[str, int] | None
+) -> dict | None:
+  """Returns the record of a part; None if there is none, or damage.
+
+  Args:
+    sizes: of the files in a bucket, which are not read again; None: they are on a disk.
+  """
   try:
-    record = read_json(folder / record_name(number), {'train': _is_shard, 'val': _is_shard})
+    record = record_of(job, number)
     for s in filter(None, (record['train'], record['val'])):
-      shard = Shard.of_manifest(folder, s, dtype_of(tokenizer))
-      shard.check()
-      if verified.digest([folder / s['file'], folder / s['index']]) != s['sha256']:
+      shard = Shard.of_manifest(job.folder, s, dtype_of(tokenizer))
+      shard.check(size_of if sizes is None else lambda path: sizes.get(path.name, -1))
+      paths = [job.scratch / s['file'], job.scratch / s['index']]
+      if sizes is None and verified.digest(paths) != s['sha256']:
         return None
   except (UserError, OSError):
     return None
@@ -128,17 +163,18 @@ def _tokenizer_of(folder: Path) -> Tokenizer:
   return load(folder / 'tokenizer')
 
 
-def _encode_in_worker(folder: Path, settings: Settings, number: int, part: Part) -> dict:
-  return _encode(folder, settings, _tokenizer_of(folder), number, part)
+def _encode_in_worker(job: Job, number: int, part: Part) -> dict:
+  return _encode(job, _tokenizer_of(job.scratch), number, part)
 
 
-def _encode(folder: Path, settings: Settings, tokenizer: Tokenizer, number: int, part: Part) -> dict:
+def _encode(job: Job, tokenizer: Tokenizer, number: int, part: Part) -> dict:
   """Writes the shards of a part, then its record, which it returns."""
   with_special = empty = 0  # texts: with special tokens' text in them that is text; without any text
-  with saving('the token store', folder), contextlib.ExitStack() as open_files:
+  settings = job.settings
+  with saving('the token store', job.folder), contextlib.ExitStack() as open_files:
     writers = {
       split: open_files.enter_context(
-        ShardWriter(folder, f'{split}-{number:05d}', dtype_of(tokenizer))
+        ShardWriter(job.scratch, f'{split}-{number:05d}', dtype_of(tokenizer))
       )
       for split in ('train', 'val')
     }
@@ -151,6 +187,16 @@ def _encode(folder: Path, settings: Settings, tokenizer: Tokenizer, number: int,
             writers[split].add(tokens, begins=k == 0)
           with_special += bool(special)
     record = {split: writer.finish() for split, writer in writers.items()}
-    record |= {'special': with_special, 'empty': empty}
-    write_whole(folder / record_name(number), json.dumps(record))
+    for shard in filter(None, record.values()):
+      _move(job, shard['file'], shard['index'])
+    record |= {'special': with_special, 'empty': empty, 'job': job.key}
+    write_whole(job.folder / record_name(number), json.dumps(record))
   return record
+
+
+def _move(job: Job, *names: str) -> None:
+  """Moves files from the scratch of a job to its bucket."""
+  if not isinstance(job.folder, Path):
+    for name in names:
+      buckets.upload(job.scratch / name, job.folder / name)
+      (job.scratch / name).unlink()

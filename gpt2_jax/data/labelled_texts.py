@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from gpt2_jax.core.errors import UserError, brief
-from gpt2_jax.data import listing, records
+from gpt2_jax.data import far_files, listing, records
 from gpt2_jax.data.token_batches import Order
 from gpt2_jax.parallel import sharding as sharding_lib
 from gpt2_jax.tokenizer import bpe as tokenizers
@@ -81,8 +81,13 @@ class Labelled:
 
 def _read(file: listing.File, data: Any) -> Iterator[tuple[str, str | None, str]]:
   """Yields (name, text, label) of each record; the label of a null text is not read."""
+  with far_files.at_hand(file.path) as path:
+    yield from _records(file, path, data)
+
+
+def _records(file: listing.File, path: str, data: Any) -> Iterator[tuple[str, str | None, str]]:
   for number, place, (text, label) in records.READERS[file.kind](
-    file.path, [data.text_field, data.label_field]
+    path, [data.text_field, data.label_field]
   ):
     where = f'{file.path}, {place}'
     name = f'{Path(file.path).name}:{number}'

@@ -9,8 +9,9 @@ import os
 import stat
 from collections.abc import Iterator
 
+from gpt2_jax.core.buckets import address, content, is_bucket
 from gpt2_jax.core.errors import UserError
-from gpt2_jax.data import text_files
+from gpt2_jax.data import far_files, text_files
 
 JOB = b'{"settings": {"corpus": '  # how the job of an unfinished token store begins
 MAX_SAID = 8  # kinds of what is passed over that are told apart
@@ -21,7 +22,7 @@ class File:
   path: str
   kind: str  # a value of text_files.FORMATS
   size: int
-  mtime_ns: int
+  mtime_ns: int | str  # in a bucket, whatever changes with the content
 
 
 class _Search:
@@ -153,6 +154,9 @@ def _said(passed: collections.Counter[str]) -> str:
 
 def named(path: str, kind: str | None = None) -> File:
   """Returns a file that the user named, or that is known to be there."""
+  if is_bucket(path):
+    (file,), _ = _find_far(path, path)
+    return dataclasses.replace(file, kind=kind or file.kind)
   with text_files.reading(path):
     status = os.stat(path)
   if not stat.S_ISREG(status.st_mode):
@@ -169,6 +173,8 @@ def find(spec: str, pattern: str) -> tuple[list[File], tuple[str, ...]]:
   Raises:
     UserError: there is no file that can be read.
   """
+  if is_bucket(pattern):
+    return _find_far(spec, pattern)
   pattern = os.path.expanduser(pattern)
   if os.path.isfile(pattern):
     return [named(pattern)], ()
@@ -191,15 +197,30 @@ def find(spec: str, pattern: str) -> tuple[list[File], tuple[str, ...]]:
   links = sum(map(len, ways.values())) - len(files)
   more = {'links': links, 'unreadable folders': len(search.unreadable)}
   search.passed.update({what: n for what, n in more.items() if n})
+  return _found(spec, files, search.passed)
+
+
+def _found(
+  spec: str, files: list[File], passed: collections.Counter[str]
+) -> tuple[list[File], tuple[str, ...]]:
   if not files:
     raise UserError(
       f'corpus {spec!r}: '
       + (
-        f'nothing there is text ({_said(search.passed)}). Read are '
+        f'nothing there is text ({_said(passed)}). Read are '
         f'{", ".join(text_files.FORMATS)}, also with {", ".join(text_files.PACKED)}.'
-        if search.passed
+        if passed
         else 'no such file or folder, or an empty one.'
       )
     )
-  notes = (f'{spec}: files read: {len(files):,}, passed over: {_said(search.passed)}.',)
-  return sorted(files, key=lambda file: file.path), notes if search.passed else ()
+  notes = (f'{spec}: files read: {len(files):,}, passed over: {_said(passed)}.',)
+  return sorted(files, key=lambda file: file.path), notes if passed else ()
+
+
+def _find_far(spec: str, pattern: str) -> tuple[list[File], tuple[str, ...]]:
+  found, passed = far_files.find(str(address(pattern)))
+  files = [
+    File(path, text_files.kind_of_named(path)[0], int(about['size']), ' '.join(content(about)))
+    for path, about in found.items()
+  ]
+  return _found(spec, files, passed)

@@ -20,6 +20,7 @@ FIELDS = (
   'Name the field that holds the text with config.data.text_field (--text-field), that of a '
   'label with config.data.label_field.'
 )
+HEAD = 4096
 ROWS = 256  # of .parquet that are held at a time
 SPACE = re.compile(r'[ \t\r\n]*')
 JSON_NAMES = {
@@ -106,7 +107,12 @@ def jsonl_between(path: str, start: int, stop: int, fields: Sequence[str]) -> It
 def is_array(path: str) -> bool:
   """Whether a file of JSON begins as an array."""
   with text_files.reading(path), text_files.open_unpacked(path) as f:
-    return f.read(4096).removeprefix(text_files.BOM.encode()).lstrip()[:1] == b'['
+    return begins_array(f.read(HEAD))
+
+
+def begins_array(head: bytes) -> bool:
+  """Whether the first bytes of a file of JSON, `HEAD` of them, begin an array."""
+  return head.removeprefix(text_files.BOM.encode()).lstrip()[:1] == b'['
 
 
 class _Values:
@@ -261,11 +267,12 @@ def _reading_parquet(path: str):
     raise text_files.damaged(path, str(e).strip().split('\n')[0][:200]) from e
 
 
-def open_parquet(path: str) -> Any:
+def open_parquet(path: str, file: Any = None) -> Any:
+  """Opens a file of Parquet; `file`: the open file, where `path` is none of this machine."""
   with _reading_parquet(path):
     import pyarrow.parquet
 
-    return pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
+    return pyarrow.parquet.ParquetFile(file or path, page_checksum_verification=True)
 
 
 def parquet(path: str, start: int, stop: int | None, fields: Sequence[str]) -> Iterator[Record]:

@@ -21,6 +21,8 @@ from gpt2_jax.core.errors import UserError
 from gpt2_jax.data.shards import Split, bad_token
 from gpt2_jax.parallel import sharding as sharding_lib
 
+AHEAD_BYTES = 2**28  # of rows from a bucket that are read ahead of their use
+
 
 class Order:
   """An endless order of rows, shuffled anew in each epoch, and where the batches lie in it."""
@@ -72,7 +74,7 @@ class TokenBatches(Order):
   def rows(self, step: int, rows: Sequence[int]) -> np.ndarray:
     """Returns some rows of the batch of `step`, T + 1 tokens each."""
     starts = [self._start(step, row) for row in rows]
-    tokens = np.stack([self.split.read(start, start + self.T + 1) for start in starts])
+    tokens = self.split.rows(starts, self.T + 1)
     if tokens.max() >= self.vocab_size:
       start, largest = next(
         (start, row.max()) for start, row in zip(starts, tokens) if row.max() >= self.vocab_size
@@ -108,8 +110,16 @@ class TokenBatches(Order):
     if stop <= start:
       return
     steps = grain.MapDataset.range(stop - start).map(lambda step: self.rows(start + step, rows))
-    for local in steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)):
-      yield sharding_lib.place(dict(zip(rows, local)), shape, sharding)
+    ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    if self.split.is_far:  # so that a request may be slow, or be made again and again
+      buffered = min(max(AHEAD_BYTES // (4 * len(rows) * (self.T + 1)), 4), 64)
+      ahead = grain.ReadOptions(num_threads=min(16, buffered), prefetch_buffer_size=buffered)
+    self.split.at_random.expect((stop - start) * len(rows), 2 * (self.T + 1))
+    try:
+      for local in steps.to_iter_dataset(ahead):
+        yield sharding_lib.place(dict(zip(rows, local)), shape, sharding)
+    finally:
+      self.split.at_random.stop()
 
   @staticmethod
   def eval_batches(

@@ -1,4 +1,4 @@
-"""Token stores: tokens in files, memory-mapped, with a manifest that says what they are.
+"""Token stores: tokens in files, with a manifest that says what they are.
 
 A store is a folder:
 
@@ -17,16 +17,26 @@ a header of 256 int32, magic 20240520, then uint16) open as stores too. They don
 tokenizer made them: it is GPT-2's.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import shlex
-from pathlib import Path
 
+from gpt2_jax.core import buckets
+from gpt2_jax.core.buckets import AnyPath
 from gpt2_jax.core.errors import UserError, brief
-from gpt2_jax.core.files import local, misfit, name_of_file, parse_json, whole_number
-from gpt2_jax.data.shards import GPT2_EOT, Shard, Split, bad_token, foreign_files, foreign_shard
+from gpt2_jax.core.files import misfit, name_of_file, parse_json, whole_number
+from gpt2_jax.data.shards import (
+  GPT2_EOT,
+  Shard,
+  Split,
+  bad_token,
+  foreign_files,
+  foreign_shard,
+  size_of,
+)
 from gpt2_jax.tokenizer import bpe
 from gpt2_jax.tokenizer.bpe import Tokenizer
 
@@ -55,7 +65,7 @@ SHAPE = {  # of a manifest, see `files.misfit`
 class TokenStore:
   """An open store."""
 
-  path: Path
+  path: AnyPath
   manifest: dict
   splits: dict[str, Split]
   unit: str = 'tokens'
@@ -124,11 +134,11 @@ class TokenStore:
     return ()
 
 
-def _open_foreign(folder: Path, files: dict[str, list[Path]]) -> TokenStore:
+def _open_foreign(folder: AnyPath, files: dict[str, list[AnyPath]]) -> TokenStore:
   splits = {
     name: Split(name, tuple(foreign_shard(p) for p in paths)) for name, paths in files.items()
   }
-  sizes = {p.name: p.stat().st_size for paths in files.values() for p in paths}
+  sizes = {shard.path.name: shard.size for split in splits.values() for shard in split.shards}
   manifest = {
     'sha256': f'sizes {json.dumps(sizes, sort_keys=True)}',  # not read whole: may be 100 GB
     'tokenizer': {'spec': 'gpt2', 'vocab_size': bpe.GPT2_SIZE, 'eot': GPT2_EOT},
@@ -137,7 +147,7 @@ def _open_foreign(folder: Path, files: dict[str, list[Path]]) -> TokenStore:
   return TokenStore(folder, manifest, splits)
 
 
-def is_store(folder: Path) -> bool:
+def is_store(folder: AnyPath) -> bool:
   """Whether the folder holds a whole store, of this project's kind."""
   return (folder / MANIFEST).exists()
 
@@ -150,7 +160,7 @@ def content_sha256(manifest: dict) -> str:
   return hashlib.sha256('\n'.join(hashes).encode()).hexdigest()
 
 
-def _read_manifest(folder: Path) -> dict:
+def _read_manifest(folder: AnyPath) -> dict:
   """Reads a store's manifest, and checks everything in it that is used."""
   path = folder / MANIFEST
   try:
@@ -171,13 +181,18 @@ def _read_manifest(folder: Path) -> dict:
   return manifest
 
 
-def open_store(folder: str | Path) -> TokenStore:
+def open_store(folder: str | AnyPath) -> TokenStore:
   """Opens a store and checks that its files have the sizes they should have.
 
   Raises:
     UserError: there is no store, it is unfinished, damaged, or of a newer version.
   """
-  folder = local(folder)
+  folder = buckets.place(folder)
+  with buckets.reading(folder) if buckets.is_bucket(folder) else contextlib.nullcontext():
+    return _open(folder)
+
+
+def _open(folder: AnyPath) -> TokenStore:
   if not is_store(folder):
     files = foreign_files(folder) if folder.is_dir() else {}
     if files.get('train'):
@@ -190,11 +205,13 @@ def open_store(folder: str | Path) -> TokenStore:
         else 'there is no such folder. Make one with gpt2-jax prepare.'
       )
     )
-  manifest = _read_manifest(folder)
-  splits = {}
+  manifest, splits, sizes = _read_manifest(folder), {}, size_of
+  if buckets.is_bucket(folder):
+    there = buckets.listing(folder)
+    sizes = lambda path: int(there.get(path.name, {'size': -1})['size'])
   for name, split in manifest['splits'].items():
     shards = tuple(Shard.of_manifest(folder, shard, manifest['dtype']) for shard in split['shards'])
     for shard in shards:
-      shard.check()
+      shard.check(sizes)
     splits[name] = Split(name, shards)
   return TokenStore(folder, manifest, splits)

@@ -1,11 +1,11 @@
 """The interface of data to a training: token stores and labelled texts have it."""
 
 from collections.abc import Iterator, Mapping, Sequence, Sized
-from pathlib import Path
 from typing import Any, Protocol
 
 from jax.sharding import NamedSharding
 
+from gpt2_jax.core.buckets import AnyPath
 from gpt2_jax.tokenizer.bpe import Tokenizer
 
 
@@ -23,7 +23,7 @@ class TrainingData(Protocol):
     ...
 
   @property
-  def path(self) -> str | Path: ...
+  def path(self) -> str | AnyPath: ...
   @property
   def manifest(self) -> dict: ...
   @property

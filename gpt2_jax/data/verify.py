@@ -2,17 +2,22 @@
 
 `open_store` compares sizes alone: a store may have 100 GB. The content is read once, beside the first
 steps of a training (`Background`) or before something is evaluated on it (`verify`), and remembered
-(see `verified`). nanoGPT's and llm.c's files have no hash: they are taken as they are.
+(see `verified`). nanoGPT's and llm.c's files have no hash: they are taken as they are. Shards in a
+bucket are checked as they are copied from there (`bucket_shards.py`); beside that only if all is read
+again.
 """
 
 import contextlib
 import threading
 from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import Any
 
+from gpt2_jax.core.buckets import is_bucket
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.core.progress import track
 from gpt2_jax.core.verified import Verified
+from gpt2_jax.data import bucket_shards, shard_files
 from gpt2_jax.data.shards import Shard
 
 SHOWN_BYTES = 2**30  # the reading of less is over before one wonders
@@ -32,18 +37,19 @@ def _shards(data: Any, splits: Collection[str] | None = None) -> list[Shard]:
 def _check(shards: Iterable[Shard], advance=lambda amount: None, again: bool = False) -> None:
   for shard in shards:
     assert shard.sha256 and shard.index
+    if is_bucket(shard.path):
+      if again:
+        bucket_shards.check(shard, advance)
+      continue
     try:
-      whole = Verified(shard.path.parent).check(
+      whole = Verified(Path(shard.path.parent)).check(
         (shard.path.name, shard.index.name), shard.sha256, advance, again
       )
       why = 'has other content than was written (SHA-256)'
     except OSError as e:
       whole, why = False, f"can't be read ({e})"
     if not whole:
-      raise UserError(
-        f'{shard.path} (with {shard.index.name}) {why}: the token store is damaged. Remove the '
-        f'folder {shard.path.parent} and prepare it again (or restore the file).'
-      )
+      raise shard_files.damaged(shard.path, f'(with {shard.index.name}) {why}')
 
 
 def verify(data: Any, splits: Collection[str] | None = None, again: bool = False) -> int:
@@ -59,10 +65,7 @@ def verify(data: Any, splits: Collection[str] | None = None, again: bool = False
   """
   shards = _shards(data, splits)
   size = sum(
-    path.stat().st_size
-    for shard in shards
-    for path in (shard.path, shard.index)
-    if path and path.exists()
+    shard.size + 8 * shard.documents for shard in shards if again or not is_bucket(shard.path)
   )
   with (
     track(f'checking {data.path}', size, 'bytes')

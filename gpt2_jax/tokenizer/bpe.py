@@ -28,8 +28,8 @@ import numpy as np
 import tiktoken
 import tiktoken_ext.openai_public as released
 
+from gpt2_jax.core import buckets
 from gpt2_jax.core.errors import UserError
-from gpt2_jax.core.files import local
 from gpt2_jax.tokenizer import hf_files as files
 from gpt2_jax.tokenizer.added_tokens import Finder
 from gpt2_jax.tokenizer.tables import EOT, Added, Tables, byte_pairs, byte_to_char, to_bytes, to_chars
@@ -266,8 +266,10 @@ def load(spec: str | os.PathLike) -> Tokenizer:
     return _gpt2()
   if spec == 'byte':
     return Tokenizer([])
-  if local(spec).is_dir():
-    tables = files.read(Path(spec))
+  with buckets.reading(spec):
+    folder = buckets.fetched(buckets.place(spec))
+  if folder.is_dir():
+    tables = files.read(folder)
     return Tokenizer(byte_pairs(tables.pairs), tables)
   raise UserError(
     f'tokenizer {str(spec)!r} is none of: gpt2, bpe:N, byte, a folder with vocab.json and merges.txt.'

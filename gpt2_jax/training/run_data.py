@@ -1,10 +1,18 @@
 """The data of a run, by its config: opened, checked, and cut into batches."""
 
-from gpt2_jax.core.files import local
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from gpt2_jax.core.buckets import AnyPath, is_bucket, place
+from gpt2_jax.core.errors import UserError, saving
 from gpt2_jax.data import labelled_texts, prepare, token_store
 from gpt2_jax.data.shards import bad_token
 from gpt2_jax.data.token_batches import TokenBatches
 from gpt2_jax.data.training_data import Batches, TrainingData
+from gpt2_jax.parallel import multihost
 from gpt2_jax.parallel.multihost import say
 from gpt2_jax.tokenizer import bpe
 from gpt2_jax.training.run_plan import Plan
@@ -36,8 +44,28 @@ def open_data(plan: Plan) -> TrainingData:
     data.text_field,
     data.special,
   )
-  folder = data.store or local(data.directory) / prepare.store_name(settings)
-  return prepare.ensure_store(settings, folder)
+  folder = place(data.store or place(data.directory) / prepare.store_name(settings))
+  return prepare.ensure_store(settings, folder, process=_share(folder))
+
+
+def _share(folder: AnyPath) -> tuple[int, int]:
+  """Returns which share of a store this process is to prepare, of how many.
+
+  Processes that see one folder prepare it together. Those with disks of their own each need all.
+  """
+  processes = jax.process_index(), jax.process_count()
+  if processes[1] == 1 or is_bucket(folder):
+    return processes
+  if multihost_utils.process_allgather(np.array(token_store.is_store(folder))).all():
+    return 0, 1  # nothing is written where it is there: it may be on a disk that can only be read
+  parent = Path(folder.parent)
+  with saving('the token store', folder):
+    parent.mkdir(parents=True, exist_ok=True)
+  try:
+    multihost.check_shared(parent)
+  except UserError:
+    return 0, 1
+  return processes
 
 
 def check_prompt(plan: Plan, tokenizer: bpe.Tokenizer) -> None:

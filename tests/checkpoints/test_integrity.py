@@ -320,9 +320,10 @@ def test_a_half_prepared_store_with_a_damaged_file(made, name, data):
     shards = {split: s['shards'][0] for split, s in whole.manifest['splits'].items()}
     settings_ = prepare.Settings(**whole.manifest['settings'])
     (folder / token_store.MANIFEST).unlink()
-    (folder / 'part-00000.json').write_text(json.dumps(shards))
     (folder / 'tokenizer' / 'done').touch()
     identity = prepare.corpora.open_corpus(settings_.corpus).identity
+    job = prepare.Job(folder, settings_, identity)
+    (folder / 'part-00000.json').write_text(json.dumps(shards | {'job': job.key}))
     (folder / 'job.json').write_text(
       json.dumps({'settings': whole.manifest['settings'], 'corpus': identity})
     )

@@ -22,7 +22,15 @@ from support.processes import ROOT, environment, run
 from support.texts import make_text
 
 from gpt2_jax.core.errors import UserError
-from gpt2_jax.data import corpora, corpus_parts, prepare, shards, token_batches, token_store
+from gpt2_jax.data import (
+  corpora,
+  corpus_parts,
+  prepare,
+  shards,
+  store_job,
+  token_batches,
+  token_store,
+)
 from gpt2_jax.parallel import sharding
 from gpt2_jax.parallel.sharding import make_mesh
 from gpt2_jax.tokenizer import bpe
@@ -234,7 +242,7 @@ def test_a_full_disk_is_said_and_loses_nothing(text_folder, tmp_path):
   (folder / 'tokenizer').mkdir(parents=True)
   corpus = corpora.open_corpus(f'text:{text_folder}')
   s = settings(text_folder)
-  job = prepare._json({'settings': s.as_json(), 'corpus': corpus.identity})
+  job = store_job.json_of({'settings': s.as_json(), 'corpus': corpus.identity})
   (folder / 'job.json').write_text(json.dumps(job))
   (folder / 'val-00000.bin.tmp').symlink_to('/dev/full')
   with pytest.raises(UserError, match='cannot write the token store .* No space left'):
