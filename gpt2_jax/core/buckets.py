@@ -11,13 +11,10 @@ import functools
 import hashlib
 import importlib.util
 import json
-import logging
 import os
 import re
-import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,25 +22,16 @@ from typing import Any
 import filelock
 from etils import epath
 
-from gpt2_jax.core.errors import UserError, brief
+from gpt2_jax.core.errors import Unreachable, UserError, brief
 from gpt2_jax.core.progress import track
 
 AnyPath = Path | epath.Path  # of this machine, or of a bucket
 LIBRARIES = {'gs': 'gcsfs', 's3': 's3fs'}  # by the scheme; each is an extra, named as in EXTRAS
 EXTRAS = {'gs': 'gcs', 's3': 's3'}
-PATIENCE_S = 600  # how long a bucket that was reached before may be out of reach
 THREADS = 16
 BLOCK_BYTES = 16 * 2**20  # that are fetched at a time
 SHOWN_BYTES = 2**30  # the fetching of less is over before one wonders
-WAY_OUT = (
-  "Look at the bucket's name, and at who you are (gcloud auth application-default login, or "
-  'GOOGLE_APPLICATION_CREDENTIALS).'
-)
 ADDRESS = re.compile(r'([A-Za-z][A-Za-z0-9+.\-]+):/+')
-
-
-class Unreachable(OSError, UserError):
-  """A bucket, or what should lie there, can't be had."""
 
 
 def address(path: str | os.PathLike) -> str | None:
@@ -103,88 +91,17 @@ def filesystem(path: AnyPath) -> Any:
 def _register() -> None:
   """Makes epath and fsspec use file systems that are patient, and show what others have written."""
   os.environ.setdefault('EPATH_USE_TF', 'false')  # TensorFlow's own would be taken where it is
-  os.environ.setdefault('TENSORSTORE_GCS_REQUEST_CONCURRENCY', '32')
   if importlib.util.find_spec('gcsfs'):
     import fsspec
 
-    logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # it logs each try with a traceback
+    from gpt2_jax.core.patient_gcs import PatientGCS
+
     for name in ('gs', 'gcs'):
-      fsspec.register_implementation(name, _patient_gcs(), clobber=True)
+      fsspec.register_implementation(name, PatientGCS, clobber=True)
   if importlib.util.find_spec('s3fs'):
     import fsspec.config
 
     fsspec.config.conf.setdefault('s3', {})['use_listings_cache'] = False
-
-
-def _patient_gcs() -> type:
-  import aiohttp
-  import google.auth.exceptions
-  from gcsfs import retry
-  from gcsfs.core import GCSFileSystem
-
-  class PatientGCS(GCSFileSystem):
-    """gcsfs, which tries for half a minute, and longer where it has reached the bucket before."""
-
-    reached = False  # by any thread: each has a file system of its own
-
-    def __init__(self, *args, **kwargs):
-      super().__init__(*args, **kwargs | {'use_listings_cache': False})
-
-    async def _call(self, method, path, *args, **kwargs):
-      import asyncio
-
-      began, told = time.monotonic(), False
-      while True:
-        try:
-          answer = await super()._call(method, path, *args, **kwargs)
-          if told:
-            print(f'the bucket is there again ({self._said(args)})', file=sys.stderr, flush=True)
-          type(self).reached = True
-          return answer
-        except (retry.HttpError, aiohttp.ClientError, google.auth.exceptions.GoogleAuthError) as e:
-          again = retry.is_retriable(e) and self.reached
-          if not again or time.monotonic() - began > PATIENCE_S:
-            raise Unreachable(
-              f"{self._said(args)} can't be had: {str(e) or type(e).__name__}. {WAY_OUT}"
-            ) from e
-          if not told:
-            print(
-              f"{self._said(args)} can't be reached ({brief(str(e))}): trying again for "
-              f'{PATIENCE_S // 60} minutes',
-              file=sys.stderr,
-              flush=True,
-            )
-          told = True
-          await asyncio.sleep(5)
-        except FileNotFoundError as e:
-          if path != 'b/{}/o':
-            raise
-          raise Unreachable(f'there is no bucket {self._said(args[:1])}.') from e
-        except OSError as e:
-          if 'Forbidden' not in str(e):
-            raise
-          raise Unreachable(f'{self._said(args)}: {str(e).splitlines()[-1]}. {WAY_OUT}') from e
-
-    # theirs take any error for a sign that nothing is there
-
-    async def _exists(self, path, **kwargs):
-      try:
-        return bool(await self._info(path, **kwargs))
-      except FileNotFoundError:
-        return False
-
-    async def _isdir(self, path, **kwargs):
-      try:
-        about: Any = await self._info(path, **kwargs)
-        return about['type'] == 'directory'
-      except FileNotFoundError:
-        return False
-
-    @staticmethod
-    def _said(args: tuple) -> str:
-      return 'gs://' + '/'.join(str(part) for part in args[:2])
-
-  return PatientGCS
 
 
 @contextlib.contextmanager
@@ -195,7 +112,7 @@ def reading(path: object) -> Iterator[None]:
   except UserError:
     raise
   except OSError as e:
-    raise Unreachable(f"{path} can't be read: {e or type(e).__name__}.") from e
+    raise Unreachable(f"{path} can't be read: {str(e) or type(e).__name__}.") from e
 
 
 # --- What lies there -----------------------------------------------------------------------------
@@ -291,6 +208,8 @@ def fetched(path: AnyPath, wanted: Callable[[str], bool] = lambda name: True) ->
     if not there:
       raise Unreachable(f'{path} is not there.')
     have = _known(known)
+    for part in home.rglob('*.part'):  # what a kill has left
+      part.unlink(missing_ok=True)
     for name in have.keys() - there.keys():
       (target / name if name else target).unlink(missing_ok=True)
     old = [

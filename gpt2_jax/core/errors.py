@@ -18,6 +18,16 @@ class UserError(ValueError):
   """
 
 
+class Unreachable(OSError, UserError):
+  """A bucket, or what should lie there, can't be had."""
+
+
+BUCKET_WAY_OUT = (
+  "Look at the bucket's name, and at who you are (gcloud auth application-default login, or "
+  'GOOGLE_APPLICATION_CREDENTIALS).'
+)
+
+
 def brief(value: object, limit: int = 80) -> str:
   """Returns a value from outside as a message may show it: its repr, cut in the middle if long."""
   try:

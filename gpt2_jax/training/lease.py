@@ -16,8 +16,8 @@ import time
 import uuid
 from typing import Any
 
-from gpt2_jax.core.buckets import WAY_OUT, AnyPath, Unreachable
-from gpt2_jax.core.errors import UserError
+from gpt2_jax.core.buckets import AnyPath
+from gpt2_jax.core.errors import BUCKET_WAY_OUT, Unreachable, UserError
 from gpt2_jax.core.files import parse_json, whole_number
 
 FILE = '.lock'
@@ -69,7 +69,7 @@ class Lease:
       requests.RequestException,
     ) as e:
       raise Unreachable(
-        f"{self.workdir} can't be written to: {str(e).splitlines()[0][:300]}. {WAY_OUT}"
+        f"{self.workdir} can't be written to: {str(e).splitlines()[0][:300]}. {BUCKET_WAY_OUT}"
       ) from e
 
   def _holder(self) -> dict[str, Any] | None:
