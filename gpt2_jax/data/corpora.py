@@ -91,8 +91,12 @@ def _read_records(piece: Piece, field: str) -> Iterator[Document]:
 
 
 def _tfds_builder(name: str) -> Any:
-  import tensorflow_datasets as tfds
-
+  try:
+    import tensorflow_datasets as tfds
+  except ModuleNotFoundError as e:
+    raise UserError(
+      f"tfds:{name} needs TensorFlow Datasets ({e}): pip install 'gpt2_jax[tfds]'."
+    ) from e
   if Path(name).is_dir():
     return tfds.builder_from_directory(name)
   from gpt2_jax.data import tfds_builders  # noqa: F401  its classes are known by name once imported
