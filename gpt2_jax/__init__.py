@@ -75,6 +75,8 @@ __all__ = [
 def __getattr__(name: str):
   if name in _PLACES:
     return getattr(importlib.import_module(f'gpt2_jax.{_PLACES[name]}'), name)
+  if name == '__version__':  # which stands in setup.cfg alone
+    return importlib.import_module('importlib.metadata').version('gpt2_jax')
   if name == 'configs':
     return importlib.import_module('gpt2_jax.configs')
   raise AttributeError(f'module gpt2_jax has no attribute {name!r}')

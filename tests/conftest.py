@@ -9,6 +9,7 @@ from support.processes import ONLINE  # isort: skip  # it sets the environment o
 
 import numpy as np
 import pytest
+from support import forked
 from support.contexts import begun, texts  # noqa: F401
 from support.hub import hub  # noqa: F401
 from support.runs import finished  # noqa: F401
@@ -21,6 +22,10 @@ from gpt2_jax.model.config import GPTConfig
 def pytest_addoption(parser):
   parser.addoption('--released', action='store_true', help='run tests/released on released weights')
   parser.addoption('--expected', metavar='FILE', help='what they expect, if not its expected.json')
+
+
+def pytest_collection_finish():
+  forked.collect_rarely()
 
 
 def pytest_configure(config):

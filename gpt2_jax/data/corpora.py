@@ -96,8 +96,12 @@ def _read_records(piece: Piece, field: str) -> Iterator[Document]:
 
 
 def _tfds_builder(name: str) -> Any:
-  import tensorflow_datasets as tfds
-
+  try:
+    import tensorflow_datasets as tfds
+  except ModuleNotFoundError as e:
+    raise UserError(
+      f"tfds:{name} needs TensorFlow Datasets ({e}): pip install 'gpt2_jax[tfds]'."
+    ) from e
   if is_bucket(name):
     with reading(name):
       name = str(fetched(buckets.place(name)))

@@ -655,6 +655,7 @@ def test_launch_tells_what_it_takes():
 def test_versions(capsys):
   main(['--version'])
   assert capsys.readouterr().out.startswith(f'gpt2_jax 0.1.0, jax {jax.__version__}, Python ')
+  assert gpt2_jax.__version__ == '0.1.0'
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -660,3 +661,11 @@ def test_a_prepared_dataset_that_is_damaged_is_one_line(monkeypatch):
 
 def test_every_reader_of_records_has_its_suffix():
   assert set(text_files.FORMATS.values()) == {'text', *records.READERS}
+
+
+def test_tensorflow_datasets_are_an_extra(monkeypatch, tmp_path):
+  monkeypatch.setitem(sys.modules, 'tensorflow_datasets', None)
+  settings = prepare.Settings('tfds:text8', 'byte', 0.1, 0, 'tail', 'text', False)
+  with pytest.raises(UserError, match=r"tfds:text8 needs .*pip install 'gpt2_jax\[tfds\]'") as e:
+    prepare.ensure_store(settings, tmp_path / 'store')
+  assert '\n' not in str(e.value)

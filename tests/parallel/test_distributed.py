@@ -246,9 +246,7 @@ def test_processes_make_the_same_run(finished, saved, n):
   'n,m,mesh',
   [
     (2, 2, {}),
-    (2, 1, {}),
     (2, 4, {'mesh.tensor': 2}),
-    (2, 2, {'mesh.data': 4}),
     (4, 4, {}),
     (4, 1, {'mesh.data': 2, 'mesh.tensor': 2}),
     (4, 2, {'mesh.data': 2}),

@@ -10,6 +10,7 @@ is another program, is started here as it is there.
 """
 
 import ctypes
+import gc
 import json
 import os
 import runpy
@@ -35,9 +36,22 @@ IMPORTS = (
   'matplotlib.figure',
 )
 # what may differ between the template and a fork: no library reads it while it is imported
-READ_LATER = ('XLA_FLAGS', 'PYTEST_CURRENT_TEST', 'OMPI_', 'GPT2_JAX_', 'JAX_COMPILATION_CACHE_DIR')
+READ_LATER = (
+  'XLA_FLAGS',
+  'PYTEST_CURRENT_TEST',
+  'OMPI_',
+  'GPT2_JAX_',
+  'JAX_COMPILATION_CACHE_DIR',
+  'JAX_ENABLE_COMPILATION_CACHE',
+)
 START = dict(os.environ)  # as the tests begin; one that changes it later is served without a fork
 PR_SET_CHILD_SUBREAPER = 36
+
+
+def collect_rarely() -> None:
+  """Tracing makes so many objects that looking for garbage is a tenth of the time that tests take."""
+  gc.freeze()
+  gc.set_threshold(100_000, 20, 50)
 
 
 class Template:
@@ -152,18 +166,21 @@ def become(argv: list[str], cwd: str, env: dict[str, str], files: list[int]) -> 
     setattr(sys, name, file)
     setattr(sys, f'__{name}__', file)
   jax.config.update('jax_compilation_cache_dir', env.get('JAX_COMPILATION_CACHE_DIR'))
+  cached = env.get('JAX_ENABLE_COMPILATION_CACHE') != 'false'
+  jax.config.update('jax_enable_compilation_cache', cached)
   sys.orig_argv = [sys.executable, *argv]
   sys.argv = ['-c', *argv[2:]] if argv[0] == '-c' else argv[argv[0] == '-m' :]
   sys.path[0] = '' if argv[0][0] == '-' else os.path.abspath(os.path.dirname(argv[0]))
 
 
 if __name__ == '__main__':
-  import gc
   import importlib
 
+  gc.disable()
   for name in IMPORTS:
     importlib.import_module(name)
-  gc.freeze()
+  collect_rarely()
+  gc.enable()
   argv, *rest = serve(socket.socket(fileno=int(sys.argv[1])))
   become(argv, *rest)
   if argv[0] == '-m':

@@ -217,8 +217,11 @@ def test_the_loader_holds_no_more_after_10000_steps(tmp_path):
 
 @pytest.mark.slow
 def test_kills_at_random_moments_lose_nothing(tmp_path, monkeypatch, capsys):
-  """benchmarks/kills.py with fewer kills: of each aim one, of the preparation two."""
+  """benchmarks/kills.py with fewer kills (of each aim one, of the preparation two), and fewer steps:
+  a start that is killed makes about a dozen.
+  """
   monkeypatch.setattr(subprocess, 'Popen', forked.Popen)
+  monkeypatch.setattr(kills, 'STEPS', 80)
   monkeypatch.setattr(sys, 'argv', ['kills', '--kills=5', f'--folder={tmp_path / "kills"}'])
   for name in ('XLA_FLAGS', 'PYTHONPATH'):
     monkeypatch.setenv(name, environment()[name])
