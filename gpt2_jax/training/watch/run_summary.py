@@ -110,6 +110,16 @@ def fit_prompt(prompt: str, tokenizer: Tokenizer | None, config: GPTConfig) -> s
   return prompt
 
 
+def figures(workdir: Path, totals: dict[str, float]) -> dict[str, float]:
+  """Returns the figures of a finished run: its last ones, its lowest held-out loss, its seconds."""
+  lines = metrics_file.read(workdir)
+  held_out = [line['eval/loss'] for line in lines if line.get('eval/loss') is not None]
+  found = {'steps': lines[-1]['step'], 'tokens': lines[-1]['train/tokens']}
+  found |= {'train_loss': lines[-1].get('train/loss'), 'seconds': round(sum(totals.values()), 1)}
+  found |= {'eval_loss': held_out[-1], 'eval_loss_lowest': min(held_out)} if held_out else {}
+  return found | {'goodput': round(goodput.goodput(totals), 4)}
+
+
 def summary(workdir: Path, prompt: str, sample: str | None, totals: dict[str, float]) -> str:
   """Returns a screen of text: the figures, where the files are, what to try next."""
   lines = metrics_file.read(workdir)
