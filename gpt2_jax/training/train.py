@@ -1,5 +1,6 @@
 """Training, from a config to a trained model: read `train` from top to bottom."""
 
+import contextlib
 from pathlib import Path
 
 import jax
@@ -58,9 +59,10 @@ def train(
     check_prompt(plan, data.tokenizer)
     batches = make_batches(plan, data)
 
-    with StopSignal() as stop, jax.set_mesh(plan.mesh):
+    with StopSignal() as stop, jax.set_mesh(plan.mesh), contextlib.ExitStack() as at_end:
       # --- Workdir: new, or that of the same run ---------------------------------------------------
       run, status = Run(plan, Path(workdir), clock, data, batches, stop), 0
+      at_end.callback(run.checkpoints.close)
       if why := run.over():
         say(why)
         run_record.mark_finished(run.workdir)
@@ -79,7 +81,6 @@ def train(
 
           # --- End ---------------------------------------------------------------------------------
           status = finish(run)
-      run.checkpoints.close()
       return status
 
 

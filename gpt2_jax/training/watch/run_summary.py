@@ -1,5 +1,6 @@
 """The end of a run, for its user: a picture of the losses, the prompt of the sample, a summary."""
 
+import io
 import os
 import shlex
 from pathlib import Path
@@ -58,6 +59,12 @@ def plot_losses(workdir: Path, title: str, totals: dict[str, float]) -> Path:
   return path
 
 
+def _png(figure) -> bytes:
+  content = io.BytesIO()
+  figure.savefig(content, format='png', dpi=100)
+  return content.getvalue()
+
+
 def loss_figure(workdir: Path, title: str, totals: dict[str, float]):
   """Returns a figure of training and held-out loss against the tokens seen; and beneath, of the
   seconds by kind, where there are any.
@@ -74,6 +81,7 @@ def loss_figure(workdir: Path, title: str, totals: dict[str, float]):
   ]
   figure = Figure(figsize=(7, 4.8), layout='constrained')
   FigureCanvasAgg(figure)
+  setattr(figure, '_repr_png_', lambda: _png(figure))  # noqa: B010  which a notebook shows
   if totals:
     axes, below = figure.subplots(2, height_ratios=(16, 1))
     _draw_time(below, totals)
