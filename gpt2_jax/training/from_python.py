@@ -2,6 +2,8 @@
 
 import dataclasses
 import html
+import multiprocessing
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,7 @@ def train(
   """Trains, or goes on with a run that was stopped, as `gpt2-jax train` does.
 
   Ctrl-C, or a notebook's stop button, saves and returns the unfinished run: the same call goes on.
+  A script calls it under `if __name__ == '__main__':`, since workers that prepare text import it.
 
   Args:
     config: by its name, 'tiny' or 'small:fineweb'; or a ConfigDict, of `gpt2_jax.configs.load` say.
@@ -78,6 +81,10 @@ def train(
   Raises:
     UserError: for everything that the user can mend.
   """
+  if getattr(multiprocessing.current_process(), '_inheriting', False):  # which imports the script
+    sys.exit(
+      "gpt2_jax.train, in a script, belongs under `if __name__ == '__main__':`, as this is not"
+    )
   if workdir is None:
     if not isinstance(config, str):
       raise TypeError('train: workdir is needed beside a config that has no name.')

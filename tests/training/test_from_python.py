@@ -47,7 +47,7 @@ def test_again_and_on_other_meshes_in_one_process(text_folder, tmp_path):
   jax.config.update('jax_compilation_cache_dir', None)
   try:
     runs, threads = [], []
-    for i, mesh in enumerate(({}, {}, dict(fsdp=2, tensor=2), dict(data=4, fsdp=1))):
+    for i, mesh in enumerate(({}, {}, dict(fsdp=2, tensor=2), dict(data=2, fsdp=4))):
       config = small_run(text_folder, tmp_path, steps=3)
       config.mesh.update(mesh)
       runs.append(gpt2_jax.train(config, tmp_path / f'{i}' / 'run'))
@@ -90,7 +90,7 @@ def test_what_is_held_is_shown_in_short(text_folder, tmp_path):
   assert len(made.pieces) == 5 and made._repr_html_().count('<span') == 5
   assert f'title="{np.exp(made.logprobs[0]):.1%}"' in made._repr_html_()
   [store] = (path for path in (tmp_path / 'data').iterdir() if path.is_dir())
-  assert repr(token_store.TokenStore.open(store)).startswith(f"TokenStore('{store}', tokens: train ")
+  assert repr(token_store.open_store(store)).startswith(f"TokenStore('{store}', tokens: train ")
   assert repr(GPTConfig(n_layer=2)) == 'GPTConfig(n_layer=2)'
   pandas = pytest.importorskip('pandas')
   assert pandas.DataFrame(run.table)['step'].tolist() == [1, 2]
