@@ -65,7 +65,7 @@ def command(folder: Path, name: str, workdir: AnyPath, steps: int) -> list[str]:
     'optim.warmup_steps': 4,
     'checkpoint.every': SAVE,
     'evaluate.every': EVALUATE,
-    'log.tensorboard': False,
+    'log.to': '',
   }
   return [
     sys.executable,

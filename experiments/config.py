@@ -16,5 +16,5 @@ def get_config():
   config.train.update(steps=150, global_batch_tokens=8 * 64)
   config.checkpoint.every = config.evaluate.every = 150
   config.evaluate.batch_rows = 32
-  config.log.update(tensorboard=False, sample_tokens=1)
+  config.log.update(to='', sample_tokens=1)
   return config

@@ -206,7 +206,7 @@ SMALL = {
   'optim.warmup_steps': 2,
   'checkpoint.every': 4,
   'evaluate.every': 12,
-  'log.tensorboard': False,
+  'log.to': '',
   'log.sample_tokens': 1,
 }
 

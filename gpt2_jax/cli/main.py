@@ -203,12 +203,13 @@ class Sample:
       ):
         i = first + result.prompt
         if self.json:
-          fields = dataclasses.asdict(result) | {
+          fields = dataclasses.asdict(dataclasses.replace(result, pieces=None)) | {
             'prompt': prompts[i],
             'prompt_index': i,
             'prompt_tokens': ids[i],
             **asked,
           }
+          del fields['pieces']
           print(json.dumps(fields, ensure_ascii=False), flush=True)
         else:
           print(rule, text_of(model, prompts[i]), result.text, sep='', flush=True)

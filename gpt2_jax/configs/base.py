@@ -157,7 +157,7 @@ def get_config() -> ConfigDict:
 
   config.log = ConfigDict(
     dict(
-      tensorboard=True,
+      to='tensorboard',  # trackers: tensorboard, wandb, mlflow, with commas between; '' for none
       straggler_every=100,  # steps from one comparison of several hosts to the next; 0: never
       sample_prompt='\n',  # of the sample at the end
       sample_tokens=128,

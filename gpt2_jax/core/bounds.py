@@ -148,6 +148,21 @@ class Choice(Kind):
 
 
 @dataclasses.dataclass(frozen=True)
+class Several(Choice):
+  """Some of some names, with commas between; the empty text is none of them."""
+
+  @property
+  def says(self) -> str:
+    return f"be of {', '.join(self.names)}, with commas between, or '' for none"
+
+  def take(self, value: Any) -> str:
+    _demand(isinstance(value, str))
+    for name in filter(None, map(str.strip, value.split(','))):
+      super().take(name)
+    return str(value)
+
+
+@dataclasses.dataclass(frozen=True)
 class DType(Choice):
   """A dtype by one of some names, or by whatever `jnp.dtype` takes for it: `jnp.bfloat16`, say."""
 

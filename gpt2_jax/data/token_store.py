@@ -61,7 +61,7 @@ SHAPE = {  # of a manifest, see `files.misfit`
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class TokenStore:
   """An open store."""
 
@@ -70,6 +70,10 @@ class TokenStore:
   splits: dict[str, Split]
   unit: str = 'tokens'
   labels: tuple[str, ...] = ()
+
+  def __repr__(self) -> str:
+    sizes = ', '.join(f'{name} {len(split):,}' for name, split in self.splits.items())
+    return f'TokenStore({str(self.path)!r}, tokens: {sizes})'
 
   @property
   def sha256(self) -> str:

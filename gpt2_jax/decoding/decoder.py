@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import html
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax.core import bounds, seeds
-from gpt2_jax.core.errors import UserError
+from gpt2_jax.core.errors import UserError, brief
 from gpt2_jax.decoding import automaton
 from gpt2_jax.decoding import row_state as h
 from gpt2_jax.decoding.device_loop import Rules
@@ -29,7 +30,7 @@ _stop_strings, _regex = map(functools.lru_cache(8), (automaton.stop_strings, aut
 PrefixFunction = Callable[[int, np.ndarray], Sequence[int]]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Generated:
   """One continuation.
 
@@ -43,6 +44,7 @@ class Generated:
     logprobs: log-probability of each new id under the model, in nats, before any processor.
     top_logprobs: id -> log-probability of the likeliest ids at each place, if asked for.
     score: of a beam, what it was ranked by.
+    pieces: the text of each new id, with � for a part of a character; None without a tokenizer.
   """
 
   prompt: int
@@ -52,6 +54,22 @@ class Generated:
   logprobs: list[float]
   top_logprobs: list[dict[int, float]] | None = None
   score: float | None = None
+  pieces: list[str] | None = None
+
+  def __repr__(self) -> str:
+    what = f'{len(self.tokens)} tokens' if self.text is None else brief(self.text)
+    mean = f', mean logprob {np.mean(self.logprobs):.2f}' if self.logprobs else ''
+    return f'Generated({what}, finish_reason={self.finish_reason!r}{mean})'
+
+  def _repr_html_(self) -> str:
+    """The text, each token the darker the likelier the model found it; its probability in a hint."""
+    pieces = self.pieces or [f'{token} ' for token in self.tokens]
+    shaded = ''.join(
+      f'<span style="background: rgba(31, 119, 180, {0.6 * p:.2f})" title="{p:.1%}">'
+      f'{html.escape(piece)}</span>'
+      for piece, p in zip(pieces, np.exp(self.logprobs))
+    )
+    return f'<div style="white-space: pre-wrap; font-family: monospace">{shaded}</div>'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,13 +215,14 @@ class Decoder:
     return row.new[:-1] if row.reason == h.END_ID else row.new
 
   def _result(self, row: Row) -> Generated:
-    tokens = self.shown(row)
+    tokens, known = self.shown(row), self.request.tokenizer
     return Generated(
       prompt=row.which,
       tokens=tokens,
-      text=self.text(row).decode('utf-8', 'replace') if self.request.tokenizer else None,
+      text=None if known is None else self.text(row).decode('utf-8', 'replace'),
       finish_reason='time' if row.out_of_time else h.REASONS[row.reason],
       logprobs=row.logprobs[: len(tokens)],
       top_logprobs=row.top[: len(tokens)] if self.request.options.top_logprobs else None,
       score=row.score,
+      pieces=None if known is None else [known.decode([token]) for token in tokens],
     )

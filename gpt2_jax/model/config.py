@@ -108,7 +108,7 @@ class LoRA:
     return any(self._matches(module, target) for target in self.target_modules)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class GPTConfig:
   """Sizes and options of a GPT-2. Names and defaults are those of Hugging Face's `GPT2Config`,
   down to the empty line; below it are ours.
@@ -164,6 +164,11 @@ class GPTConfig:
         'them: make model.n_embd, n_layer, n_inner, n_positions or vocab_size smaller.'
       )
     self._check_mup()
+
+  def __repr__(self) -> str:
+    """Only what is not the default, which is GPT-2's."""
+    own = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+    return f'GPTConfig({", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in own)})'
 
   @property
   def sizes(self) -> dict[str, int]:

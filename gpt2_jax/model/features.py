@@ -18,7 +18,7 @@ from gpt2_jax.tokenizer.bpe import Tokenizer
 ROWS = 8  # texts at a time
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Features:
   """What a model makes of one text of T tokens. Arrays are float32, without padding.
 
@@ -34,6 +34,12 @@ class Features:
   last_hidden_state: np.ndarray
   hidden_states: np.ndarray | None
   attentions: np.ndarray | None
+
+  def __repr__(self) -> str:
+    names = ('last_hidden_state', 'hidden_states', 'attentions')
+    arrays = [(name, getattr(self, name)) for name in names]
+    shapes = [f'{name} {list(array.shape)}' for name, array in arrays if array is not None]
+    return f'Features({len(self.tokens)} tokens, {", ".join(shapes)})'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """A model with what its checkpoint brings beside the parameters."""
 
+import html
 from typing import Any
 
 import jax
@@ -47,6 +48,14 @@ class Pretrained:
       f'n_head={c.n_head}, n_positions={c.n_positions}, vocab_size={c.vocab_size}, '
       f'head={c.head}, dtype={c.dtype}, form={c.form}, {words}>'
     )
+
+  def _repr_html_(self) -> str:
+    c, where = self.config, 'none' if self.source is None else str(self.source.where)[:200]
+    named = {'parameters': f'{num_params(c):,}', 'from': where, 'dtype': c.dtype, 'head': c.head}
+    sizes = ('n_layer', 'n_embd', 'n_head', 'n_positions', 'vocab_size')
+    rows = named | {name: f'{getattr(c, name):,}' for name in sizes}
+    cells = ''.join(f'<tr><th>{key}</th><td>{html.escape(v)}</td></tr>' for key, v in rows.items())
+    return f'<table><caption>GPT-2</caption>{cells}</table>'
 
 
 Model = GPT2 | Pretrained

@@ -2,8 +2,13 @@
 
 import dataclasses
 import html
+import multiprocessing
+import sys
 from pathlib import Path
 from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from gpt2_jax import configs
 from gpt2_jax.checkpoints.pretrained import from_pretrained
@@ -26,8 +31,16 @@ class TrainedRun:
 
   @property
   def metrics(self) -> list[dict[str, Any]]:
-    """The record, a dict a step: what `pandas.DataFrame` and `polars.DataFrame` take."""
+    """The record, a dict a step."""
     return metrics_file.read(record_of(self.workdir))
+
+  @property
+  def table(self) -> dict[str, list]:
+    """The record by column, None where a step has no such figure: what `pandas.DataFrame` and
+    `polars.DataFrame` take.
+    """
+    lines = self.metrics
+    return {key: [line.get(key) for line in lines] for key in {k: 0 for line in lines for k in line}}
 
   @property
   def model(self) -> Pretrained:
@@ -35,7 +48,7 @@ class TrainedRun:
     return from_pretrained(self.workdir)
 
   def plot(self) -> Any:
-    """Training and held-out loss against the tokens seen, a matplotlib Figure."""
+    """Training and held-out loss against tokens seen: a matplotlib Figure, drawn by a notebook."""
     return run_summary.loss_figure(record_of(self.workdir), self.workdir.name, {})
 
   def _last(self) -> dict[str, Any]:
@@ -59,6 +72,9 @@ def train(
 ) -> TrainedRun:
   """Trains, or goes on with a run that was stopped, as `gpt2-jax train` does.
 
+  Ctrl-C, or a notebook's stop button, saves and returns the unfinished run: the same call goes on.
+  A script calls it under `if __name__ == '__main__':`, since workers that prepare text import it.
+
   Args:
     config: by its name, 'tiny' or 'small:fineweb'; or a ConfigDict, of `gpt2_jax.configs.load` say.
     workdir: of the run; default: runs/NAME, of a config by its name.
@@ -67,6 +83,10 @@ def train(
   Raises:
     UserError: for everything that the user can mend.
   """
+  if getattr(multiprocessing.current_process(), '_inheriting', False):  # which imports the script
+    sys.exit(
+      "gpt2_jax.train, in a script, belongs under `if __name__ == '__main__':`, as this is not"
+    )
   if workdir is None:
     if not isinstance(config, str):
       raise TypeError('train: workdir is needed beside a config that has no name.')
@@ -75,5 +95,11 @@ def train(
   made = made.copy_and_resolve_references()
   for section, values in knobs.items():
     made[section].update(values)
-  status = training.train(made, workdir)
+  cache = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+  try:
+    status = training.train(made, workdir)
+  finally:
+    if jax.config.jax_compilation_cache_dir != cache:  # pyright: ignore[reportAttributeAccessIssue]
+      jax.config.update('jax_compilation_cache_dir', cache)
+      compilation_cache.reset_cache()  # else the next run would keep its programs beside this one
   return TrainedRun(place(workdir), finished=status == 0)

@@ -14,6 +14,7 @@ from gpt2_jax.core.bounds import (
   Int,
   Optional,
   Place,
+  Several,
   Table,
   Text,
   Tuple,
@@ -27,6 +28,7 @@ from gpt2_jax.parallel import sharding
 from gpt2_jax.training import compile_cache
 from gpt2_jax.training.longer_context import WAYS
 from gpt2_jax.training.optimizer import OPTIMIZERS, SCHEDULES
+from gpt2_jax.training.trackers.feeds import TRACKERS
 
 STEPS = 10**9  # most of them; they are counted in int32
 TOKENS = 2**62
@@ -102,7 +104,7 @@ SECTIONS: dict[str, Table] = dict(
   evaluate=dict(every=Int(1, STEPS), batch_rows=Optional(Int(1, MOST_ROWS)), patience=Int(0, STEPS)),
   profile=dict(steps=Tuple(Int(0, STEPS), 2)),
   log=dict(
-    tensorboard=Bool(),
+    to=Several(TRACKERS),
     straggler_every=Int(0, STEPS),
     sample_prompt=Text(LARGE),
     sample_tokens=Int(1),

@@ -188,6 +188,8 @@ def reproduce(workdir: str | os.PathLike, output: str | os.PathLike | None = Non
   new_optim = {'warmup_tokens': None, 'decay_tokens': None, 'name': 'adamw', 'z_loss': 0.0}
   config['optim'] = new_optim | config['optim']
   config['data'] = {'special': False} | config['data']
+  config['log'] = {key: value for key, value in config['log'].items() if key != 'tensorboard'}
+  config['log']['to'] = ''  # what repeats a run is nothing to follow
   again: Config = ConfigDict(
     {'deterministic': False, 'init_base': None, 'init_ignore_extra': False} | config
   )

@@ -1,6 +1,7 @@
 """A run between its opening and its end: what its parts share, and what it does more than once."""
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,8 @@ from gpt2_jax.training.run_folder import RunFolder
 from gpt2_jax.training.run_plan import Plan
 from gpt2_jax.training.step import TrainState
 from gpt2_jax.training.stopping import Patience, StopSignal
+from gpt2_jax.training.trackers.feeds import Trackers
+from gpt2_jax.training.trackers.protocol import Start
 from gpt2_jax.training.watch import goodput, metrics_file
 from gpt2_jax.training.watch import run_record as record_lib
 from gpt2_jax.training.watch.step_record import Recorder, note
@@ -35,11 +38,12 @@ class Run:
     identity: what must not change between two starts.
     cut: whether the last start was stopped within the evaluation after its last step.
     held_out: whether there is anything to evaluate on.
-    state, writer, recorder, advance: are there from when `train` makes them.
+    state, writer, trackers, recorder, advance: are there from when `train` makes them.
   """
 
   state: TrainState
   writer: metrics_file.MetricsWriter
+  trackers: Trackers
   recorder: Recorder
   advance: Callable[[int, str], None]
 
@@ -113,6 +117,13 @@ class Run:
       if changed := record_lib.begin(self.workdir, self.plan, self.data, self.start, totals):
         say(f'config changed since the last start:\n{changed}')
 
+  def open_trackers(self) -> Trackers:
+    """Opens the trackers that the config names, on process 0."""
+    config = json.loads(self.plan.config.to_json_best_effort())
+    to = self.plan.config.log.to if jax.process_index() == 0 else ''
+    read = lambda: metrics_file.read(self.workdir)
+    return Trackers(to, Start(self.workdir, config, self.start), read, say)
+
   def compile(self) -> None:
     """Compiles the training step, and prepares the evaluation's."""
     since = time.monotonic()
@@ -164,7 +175,14 @@ class Run:
     self.advance(1, note(line))
     if evaluated and self.held_out:
       line |= self.evaluate(step)
-    self.writer.write(line | self.clock.line())
+    line |= self.clock.line()
+    self.writer.write(line)
+    self.trackers.put(line)
+
+  def amend(self, values: dict[str, float]) -> None:
+    """Adds keys to the line of the step that the run goes on from."""
+    self.writer.amend_last(values)
+    self.trackers.amend({'step': self.start, **values})
 
   def save(self, content: verify.Background) -> None:
     """Begins to save the state, once the data are known to be whole."""
@@ -172,6 +190,7 @@ class Run:
     with self.clock('checkpoint'):
       content.wait()
       self.writer.sync()
+      self.trackers.hurry()
       meta = {
         'identity': self.identity,
         'best': self.patience.best,

@@ -11,7 +11,8 @@ from jax.experimental import multihost_utils
 
 
 class StopSignal:
-  """Within this context the first SIGTERM or Ctrl-C asks the loop to stop, a second one kills.
+  """Within this context the first SIGTERM or Ctrl-C asks the loop to stop, a second one kills; at a
+  prompt or in a notebook (its stop button is a Ctrl-C) a second one is a KeyboardInterrupt.
 
   Of several processes one that is told to stop stops all, at the same step: JAX's preemption service
   has its own handler for SIGTERM, tells the others, and finds the next `due` that none has come to
@@ -38,6 +39,8 @@ class StopSignal:
 
   def _handle(self, number, _):
     if self._asked:
+      if hasattr(sys, 'ps1'):  # somebody's session
+        raise KeyboardInterrupt
       os._exit(128 + number)
     self._asked = True
     print(

@@ -1,5 +1,6 @@
 """Training, from a config to a trained model: read `train` from top to bottom."""
 
+import contextlib
 import os
 
 import jax
@@ -17,6 +18,7 @@ from gpt2_jax.training.run import Run
 from gpt2_jax.training.run_data import check_prompt, make_batches, open_data
 from gpt2_jax.training.run_plan import make_plan, out_of_memory_advice
 from gpt2_jax.training.stopping import StopSignal
+from gpt2_jax.training.trackers import feeds
 from gpt2_jax.training.watch import goodput, metrics_file, run_record, run_summary
 from gpt2_jax.training.watch.profiling import Profile
 from gpt2_jax.training.watch.step_record import Recorder
@@ -42,6 +44,7 @@ def train(
   # --- Plan: sizes, mesh, micro-batches ----------------------------------------------------------
   clock = goodput.Clock(began)
   plan = make_plan(config, held=held_positions(workdir) if held is None else held)
+  feeds.require(config.log.to)
   with run_folder.opened(workdir) as folder:
     multihost.hello(plan.mesh)
     say(plan.describe())
@@ -56,9 +59,10 @@ def train(
     check_prompt(plan, data.tokenizer)
     batches = make_batches(plan, data)
 
-    with StopSignal() as stop, jax.set_mesh(plan.mesh):
+    with StopSignal() as stop, jax.set_mesh(plan.mesh), contextlib.ExitStack() as at_end:
       # --- Workdir: new, or that of the same run ---------------------------------------------------
       run, status = Run(plan, folder, clock, data, batches, stop), 0
+      at_end.callback(run.checkpoints.close)
       if why := run.over():
         say(why)
         run_record.mark_finished(run.workdir)
@@ -71,13 +75,12 @@ def train(
           run.state = run.restored_state() if run.start else run.first_state()
 
         # --- Loop ----------------------------------------------------------------------------------
-        board, apart = config.log.tensorboard, config.deterministic
-        with metrics_file.MetricsWriter(run.workdir, run.start, board, apart) as run.writer:
+        run.writer = metrics_file.MetricsWriter(run.workdir, run.start, config.deterministic)
+        with run.writer, run.open_trackers() as run.trackers:
           run_steps(run, profile, content)
 
-        # --- End -----------------------------------------------------------------------------------
-        status = finish(run)
-      run.checkpoints.close()
+          # --- End ---------------------------------------------------------------------------------
+          status = finish(run)
       return status
 
 
@@ -85,7 +88,7 @@ def run_steps(run: Run, profile: Profile, content: verify.Background) -> None:
   """Trains until the last step, a signal or the end of the patience, and saves what it did."""
   plan, config, clock = run.plan, run.plan.config, run.clock
   if run.cut:
-    run.writer.amend_last(run.evaluate(run.start))
+    run.amend(run.evaluate(run.start))
   elif plan.source and not run.start and run.held_out:
     run.evaluate(0)  # what it is to be better than
   run.recorder = Recorder(plan, clock, run.workdir, run.batches, run.checkpoints, say)
@@ -129,6 +132,7 @@ def finish(run: Run) -> int:
   Returns: the exit status.
   """
   first, finished = jax.process_index() == 0, not run.stop.received
+  summary, picture = {}, None
   if finished:
     if run.patience.over:
       say(f'stopped early: no lower held-out loss since step {run.patience.best:,}, which is offered')
@@ -141,15 +145,18 @@ def finish(run: Run) -> int:
         run.clock.totals(),
         f'{run.folder.place.name}: {run.plan.G * run.plan.T:,} tokens a step',
       )
-      run_summary.plot_losses(
+      picture = run_summary.plot_losses(
         run.workdir, f'{title}, at the end' if run.plan.offset else title, totals
       )
       say(run_summary.summary(run.workdir, prompt, text, totals, run.folder.place))
+      summary = run_summary.figures(run.workdir, totals)
+      summary |= {} if text is None else {'sample': prompt + text}
   else:
     of = f'step {run.step:,} of {run.steps:,}'
     say(f'stopped at {of}, which is saved; the same command goes on from it')
   if first:
     run_record.end(run.workdir, run.step, run.clock.totals(), finished)
+  run.trackers.end('finished' if finished else 'stopped', summary, picture)
   return 128 + run.stop.received if run.stop.received else 0
 
 

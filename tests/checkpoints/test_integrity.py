@@ -56,7 +56,7 @@ def tiny_config(folder: Path, **train_section):
   config.checkpoint.every = 2
   config.evaluate.every = 6
   config.log.sample_tokens = 2
-  config.log.tensorboard = False
+  config.log.to = ''
   return config
 
 

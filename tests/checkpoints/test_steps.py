@@ -26,7 +26,7 @@ def config_of(text_folder, data):
   config.train.update(steps=6, global_batch_tokens=256)
   config.evaluate.every = config.checkpoint.every = 2
   config.checkpoint.keep = 10
-  config.log.update(sample_tokens=1, tensorboard=False)
+  config.log.update(sample_tokens=1, to='')
   return config
 
 

@@ -67,7 +67,7 @@ def test_training_from_python(text_folder, tmp_path):
   )
   config.model.update(n_embd=16, n_layer=1, n_head=2, n_positions=32)
   config.train.update(global_batch_tokens=64 * 8)
-  config.log.update(sample_tokens=4, tensorboard=False)
+  config.log.update(sample_tokens=4, to='')
   run = gpt2_jax.train(config, tmp_path / 'run', train={'steps': 2})
   assert run.finished and [line['step'] for line in run.metrics] == [1, 2]
   assert repr(run).startswith(f"TrainedRun('{tmp_path}/run', finished=True, step=2, train/loss=")

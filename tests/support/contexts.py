@@ -46,7 +46,7 @@ def shrunk(config, texts):
   rows = data.sequence_length or config.model.n_positions or 64
   config.train.update(steps=2, global_batch_tokens=rows)
   config.checkpoint.every = config.evaluate.every = 1
-  config.log.update(sample_tokens=1, sample_prompt='the', tensorboard=False)
+  config.log.update(sample_tokens=1, sample_prompt='the', to='')
   return config
 
 

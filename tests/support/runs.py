@@ -35,7 +35,7 @@ def arguments(text: Path, workdir: Path, **overrides) -> list[str]:
     'checkpoint.every': 5,
     'evaluate.every': 8,
     'log.sample_tokens': 20,
-    'log.tensorboard': False,
+    'log.to': '',
   } | {key.replace('__', '.'): value for key, value in overrides.items()}
   return [
     'launch.py',
@@ -57,7 +57,7 @@ def plain(workdir: Path) -> list[dict]:
 def finished(text_folder, tmp_path_factory):
   """An uninterrupted run: (workdir, what it printed)."""
   workdir = tmp_path_factory.mktemp('runs') / 'whole'
-  result = run(*arguments(text_folder, workdir, log__tensorboard=True))
+  result = run(*arguments(text_folder, workdir, log__to='tensorboard'))
   assert result.returncode == 0, result.stdout + result.stderr
   return workdir, result.stdout
 

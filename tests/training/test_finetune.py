@@ -90,7 +90,7 @@ def tuning(init_from, text, recipe='full', **overrides):
   config.optim.update(peak_lr=1e-2, warmup_steps=2)
   config.train.update(steps=12, global_batch_tokens=512)
   config.checkpoint.every = config.evaluate.every = 4
-  config.log.update(sample_tokens=4, tensorboard=False)
+  config.log.update(sample_tokens=4, to='')
   for key, value in overrides.items():
     section, knob = key.split('__')
     config[section][knob] = value

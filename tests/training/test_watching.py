@@ -438,7 +438,7 @@ def test_spikes_that_do_not_end_stop_the_run(tmp_path):
   line = made_recorder.line(1, step(skip_spikes.LIMIT - 1))
   assert line['train/skipped'] == 1 and 'step 1: skipped' in said[0]
   assert 'train/skipped_in_a_row' not in line
-  writer = metrics_file.MetricsWriter(tmp_path, 0, tensorboard=False)
+  writer = metrics_file.MetricsWriter(tmp_path, 0)
   writer.write(line)
   writer.close()
   text, refuse = (tmp_path / metrics_file.FILE).read_text(), lambda constant: pytest.fail(constant)
@@ -458,10 +458,10 @@ def test_tensorboard_brings_no_torch_along(tmp_path):
 import sys
 sys.path.insert(0, {str(tmp_path)!r})
 from pathlib import Path
-from gpt2_jax.training.watch import metrics_file
-writer = metrics_file.MetricsWriter(Path({str(tmp_path)!r}), 0, tensorboard=True)
-writer.write({{'step': 1, 'train/loss': 2.0}})
-writer.close()
+from gpt2_jax.training.trackers import feeds, protocol
+told = feeds.Trackers('tensorboard', protocol.Start(Path({str(tmp_path)!r}), {{}}, 0), list, print)
+told.put({{'step': 1, 'train/loss': 2.0}})
+told.end('finished')
 assert 'torch' not in sys.modules
 import torch
 assert torch.Tensor""",

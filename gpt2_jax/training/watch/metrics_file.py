@@ -1,4 +1,4 @@
-"""The record of a run: `metrics.jsonl`, a line a step, and TensorBoard beside it.
+"""The record of a run: `metrics.jsonl`, a line a step.
 
 A line is an object with `step` (number of updates done, from 1) and flat keys, null where a value
 is not finite:
@@ -41,7 +41,6 @@ import jax
 
 from gpt2_jax.core.errors import saving
 from gpt2_jax.core.files import misfit, read_lines, whole_number, write_whole
-from gpt2_jax.training.watch import tensorboard_files as tensorboard_lib
 
 FILE, TIMING = 'metrics.jsonl', 'timing.jsonl'
 MEASURED = ('perf/', 'time/')  # begin the keys that are never twice the same
@@ -149,18 +148,16 @@ def plain(line: dict) -> dict:
 class MetricsWriter:
   """Appends to the record of a workdir, on process 0 alone."""
 
-  def __init__(self, workdir: Path, step: int, tensorboard: bool, apart: bool = False):
+  def __init__(self, workdir: Path, step: int, apart: bool = False):
     """Continues after `step`: what a killed run wrote beyond its last checkpoint is dropped.
 
     Args:
       workdir: of the run.
       step: number of updates done.
-      tensorboard: whether to write for it too.
       apart: whether what is measured goes into a file of its own, `timing.jsonl`.
     """
     self.workdir, self.active, self._apart = workdir, jax.process_index() == 0, apart
     self._files: dict[str, IO[str]] = {}
-    self._tensorboard, self._step, self._board = tensorboard, step, None
     if self.active:
       self._begin([line for line in read(workdir) if line['step'] <= step])
 
@@ -197,12 +194,6 @@ class MetricsWriter:
       for name, part in self._split(line).items():
         self._files[name].write(_dumps(part) + '\n')
         self._files[name].flush()
-    if self._tensorboard:
-      if self._board is None:  # this takes a second: the first line waits for it, not the first step
-        self._board = tensorboard_lib.open_writer(self.workdir / 'tensorboard', self._step)
-      for key, value in line.items():
-        if key != 'step':
-          self._board.add_scalar(key, value, line['step'])
 
   def sync(self) -> None:
     """Returns when what was written is on the disk, where it outlives the machine."""
@@ -220,7 +211,6 @@ class MetricsWriter:
     self._begin([*lines, last | values])
 
   def close(self) -> None:
-    for file in (*self._files.values(), self._board):
-      if file is not None:
-        with contextlib.suppress(OSError):  # a line that could not be flushed was said
-          file.close()
+    for file in self._files.values():
+      with contextlib.suppress(OSError):  # a line that could not be flushed was said
+        file.close()

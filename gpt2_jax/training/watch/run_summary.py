@@ -1,5 +1,6 @@
 """The end of a run, for its user: a picture of the losses, the prompt of the sample, a summary."""
 
+import io
 import os
 import shlex
 from pathlib import Path
@@ -59,6 +60,12 @@ def plot_losses(workdir: Path, title: str, totals: dict[str, float]) -> Path:
   return path
 
 
+def _png(figure) -> bytes:
+  content = io.BytesIO()
+  figure.savefig(content, format='png', dpi=100)
+  return content.getvalue()
+
+
 def loss_figure(workdir: Path, title: str, totals: dict[str, float]):
   """Returns a figure of training and held-out loss against the tokens seen; and beneath, of the
   seconds by kind, where there are any.
@@ -75,6 +82,7 @@ def loss_figure(workdir: Path, title: str, totals: dict[str, float]):
   ]
   figure = Figure(figsize=(7, 4.8), layout='constrained')
   FigureCanvasAgg(figure)
+  setattr(figure, '_repr_png_', lambda: _png(figure))  # noqa: B010  which a notebook shows
   if totals:
     axes, below = figure.subplots(2, height_ratios=(16, 1))
     _draw_time(below, totals)
@@ -109,6 +117,16 @@ def fit_prompt(prompt: str, tokenizer: Tokenizer | None, config: GPTConfig) -> s
   while len(tokenizer.encode(prompt)) >= config.n_positions > 1:  # a text's end may have other ids
     prompt = prompt[1:]
   return prompt
+
+
+def figures(workdir: Path, totals: dict[str, float]) -> dict[str, float]:
+  """Returns the figures of a finished run: its last ones, its lowest held-out loss, its seconds."""
+  lines = metrics_file.read(workdir)
+  held_out = [line['eval/loss'] for line in lines if line.get('eval/loss') is not None]
+  found = {'steps': lines[-1]['step'], 'tokens': lines[-1]['train/tokens']}
+  found |= {'train_loss': lines[-1].get('train/loss'), 'seconds': round(sum(totals.values()), 1)}
+  found |= {'eval_loss': held_out[-1], 'eval_loss_lowest': min(held_out)} if held_out else {}
+  return found | {'goodput': round(goodput.goodput(totals), 4)}
 
 
 def summary(
