@@ -85,14 +85,14 @@ def test_measured_keys_stand_apart_and_come_back(tmp_path):
   """In one file, in two, in one again: what is read is the same."""
   lines = [LINE | {'step': step, 'time/step': 1.5 * step} for step in (1, 2, 3)]
   for apart in (False, True, True, False):
-    writer = metrics_file.MetricsWriter(tmp_path, 3, False, apart)
+    writer = metrics_file.MetricsWriter(tmp_path, 3, apart)
     for line in lines[len(metrics_file.read(tmp_path)) :]:
       writer.write(line)
     writer.close()
     assert metrics_file.read(tmp_path) == lines
     plain = (tmp_path / metrics_file.FILE).read_text()
     assert ('perf/' in plain, (tmp_path / metrics_file.TIMING).exists()) == (not apart, apart)
-  writer = metrics_file.MetricsWriter(tmp_path, 2, False, True)
+  writer = metrics_file.MetricsWriter(tmp_path, 2, True)
   writer.amend_last({'eval/loss': 1.0})
   writer.close()
   assert metrics_file.read(tmp_path) == [lines[0], lines[1] | {'eval/loss': 1.0}]

@@ -255,7 +255,9 @@ import json, sys
 from configs import base
 from gpt2_jax.training import train
 config = base.get_config()
-config.update(json.load(open('run/config.json')))  # a knob that was not there yet has its default
+was = json.load(open('run/config.json'))  # a knob that was not there yet has its default
+was['log'].pop('tensorboard')  # log.to now
+config.update(was)
 train.sample = lambda run, prompt: ''  # takes as long as the rest
 sys.exit(train.train(config, 'run'))"""
   result = run('-c', code, cwd=tmp_path)
