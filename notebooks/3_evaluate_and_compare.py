@@ -20,7 +20,7 @@ for rate in (5e-4, 2e-3):
   runs[rate] = gpt2_jax.train(
     'tiny',
     f'runs/rate-{rate}',
-    train={'steps': 60},
+    train={'steps': 40},
     optim={'peak_lr': rate, 'warmup_steps': 10},
     log={'sample_tokens': 4},
   )
@@ -49,7 +49,7 @@ from pathlib import Path
 figures = {}
 for rate, run in runs.items():
   file = run.workdir / 'held-out.json'
-  words = ['--checkpoint', str(run.workdir), '--tasks', f'store:{store}', '--limit', '40']
+  words = ['--checkpoint', str(run.workdir), '--tasks', f'store:{store}']
   command = [sys.executable, '-m', 'gpt2_jax', 'evaluate', *words, '--json', str(file)]
   print(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
   figures[rate] = json.loads(file.read_text())

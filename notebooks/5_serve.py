@@ -56,7 +56,7 @@ for _ in range(240):  # until it answers
 
 # %%
 name = ask('/v1/models')['data'][0]['id']
-answer = ask('/v1/completions', {'model': name, 'prompt': 'def ', 'max_tokens': 20, 'seed': 1})
+answer = ask('/v1/completions', {'model': name, 'prompt': 'import', 'max_tokens': 20, 'seed': 1})
 print(answer['choices'][0]['text'])
 print(answer['usage'])
 
@@ -71,7 +71,7 @@ if importlib.util.find_spec('openai'):
 
   client = openai.OpenAI(base_url=f'{url}/v1', api_key='none')
   for chunk in client.completions.create(
-    model=name, prompt='class ', max_tokens=20, seed=1, stream=True
+    model=name, prompt='class', max_tokens=20, seed=1, stream=True
   ):
     print(chunk.choices[0].text if chunk.choices else '', end='')
 
