@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from gpt2_jax.checkpoints.orbax_store import difference, held_positions
 from gpt2_jax.checkpoints.workdir import record_of
+from gpt2_jax.configs import base
 from gpt2_jax.core import determinism
 from gpt2_jax.core.buckets import AnyPath, place
 from gpt2_jax.core.errors import UserError
@@ -185,8 +186,7 @@ def reproduce(workdir: str | os.PathLike, output: str | os.PathLike | None = Non
     if any(other.get(name) != start.get(name) for other in starts):
       say(f"its {len(starts)} starts differ in {name}: only the last one's is repeated")
   # there were no such knobs once
-  new_optim = {'warmup_tokens': None, 'decay_tokens': None, 'name': 'adamw', 'z_loss': 0.0}
-  config['optim'] = new_optim | config['optim']
+  config['optim'] = base.get_config().optim.to_dict() | {'name': 'adamw'} | config['optim']
   config['data'] = {'special': False} | config['data']
   again: Config = ConfigDict(
     {'deterministic': False, 'init_base': None, 'init_ignore_extra': False} | config

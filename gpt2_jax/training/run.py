@@ -70,7 +70,7 @@ class Run:
     meta = self.checkpoints.meta(start) if start else {}
     if start and (other := difference(meta['identity'], self.identity)):
       raise UserError(
-        f'{folder.place} holds the run of another model or other data:\n{other}\n'
+        f'{folder.place} holds the run of another model, optimizer or other data:\n{other}\n'
         'Choose another --workdir, or the config of that run.'
       )
     if jax.process_index() == 0:

@@ -24,7 +24,7 @@ from gpt2_jax.model.gpt2 import Params
 from gpt2_jax.model.sizes import flops_per_token, num_params, num_trained
 from gpt2_jax.parallel import sharding
 from gpt2_jax.tokenizer import bpe
-from gpt2_jax.training import compile_cache, longer_context, memory_estimate, out_of_memory
+from gpt2_jax.training import compile_cache, longer_context, memory_estimate, optimizer, out_of_memory
 from gpt2_jax.training.optimizer import make_optimizer, make_schedule
 from gpt2_jax.training.run_model import make_model
 from gpt2_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
@@ -154,6 +154,7 @@ class Plan:
           f'         its ids stand for other texts: data.tokenizer = {self.tokenizer} is '
           'not the tokenizer that it was trained with'
         )
+    first, *rest = optimizer.describe(self.config.optim, c)
     asked, given = self.config.model.n_positions, self.source and self.source.config.n_positions
     if context := longer_context.note(asked, self.T, given, c.n_positions):
       tuned.append(f'context  {context}')
@@ -164,6 +165,8 @@ class Plan:
         f'         {flops_per_token(c, self.T):,} FLOPs a token (6·P + 12·L·D·T), {c.dtype}, '
         f'remat {c.remat}, attention {self.attention()}',
         *tuned,
+        f'optim    {first}',
+        *(f'         {line}' for line in rest),
         f'mesh     {shape} of {self.mesh.size} x {device.device_kind}',
         f'batch    {self.G * self.T:,} tokens a step = {self.A} micro-batches x {rows} rows x '
         f'{self.T} tokens, {self.config.train.steps:,} steps, '
@@ -231,6 +234,7 @@ def make_plan(config: Config, devices=None, held: int | None = None) -> Plan:
   _check_checkpoints(config)
   model, A = memory_estimate.fitted(config, model, mesh, T, G)
   eval_rows = _eval_rows(config, mesh, G // A)
+  optimizer.check(config.optim, model)
   schedule = make_schedule(config.optim, config.train.steps, G * T)
   tx = make_optimizer(config.optim, schedule, model.width_ratio)
   return Plan(config, source, spec, model, mesh, T, G, A, eval_rows, tx, schedule)

@@ -83,6 +83,8 @@ def identity(plan: Plan, data: TrainingData) -> dict:
   free = FREE if plan.model.parametrization == 'mup' else (*FREE, *mup.FIELDS)  # older runs lack them
   model = {f'model.{k}': v for k, v in dataclasses.asdict(plan.model).items() if k not in free}
   rest = {'data.sha256': data.sha256, 'init_from': plan.config.init_from}
+  if (name := plan.config.optim.name) != 'adamw':  # which older runs had, and do not say
+    rest['optim.name'] = name
   return json.loads(json.dumps(model | rest))
 
 
