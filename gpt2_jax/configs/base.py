@@ -83,10 +83,10 @@ def get_config() -> ConfigDict:
     )
   )
 
-  # AdamW as in GPT-3's paper (arXiv:2005.14165, appendix B), nanoGPT and llm.c. Others: docs/training.md.
+  # AdamW as in GPT-3's paper (arXiv:2005.14165, appendix B), nanoGPT and llm.c.
   config.optim = ConfigDict(
     dict(
-      name='adamw',  # lion; muon for matrices within blocks, with adamw for the rest
+      name='adamw',  # adafactor, lion, muon, schedule_free: docs/training.md
       peak_lr=6e-4,
       schedule='cosine',  # cosine, linear, wsd, constant
       warmup_steps=700,

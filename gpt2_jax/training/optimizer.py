@@ -16,8 +16,10 @@ from gpt2_jax.model.config import Config, GPTConfig
 from gpt2_jax.model.parameters import Row
 from gpt2_jax.model.sizes import num_trained, param_shapes, trainable_paths
 from gpt2_jax.parallel.sharding import without_mesh
+from gpt2_jax.training.optimizers.adafactor import adafactor
 from gpt2_jax.training.optimizers.muon import muon
 from gpt2_jax.training.optimizers.parts import decay, scale_matrices
+from gpt2_jax.training.optimizers.schedule_free import schedule_free
 from gpt2_jax.training.skip_spikes import skip_spikes
 
 
@@ -135,18 +137,26 @@ class Optimizer(NamedTuple):
   make: Callable[[Config, optax.Schedule, float], optax.GradientTransformation]
   rest: str = ''  # the one that updates all but the matrices within blocks; '': itself
   refuses: tuple[str, ...] = ()  # of 'lora' and 'mup': what it has no rule for
+  averages: bool = False  # whether it has an average of the parameters, for evaluation and samples
 
 
 OPTIMIZERS = {
   'adamw': Optimizer(adamw),
+  'adafactor': Optimizer(adafactor, refuses=('mup',)),
   'lion': Optimizer(lion),
   'muon': Optimizer(muon, rest='adamw', refuses=('lora',)),
+  'schedule_free': Optimizer(schedule_free, averages=True),
 }
 
 
 def rule(name: str, row: Row) -> str:
   """The name of the optimizer that updates a parameter, in a run whose `optim.name` is `name`."""
   return name if row.hidden else OPTIMIZERS[name].rest or name
+
+
+def averages(optim: Config) -> bool:
+  """Whether a run keeps an average of its parameters."""
+  return optim.ema_decay > 0 or OPTIMIZERS[optim.name].averages
 
 
 def check(optim: Config, model: GPTConfig) -> None:

@@ -67,8 +67,8 @@ class Plan:
 
   def init_state(self, given: Params | None = None) -> TrainState:
     """Returns the state before the first step; `given`, donated, replaces initial parameters."""
-    optim = self.config.optim
-    return init_state(self.model, self.tx, self.config.train.seed, optim.ema_decay > 0, given)
+    ema = optimizer.averages(self.config.optim)
+    return init_state(self.model, self.tx, self.config.train.seed, ema, given)
 
   def load_source(self) -> Params:
     """Returns the parameters that the run begins with, those that the model has."""

@@ -1,5 +1,7 @@
 """Each optimizer equals an independent implementation, on every mesh."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +55,90 @@ def steps_of(tx, params, grads):
   return out
 
 
+def tensors(row, x) -> np.ndarray:
+  """A parameter as matrices and vectors, a layer at a time, as files have them."""
+  x = np.asarray(x, np.float64)
+  layers = x if row.stacked else x[None]
+  sizes = dict(zip(row.letters, layers.shape[1:]))
+  return layers.reshape(len(layers), *row.theirs(sizes)[:: -1 if row.transposed else 1])
+
+
+def torchs(make):
+  """`make(parameter, config, decay)`, an optimizer of torch, as a coroutine: it is sent a gradient and
+  a rate, and gives the parameter.
+  """
+
+  def run(p, o, decay):
+    p = torch.nn.Parameter(torch.tensor(p))
+    made = make(p, o, decay)
+    while True:
+      g, made.param_groups[0]['lr'] = yield
+      p.grad = torch.tensor(g)
+      made.step()
+      yield p.detach().numpy()
+
+  return started(run)
+
+
+def started(run):
+  def begin(*args):
+    coroutine = run(*args)
+    next(coroutine)
+    return Sent(coroutine)
+
+  return begin
+
+
+class Sent:
+  """A coroutine whose answer to `send` is got by `next`."""
+
+  def __init__(self, coroutine):
+    self.coroutine = coroutine
+
+  def send(self, value):
+    self.answer = self.coroutine.send(value)
+    next(self.coroutine)
+
+  def __next__(self):
+    return self.answer
+
+
+def lion_by_hand(p, o, decay):
+  """Algorithm 2 of arXiv:2302.06675."""
+  m = np.zeros_like(p)
+  while True:
+    g, rate = yield
+    p = p - rate * (np.sign(o.b1 * m + (1 - o.b1) * g) + decay * p)
+    m = o.b2 * m + (1 - o.b2) * g
+    yield p
+
+
+def schedule_free_by_hand(y, o, decay):
+  """AdamWScheduleFree of github.com/facebookresearch/schedule_free: it keeps x here, too."""
+  x, z, v, weights, most, t = y, y, np.zeros_like(y), 0.0, 0.0, 0
+  while True:
+    g, rate = yield
+    t, most = t + 1, max(most, rate)
+    v = o.b2 * v + (1 - o.b2) * g * g
+    z = z - rate * (g / (np.sqrt(v / (1 - o.b2**t)) + o.eps) + decay * y)
+    weights += most**2
+    x = x + most**2 / weights * (z - x)
+    y = o.b1 * x + (1 - o.b1) * z
+    yield y
+
+
+THEIRS = {
+  'adamw': torchs(
+    lambda p, o, decay: torch.optim.AdamW([p], betas=(o.b1, o.b2), eps=o.eps, weight_decay=decay)
+  ),
+  'adafactor': torchs(
+    lambda p, o, decay: torch.optim.Adafactor([p], eps=(o.eps, 1e-3), weight_decay=decay)
+  ),
+  'lion': started(lion_by_hand),
+  'schedule_free': started(schedule_free_by_hand),
+}
+
+
 def in_float64(params):
   return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
 
@@ -80,7 +166,7 @@ def flat(tree) -> dict:
 def test_muon_is_torchs(sixty_four, monkeypatch, apart, scale, nesterov):
   """torch.optim.Muon of each matrix alone, AdamW of all else; in float64, where it has bfloat16."""
   monkeypatch.setattr(torch.Tensor, 'bfloat16', lambda self: self.clone())
-  config, params = sixty_four
+  _, params = sixty_four
   knobs = dict(muon_apart=apart, muon_scale=scale, muon_nesterov=nesterov)
   o = optim(name='muon', muon_iteration='newton_schulz', clip_norm=0.0, weight_decay=0.3, **knobs)
   grads = gradients(params)
@@ -95,7 +181,7 @@ def test_muon_is_torchs(sixty_four, monkeypatch, apart, scale, nesterov):
     else:
       rest[name] = torch.nn.Parameter(torch.tensor(np.asarray(x)))
   muon = torch.optim.Muon(
-    sum(muons.values(), []),
+    [p for group in muons.values() for p in group],
     lr=RATE,
     weight_decay=0.3,
     momentum=o.muon_momentum,
@@ -122,6 +208,26 @@ def test_muon_is_torchs(sixty_four, monkeypatch, apart, scale, nesterov):
       else:
         want = np.stack([p.detach().numpy() for p in muons[name]])
         assert_close(matrices(Stack(rows[name], APART[apart]), x), want, 1e-9)
+
+
+@pytest.mark.parametrize('name', ['adamw', 'lion', 'adafactor', 'schedule_free'])
+def test_all_parameters_are_updated_alike(sixty_four, name):
+  """Against torch's AdamW and Adafactor, layer by layer, and formulas of the others' authors."""
+  _, params = sixty_four
+  o = optim(name=name, clip_norm=0.0, weight_decay=0.3)
+  o.schedule = 'constant' if name == 'schedule_free' else o.schedule
+  rate = lambda step: RATE * jnp.minimum(1.0, 0.25 * (step + 1))
+  grads = gradients(params)
+  ours = steps_of(make_optimizer(o, rate), params, grads)
+  rows = flat(map_rows(lambda row, _: row, params))
+  for path, x in flat(params).items():
+    row, decay = rows[path], 0.3 * rows[path].decays
+    take = lambda tree, path=path, row=row: tensors(row, flat(tree)[path])
+    for layer, p in enumerate(tensors(row, x)):
+      theirs = THEIRS[name](p, o, decay)
+      for t, (grad, have) in enumerate(zip(grads, ours)):
+        theirs.send((take(grad)[layer], float(rate(t))))
+        assert_close(take(have)[layer], next(theirs), 1e-9)
 
 
 # --- against their authors' formulas --------------------------------------------------------------
@@ -157,12 +263,12 @@ def test_normuon_is_its_authors_formula(sixty_four):
     for grad, have in zip(grads, ours):
       G = matrices(stack, flat(grad)[name])
       M = 0.95 * M + 0.05 * G
-      O = np.stack([polar_express(m, 5) for m in 0.95 * M + 0.05 * G])
-      v = o.b2 * v + (1 - o.b2) * np.mean(O * O, 2, keepdims=True)
-      O = O / (np.sqrt(v) + o.eps)
+      step = np.stack([polar_express(m, 5) for m in 0.95 * M + 0.05 * G])
+      v = o.b2 * v + (1 - o.b2) * np.mean(step * step, 2, keepdims=True)
+      step = step / (np.sqrt(v) + o.eps)
       m, n = W.shape[1:]
-      O *= 0.2 * np.sqrt(m * n) / np.linalg.norm(O, axis=(1, 2), keepdims=True)
-      W = W - RATE * (O + 0.3 * W * (O * W >= 0))
+      step *= 0.2 * np.sqrt(m * n) / np.linalg.norm(step, axis=(1, 2), keepdims=True)
+      W = W - RATE * (step + 0.3 * W * (step * W >= 0))
       assert_close(matrices(stack, flat(have)[name]), W, 1e-6)
 
 
@@ -194,7 +300,9 @@ def test_the_polar_express_converges():
 WIDE = dict(SIZES, n_embd=32, n_head=8, n_inner=64, n_layer=3)
 KNOBS = {
   'adamw': {},
+  'adafactor': {},
   'lion': {},
+  'schedule_free': {'schedule': 'constant'},
   'muon': {},
   'muon heads': {'muon_apart': 'heads', 'muon_scale': 'original'},
   'muon none': {'muon_apart': 'none', 'muon_nesterov': False},
@@ -208,27 +316,27 @@ def made(kind: str, **fields):
   return make_optimizer(o, optax.constant_schedule(RATE))
 
 
-def some_steps(kind: str, sizes=None, **fields) -> dict:
-  """Parameters after each of some steps with random gradients, on a mesh or without one."""
-  config = tiny_gpt2(**WIDE | fields)
-  tx = made(kind)
+def some_steps(kind: str, sizes=None) -> dict:
+  """Parameters after some steps with random gradients, on a mesh or without one; in float64, in which
+  nothing but a wrong step is as large as 1e-9.
+  """
 
   def run():
-    params = jax.jit(make_params, static_argnums=(0, 1))(config, 0)
-    grads = gradients(params)
+    params, grads = drawn, gradients(drawn)
     if in_mesh():
-      grads = [
-        jax.tree.map(lambda g, p: jax.device_put(g, p.sharding), grad, params) for grad in grads
-      ]
-    last = steps_of(tx, params, grads)[-1]
-    if in_mesh():  # a step lies as it lay
-      jax.tree.map(lambda a, b: np.testing.assert_equal(spec_of(a), spec_of(b)), last, params)
+      lies = jax.jit(make_params, static_argnums=(0, 1))(config, 0)
+      like = lambda x, p: jax.device_put(x, p.sharding)
+      params, *grads = [jax.tree.map(like, tree, lies) for tree in (params, *grads)]
+    last = steps_of(made(kind), params, grads)[-1]
+    for a, b in zip(jax.tree.leaves(last), jax.tree.leaves(params), strict=True):
+      assert not in_mesh() or spec_of(a) == spec_of(b)  # it lies as it lay
     return jax.device_get(flat(last))
 
-  if sizes is None:
-    return run()
-  with mesh_of(*sizes):
-    return run()
+  config = tiny_gpt2(**WIDE)
+  with jax.enable_x64(True):
+    drawn = in_float64(init_params(config, 0))
+    with contextlib.nullcontext() if sizes is None else mesh_of(*sizes):
+      return run()
 
 
 QUICK = [('muon', (1, 4, 2)), ('normuon', (2, 2, 2))]  # data, fsdp, tensor, seq
@@ -247,7 +355,7 @@ MESHES = [(1, 8, 1), (8, 1, 1), (1, 2, 4), (2, 2, 1, 2), (1, 1, 8), (1, 4, 2), (
 def test_on_every_mesh_a_step_is_the_same(kind, sizes):
   want, have = some_steps(kind), some_steps(kind, sizes)
   for name in want:
-    assert_close(have[name], want[name], 1e-6)
+    assert_close(have[name], want[name], 1e-9)
 
 
 def collectives(kind: str, sizes) -> dict[str, int]:
@@ -308,7 +416,7 @@ def test_muon_is_for_matrices_within_blocks(tie):
 
 
 def test_what_has_no_rule_is_refused():
-  adapted = tiny_gpt2(**SIZES, lora=LoRA(r=2))
+  adapted = tiny_gpt2(**SIZES, lora=LoRA(r=2, alpha=4.0))
   with pytest.raises(UserError, match='optim.name = muon has no rule for lora.r'):
     optimizer.check(optim(name='muon'), adapted)
   optimizer.check(optim(name='adamw'), adapted)

@@ -19,8 +19,8 @@ from gpt2_jax.parallel.sharding import platform
 from gpt2_jax.training.optimizers import parts
 from gpt2_jax.training.optimizers.orthogonal import ITERATIONS, Stack, each_matrix, orthogonalized
 
-# Which axes of a matrix are of matrices of their own, by `optim.muon_apart`: q, k and v are one matrix,
-# or three, or three for each head, with the rows of c_proj by head too.
+# The axes along which there are several matrices, by `optim.muon_apart`: q, k and v are one, or
+# three, or three for each head, with the rows of c_proj by head too.
 APART = {'none': '', 'qkv': 'C', 'heads': 'CN'}
 
 
@@ -55,12 +55,8 @@ def _size(x: jax.Array, axes: tuple[int, ...]) -> int:
 
 def scale_by_muon(optim: Config, width_ratio: float = 1.0) -> optax.GradientTransformation:
   """Momentum, made orthogonal, each row (of an output) scaled where that is on, times `SCALES`."""
-  iteration, apart, dtype = (
-    ITERATIONS[optim.muon_iteration],
-    APART[optim.muon_apart],
-    optim.muon_dtype,
-  )
-  scale = SCALES[optim.muon_scale]
+  iteration, apart = ITERATIONS[optim.muon_iteration], APART[optim.muon_apart]
+  scale, dtype = SCALES[optim.muon_scale], optim.muon_dtype
   stacks = lambda tree: map_rows(lambda row, _: Stack(row, apart), tree)
 
   def init(params):

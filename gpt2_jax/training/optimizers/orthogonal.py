@@ -1,10 +1,10 @@
 """Matrices made orthogonal, U·Vᵀ of a singular value decomposition, by products alone; over a mesh.
 
-A parameter of the blocks holds a stack of matrices. Those of one shape, of all such parameters, are one
-stack, and it is split over all devices: each has some matrices whole and iterates over them without
-a word to the others. They come to it by one all-to-all, and go back by another; over axes of the mesh
-that hold copies they go back by an all-gather and come for nothing. Left to the compiler, products of
-split matrices are gathered in each iteration.
+A parameter of the blocks holds a stack of matrices. Those of one shape, of all such parameters, are
+one stack, and it is split over all devices: each has some matrices whole and iterates over them
+without a word to the others. They come to it by one all-to-all, and go back by another; over axes of
+the mesh that hold copies they go back by an all-gather and come for nothing. Left to the compiler,
+products of split matrices are gathered in each iteration.
 """
 
 import collections
@@ -84,7 +84,7 @@ def orthogonalized(x_Kmn: jax.Array, iteration: Iteration, steps: int) -> jax.Ar
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-  """How a parameter of the blocks is a stack of matrices.
+  """How a parameter is a stack of matrices: one for each layer, or for some of them.
 
   Attributes:
     row: of the parameter.
@@ -96,8 +96,13 @@ class Stack:
 
   def axes(self, letters: str) -> tuple[int, ...]:
     """The axes of these letters that are of one matrix."""
-    named = enumerate(self.row.letters, start=1)
+    named = enumerate(self.row.letters, start=int(self.row.stacked))
     return tuple(i for i, letter in named if letter in letters and letter not in self.apart)
+
+  @property
+  def all(self) -> tuple[int, ...]:
+    """All axes of one matrix, or vector."""
+    return self.axes(self.row.letters)
 
   @property
   def ins(self) -> tuple[int, ...]:
@@ -107,23 +112,23 @@ class Stack:
   @property
   def outs(self) -> tuple[int, ...]:
     """The axes that come out of it: those of neurons."""
-    return tuple(sorted({*self.axes(self.row.letters)} - {*self.ins}))
+    return tuple(axis for axis in self.all if axis not in self.ins)
 
   def order(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Axes of the stack, of the rows, and of the columns. Rows are those of D, which `fsdp` splits, so
-    that matrices and transposed ones of one shape can be together.
+    """Axes of the stack, of the rows, and of the columns. Rows are those of D, which `fsdp` splits:
+    so matrices and transposed ones of one shape can be together.
     """
     rows = self.axes('D')
     columns = tuple(axis for axis in (*self.ins, *self.outs) if axis not in rows)
     inside = {*rows, *columns}
-    return tuple(i for i in range(len(self.row.letters) + 1) if i not in inside), rows, columns
+    ndim = len(self.row.letters) + self.row.stacked
+    return tuple(i for i in range(ndim) if i not in inside), rows, columns
 
   def stacked(self, x: jax.Array) -> jax.Array:
     """[stack, rows, columns] of the parameter, or of a device's part of it."""
     order = self.order()
-    return x.transpose(sum(order, ())).reshape(
-      [math.prod(x.shape[i] for i in axes) for axes in order]
-    )
+    sizes = [math.prod(x.shape[i] for i in axes) for axes in order]
+    return x.transpose(sum(order, ())).reshape(sizes)
 
   def unstacked(self, x_Kmn: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The parameter, of this shape, of its stack."""

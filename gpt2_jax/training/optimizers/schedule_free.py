@@ -1,0 +1,50 @@
+"""Schedule-free AdamW (Defazio et al. 2024, arXiv:2405.15682): an average in place of a decay.
+
+Gradients are taken at y, between the iterate z and its average x; x is what is evaluated, sampled
+from and exported, and stands where a moving average of the parameters would.
+"""
+
+from typing import Any
+
+import jax
+import optax
+
+from gpt2_jax.core.errors import UserError
+from gpt2_jax.model.config import Config
+from gpt2_jax.model.gpt2 import Params
+from gpt2_jax.training.optimizers import parts
+
+State = optax.contrib.ScheduleFreeState
+
+
+def schedule_free(
+  optim: Config, schedule: optax.Schedule, width_ratio: float
+) -> optax.GradientTransformation:
+  """optax's, around AdamW without a first moment; `b1` is the share of x in y.
+
+  Raises:
+    UserError: the rate is to fall, there is another average, or y would be z.
+  """
+  for knob, right in (('schedule', 'constant'), ('ema_decay', 0.0)):
+    if optim[knob] != right:
+      raise UserError(
+        f'optim.{knob} = {optim[knob]}: optim.name = schedule_free has an average in place of a '
+        f'falling rate, and needs optim.{knob} = {right}.'
+      )
+  if not optim.b1:
+    raise UserError('optim.b1 = 0: optim.name = schedule_free needs it between 0 and 1.')
+  base = optax.chain(
+    optax.scale_by_adam(0.0, optim.b2, optim.eps),
+    *([] if width_ratio == 1 else [parts.scale_matrices(1 / width_ratio)]),
+    parts.decay(optim, schedule),
+    optax.scale_by_learning_rate(schedule),
+  )
+  rate: Any = lambda count: schedule(count - 1)  # optax counts from 1 here, and from 0 within
+  return optax.contrib.schedule_free(base, rate, optim.b1)
+
+
+def average(opt_state: Any, params: Params) -> Params | None:
+  """x, of a state that has `State` within it and the parameters y; None of any other state."""
+  is_state = lambda node: isinstance(node, State)
+  found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
+  return optax.contrib.schedule_free_eval_params(found[0], params) if found else None
