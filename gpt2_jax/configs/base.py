@@ -123,6 +123,8 @@ def get_config() -> ConfigDict:
   config.train = ConfigDict(
     dict(
       steps=600_000,
+      tokens=placeholder(int),  # in its place: as many steps as see them, whatever the batch
+      epochs=placeholder(float),  # in its place: passes over the data
       seed=0,  # of the initial weights, the order of the data, dropout and the sample
       global_batch_tokens=2**19,  # tokens an update: part of the recipe, whatever the hardware
       micro_batch_rows=placeholder(int),  # rows a device at a time; default: what fits its memory

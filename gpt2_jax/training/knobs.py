@@ -98,6 +98,8 @@ SECTIONS: dict[str, Table] = dict(
   ),
   train=dict(
     steps=Int(1, STEPS),
+    tokens=Optional(Int(1, TOKENS)),
+    epochs=Optional(Float(1e-9, 1e9)),
     seed=Int(0, SEED_MOST),
     global_batch_tokens=Int(1),
     micro_batch_rows=Optional(Int(1)),

@@ -138,6 +138,7 @@ class Optimizer(NamedTuple):
   rest: str = ''  # the one that updates all but the matrices within blocks; '': itself
   refuses: tuple[str, ...] = ()  # of 'lora' and 'mup': what it has no rule for
   averages: bool = False  # whether it has an average of the parameters, for evaluation and samples
+  needs: tuple[tuple[str, Any], ...] = ()  # knobs of this section, and the values they must have
 
 
 OPTIMIZERS = {
@@ -145,7 +146,9 @@ OPTIMIZERS = {
   'adafactor': Optimizer(adafactor, refuses=('mup',)),
   'lion': Optimizer(lion),
   'muon': Optimizer(muon, rest='adamw', refuses=('lora',)),
-  'schedule_free': Optimizer(schedule_free, averages=True),
+  'schedule_free': Optimizer(
+    schedule_free, averages=True, needs=(('schedule', 'constant'), ('ema_decay', 0.0))
+  ),
 }
 
 
@@ -160,12 +163,17 @@ def averages(optim: Config) -> bool:
 
 
 def check(optim: Config, model: GPTConfig) -> None:
-  """Raises a UserError if an optimizer has no rule for what a model is trained with."""
+  """Raises a UserError if an optimizer has no rule for what a model is trained with, or how."""
   has = {'lora': model.lora is not None, 'mup': model.width_ratio != 1}
   knobs = {'lora': 'lora.r', 'mup': 'model.parametrization = mup'}
   for what in OPTIMIZERS[optim.name].refuses:
     if has[what]:
       raise UserError(f'optim.name = {optim.name} has no rule for {knobs[what]}: take adamw.')
+  for knob, value in OPTIMIZERS[optim.name].needs:
+    if optim[knob] != value:
+      raise UserError(
+        f'optim.{knob} = {optim[knob]} must be {value} where optim.name = {optim.name}.'
+      )
 
 
 def describe(optim: Config, model: GPTConfig) -> list[str]:

@@ -80,6 +80,10 @@ def _restrict(config: Config, last: int, start: dict, positions: int | None) -> 
   rows = config.train.global_batch_tokens // T
   split = config.mesh.data * config.mesh.fsdp
   config.train.micro_batch_rows = rows // start['micro_batches'] // split
+  if goal := start.get('goal'):  # its steps followed from it, and so did the schedule's end
+    if config.optim.decay_tokens is None and config.optim.decay_steps is None:
+      config.optim.decay_tokens = goal
+    config.train.update(steps=last, tokens=None, epochs=None)
   if last < config.train.steps:  # it was stopped: its schedule is that of all steps
     if config.optim.decay_tokens is None:
       config.optim.decay_steps = config.optim.decay_steps or config.train.steps
@@ -187,6 +191,7 @@ def reproduce(workdir: str | os.PathLike, output: str | os.PathLike | None = Non
       say(f"its {len(starts)} starts differ in {name}: only the last one's is repeated")
   # there were no such knobs once
   config['optim'] = base.get_config().optim.to_dict() | {'name': 'adamw'} | config['optim']
+  config['train'] = {'tokens': None, 'epochs': None} | config['train']
   config['data'] = {'special': False} | config['data']
   again: Config = ConfigDict(
     {'deterministic': False, 'init_base': None, 'init_ignore_extra': False} | config

@@ -64,7 +64,7 @@ def tensors(row, x) -> np.ndarray:
 
 
 def torchs(make):
-  """`make(parameter, config, decay)`, an optimizer of torch, as a coroutine: it is sent a gradient and
+  """`make(parameter, config, decay)`, an optimizer of torch, as a coroutine: it is sent gradient and
   a rate, and gives the parameter.
   """
 

@@ -20,17 +20,12 @@ State = optax.contrib.ScheduleFreeState
 def schedule_free(
   optim: Config, schedule: optax.Schedule, width_ratio: float
 ) -> optax.GradientTransformation:
-  """optax's, around AdamW without a first moment; `b1` is the share of x in y.
+  """optax's, around AdamW without a first moment; `b1` is the share of x in y. The rate is to be a
+  constant one.
 
   Raises:
-    UserError: the rate is to fall, there is another average, or y would be z.
+    UserError: y would be z.
   """
-  for knob, right in (('schedule', 'constant'), ('ema_decay', 0.0)):
-    if optim[knob] != right:
-      raise UserError(
-        f'optim.{knob} = {optim[knob]}: optim.name = schedule_free has an average in place of a '
-        f'falling rate, and needs optim.{knob} = {right}.'
-      )
   if not optim.b1:
     raise UserError('optim.b1 = 0: optim.name = schedule_free needs it between 0 and 1.')
   base = optax.chain(

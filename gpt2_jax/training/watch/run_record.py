@@ -67,6 +67,7 @@ def environment(plan: Plan, data: TrainingData) -> dict:
     'micro_batches': plan.A,
     'rows': plan.G,
     'row_tokens': plan.T,
+    'goal': plan.goal,
     'data': {
       'corpus': plan.config.data.corpus,
       'tokens': len(data.splits['train']),
