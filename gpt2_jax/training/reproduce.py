@@ -190,7 +190,8 @@ def reproduce(workdir: str | os.PathLike, output: str | os.PathLike | None = Non
     if any(other.get(name) != start.get(name) for other in starts):
       say(f"its {len(starts)} starts differ in {name}: only the last one's is repeated")
   # there were no such knobs once
-  config['optim'] = base.get_config().optim.to_dict() | {'name': 'adamw'} | config['optim']
+  known: Any = base.get_config().optim
+  config['optim'] = known.to_dict() | {'name': 'adamw'} | config['optim']
   config['train'] = {'tokens': None, 'epochs': None} | config['train']
   config['data'] = {'special': False} | config['data']
   again: Config = ConfigDict(

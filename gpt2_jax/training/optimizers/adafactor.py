@@ -63,7 +63,7 @@ def scale_by_adafactor(optim: Config) -> optax.GradientTransformation:
     return u * jnp.maximum(rms(p), LEAST) / jnp.maximum(1, rms(u) / MOST)
 
   def update(updates, state: AdafactorState, params=None):
-    count = optax.safe_increment(state.count)
+    count: Any = optax.safe_increment(state.count)
     share = count.astype(float) ** -FORGET
     new = both(jax.tree.map(jnp.square, updates))
     mix = lambda old, x: old + share.astype(x.dtype) * (x - old)

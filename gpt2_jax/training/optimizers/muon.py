@@ -113,7 +113,7 @@ def muon(optim: Config, schedule: optax.Schedule, width_ratio: float) -> optax.G
       'optim.muon_apart = heads has no rule for model.parametrization = mup: take qkv or none.'
     )
   factor = float(optim.muon_lr_factor)
-  rules = {
+  rules: Any = {
     'muon': scale_by_muon(optim, width_ratio),
     'adamw': optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
   }

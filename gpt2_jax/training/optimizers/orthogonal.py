@@ -191,6 +191,8 @@ def _whole(f, x_Kmn: jax.Array, split) -> jax.Array:
   copied = tuple(a for a in AXES if size[a] > 1 and a not in sum(split, ()))
   parts, copies = math.prod(size[a] for a, _ in exchanged), math.prod(size[a] for a in copied)
   x = jnp.pad(x_Kmn, ((0, -K % (parts * copies)), (0, 0), (0, 0)))
+  # as one array: XLA takes an all-to-all apart, and refuses parts of several layouts (jax 0.10.2)
+  x = jax.lax.optimization_barrier(x) if exchanged else x
   for axis, dim in exchanged:
     x = jax.lax.all_to_all(x, axis, split_axis=0, concat_axis=dim, tiled=True)
   if copied:
@@ -199,6 +201,7 @@ def _whole(f, x_Kmn: jax.Array, split) -> jax.Array:
   x = f(x)
   if copied:
     x = jax.lax.all_gather(x, copied, tiled=True)
+  x = jax.lax.optimization_barrier(x) if exchanged else x
   for axis, dim in reversed(exchanged):
     x = jax.lax.all_to_all(x, axis, split_axis=dim, concat_axis=0, tiled=True)
   return x[:K]

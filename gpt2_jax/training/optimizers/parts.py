@@ -52,7 +52,7 @@ def decay(optim: Config, schedule: optax.Schedule) -> optax.GradientTransformati
     return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
 
   def update(updates, state, params):
-    rate = factor(state.count) if callable(factor) else factor
+    rate: Any = factor(state.count) if callable(factor) else factor
 
     def decayed(on, u, p):
       if not on:
