@@ -86,7 +86,7 @@ def get_config() -> ConfigDict:
   # AdamW as in GPT-3's paper (arXiv:2005.14165, appendix B), nanoGPT and llm.c.
   config.optim = ConfigDict(
     dict(
-      name='adamw',
+      name='adamw',  # adafactor, lion, muon, schedule_free: docs/training.md
       peak_lr=6e-4,
       schedule='cosine',  # cosine, linear, wsd, constant
       warmup_steps=700,
@@ -99,6 +99,17 @@ def get_config() -> ConfigDict:
       b2=0.95,
       eps=1e-8,
       weight_decay=0.1,  # of matrices and embeddings, not of biases and layer norms
+      decay_schedule='constant',  # or learning_rate: the decay falls with the rate, as a factor of it
+      cautious_decay=False,  # only of what the step moves towards 0
+      muon_momentum=0.95,
+      muon_nesterov=True,
+      muon_iteration='polar_express',  # or newton_schulz, with the coefficients of 2024
+      muon_steps=5,  # of the iteration
+      muon_dtype='auto',  # of the iteration: bfloat16 on accelerators, as it is on CPU
+      muon_scale='match_rms_adamw',  # steps as large as AdamW's, for its rate; or original
+      muon_lr_factor=1.0,  # of the learning rate, for Muon's matrices
+      muon_apart='qkv',  # q, k and v are matrices of their own; or heads: by head too; or none
+      muon_normalize_rows=False,  # NorMuon: rows of a step as large as each other
       clip_norm=1.0,  # global norm of the gradient; 0: no clipping
       skip_zscore=0.0,  # steps whose log gradient norm is so many standard deviations above its usual
       # value, or not finite, are not taken; 6 is rare without a cause; 0: off
@@ -112,6 +123,8 @@ def get_config() -> ConfigDict:
   config.train = ConfigDict(
     dict(
       steps=600_000,
+      tokens=placeholder(int),  # in its place: as many steps as see them, whatever the batch
+      epochs=placeholder(float),  # in its place: passes over the data
       seed=0,  # of the initial weights, the order of the data, dropout and the sample
       global_batch_tokens=2**19,  # tokens an update: part of the recipe, whatever the hardware
       micro_batch_rows=placeholder(int),  # rows a device at a time; default: what fits its memory

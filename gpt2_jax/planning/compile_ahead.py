@@ -207,7 +207,7 @@ def plan_train(
     arguments = plan.abstract_state(), plan.abstract_batch()
     compiled = compile_for(topology, plan.mesh, plan.compile_train_step, arguments, dump)
   step, c = plan.G * plan.T, plan.model
-  goal: int = step * config.train.steps if tokens is None else tokens
+  goal: int = step * plan.steps if tokens is None else tokens
   rows = plan.G // plan.A // (plan.mesh.shape['data'] * plan.mesh.shape['fsdp'])
   all_flops = flops_per_token(c, plan.T) * step
   made = report(

@@ -28,6 +28,9 @@ from gpt2_jax.parallel import sharding
 from gpt2_jax.training import compile_cache
 from gpt2_jax.training.longer_context import WAYS
 from gpt2_jax.training.optimizer import OPTIMIZERS, SCHEDULES
+from gpt2_jax.training.optimizers.muon import APART, SCALES
+from gpt2_jax.training.optimizers.orthogonal import ITERATIONS
+from gpt2_jax.training.optimizers.parts import DECAYS
 from gpt2_jax.training.trackers.feeds import TRACKERS
 
 STEPS = 10**9  # most of them; they are counted in int32
@@ -79,6 +82,17 @@ SECTIONS: dict[str, Table] = dict(
     b2=Float(0, 1, open_high=True),
     eps=Float(1e-30, 1),  # without it, what has no gradient would be 0 / 0
     weight_decay=Float(0, 1e3),
+    decay_schedule=Choice(DECAYS),
+    cautious_decay=Bool(),
+    muon_momentum=Float(0, 1, open_high=True),
+    muon_nesterov=Bool(),
+    muon_iteration=Choice(ITERATIONS),
+    muon_steps=Int(1, 100),
+    muon_dtype=Choice(('auto', *DTYPES)),
+    muon_scale=Choice(SCALES),
+    muon_lr_factor=Float(0, 1e6),
+    muon_apart=Choice(APART),
+    muon_normalize_rows=Bool(),
     clip_norm=Float(0, FLOAT32),
     skip_zscore=Float(0, FLOAT32),
     skip_warmup=Int(0, STEPS),
@@ -86,6 +100,8 @@ SECTIONS: dict[str, Table] = dict(
   ),
   train=dict(
     steps=Int(1, STEPS),
+    tokens=Optional(Int(1, TOKENS)),
+    epochs=Optional(Float(1e-9, 1e9)),
     seed=Int(0, SEED_MOST),
     global_batch_tokens=Int(1),
     micro_batch_rows=Optional(Int(1)),

@@ -18,7 +18,7 @@ from gpt2_jax.model.cross_entropy import num_chunks
 from gpt2_jax.model.remat import REMAT_POLICIES
 from gpt2_jax.model.sizes import flops_per_token, num_params, num_trained
 from gpt2_jax.parallel import sharding
-from gpt2_jax.training.optimizer import OPTIMIZERS
+from gpt2_jax.training.optimizer import averages, moments
 
 Parts = dict[str, float]  # bytes a device, by their use
 LANES = 128  # a TPU's memory holds rows of a multiple of so many numbers
@@ -56,8 +56,8 @@ def estimate_parts(c: GPTConfig, mesh: Mesh, T: int, rows: int, optim: Config) -
     V, tokens = c.padded_vocab_size // tensor, rows * T // (mesh.size // tensor)  # of a device
     chunk = -(-tokens // num_chunks(tokens, V))
 
-  held = (2 if optim.ema_decay > 0 else 1) * num_params(c)
-  updated = (2 + OPTIMIZERS[optim.name].moments) * num_trained(c)  # gradients twice
+  held = (2 if averages(optim) else 1) * num_params(c)
+  updated = (2 + moments(optim, c)) * num_trained(c)  # gradients twice
 
   # bytes a token and layer; pairs are of a query and a key
   pairs = c.n_head // tensor * T
@@ -98,7 +98,7 @@ def choose_mesh(config: Config, model: GPTConfig, devices: list) -> Mesh:
       return {'data': rest // f, 'fsdp': f}.get(sizes['slices_over'], slices) % slices == 0
 
     # float32 parameters, gradients and moments
-    state = 4 * (2 + OPTIMIZERS[config.optim.name].moments) * num_params(model)
+    state = 4 * (2 + moments(config.optim, model)) * num_params(model)
     possible = [f for f in divisors(rest) if model.n_embd % f == 0 and fills_slices(f)]
     for f in possible:
       sizes['fsdp'] = f  # the last one, where none is enough

@@ -1,16 +1,25 @@
-"""Optimizers, schedules of the learning rate, and which parameters decay."""
+"""Optimizers by name, and schedules of the learning rate."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import unflatten_dict
+from ml_collections import ConfigDict
 
 from gpt2_jax.core.errors import UserError
-from gpt2_jax.model.config import Config
-from gpt2_jax.model.gpt2 import Params
-from gpt2_jax.model.parameters import map_rows
+from gpt2_jax.model.config import Config, GPTConfig
+from gpt2_jax.model.parameters import Row
+from gpt2_jax.model.sizes import num_trained, param_shapes, trainable_paths
+from gpt2_jax.parallel.sharding import without_mesh
+from gpt2_jax.training.optimizers.adafactor import adafactor
+from gpt2_jax.training.optimizers.muon import muon
+from gpt2_jax.training.optimizers.parts import decay, scale_matrices
+from gpt2_jax.training.optimizers.schedule_free import schedule_free
 from gpt2_jax.training.skip_spikes import skip_spikes
 
 
@@ -83,17 +92,6 @@ def _schedule(optim: Config, warmup: Any, last: Any) -> optax.Schedule:
   return optax.join_schedules([rising, after], [warmup])
 
 
-def decay_mask(params: Params) -> Params:
-  """True for what weight decay applies to, see `parameters.Row.decays`."""
-  return map_rows(lambda row, _: row.decays, params)
-
-
-def scale_matrices(factor: float) -> optax.GradientTransformation:
-  """Multiplies the updates of the matrices within blocks."""
-  scaled = lambda row, update: factor * update if row.hidden else update
-  return optax.stateless(lambda updates, _: map_rows(scaled, updates))
-
-
 def clip_by_global_norm(most: float) -> optax.GradientTransformation:
   """`optax.clip_by_global_norm` by one factor for all gradients: to divide each by the norm is a pass
   over all of them.
@@ -115,7 +113,20 @@ def adamw(
   return optax.chain(
     optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
     *([] if width_ratio == 1 else [scale_matrices(1 / width_ratio)]),
-    optax.add_decayed_weights(optim.weight_decay, decay_mask),
+    decay(optim, schedule),
+    optax.scale_by_learning_rate(schedule),
+  )
+
+
+def lion(optim: Config, schedule: optax.Schedule, width_ratio: float) -> optax.GradientTransformation:
+  """Lion (Chen et al. 2023, arXiv:2302.06675): the sign of a mean of gradients. All of a step has one
+  size, so that its rate is a third to a tenth of AdamW's, its decay as many times larger, and muP
+  divides steps as it does AdamW's.
+  """
+  return optax.chain(
+    optax.scale_by_lion(optim.b1, optim.b2),
+    *([] if width_ratio == 1 else [scale_matrices(1 / width_ratio)]),
+    decay(optim, schedule),
     optax.scale_by_learning_rate(schedule),
   )
 
@@ -124,10 +135,73 @@ class Optimizer(NamedTuple):
   """An optimizer by its name, `optim.name`."""
 
   make: Callable[[Config, optax.Schedule, float], optax.GradientTransformation]
-  moments: int  # float32 numbers that it keeps for each parameter
+  rest: str = ''  # the one that updates all but the matrices within blocks; '': itself
+  refuses: tuple[str, ...] = ()  # of 'lora' and 'mup': what it has no rule for
+  averages: bool = False  # whether it has an average of the parameters, for evaluation and samples
+  needs: tuple[tuple[str, Any], ...] = ()  # knobs of this section, and the values they must have
 
 
-OPTIMIZERS = {'adamw': Optimizer(adamw, moments=2)}
+OPTIMIZERS = {
+  'adamw': Optimizer(adamw),
+  'adafactor': Optimizer(adafactor, refuses=('mup',)),
+  'lion': Optimizer(lion),
+  'muon': Optimizer(muon, rest='adamw', refuses=('lora',)),
+  'schedule_free': Optimizer(
+    schedule_free, averages=True, needs=(('schedule', 'constant'), ('ema_decay', 0.0))
+  ),
+}
+
+
+def rule(name: str, row: Row) -> str:
+  """The name of the optimizer that updates a parameter, in a run whose `optim.name` is `name`."""
+  return name if row.hidden else OPTIMIZERS[name].rest or name
+
+
+def averages(optim: Config) -> bool:
+  """Whether a run keeps an average of its parameters."""
+  return optim.ema_decay > 0 or OPTIMIZERS[optim.name].averages
+
+
+def check(optim: Config, model: GPTConfig) -> None:
+  """Raises a UserError if an optimizer has no rule for what a model is trained with, or how."""
+  has = {'lora': model.lora is not None, 'mup': model.width_ratio != 1}
+  knobs = {'lora': 'lora.r', 'mup': 'model.parametrization = mup'}
+  for what in OPTIMIZERS[optim.name].refuses:
+    if has[what]:
+      raise UserError(f'optim.name = {optim.name} has no rule for {knobs[what]}: take adamw.')
+  for knob, value in OPTIMIZERS[optim.name].needs:
+    if optim[knob] != value:
+      raise UserError(
+        f'optim.{knob} = {optim[knob]} must be {value} where optim.name = {optim.name}.'
+      )
+
+
+def describe(optim: Config, model: GPTConfig) -> list[str]:
+  """Lines that say which optimizer updates which parameters, those that decay and others."""
+  rows = [row for row in model.parameters() if row.path in trainable_paths(model)]
+  lines = []
+  for name in dict.fromkeys([optim.name, OPTIMIZERS[optim.name].rest or optim.name]):
+    own = [row for row in rows if rule(optim.name, row) == name]
+    for decays, said in ((True, f'decay {optim.weight_decay:g}'), (False, 'no decay')):
+      if names := ' '.join(row.name for row in own if row.decays == decays):
+        lines.append(f'{name}, {said}: {names}')
+  return lines
+
+
+def moments(optim: Config, model: GPTConfig) -> float:
+  """Numbers that an optimizer keeps, for each one that is trained."""
+  settings = tuple(sorted(optim.items()))
+  return _moments(OPTIMIZERS[optim.name], settings, dataclasses.replace(model, remat='none'))
+
+
+@functools.lru_cache(maxsize=64)
+def _moments(optimizer: Optimizer, settings: tuple, model: GPTConfig) -> float:
+  paths, shapes = trainable_paths(model), param_shapes(model)
+  params = unflatten_dict({path: jax.ShapeDtypeStruct(shapes[path], jnp.float32) for path in paths})
+  tx = optimizer.make(ConfigDict(dict(settings)), optax.constant_schedule(0.0), 1.0)
+  with without_mesh():
+    state = jax.eval_shape(tx.init, params)
+  return sum(x.size for x in jax.tree.leaves(state) if x.ndim) / num_trained(model)
 
 
 def make_optimizer(

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from gpt2_jax.checkpoints.orbax_store import difference, held_positions
 from gpt2_jax.checkpoints.workdir import record_of
+from gpt2_jax.configs import base
 from gpt2_jax.core import determinism
 from gpt2_jax.core.buckets import AnyPath, place
 from gpt2_jax.core.errors import UserError
@@ -79,6 +80,10 @@ def _restrict(config: Config, last: int, start: dict, positions: int | None) -> 
   rows = config.train.global_batch_tokens // T
   split = config.mesh.data * config.mesh.fsdp
   config.train.micro_batch_rows = rows // start['micro_batches'] // split
+  if goal := start.get('goal'):  # its steps followed from it, and so did the schedule's end
+    if config.optim.decay_tokens is None and config.optim.decay_steps is None:
+      config.optim.decay_tokens = goal
+    config.train.update(steps=last, tokens=None, epochs=None)
   if last < config.train.steps:  # it was stopped: its schedule is that of all steps
     if config.optim.decay_tokens is None:
       config.optim.decay_steps = config.optim.decay_steps or config.train.steps
@@ -185,8 +190,9 @@ def reproduce(workdir: str | os.PathLike, output: str | os.PathLike | None = Non
     if any(other.get(name) != start.get(name) for other in starts):
       say(f"its {len(starts)} starts differ in {name}: only the last one's is repeated")
   # there were no such knobs once
-  new_optim = {'warmup_tokens': None, 'decay_tokens': None, 'name': 'adamw', 'z_loss': 0.0}
-  config['optim'] = new_optim | config['optim']
+  known: Any = base.get_config().optim
+  config['optim'] = known.to_dict() | {'name': 'adamw'} | config['optim']
+  config['train'] = {'tokens': None, 'epochs': None} | config['train']
   config['data'] = {'special': False} | config['data']
   config['log'] = {key: value for key, value in config['log'].items() if key != 'tensorboard'}
   config['log']['to'] = ''  # what repeats a run is nothing to follow

@@ -70,11 +70,10 @@ class Run:
     )
     self.start, self.identity = self.checkpoints.whole_step() or 0, record_lib.identity(plan, data)
     self.step = self.saved = start = self.start
-    self.steps: int = plan.config.train.steps
     meta = self.checkpoints.meta(start) if start else {}
     if start and (other := difference(meta['identity'], self.identity)):
       raise UserError(
-        f'{folder.place} holds the run of another model or other data:\n{other}\n'
+        f'{folder.place} holds the run of another model, optimizer or other data:\n{other}\n'
         'Choose another --workdir, or the config of that run.'
       )
     if jax.process_index() == 0:
@@ -89,7 +88,8 @@ class Run:
         seen = metrics_file.tokens_seen(self.lines, start, plan.G * plan.T)
       plan = plan.going_on(start, seen)
       batches.go_on(start, plan.tokens(start) // plan.T)
-    self.plan, self.held_out = plan, len(data.splits['val']) > 1
+    self.plan, self.steps = plan, plan.steps
+    self.held_out = len(data.splits['val']) > 1
     cut = any(line['step'] == start and 'eval/loss' not in line for line in self.lines)
     self.cut = self.held_out and self.is_due(every) and cut
     self.patience = Patience(plan.config.evaluate.patience, self.lines if start else [], start)

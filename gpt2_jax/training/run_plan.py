@@ -24,7 +24,7 @@ from gpt2_jax.model.gpt2 import Params
 from gpt2_jax.model.sizes import flops_per_token, num_params, num_trained
 from gpt2_jax.parallel import sharding
 from gpt2_jax.tokenizer import bpe
-from gpt2_jax.training import compile_cache, longer_context, memory_estimate, out_of_memory
+from gpt2_jax.training import compile_cache, longer_context, memory_estimate, optimizer, out_of_memory
 from gpt2_jax.training.optimizer import make_optimizer, make_schedule
 from gpt2_jax.training.run_model import make_model
 from gpt2_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
@@ -45,6 +45,8 @@ class Plan:
   eval_rows: int  # rows of an evaluation batch
   tx: optax.GradientTransformation
   schedule: optax.Schedule
+  steps: int  # of the run
+  goal: int | None = None  # tokens that the run is to see, where its steps follow from them
   offset: int = 0  # tokens seen at a step beyond `step * G * T`: an earlier start had other batches
 
   def tokens(self, step: int) -> int:
@@ -53,13 +55,23 @@ class Plan:
 
   def going_on(self, step: int, tokens: int) -> 'Plan':
     """Returns the plan of a run that goes on after `step`, where it had seen so many tokens."""
-    offset = tokens - step * self.G * self.T
-    if offset == self.offset:
+    return self._lasting(self.goal, tokens - step * self.G * self.T)
+
+  def of_epochs(self, steps: float) -> 'Plan':
+    """Returns the plan where an epoch is known to have so many steps."""
+    if (epochs := self.config.train.epochs) is None:
       return self
-    optim, a_step = self.config.optim, self.G * self.T
-    schedule = make_schedule(optim, self.config.train.steps, a_step, offset)
+    return self._lasting(max(1, round(epochs * steps * self.G * self.T)), self.offset)
+
+  def _lasting(self, goal: int | None, offset: int) -> 'Plan':
+    if (goal, offset) == (self.goal, self.offset):
+      return self
+    optim, a_step, steps = self.config.optim, self.G * self.T, self.steps
+    if goal is not None:
+      steps = -((offset - goal) // a_step)
+    schedule = make_schedule(_until(optim, goal), steps, a_step, offset)
     tx = make_optimizer(optim, schedule, self.model.width_ratio)
-    return dataclasses.replace(self, offset=offset, schedule=schedule, tx=tx)
+    return dataclasses.replace(self, steps=steps, goal=goal, offset=offset, schedule=schedule, tx=tx)
 
   @property
   def batch_sharding(self) -> NamedSharding:
@@ -67,8 +79,8 @@ class Plan:
 
   def init_state(self, given: Params | None = None) -> TrainState:
     """Returns the state before the first step; `given`, donated, replaces initial parameters."""
-    optim = self.config.optim
-    return init_state(self.model, self.tx, self.config.train.seed, optim.ema_decay > 0, given)
+    ema = optimizer.averages(self.config.optim)
+    return init_state(self.model, self.tx, self.config.train.seed, ema, given)
 
   def load_source(self) -> Params:
     """Returns the parameters that the run begins with, those that the model has."""
@@ -140,6 +152,11 @@ class Plan:
       bpe.trained_size(self.tokenizer) is not None or bpe.load(self.tokenizer).sha256 != own.sha256
     )
 
+  def _duration(self) -> str:
+    if self.config.train.epochs is not None and self.goal is None:
+      return f'{self.config.train.epochs:g} epochs'
+    return f'{self.steps:,} steps, {self.G * self.T * self.steps:,} tokens'
+
   def describe(self) -> str:
     """Describes the run, in some lines for its user."""
     c, shape = self.model, 'x'.join(f'{name}={size}' for name, size in self.mesh.shape.items())
@@ -154,6 +171,7 @@ class Plan:
           f'         its ids stand for other texts: data.tokenizer = {self.tokenizer} is '
           'not the tokenizer that it was trained with'
         )
+    first, *rest = optimizer.describe(self.config.optim, c)
     asked, given = self.config.model.n_positions, self.source and self.source.config.n_positions
     if context := longer_context.note(asked, self.T, given, c.n_positions):
       tuned.append(f'context  {context}')
@@ -164,10 +182,11 @@ class Plan:
         f'         {flops_per_token(c, self.T):,} FLOPs a token (6·P + 12·L·D·T), {c.dtype}, '
         f'remat {c.remat}, attention {self.attention()}',
         *tuned,
+        f'optim    {first}',
+        *(f'         {line}' for line in rest),
         f'mesh     {shape} of {self.mesh.size} x {device.device_kind}',
         f'batch    {self.G * self.T:,} tokens a step = {self.A} micro-batches x {rows} rows x '
-        f'{self.T} tokens, {self.config.train.steps:,} steps, '
-        f'{self.G * self.T * self.config.train.steps:,} tokens',
+        f'{self.T} tokens, {self._duration()}',
       ]
     )
 
@@ -231,9 +250,24 @@ def make_plan(config: Config, devices=None, held: int | None = None) -> Plan:
   _check_checkpoints(config)
   model, A = memory_estimate.fitted(config, model, mesh, T, G)
   eval_rows = _eval_rows(config, mesh, G // A)
-  schedule = make_schedule(config.optim, config.train.steps, G * T)
+  optimizer.check(config.optim, model)
+  goal, steps = config.train.tokens, config.train.steps
+  if goal is not None:
+    if config.train.epochs is not None:
+      raise UserError('train.tokens and train.epochs both say how long: leave one of them unset.')
+    steps = -(-goal // (G * T))
+  schedule = make_schedule(_until(config.optim, goal), steps, G * T)
   tx = make_optimizer(config.optim, schedule, model.width_ratio)
-  return Plan(config, source, spec, model, mesh, T, G, A, eval_rows, tx, schedule)
+  return Plan(config, source, spec, model, mesh, T, G, A, eval_rows, tx, schedule, steps, goal)
+
+
+def _until(optim: Config, goal: int | None) -> Config:
+  """The section `optim`, with the end of the run as that of the decay, where it counts tokens."""
+  if goal is None or optim.decay_steps is not None or optim.decay_tokens is not None:
+    return optim
+  optim = optim.copy_and_resolve_references()
+  optim.decay_tokens = goal
+  return optim
 
 
 def _rows(config: Config, model: GPTConfig, mesh: Mesh) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from gpt2_jax.model.sizes import trainable_paths
 from gpt2_jax.parallel import sharded_products
 from gpt2_jax.parallel.sharding import RULES, platform, reshard
 from gpt2_jax.training import skip_spikes
+from gpt2_jax.training.optimizers import schedule_free
 
 
 @jax.tree_util.register_dataclass
@@ -30,7 +31,7 @@ class TrainState:
   step: jax.Array  # number of updates done
   params: Params
   opt_state: Any
-  ema: Params | None  # moving average of the parameters, None where it is off
+  ema: Params | None  # average of the parameters, None where there is none
 
   def items(self) -> dict[str, Any]:
     """The items of a checkpoint, apart from the step."""
@@ -208,6 +209,8 @@ def make_train_step(
       ema: Any = None
       if state.ema is not None:
         ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
+      if average := schedule_free.average(opt_state, trained(config, params)):
+        ema = replaced(params, average)
     added = updates
     if platform() != 'cpu':  # the same, but found in the pass that adds them
       added = jax.tree.map(jnp.subtract, trained(config, params), part)

@@ -58,6 +58,7 @@ def train(
     content = verify.Background(data, jax.process_index(), jax.process_count())
     check_prompt(plan, data.tokenizer)
     batches = make_batches(plan, data)
+    plan = plan.of_epochs(batches.steps_per_epoch)
 
     with StopSignal() as stop, jax.set_mesh(plan.mesh), contextlib.ExitStack() as at_end:
       # --- Workdir: new, or that of the same run ---------------------------------------------------

@@ -27,7 +27,7 @@ from gpt2_jax.core.errors import UserError
 from gpt2_jax.model.config import GPTConfig, LoRA
 from gpt2_jax.model.gpt2 import bind
 from gpt2_jax.model.pretrained_model import params_of
-from gpt2_jax.training.optimizer import decay_mask
+from gpt2_jax.training.optimizers.parts import decay_mask
 from gpt2_jax.training.step import nll
 
 GOLDEN = ROOT / 'tests' / 'golden' / 'huggingface'

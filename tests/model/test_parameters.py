@@ -16,7 +16,7 @@ from gpt2_jax.model.parameters import map_rows, row_of
 from gpt2_jax.model.pretrained_model import params_of
 from gpt2_jax.model.sizes import num_params
 from gpt2_jax.parallel.sharding import P
-from gpt2_jax.training.optimizer import decay_mask, scale_matrices
+from gpt2_jax.training.optimizers.parts import decay_mask, scale_matrices
 
 KNOBS = [
   dict(tie_word_embeddings=False),

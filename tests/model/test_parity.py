@@ -23,7 +23,7 @@ from gpt2_jax.decoding.generate import generate_tokens  # noqa: E402
 from gpt2_jax.model.activations import ACTIVATIONS  # noqa: E402
 from gpt2_jax.model.gpt2 import bind  # noqa: E402
 from gpt2_jax.tokenizer import bpe  # noqa: E402
-from gpt2_jax.training.optimizer import decay_mask  # noqa: E402
+from gpt2_jax.training.optimizers.parts import decay_mask  # noqa: E402
 from gpt2_jax.training.step import nll  # noqa: E402
 
 GOLDEN = ROOT / 'tests' / 'golden' / 'huggingface'

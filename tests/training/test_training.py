@@ -23,7 +23,8 @@ from gpt2_jax.model.config import GPTConfig
 from gpt2_jax.model.gpt2 import bind, init_params
 from gpt2_jax.parallel.sharding import BATCH, factorizations, on_devices
 from gpt2_jax.training import memory_estimate, run_plan
-from gpt2_jax.training.optimizer import clip_by_global_norm, decay_mask, make_optimizer, make_schedule
+from gpt2_jax.training.optimizer import clip_by_global_norm, make_optimizer, make_schedule
+from gpt2_jax.training.optimizers.parts import decay_mask
 from gpt2_jax.training.step import init_state, make_eval_step, make_train_step, nll
 
 

@@ -67,6 +67,7 @@ def environment(plan: Plan, data: TrainingData) -> dict:
     'micro_batches': plan.A,
     'rows': plan.G,
     'row_tokens': plan.T,
+    'goal': plan.goal,
     'data': {
       'corpus': plan.config.data.corpus,
       'tokens': len(data.splits['train']),
@@ -83,6 +84,8 @@ def identity(plan: Plan, data: TrainingData) -> dict:
   free = FREE if plan.model.parametrization == 'mup' else (*FREE, *mup.FIELDS)  # older runs lack them
   model = {f'model.{k}': v for k, v in dataclasses.asdict(plan.model).items() if k not in free}
   rest = {'data.sha256': data.sha256, 'init_from': plan.config.init_from}
+  if (name := plan.config.optim.name) != 'adamw':  # which older runs had, and do not say
+    rest['optim.name'] = name
   return json.loads(json.dumps(model | rest))
 
 

@@ -1,0 +1,1 @@
+"""Optimizers beside AdamW, and what they share. They are chosen in `training/optimizer.py`."""
