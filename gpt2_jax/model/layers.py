@@ -137,14 +137,16 @@ class LayerNorm(nnx.Module):
 
   @jax.named_scope('ln')
   def __call__(self, x_BTD: jax.Array, at: Listener = SILENT, name: str = '') -> jax.Array:
-    """The norm; its sites are `name`.scale, which is divided by, and `name`.normalized."""
+    """The norm; its sites are `name`.scale, which is divided by, and `name`.normalized,
+    before its weight.
+    """
     x = x_BTD.astype(jnp.float32)
     x = x - x.mean(-1, keepdims=True)
     inverse_BT1 = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
     if at.hears(f'{name}.scale'):
       inverse_BT1 = 1 / at(f'{name}.scale', 1 / inverse_BT1)
-    x = x * inverse_BT1
-    return at(f'{name}.normalized', (x * self.weight[...] + self.bias[...]).astype(x_BTD.dtype))
+    x = at(f'{name}.normalized', x * inverse_BT1)
+    return (x * self.weight[...] + self.bias[...]).astype(x_BTD.dtype)
 
 
 class Linear(nnx.Module):

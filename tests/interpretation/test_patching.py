@@ -20,6 +20,7 @@ from gpt2_jax.model.sites import SITES
 B, T = 3, 7
 CONFIG = tiny_gpt2()
 CLEAN, CORRUPTED = np.random.default_rng(0).integers(0, 97, (2, B, T))
+LAYERED = [name for name, site in SITES.items() if site.layered]
 WHOLE = 2**40  # bytes: all patches of a layer in one chunk
 
 
@@ -46,9 +47,10 @@ def one_by_one(model, tokens, values, over, by, read=-1):
 
 @pytest.mark.parametrize(
   'over, by',
-  [(name, ('position',)) for name, s in SITES.items() if s.layered]
-  + [(name, ('head',)) for name in ('q', 'k', 'v', 'z', 'pattern', 'result', 'attn_scores')]
-  + [('z', ('head', 'position')), ('pattern', ('position', 'head')), ('mlp_out', ())],
+  [('resid_pre', ('position',)), ('v', ('head',)), ('z', ('head', 'position'))]
+  + [('pattern', ('position', 'head')), ('mlp_out', ())]
+  + [pytest.param(n, ('position',), marks=pytest.mark.slow) for n in LAYERED if n != 'resid_pre']
+  + [pytest.param(n, ('head',), marks=pytest.mark.slow) for n in ('q', 'k', 'z', 'result')],
 )
 def test_a_sweep_is_its_single_runs(model, over, by):
   values = run(model, CLEAN, record=(over,))[1][over]

@@ -2,11 +2,14 @@
 
 import dataclasses
 import functools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.arrays import assert_close, mesh_of
@@ -232,3 +235,24 @@ def test_nobody_costs_nothing():
   scanned = dataclasses.replace(CONFIG, remat='full')
   recording = lambda p: run(bind(scanned, p), X, record=('z',))[0].sum()
   assert jax.tree.leaves(jax.grad(recording)(params_of(params)))[0].any()
+
+
+def test_every_site_is_transformer_lens():
+  with np.load(Path(__file__).parent.parent / 'golden' / 'transformer_lens.npz') as f:
+    want = dict(f)
+  params = {n.removeprefix('params/'): x for n, x in want.items() if n.startswith('params/')}
+  sizes = dict(vocab_size=31, n_positions=8, n_embd=15, n_layer=2, n_head=3, n_inner=29)
+  config = tiny_gpt2(**sizes, vocab_multiple=1)
+  bare = bind(config, jax.tree.map(jnp.asarray, unflatten_dict(params, sep='.')))
+  logits, found = run(bare, want['tokens'], record=tuple(SITES))
+  assert_close(logits, want['logits'])
+  for name, site in SITES.items():
+    if not site.lens:
+      continue
+    have, layers = np.asarray(found[name]), range(config.n_layer)
+    theirs = [want[site.lens.format(layer=i)] for i in layers] if site.layered else want[site.lens]
+    if name == 'attn_scores':  # both have the lowest number where nothing is seen
+      have, theirs = np.tril(have), np.tril(theirs)
+    assert_close(have, theirs)
+  hooks = {re.sub(r'blocks\.\d+', 'blocks.{layer}', n) for n in want if 'hook_' in n}
+  assert hooks == {site.lens for site in SITES.values()} - {''}

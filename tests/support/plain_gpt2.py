@@ -20,7 +20,7 @@ def norm(p: Any, x: np.ndarray, epsilon: float, at: At, name: str, layer: int | 
   """Layer norm."""
   x = x - x.mean(-1, keepdims=True)
   scale = at(f'{name}.scale', layer, np.sqrt((x**2).mean(-1, keepdims=True) + epsilon))
-  return at(f'{name}.normalized', layer, x / scale * p['weight'] + p['bias'])
+  return at(f'{name}.normalized', layer, x / scale) * p['weight'] + p['bias']
 
 
 def attend(p: Any, x: np.ndarray, at: At, layer: int) -> np.ndarray:
