@@ -33,7 +33,7 @@ def xla(q_BTNH, k_BTNH, v_BTNH, documents_BT):
     mask_BTS,
     scale=q_BTNH.shape[-1] ** -0.5,
     precision='highest' if q_BTNH.dtype == jnp.float32 else None,
-  )[0]
+  )
 
 
 def measure(f, arguments, repeats: int) -> tuple[tuple, float]:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gpt2_jax.model.sites import SILENT, Listener
 from gpt2_jax.parallel.cpu_matmul import kept, lies_whole, row_major
 
 Drop = Callable[[jax.Array], jax.Array]
@@ -29,10 +30,8 @@ class Mask:
 
   mask_BTS: jax.Array
 
-  def attend(
-    self, q_BTNH: jax.Array, k_BSNH: Any, v_BSNH: Any, **how: Any
-  ) -> tuple[jax.Array, jax.Array | None]:
-    """The attended values [B, T, N, H] and, where they are made, the weights [B, N, T, S].
+  def attend(self, q_BTNH: jax.Array, k_BSNH: Any, v_BSNH: Any, **how: Any) -> jax.Array:
+    """The attended values [B, T, N, H].
 
     Args:
       q_BTNH, k_BSNH, v_BSNH: queries, keys and values, the latter as a cache gives them.
@@ -51,7 +50,8 @@ def attention(
   upcast: bool = False,
   drop: Drop | None = None,
   precision: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
+  at: Listener = SILENT,
+) -> jax.Array:
   """softmax(scale · q kᵀ) v, with the softmax in float32.
 
   Args:
@@ -62,19 +62,19 @@ def attention(
     upcast: form the scores from float32 operands (Hugging Face's `reorder_and_upcast_attn`).
     drop: a function from the weights [B, N, T, S] to the weights after dropout.
     precision: of the two products, as `jax.lax.Precision` names it.
+    at: asked at the sites `attn_scores`, after the mask, and `pattern`, before dropout.
 
   Returns:
-    The attended values [B, T, N, H] in the dtype of `v_BSNH`, and the weights [B, N, T, S],
-    which the compiler drops where they are not used.
+    The attended values [B, T, N, H] in the dtype of `v_BSNH`.
   """
   # heads first, as a cache holds them: keys and values of one are then read where they lie
   q_BNTH, k_BNSH, v_BNSH = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSNH, v_BSNH))
   scores_BNTS = scale * kept(scores(q_BNTH, k_BNSH, upcast, precision))
-  weights_BNTS = weights(scores_BNTS, mask_BTS, v_BNSH.dtype, drop)
+  weights_BNTS = weights(scores_BNTS, mask_BTS, v_BNSH.dtype, drop, at)
   # a split in one part: else XLA makes this product inside of the softmax's loop on CPUs
   (whole_BNTS,) = jnp.split(weights_BNTS, 1, axis=-1)
   out_BNTH = product('BNTS,BNSH->BNTH', whole_BNTS, v_BNSH, precision, v_BNSH.dtype)
-  return out_BNTH.swapaxes(1, 2), weights_BNTS
+  return out_BNTH.swapaxes(1, 2)
 
 
 def scores(q_BNTH: jax.Array, k_BNSH: jax.Array, upcast: bool, precision: str | None) -> jax.Array:
@@ -84,10 +84,13 @@ def scores(q_BNTH: jax.Array, k_BNSH: jax.Array, upcast: bool, precision: str | 
   return product('BNTH,BNSH->BNTS', q_BNTH, k_BNSH, precision, jnp.float32)
 
 
-def weights(scores_BNTS: jax.Array, mask_BTS: jax.Array, dtype: Any, drop: Drop | None) -> jax.Array:
-  """The softmax of what is seen of the scores, in `dtype`, after dropout."""
+def weights(
+  scores_BNTS: jax.Array, mask_BTS: jax.Array, dtype: Any, drop: Drop | None, at: Listener = SILENT
+) -> jax.Array:
+  """The softmax of what is seen of the scores, in `dtype`, after dropout; see `attention`."""
   scores_BNTS = jnp.where(mask_BTS[:, None], scores_BNTS, jnp.finfo(jnp.float32).min)
-  weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(dtype)
+  scores_BNTS = at('attn_scores', scores_BNTS)
+  weights_BNTS = at('pattern', jax.nn.softmax(scores_BNTS, axis=-1).astype(dtype))
   return weights_BNTS if drop is None else drop(weights_BNTS)
 
 

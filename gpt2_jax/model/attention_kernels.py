@@ -72,10 +72,10 @@ class Kernel:
   name: str
   documents_BT: Any
 
-  def attend(self, q_BTNH, k_BSNH, v_BSNH, *, scale, **how) -> tuple[jax.Array, None]:
+  def attend(self, q_BTNH, k_BSNH, v_BSNH, *, scale, **how) -> jax.Array:
     """The attended values, [B, T, N, H]. What else `attention` can do, `choose` has looked at."""
     del how
-    return self(q_BTNH, k_BSNH, v_BSNH, scale), None
+    return self(q_BTNH, k_BSNH, v_BSNH, scale)
 
   def __call__(self, q_BTNH, k_BSNH, v_BSNH, scale) -> jax.Array:
     """The attended values, [B, T, N, H]."""

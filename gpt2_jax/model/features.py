@@ -5,11 +5,13 @@ import functools
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.model import text_batches
 from gpt2_jax.model.config import GPTConfig
+from gpt2_jax.model.edits import Listening
 from gpt2_jax.model.gpt2 import Params, bind
 from gpt2_jax.model.pretrained_model import Model, Pretrained, params_of
 from gpt2_jax.parallel.sharding import mesh_of, whole_rows
@@ -57,12 +59,13 @@ class Classified:
   probabilities: dict[str, float] | list[dict[str, float]]
 
 
-@functools.partial(jax.jit, static_argnames=('config', 'hidden_states', 'attentions'))
-def _features(config: GPTConfig, params: Params, tokens_BT, hidden_states: bool, attentions: bool):
-  out = bind(config, params).transformer(
-    tokens_BT, hidden_states=hidden_states, attentions=attentions
-  )
-  return out.x_BTD, out.hidden_states, out.attentions
+@functools.partial(jax.jit, static_argnames=('config', 'record'))
+def _features(config: GPTConfig, params: Params, tokens_BT, record: tuple[str, ...]):
+  out = bind(config, params).transformer(tokens_BT, listen=Listening(record=record))
+  states_LBTD = out.found.get('resid_pre')
+  if states_LBTD is not None:
+    states_LBTD = jnp.concatenate([states_LBTD, out.x_BTD[None]])
+  return out.x_BTD, states_LBTD, out.found.get('pattern')
 
 
 @functools.partial(jax.jit, static_argnames=('config',))
@@ -108,11 +111,12 @@ def features(
   params, tokenizer = whole_rows(params_of(model)), tokenizer or Pretrained.of(model).tokenizer
   rows = text_batches.encode(texts, tokenizer, model.config, allow_special=allow_special)
   as_float32 = lambda x: np.asarray(x, np.float32)
+  record = ('resid_pre',) * hidden_states + ('pattern',) * attentions
   found = []
   with mesh_of(params):
     for batch, (tokens_BT, _) in _batches(rows, model.config.n_positions):
       x_BTD, states_LBTD, weights_LBNTS = text_batches.fetch(
-        _features(model.config, params, tokens_BT, hidden_states, attentions)
+        _features(model.config, params, tokens_BT, record)
       )
       for b, ids in enumerate(batch):
         T = len(ids)

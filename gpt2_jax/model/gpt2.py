@@ -30,7 +30,8 @@ from gpt2_jax.model.cross_entropy import CrossEntropyOptions, Factors, Loss, cro
 from gpt2_jax.model.layers import Classifier, Embed, LayerNorm, dropout, fold_in, pick
 from gpt2_jax.model.layers import DropoutSite as Site
 from gpt2_jax.model.layers import OuterSite as Outer
-from gpt2_jax.parallel.sharding import RULES, reshard
+from gpt2_jax.model.sites import NOBODY, SILENT, Listen, Listener
+from gpt2_jax.parallel.sharding import RULES, activation, layout, reshard, unshard
 
 Params = dict[str, Any]  # nested; leaves are arrays
 
@@ -40,8 +41,7 @@ class Output(NamedTuple):
 
   x_BTD: jax.Array  # after the last layer norm
   cache: Any  # as it came, None or a `kv_cache.Cache`
-  hidden_states: jax.Array | None  # [L+1, B, T, D]: embeddings, then each block; last after ln_f
-  attentions: jax.Array | None  # [L, B, N, T, S]
+  found: dict[str, jax.Array]  # what was kept at the sites; of those in blocks with an axis L
 
 
 def stds(config: GPTConfig) -> tuple[float, float]:
@@ -58,16 +58,18 @@ class Attention(nnx.Module):
     self.c_attn = linear(config, 'h.attn.c_attn', 'BTD,DCNH->CBTNH', std, rngs=rngs)
     self.c_proj = linear(config, 'h.attn.c_proj', 'BTNH,NHD->BTD', proj_std, rngs=rngs)
 
-  def __call__(self, x_BTD, layer, see, cache, slot, keys_B):
+  def __call__(self, x_BTD, layer, see, cache, slot, keys_B, at):
     c = self.config
-    q_BTNH, k_BSNH, v_BSNH = (x[0] for x in jnp.split(self.c_attn(x_BTD, keys_B), 3))
+    q_BTNH, k_BSNH, v_BSNH = (
+      at(name, x[0]) for name, x in zip('qkv', jnp.split(self.c_attn(x_BTD, keys_B), 3))
+    )
     k_BSNH, v_BSNH = (reshard(x, RULES.act_bsnh) for x in (k_BSNH, v_BSNH))
     if cache is not None:
       cache, k_BSNH, v_BSNH = cache.update(layer, slot, k_BSNH, v_BSNH)
     scale = c.score_scale
     if c.scale_attn_by_inverse_layer_idx:
       scale = scale / jnp.asarray(layer + 1, jnp.float32)
-    out_BTNH, weights_BNTS = see.attend(
+    z_BTNH = see.attend(
       q_BTNH,
       k_BSNH,
       v_BSNH,
@@ -75,9 +77,24 @@ class Attention(nnx.Module):
       upcast=c.reorder_and_upcast_attn,
       drop=lambda weights_BNTS: dropout(weights_BNTS, c.attn_pdrop, fold_in(keys_B, Site.ATTENTION)),
       precision=c.precision,
+      at=at,
     )
-    out_BTD = self.c_proj(out_BTNH, keys_B)
-    return dropout(out_BTD, c.resid_pdrop, fold_in(keys_B, Site.ATTN_OUT)), weights_BNTS, cache
+    out_BTD = self._out(at('z', z_BTNH), keys_B, at)
+    return dropout(out_BTD, c.resid_pdrop, fold_in(keys_B, Site.ATTN_OUT)), cache
+
+  def _out(self, z_BTNH, keys_B, at) -> jax.Array:
+    """What the heads write together, or where someone listens, one by one."""
+    if not at.hears('result'):
+      return self.c_proj(z_BTNH, keys_B)
+    weight_NHD, bias_D = self.c_proj.weight[...], self.c_proj.bias[...]
+    result_BTND = jnp.einsum(
+      'BTNH,NHD->BTND',
+      z_BTNH,
+      unshard(weight_NHD.astype(z_BTNH.dtype)),
+      precision=self.config.precision,
+      out_sharding=layout(activation('BTND')),
+    )
+    return (at('result', result_BTND).sum(2) + unshard(bias_D)).astype(z_BTNH.dtype)
 
 
 class MLP(nnx.Module):
@@ -88,12 +105,12 @@ class MLP(nnx.Module):
     self.c_fc = linear(config, 'h.mlp.c_fc', 'BTD,DF->BTF', std, rngs=rngs)
     self.c_proj = linear(config, 'h.mlp.c_proj', 'BTF,FD->BTD', proj_std, rngs=rngs)
 
-  def __call__(self, x_BTD, keys_B):
+  def __call__(self, x_BTD, keys_B, at):
     c = self.config
-    h_BTF = self.c_fc(x_BTD, keys_B)
+    h_BTF = at('mlp_pre', self.c_fc(x_BTD, keys_B))
     with jax.named_scope('activation'):
       h_BTF = ACTIVATIONS[c.activation_function](h_BTF.astype(jnp.float32)).astype(h_BTF.dtype)
-    out_BTD = self.c_proj(h_BTF, keys_B)
+    out_BTD = self.c_proj(at('mlp_post', h_BTF), keys_B)
     return dropout(out_BTD, c.resid_pdrop, fold_in(keys_B, Site.MLP_OUT))
 
 
@@ -105,14 +122,18 @@ class Block(nnx.Module):
     self.attn = Attention(config, rngs=rngs)
     self.mlp = MLP(config, rngs=rngs)
 
-  def __call__(self, x_BTD, layer, see, cache=None, slot: jax.Array | int = 0, keys_B=None):
-    """`see` says which keys a query sees: a `Mask` or a `Kernel`."""
+  def __call__(
+    self, x_BTD, layer, see, cache=None, slot: Any = 0, keys_B=None, at: Listener = SILENT
+  ):
+    """`see` says which keys a query sees: a `Mask` or a `Kernel`; `at` is asked at each site."""
+    x_BTD = at('resid_pre', x_BTD)
     with jax.named_scope('attn'):
-      out_BTD, weights_BNTS, cache = self.attn(self.ln_1(x_BTD), layer, see, cache, slot, keys_B)
-      x_BTD = x_BTD + out_BTD
+      out_BTD, cache = self.attn(self.ln_1(x_BTD, at, 'ln1'), layer, see, cache, slot, keys_B, at)
+      x_BTD = at('resid_mid', x_BTD + at('attn_out', out_BTD))
     with jax.named_scope('mlp'):
-      x_BTD = x_BTD + self.mlp(self.ln_2(x_BTD), keys_B)
-    return x_BTD, weights_BNTS, cache
+      out_BTD = self.mlp(self.ln_2(x_BTD, at, 'ln2'), keys_B, at)
+      x_BTD = at('resid_post', x_BTD + at('mlp_out', out_BTD))
+    return x_BTD, cache
 
 
 class GPT2(nnx.Module):
@@ -161,8 +182,7 @@ class GPT2(nnx.Module):
     cache: Any = None,
     slot: jax.Array | int = 0,
     dropout_keys_B: jax.Array | None = None,
-    hidden_states: bool = False,
-    attentions: bool = False,
+    listen: Listen = NOBODY,
   ) -> Output:
     """The model up to the last layer norm. Every argument but the tokens is an option of one use.
 
@@ -176,7 +196,7 @@ class GPT2(nnx.Module):
         on, and S is the cache's length. Without one, S = T.
       slot: where in the cache the first token goes, for all rows or [B].
       dropout_keys_B: a key for each row; None: no dropout.
-      hidden_states, attentions: whether to return them.
+      listen: who is asked at the sites: see `edits.Listening`.
 
     Raises:
       UserError: more tokens than `n_positions`.
@@ -187,21 +207,21 @@ class GPT2(nnx.Module):
     elif cache is not None:
       see = Mask(causal_mask(tokens_BT.shape[1], cache.positions, slot))
     else:
-      see = self._causal(tokens_BT.shape[1], documents_BT, slot, keys_B is not None, attentions)
+      see = self._causal(tokens_BT.shape[1], documents_BT, slot, keys_B is not None, listen)
 
     def run(block, x_BTD, layer, cache):
-      y_BTD, weights_BNTS, cache = block(x_BTD, layer, see, cache, slot, fold_in(keys_B, layer))
-      return y_BTD, cache, (x_BTD if hidden_states else None, weights_BNTS if attentions else None)
+      at = listen.layer(layer)
+      x_BTD, cache = block(x_BTD, layer, see, cache, slot, fold_in(keys_B, layer), at)
+      return x_BTD, cache, at.found
 
+    at = listen.layer(None)
     with jax.named_scope('embed'):
-      x_BTD = self._embedded(tokens_BT, positions_BT, slot, keys_B)
-    x_BTD, cache, (states_LBTD, weights_LBNTS) = run_blocks(run, self.h, c, x_BTD, cache)
-    x_BTD = self.ln_f(x_BTD)
-    if states_LBTD is not None:
-      states_LBTD = jnp.concatenate([states_LBTD, x_BTD[None]])
-    return Output(x_BTD, cache, states_LBTD, weights_LBNTS)
+      x_BTD = self._embedded(tokens_BT, positions_BT, slot, keys_B, at)
+    x_BTD, cache, found = run_blocks(run, self.h, c, x_BTD, cache)
+    x_BTD = self.ln_f(x_BTD, at, 'ln_final')
+    return Output(x_BTD, cache, at.found | found)
 
-  def _embedded(self, tokens_BT, positions_BT, slot, keys_B) -> jax.Array:
+  def _embedded(self, tokens_BT, positions_BT, slot, keys_B, at) -> jax.Array:
     """What the first block reads; arguments as of `transformer`."""
     c, (B, T) = self.config, tokens_BT.shape
     if T > c.n_positions:
@@ -211,12 +231,14 @@ class GPT2(nnx.Module):
       )
     if positions_BT is None:
       positions_BT = jnp.reshape(slot, (-1, 1)) + jnp.arange(T)
-    x_BTD = self.wte.rows(tokens_BT, B) + self.wpe.rows(positions_BT, B)
+    x_BTD = at('embed', self.wte.rows(tokens_BT, B))
+    x_BTD = x_BTD + at('pos_embed', self.wpe.rows(positions_BT, B))
     return dropout(x_BTD, c.embd_pdrop, fold_in(keys_B, c.n_layer + Outer.EMBEDDINGS))
 
-  def _causal(self, T: int, documents_BT, slot, drops: bool, attentions: bool) -> Mask | Kernel:
+  def _causal(self, T: int, documents_BT, slot, drops: bool, listen: Listen) -> Mask | Kernel:
     """What a row of T tokens sees of itself: by a kernel, unless the weights are asked for."""
-    name = 'xla' if attentions else choose(self.config, T, drops=drops)[0]
+    shown = listen.hears('attn_scores', 'pattern')
+    name = 'xla' if shown else choose(self.config, T, drops=drops)[0]
     if name != 'xla':
       return Kernel(name, documents_BT)
     see = causal_mask(T, T, slot)

@@ -12,6 +12,7 @@ from flax import nnx
 
 from gpt2_jax.model.config import GPTConfig
 from gpt2_jax.model.parameters import ROWS
+from gpt2_jax.model.sites import SILENT, Listener
 from gpt2_jax.parallel import sharded_products
 from gpt2_jax.parallel.cpu_matmul import parse_einsum
 from gpt2_jax.parallel.sharding import RULES, P, activation, in_mesh, layout, spec_of
@@ -135,10 +136,16 @@ class LayerNorm(nnx.Module):
     self.bias = constant(config, f'{name}.bias')
 
   @jax.named_scope('ln')
-  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+  def __call__(self, x_BTD: jax.Array, at: Listener = SILENT, name: str = '') -> jax.Array:
+    """The norm; its sites are `name`.scale, which is divided by, and `name`.normalized,
+    before its weight.
+    """
     x = x_BTD.astype(jnp.float32)
     x = x - x.mean(-1, keepdims=True)
-    x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
+    inverse_BT1 = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
+    if at.hears(f'{name}.scale'):
+      inverse_BT1 = 1 / at(f'{name}.scale', 1 / inverse_BT1)
+    x = at(f'{name}.normalized', x * inverse_BT1)
     return (x * self.weight[...] + self.bias[...]).astype(x_BTD.dtype)
 
 

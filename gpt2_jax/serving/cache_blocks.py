@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from gpt2_jax.model import attention
 from gpt2_jax.model.config import GPTConfig
 from gpt2_jax.model.kv_cache import LayerCaches, with_rows, without_one_row, write
+from gpt2_jax.model.sites import SILENT, Listener
 
 Arrays = tuple[jax.Array, ...]
 
@@ -57,7 +58,8 @@ class BlocksMask(attention.Mask):
     upcast: bool = False,
     drop: attention.Drop | None = None,
     precision: str | None = None,
-  ) -> tuple[jax.Array, jax.Array]:
+    at: Listener = SILENT,
+  ) -> jax.Array:
     """As `attention.attention`; what blocks of values give is added up in float32."""
     q_BNTH, k, v = q_BTNH.swapaxes(1, 2), k_BSNH, v_BSNH
     dtype, X = v.parts[0].dtype, len(v.parts)
@@ -70,10 +72,10 @@ class BlocksMask(attention.Mask):
       return attention.product('BNTS,BNSH->BNTH', weights_BNTS, v_BNSH, precision, wide)
 
     scores_BNTS = scale * jnp.concatenate(k.each(score), -1)
-    weights_BNTS = attention.weights(scores_BNTS, self.mask_BTS, dtype, drop)
+    weights_BNTS = attention.weights(scores_BNTS, self.mask_BTS, dtype, drop, at)
     outs_BNTH = v.each(attend, jnp.split(weights_BNTS, X, axis=-1))
     out_BNTH = functools.reduce(operator.add, outs_BNTH).astype(dtype)
-    return out_BNTH.swapaxes(1, 2), weights_BNTS
+    return out_BNTH.swapaxes(1, 2)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,7 @@ from gpt2_jax.checkpoints import pretrained, tensors
 from gpt2_jax.checkpoints.formats import huggingface, peft
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.model.config import GPTConfig, LoRA
+from gpt2_jax.model.edits import Listening
 from gpt2_jax.model.gpt2 import bind
 from gpt2_jax.model.pretrained_model import params_of
 from gpt2_jax.training.optimizers.parts import decay_mask
@@ -64,13 +65,14 @@ def test_logits_gradients_and_a_step(name):
 
   @jax.jit
   def compute(params):
-    out = bind(source.config, params).transformer(x, hidden_states=True, attentions=True)
+    listen = Listening(record=('resid_pre', 'pattern'))
+    out = bind(source.config, params).transformer(x, listen=listen)
     gradients = jax.grad(lambda p: nll(bind(source.config, p), x).total)(params)
     updates, _ = tx.update(gradients, tx.init(params), params)
     return (
       bind(source.config, params)(x),
-      out.hidden_states,
-      out.attentions,
+      jnp.concatenate([out.found['resid_pre'], out.x_BTD[None]]),
+      out.found['pattern'],
       gradients,
       optax.apply_updates(params, updates),
     )

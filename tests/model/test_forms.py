@@ -13,6 +13,7 @@ import gpt2_jax
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.model.config import LoRA
 from gpt2_jax.model.decode_layout import for_decoding
+from gpt2_jax.model.edits import Listening
 from gpt2_jax.model.gpt2 import bind, init_params
 from gpt2_jax.parallel.sharding import P
 
@@ -23,10 +24,10 @@ def features(config, params):
   out = jax.jit(
     lambda params, x: (
       bind(config, params)(x),
-      bind(config, params).transformer(x, hidden_states=True, attentions=True),
+      bind(config, params).transformer(x, listen=Listening(record=('resid_pre', 'pattern'))),
     )
   )(params, X)
-  return out[0], out[1].hidden_states, out[1].attentions
+  return out[0], out[1].found['resid_pre'], out[1].found['pattern']
 
 
 @pytest.mark.parametrize(

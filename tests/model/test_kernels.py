@@ -113,7 +113,7 @@ def test_blocks_in_bfloat16(T):
     return jax.device_get(of())
 
   def plain(q, k, v):
-    return attention(q, k, v, causal_mask(T, T), scale=1.0)[0]
+    return attention(q, k, v, causal_mask(T, T), scale=1.0)
 
   with jax.enable_x64(True):
     want = gradients(in_float64)
@@ -135,11 +135,11 @@ def test_blocks_of_a_cache(dtype):
   heads_last = lambda x: x.swapaxes(1, 2)
   for upcast in (False, True):
     how = dict(scale=0.3, upcast=upcast)
-    whole = jax.jit(lambda k, v, how=how: attention(q, k, v, causal_mask(1, S, at), **how)[0])
+    whole = jax.jit(lambda k, v, how=how: attention(q, k, v, causal_mask(1, S, at), **how))
     run = jax.jit(
       lambda used, k, v, how=how: BlocksMask(causal_mask(1, S, at)).attend(
         q, Blocks(k, used), Blocks(v, used), **how
-      )[0]
+      )
     )
     blocks = lambda x: tuple(jnp.split(x, X, axis=2))
     want = whole(heads_last(k), heads_last(v))

@@ -13,6 +13,7 @@ from support.arrays import assert_close, mesh_of
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.model.attention import Mask, causal_mask
 from gpt2_jax.model.config import GPTConfig
+from gpt2_jax.model.edits import Listening
 from gpt2_jax.model.gpt2 import bind, init_params
 from gpt2_jax.model.kv_cache import empty_cache
 from gpt2_jax.model.layers import dropout, fold_in
@@ -74,14 +75,15 @@ def test_scan_equals_the_blocks_one_by_one(tiny):
     states = [h_BTD]
     for i in range(tiny.n_layer):
       layer = nnx.merge(block, jax.tree.map(lambda leaf: leaf[i], layers))
-      h_BTD, _, _ = layer(h_BTD, jnp.asarray(i), Mask(causal_mask(11, 11)))
+      h_BTD, _ = layer(h_BTD, jnp.asarray(i), Mask(causal_mask(11, 11)))
       states.append(h_BTD)
     return states[:-1] + [model.ln_f(states[-1])]
 
   states = one_by_one(params)
-  out = jax.jit(lambda p: bind(tiny, p).transformer(x, hidden_states=True))(params)
+  listen = Listening(record=('resid_pre',))
+  out = jax.jit(lambda p: bind(tiny, p).transformer(x, listen=listen))(params)
   assert_close(out.x_BTD, states[-1])
-  assert_close(out.hidden_states, jnp.stack(states))
+  assert_close(out.found['resid_pre'], jnp.stack(states[:-1]))
 
 
 @pytest.mark.parametrize('policy', sorted(set(REMAT_POLICIES) - {'none'}))
@@ -159,11 +161,9 @@ def test_cached_equals_uncached(tiny):
 
 
 def test_attentions_are_causal_distributions(tiny):
-  weights_LBNTS = np.asarray(
-    jax.jit(lambda p: bind(tiny, p).transformer(tokens(tiny, 2, 7), attentions=True).attentions)(
-      init_params(tiny, 0)
-    )
-  )
+  listen = Listening(record=('pattern',))
+  found = jax.jit(lambda p: bind(tiny, p).transformer(tokens(tiny, 2, 7), listen=listen).found)
+  weights_LBNTS = np.asarray(found(init_params(tiny, 0))['pattern'])
   assert weights_LBNTS.shape == (3, 2, 4, 7, 7)
   np.testing.assert_allclose(weights_LBNTS.sum(-1), 1, rtol=1e-5)
   assert (np.triu(weights_LBNTS, 1) == 0).all()
@@ -176,7 +176,9 @@ def test_what_is_not_asked_for_is_not_computed(tiny):
   assert (
     stacked not in hlo()
     and stacked
-    in jax.jit(lambda p: bind(tiny, p).transformer(x, attentions=True)).lower(params).as_text()
+    in jax.jit(lambda p: bind(tiny, p).transformer(x, listen=Listening(record=('pattern',))))
+    .lower(params)
+    .as_text()
   )
 
 

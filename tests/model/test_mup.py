@@ -14,6 +14,7 @@ import gpt2_jax
 from gpt2_jax.checkpoints import tensors
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.model.config import GPTConfig, LoRA
+from gpt2_jax.model.edits import Listening
 from gpt2_jax.model.gpt2 import bind, init_params
 from gpt2_jax.training.optimizer import make_optimizer
 from gpt2_jax.training.step import init_state, make_train_step
@@ -54,11 +55,12 @@ def changes(width: int, parametrization: str, heads: int | None = None) -> np.nd
   @jax.jit
   def look(params):
     model = bind(config, params)
-    out = model.transformer(tokens[0, :, :-1], hidden_states=True, attentions=True)
-    weights_BNTS = out.attentions[1]
+    record = ('resid_pre', 'pattern')
+    found = model.transformer(tokens[0, :, :-1], listen=Listening(record=record)).found
+    weights_BNTS = found['pattern'][1]
     scores = jnp.log(weights_BNTS[..., :2])  # of two keys; their difference has no normaliser
     return (
-      out.hidden_states[1],
+      found['resid_pre'][1],
       (scores[..., 0] - scores[..., 1])[:, :, 1:],
       model(tokens[0, :, :-1]),
     )

@@ -21,6 +21,7 @@ from gpt2_jax.checkpoints.tensors import Source, check_tensors, load_params, sha
 from gpt2_jax.core.errors import UserError  # noqa: E402
 from gpt2_jax.decoding.generate import generate_tokens  # noqa: E402
 from gpt2_jax.model.activations import ACTIVATIONS  # noqa: E402
+from gpt2_jax.model.edits import Listening  # noqa: E402
 from gpt2_jax.model.gpt2 import bind  # noqa: E402
 from gpt2_jax.tokenizer import bpe  # noqa: E402
 from gpt2_jax.training.optimizers.parts import decay_mask  # noqa: E402
@@ -134,11 +135,11 @@ def test_hidden_states_and_attentions():
   theirs, config, params = pair()
   x = ids()
   want = theirs(torch.tensor(x), output_hidden_states=True, output_attentions=True)
-  out = jax.jit(
-    lambda p: bind(config, p).transformer(jnp.asarray(x), hidden_states=True, attentions=True)
-  )(params)
-  assert_close(out.hidden_states, torch.stack(want.hidden_states).detach())
-  assert_close(out.attentions, torch.stack(want.attentions).detach())
+  listen = Listening(record=('resid_pre', 'pattern'))
+  out = jax.jit(lambda p: bind(config, p).transformer(jnp.asarray(x), listen=listen))(params)
+  states = jnp.concatenate([out.found['resid_pre'], out.x_BTD[None]])
+  assert_close(states, torch.stack(want.hidden_states).detach())
+  assert_close(out.found['pattern'], torch.stack(want.attentions).detach())
 
 
 def both_adamw(theirs, lr, eps):

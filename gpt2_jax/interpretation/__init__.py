@@ -1,0 +1,1 @@
+"""What the parts of a model do: sweeps of patches, and what each part adds to a logit."""
