@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.arrays import assert_close, mesh_of
 from support.configs import optim
 from support.models import tiny_gpt2
@@ -19,7 +21,13 @@ from gpt2_jax.parallel.sharding import in_mesh, spec_of
 from gpt2_jax.training import optimizer
 from gpt2_jax.training.optimizer import make_optimizer
 from gpt2_jax.training.optimizers.muon import APART
-from gpt2_jax.training.optimizers.orthogonal import ITERATIONS, POLAR_EXPRESS, Stack, orthogonalized
+from gpt2_jax.training.optimizers.orthogonal import (
+  ITERATIONS,
+  POLAR_EXPRESS,
+  Stack,
+  each_matrix,
+  orthogonalized,
+)
 
 torch = pytest.importorskip('torch')
 
@@ -356,6 +364,30 @@ def test_on_every_mesh_a_step_is_the_same(kind, sizes):
   want, have = some_steps(kind), some_steps(kind, sizes)
   for name in want:
     assert_close(have[name], want[name], 1e-9)
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+  st.integers(1, 5),
+  st.sampled_from([4, 8, 12]),
+  st.sampled_from([(1, 4, 2), (2, 2, 2), (4, 1, 2), (2, 4, 1)]),
+  st.sampled_from(list(APART)),
+)
+def test_every_matrix_is_seen_whole_and_once(layers, width, sizes, apart):
+  """Whatever the shapes and the mesh: each is divided by its own norm, which needs all of it."""
+  config = tiny_gpt2(**SIZES | dict(n_layer=layers, n_embd=4 * width, n_inner=8 * width))
+  with mesh_of(*sizes):
+    params = jax.jit(make_params, static_argnums=(0, 1))(config, 0)
+    rows = flat(map_rows(lambda row, _: row, params))
+    names = [name for name in rows if rows[name].hidden]
+    stacks = [Stack(rows[name], APART[apart]) for name in names]
+    by_norm = lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=(1, 2), keepdims=True), 1e-9)
+    leaves = [flat(params)[name] for name in names]
+    have = jax.jit(lambda leaves: each_matrix(by_norm, leaves, stacks))(leaves)
+  for stack, x, y in zip(stacks, leaves, have, strict=True):
+    want = matrices(stack, x)
+    want /= np.linalg.norm(want, axis=(1, 2), keepdims=True)
+    assert_close(matrices(stack, y), want, 1e-6)
 
 
 def collectives(kind: str, sizes) -> dict[str, int]:
