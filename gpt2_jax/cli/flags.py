@@ -22,6 +22,7 @@ FLAGS: dict[str, Table] = {
     split_seed=Int(-(2**63), 2**63 - 1),
     text_field=Text(1000),
     workers=Optional(COUNT),
+    part=Optional(Text(20)),
   ),
   'Sample': dict(
     checkpoint=Place(), tokenizer=PATH, prompt_file=PATH, batch_size=COUNT, assistant=PATH
