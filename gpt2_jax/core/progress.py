@@ -55,7 +55,7 @@ def track(what: str, total: float, unit: str = '', *, done: float = 0) -> Iterat
 @contextlib.contextmanager
 def _notebook_bar(what: str, total: float, unit: str, done: float) -> Iterator[Callable]:
   """A bar of HTML. (Rich's needs ipywidgets, without which it is not redrawn.)"""
-  from IPython.display import HTML, display
+  from IPython.display import HTML, display  # pyright: ignore[reportMissingImports]
 
   started = last = time.monotonic()
 

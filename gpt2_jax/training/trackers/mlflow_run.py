@@ -17,7 +17,7 @@ class MLflow:
   needs = 'mlflow'
 
   def __init__(self, start: Start):
-    from mlflow import MlflowClient, entities
+    from mlflow import MlflowClient, entities  # pyright: ignore[reportMissingImports]
 
     self._entities, self._client = entities, MlflowClient()
     self.run = self._of_earlier(start.run) or self._new(start)
@@ -27,8 +27,8 @@ class MLflow:
 
   def _of_earlier(self, run: str | None) -> str | None:
     """Returns a run that there is, which goes on; None if it is in another place, or deleted."""
-    from mlflow.exceptions import MlflowException
-    from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+    from mlflow.exceptions import MlflowException  # pyright: ignore[reportMissingImports]
+    from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode  # pyright: ignore[reportMissingImports]
 
     if run is None:
       return None

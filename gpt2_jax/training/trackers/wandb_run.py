@@ -29,7 +29,7 @@ def records(path: Path) -> Iterator[bytes]:
 
 def _written(folder: Path, run: str, sent: int) -> int:
   """Returns the last step in a run's files; `sent` if they are gone, to a server perhaps."""
-  from wandb.proto import wandb_internal_pb2 as proto
+  from wandb.proto import wandb_internal_pb2 as proto  # pyright: ignore[reportMissingImports]
 
   parse = getattr(proto, 'Record').FromString  # noqa: B009  made when the module is loaded
   paths = folder.glob(f'*run-*-{run}/*.wandb')
@@ -48,7 +48,7 @@ class Wandb:
     Raises:
       UserError: there is no API key, which wandb would ask for at the keyboard.
     """
-    import wandb
+    import wandb  # pyright: ignore[reportMissingImports]
 
     self._wandb = wandb
     if wandb.setup().settings.mode in ('online', 'run', 'shared') and not wandb.login(prompt=False):
