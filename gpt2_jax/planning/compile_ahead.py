@@ -62,8 +62,8 @@ class Compiled:
 
 @contextlib.contextmanager
 def _without_cache():
-  """A context without JAX's persistent cache, which can't read back what was compiled for a GPU that
-  is not there ("PjRtCompiler must be constructed with a Client").
+  """A context without JAX's persistent cache, which can't read back what was compiled for devices
+  that are not there ("PjRtCompiler must be constructed with a Client").
   """
   before = jax.config.values['jax_enable_compilation_cache']
   jax.config.update('jax_enable_compilation_cache', False)
@@ -96,8 +96,7 @@ def compile_for(
   """
   began, hbm = time.monotonic(), topology.chip.hbm
   try:
-    gpu = mesh.devices.flat[0].platform == 'gpu'
-    with _without_cache() if gpu else contextlib.nullcontext():
+    with _without_cache():
       compiled = build()
   except (UserError, RuntimeError) as e:
     if 'cuDNN not found' in str(e):
