@@ -122,12 +122,12 @@ def checked(workdir: str | os.PathLike) -> AnyPath:
   Raises:
     UserError: no run can lie there.
   """
-  place = buckets.place(workdir, '--workdir')
-  if buckets.is_bucket(place) and not os.fspath(place).startswith('gs://'):
+  if buckets.is_bucket(workdir) and not (named := str(buckets.address(workdir))).startswith('gs://'):
     raise UserError(
-      f'--workdir {place}: Orbax keeps checkpoints on disks and in gs://, not there. Data and models '
+      f'--workdir {named}: Orbax keeps checkpoints on disks and in gs://, not there. Data and models '
       'may lie there.'
     )
+  place = buckets.place(workdir, '--workdir')
   if os.fspath(place).count('/') == 2 and buckets.is_bucket(place):
     raise UserError(f'--workdir {place} is a whole bucket: name a folder in it, {place}/runs/a say.')
   return place
