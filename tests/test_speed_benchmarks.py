@@ -39,7 +39,7 @@ def test_data(tmp_path):
   texts.mkdir()
   for name in 'abcdefgh':
     (texts / f'{name}.txt').write_text(f'{name} is what these lines say.\n' * 2000)
-  trained, bpe, byte, load = rows_of(
+  trained, bpe, byte, load, cold = rows_of(
     tmp_path,
     'data',
     f'--corpus=text:{texts}',
@@ -49,13 +49,16 @@ def test_data(tmp_path):
     '--shapes',
     '2x64',
     '--tokens=4096',
+    '--cold=4x64',
+    '--cold-bytes=67108864',
     '--repeats=1',
   )
-  assert [row['what'] for row in (trained, bpe, byte, load)] == [
+  assert [row['what'] for row in (trained, bpe, byte, load, cold)] == [
     'train',
     'prepare',
     'prepare',
     'load',
+    'cold',
   ]
   assert positive(trained, 'bytes_per_second') and positive(byte, 'bytes_per_second')
   assert positive(
@@ -66,6 +69,7 @@ def test_data(tmp_path):
     'tokenizers_bytes_per_second',
     'of_tokenizers',
   )
+  assert positive(cold, 'tokens_per_second', 'memmap_tokens_per_second', 'of_memmap')
   assert positive(load, 'tokens_per_second', 'slices_tokens_per_second', 'of_slices', 'times_need')
   assert bpe['bytes'] == 8 * 2000 * len('a is what these lines say.\n')
 
