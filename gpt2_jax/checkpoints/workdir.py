@@ -47,7 +47,7 @@ def recognises(path: AnyPath) -> bool:
 
 def in_record(name: str) -> bool:
   """Whether a file of a workdir, by its name in there, is of the record that others read."""
-  return not name.startswith(APART) and name != '.lock'
+  return not name.startswith((*APART, '.lock'))
 
 
 def record_of(path: str | os.PathLike) -> Path:

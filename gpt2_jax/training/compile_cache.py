@@ -25,10 +25,11 @@ def keep_compiled(workdir: str | os.PathLike) -> str:
   """
   if jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
     return ''
-  folder = buckets.place(workdir).resolve().parent / FOLDER
-  if not isinstance(folder, Path):  # JAX reads and writes there by the same libraries
-    jax.config.update('jax_compilation_cache_dir', str(folder))
+  place = buckets.place(workdir)
+  if not isinstance(place, Path):  # JAX reads and writes there by the same libraries
+    jax.config.update('jax_compilation_cache_dir', str(place.parent / FOLDER))
     return ''
+  folder = place.resolve().parent / FOLDER
   try:
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK | os.X_OK):

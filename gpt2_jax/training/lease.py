@@ -2,11 +2,11 @@
 
 The lease is an object, `.lock`, written anew every half minute on the condition that nobody else has
 written it since (its generation). A run that dies leaves it behind: it is taken over once it is
-stale, at once by a run on the same host, which sees that the process is gone.
+stale by the clock of the bucket, at once by a run on the same machine, which sees that the process is
+gone.
 """
 
 import contextlib
-import datetime
 import json
 import os
 import socket
@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import uuid
+from pathlib import Path
 from typing import Any
 
 from gpt2_jax.core.buckets import AnyPath
@@ -23,7 +24,19 @@ from gpt2_jax.core.files import parse_json, whole_number
 FILE = '.lock'
 RENEW_S = 30.0
 STALE_S = 180.0  # longer than a bucket is out of reach for once, and than clocks differ
-SHAPE = {'host': str, 'pid': whole_number, 'since': str, 'id': str}
+SHAPE = {'host': str, 'machine': str, 'pid': whole_number, 'since': str, 'id': str}
+
+
+def machine() -> str:
+  """Names this machine since it was started, and the processes that see one another; '' if unknown.
+
+  Names of hosts won't do: many are called localhost.
+  """
+  try:
+    boot = Path('/proc/sys/kernel/random/boot_id').read_text().strip()
+    return f'{boot} {os.readlink("/proc/self/ns/pid")}'
+  except OSError:
+    return ''
 
 
 class Lease:
@@ -41,6 +54,7 @@ class Lease:
     self._generation = 0  # of the lease as this run wrote it last
     self._said = {
       'host': socket.gethostname(),
+      'machine': machine(),
       'pid': os.getpid(),
       'since': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
       'id': uuid.uuid4().hex,
@@ -48,7 +62,9 @@ class Lease:
     bucket, _, name = os.fspath(workdir).removeprefix('gs://').partition('/')
     with self._reaching():
       client = storage.Client(project=os.environ.get('GOOGLE_CLOUD_PROJECT', 'none'))
-      self._blob = client.bucket(bucket).blob(f'{name}/{FILE}')
+      there = client.bucket(bucket)
+      self._blob = there.blob(f'{name}/{FILE}')
+      self._clock = there.blob(f'{name}/{FILE}-clock-{self._said["id"]}')
       self._take()
     self._thread = threading.Thread(target=self._renew, name='lease', daemon=True)
     self._thread.start()
@@ -83,11 +99,13 @@ class Lease:
     try:
       said = parse_json(text, SHAPE)
     except ValueError:
-      said = {'host': '?', 'pid': 0, 'since': '?', 'id': ''}
+      said = {'host': '?', 'machine': '', 'pid': 0, 'since': '?', 'id': ''}
     self._blob.reload(timeout=20)
-    assert self._blob.updated is not None
-    age = datetime.datetime.now(datetime.UTC) - self._blob.updated
-    return said | {'generation': self._blob.generation, 'age': age.total_seconds()}
+    self._clock.upload_from_string('', timeout=20)  # when the bucket says that it was written, is now
+    assert self._clock.updated is not None and self._blob.updated is not None
+    age = (self._clock.updated - self._blob.updated).total_seconds()
+    self._clock.delete(timeout=20)
+    return said | {'generation': self._blob.generation, 'age': age}
 
   def _take(self) -> None:
     told, first = False, None
@@ -116,7 +134,8 @@ class Lease:
   @staticmethod
   def _dead(held: dict[str, Any]) -> bool:
     """Whether the holder was a process of this machine that has ended."""
-    return held['host'] == socket.gethostname() and not os.path.exists(f'/proc/{held["pid"]}')
+    here = machine()
+    return here != '' and held['machine'] == here and not os.path.exists(f'/proc/{held["pid"]}')
 
   def _write(self, generation: int) -> bool:
     """Writes the lease if its generation is this one still; 0: if there is none. Whether it was."""

@@ -61,11 +61,10 @@ class BucketFolder(RunFolder):
     self._lock, self._end = threading.Lock(), threading.Event()
     shutil.rmtree(home, ignore_errors=True)  # the bucket has what counts
     self.record.mkdir(parents=True)
-    # what only grows is not needed here, and written under new names
     for name, about in buckets.listing(place).items():
       if in_record(name):
         buckets.fetch_file(place / name, self.record / name, about)
-    self._known = self._states()
+    self._known = self._states()  # what only grows was not fetched: it goes on under new names
     self._thread = threading.Thread(target=self._copy_on, name='record', daemon=True)
 
   def _states(self) -> dict[str, tuple[int, int]]:

@@ -57,8 +57,8 @@ def test_one_run_at_a_time_holds_a_workdir(cloud, monkeypatch, capfd):
 def test_the_lease_of_a_dead_run_is_taken_over(cloud, monkeypatch, age_s, host):
   """At once where its process is known to be gone; else when it has not been renewed for long."""
   workdir = f'{cloud.url}/dead-{host}'
-  name = lease.socket.gethostname() if host == 'same' else 'other'
-  said = {'host': name, 'pid': 2**22 + 1, 'since': 'then', 'id': 'x'}
+  machine = lease.machine() if host == 'same' else 'other'
+  said = {'host': 'localhost', 'machine': machine, 'pid': 2**22 + 1, 'since': 'then', 'id': 'x'}
   (buckets.place(workdir) / lease.FILE).write_text(json.dumps(said))
   monkeypatch.setattr(lease, 'STALE_S', lease.STALE_S - age_s)
   with workdir_lock.held(workdir) as held:
@@ -71,7 +71,7 @@ def test_a_run_whose_lease_was_taken_over_saves_nothing(cloud, monkeypatch):
   workdir = f'{cloud.url}/lost'
   with pytest.raises(UserError, match='taken over by another run.*process 7 on elsewhere'):
     with run_folder.opened(workdir) as folder:
-      said = {'host': 'elsewhere', 'pid': 7, 'since': 'now', 'id': 'y'}
+      said = {'host': 'elsewhere', 'machine': '', 'pid': 7, 'since': 'now', 'id': 'y'}
       (folder.place / lease.FILE).write_text(json.dumps(said))
       (folder.record / 'metrics.jsonl').write_text('{"step": 1}\n')
       deadline = time.monotonic() + 20
@@ -79,6 +79,24 @@ def test_a_run_whose_lease_was_taken_over_saves_nothing(cloud, monkeypatch):
         folder.keep()
         time.sleep(0.05)
   assert json.loads((buckets.place(workdir) / lease.FILE).read_text())['pid'] == 7
+
+
+def test_a_living_run_on_another_machine_of_the_same_name_is_left_alone(cloud, monkeypatch, capfd):
+  """Its process is not to be seen here, and the clock of this machine is an hour ahead."""
+  workdir = f'{cloud.url}/namesake'
+  there = buckets.place(workdir) / lease.FILE
+  name = lease.socket.gethostname()
+  said = {'host': name, 'machine': 'another', 'pid': 2**22 + 1, 'since': 'now', 'id': 'z'}
+  there.write_text(json.dumps(said))
+  real = time.time
+  monkeypatch.setattr(time, 'time', lambda: real() + 3600)
+  renewing = threading.Timer(1, lambda: there.write_text(json.dumps(said)))
+  renewing.start()
+  with pytest.raises(UserError, match='held by a run that goes on'), workdir_lock.held(workdir):
+    pass
+  renewing.join()
+  assert 'waiting to see whether that run goes on' in capfd.readouterr().err
+  assert sorted(buckets.listing(buckets.place(workdir))) == [lease.FILE]
 
 
 def test_the_record_is_copied_as_it_changes(cloud):
@@ -229,6 +247,31 @@ def test_a_run_in_a_bucket_is_that_on_a_disk(cloud, finished, text_folder, tmp_p
     assert done.returncode == 0, done.stderr
   again = run(*command, **cloud.env)
   assert again.returncode == 0 and f'{workdir}: step 24 of 24 is done already' in again.stdout
+
+
+@pytest.mark.slow
+def test_compiled_programs_lie_beside_a_run_in_a_bucket(cloud, text_folder, tmp_path):
+  """Where no variable of the environment names another place; and nothing is left on this disk."""
+  command = arguments(
+    text_folder, f'{cloud.url}/cached/run', data__store=tmp_path / 'store', train__steps=2
+  )
+  command[0] = str(ROOT / 'launch.py')
+  command[1] = f'--config={ROOT / "configs" / "tiny.py"}'
+  here = tmp_path / 'here'
+  here.mkdir()
+  env = environment(**cloud.env)
+  del env['JAX_COMPILATION_CACHE_DIR']
+  for name in ('run', 'other'):
+    command[2] = f'--workdir={cloud.url}/cached/{name}'
+    done = subprocess.run(
+      [sys.executable, *command], cwd=here, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert ('from the cache' in done.stdout) == (name == 'other')
+  assert any(
+    name.startswith('.jax_cache/') for name in buckets.listing(buckets.place(f'{cloud.url}/cached'))
+  )
+  assert not list(here.iterdir())
 
 
 @pytest.mark.slow
