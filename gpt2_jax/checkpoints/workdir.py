@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gpt2_jax.checkpoints import orbax_store
+from gpt2_jax.checkpoints import orbax_store, saved_steps
 from gpt2_jax.checkpoints.opening import PLAIN, Opening
 from gpt2_jax.checkpoints.tensors import Source, source_of
 from gpt2_jax.core import buckets
@@ -42,7 +42,7 @@ def _shown(line: Any) -> bool:
 
 
 def recognises(path: AnyPath) -> bool:
-  return orbax_store.is_workdir(path)
+  return saved_steps.is_workdir(path)
 
 
 def in_record(name: str) -> bool:
@@ -72,7 +72,7 @@ def split_step(source: str | os.PathLike) -> tuple[AnyPath, int | str | None]:
     if not said:
       raise UserError(
         f'{source}: behind the @ stands a step of the run {head}, best or latest, not '
-        f'{brief(which)}; kept are {_listed(orbax_store.kept_steps(head))}.'
+        f'{brief(which)}; kept are {_listed(saved_steps.kept_steps(head))}.'
       )
   elif not said:  # perhaps a revision
     return whole, None
@@ -87,7 +87,7 @@ def find_step(path: AnyPath, which: int | str) -> int:
   Raises:
     UserError: it is not there; lists those that are.
   """
-  kept = orbax_store.kept_steps(path)
+  kept = saved_steps.kept_steps(path)
   if not kept:
     raise UserError(
       f'{path} has no finished checkpoint yet: let the run go on until its first '
@@ -132,7 +132,7 @@ def open_source(path: AnyPath, opening: Opening = PLAIN) -> Source:
   when the first tensor is asked for.
   """
   asked = None if opening.step is None else find_step(path, opening.step)
-  meta = orbax_store.read_meta(path, asked)
+  meta = saved_steps.read_meta(path, asked)
   where = str(path) if asked is None else f'{path}@{asked}'
   at = record_of(path)
   config, known = GPTConfig(**meta['model']), record(at, meta['step'])
@@ -147,12 +147,12 @@ def open_source(path: AnyPath, opening: Opening = PLAIN) -> Source:
 
   def load(wanted: GPTConfig) -> Params | None:
     same = (wanted.padded_vocab_size, wanted.lora) == (config.padded_vocab_size, config.lora)
-    return orbax_store.load_params(path, meta) if same else None
+    return saved_steps.load_params(path, meta) if same else None
 
   @functools.cache
   def held() -> Source:
     with without_mesh():
-      return source_of(config, orbax_store.load_params(path, meta), where)
+      return source_of(config, saved_steps.load_params(path, meta), where)
 
   return Source(
     config,

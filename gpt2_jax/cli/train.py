@@ -142,7 +142,7 @@ def main(argv: list[str], began: float | None = None) -> int:
     began: when it was started, by `time.monotonic`.
   """
   parse_flags(argv)
-  from gpt2_jax.checkpoints import orbax_store
+  from gpt2_jax.checkpoints import saved_steps
   from gpt2_jax.core import determinism
   from gpt2_jax.parallel import multihost
   from gpt2_jax.training import compile_cache, run_folder, run_plan, train
@@ -154,7 +154,7 @@ def main(argv: list[str], began: float | None = None) -> int:
       determinism.require()
     multihost.initialize(DISTRIBUTED.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     if DRY_RUN.value:
-      made = run_plan.make_plan(CONFIG.value, held=orbax_store.held_positions(workdir))
+      made = run_plan.make_plan(CONFIG.value, held=saved_steps.held_positions(workdir))
       compile_cache.keep_compiled(workdir)  # the run itself then finds it compiled
       print(run_plan.dry_run(made))
       return 0

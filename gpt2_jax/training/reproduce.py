@@ -16,7 +16,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from gpt2_jax.checkpoints.orbax_store import difference, held_positions
+from gpt2_jax.checkpoints.orbax_store import difference
+from gpt2_jax.checkpoints.saved_steps import held_positions
 from gpt2_jax.checkpoints.workdir import record_of
 from gpt2_jax.configs import base
 from gpt2_jax.core import determinism

@@ -24,7 +24,14 @@ from gpt2_jax.model.gpt2 import Params
 from gpt2_jax.model.sizes import flops_per_token, num_params, num_trained
 from gpt2_jax.parallel import sharding
 from gpt2_jax.tokenizer import bpe
-from gpt2_jax.training import compile_cache, longer_context, memory_estimate, optimizer, out_of_memory
+from gpt2_jax.training import (
+  batch_sizes,
+  compile_cache,
+  longer_context,
+  memory_estimate,
+  optimizer,
+  out_of_memory,
+)
 from gpt2_jax.training.optimizer import make_optimizer, make_schedule
 from gpt2_jax.training.run_model import make_model
 from gpt2_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
@@ -246,10 +253,10 @@ def make_plan(config: Config, devices=None, held: int | None = None) -> Plan:
   source, spec, model, mesh = make_model(config, devices, held)
   if config.deterministic:
     determinism.check()
-  T, G = _rows(config, model, mesh)
-  _check_checkpoints(config)
+  T, G = batch_sizes.batch_rows(config, model, mesh)
+  batch_sizes.check_checkpoints(config)
   model, A = memory_estimate.fitted(config, model, mesh, T, G)
-  eval_rows = _eval_rows(config, mesh, G // A)
+  eval_rows = batch_sizes.eval_rows(config, mesh, G // A)
   optimizer.check(config.optim, model)
   goal, steps = config.train.tokens, config.train.steps
   if goal is not None:
@@ -268,56 +275,6 @@ def _until(optim: Config, goal: int | None) -> Config:
   optim = optim.copy_and_resolve_references()
   optim.decay_tokens = goal
   return optim
-
-
-def _rows(config: Config, model: GPTConfig, mesh: Mesh) -> tuple[int, int]:
-  """Returns T, the tokens of a row, and G, the rows of a global batch."""
-  T = model.n_positions if config.data.sequence_length is None else config.data.sequence_length
-  if not 1 <= T <= model.n_positions:
-    raise UserError(
-      f"data.sequence_length = {T} is longer than the model's context "
-      f'(model.n_positions = {model.n_positions}): shorten it or enlarge the model.'
-    )
-  G, remainder = divmod(config.train.global_batch_tokens, T)
-  if remainder or not G:
-    raise UserError(
-      f'train.global_batch_tokens = {config.train.global_batch_tokens} is no multiple '
-      f'of the row length {T}; the nearest is {max(1, G) * T}.'
-    )
-  sharding.check_divisible(mesh, {'data.sequence_length': (T, 'seq')})
-  return T, G
-
-
-def _check_checkpoints(config: Config) -> None:
-  """Raises a UserError if a step is to be kept, or offered, that is not saved."""
-  keep, every, patience = config.checkpoint, config.evaluate.every, config.evaluate.patience
-  if keep.keep_every % keep.every:
-    raise UserError(
-      f'checkpoint.keep_every = {keep.keep_every} must be 0 or a multiple of '
-      f'checkpoint.every = {keep.every}: only what is saved can be kept.'
-    )
-  if (patience or keep.keep_best) and every % keep.every:
-    cause = (
-      f'evaluate.patience = {patience} offers'
-      if patience
-      else f'checkpoint.keep_best = {keep.keep_best} keeps'
-    )
-    raise UserError(
-      f'{cause} the best evaluated step, so each must be saved: make evaluate.every = '
-      f'{every} a multiple of checkpoint.every = {keep.every}.'
-    )
-
-
-def _eval_rows(config: Config, mesh: Mesh, micro_batch: int) -> int:
-  """Returns the rows of an evaluation batch; as a rule those of a micro-batch."""
-  split, rows = mesh.shape['data'] * mesh.shape['fsdp'], config.evaluate.batch_rows
-  if rows is None:
-    return max(split, micro_batch)
-  if rows % split:
-    raise UserError(
-      f'evaluate.batch_rows = {rows} must be a multiple of mesh.data·mesh.fsdp = {split}.'
-    )
-  return rows
 
 
 def dry_run(plan: Plan) -> str:

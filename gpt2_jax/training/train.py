@@ -5,7 +5,7 @@ import os
 
 import jax
 
-from gpt2_jax.checkpoints.orbax_store import held_positions
+from gpt2_jax.checkpoints.saved_steps import held_positions
 from gpt2_jax.core.progress import track
 from gpt2_jax.data import verify
 from gpt2_jax.decoding.generate import generate_tokens

@@ -26,7 +26,7 @@ from support.processes import ROOT, environment, run
 from support.texts import make_text
 
 import gpt2_jax
-from gpt2_jax.checkpoints import manifest, orbax_store
+from gpt2_jax.checkpoints import manifest, orbax_store, saved_steps
 from gpt2_jax.cli.main import main
 from gpt2_jax.core import files, verified
 from gpt2_jax.core.errors import UserError, saving
@@ -197,7 +197,7 @@ def test_readers_of_a_run_with_a_damaged_file(made, name, data):
     shutil.copytree(made / 'run', run)
     mutate(run / name, data)
     with or_refused():
-      assert orbax_store.read_meta(run)['step'] in (4, 6)
+      assert saved_steps.read_meta(run)['step'] in (4, 6)
     with or_refused():
       source = workdir.open_source(run)
       source.tensor('wte.weight')
@@ -460,7 +460,7 @@ def test_a_second_run_says_who_holds_the_workdir(made, copy):
     after = {path: path.read_bytes() for path in copy.rglob('*') if path.is_file()}
     del before[copy / workdir_lock.FILE], after[copy / workdir_lock.FILE]
     assert after == before  # nothing of the first is harmed
-    assert orbax_store.read_meta(copy)['step'] == 6  # who reads needs no lock
+    assert saved_steps.read_meta(copy)['step'] == 6  # who reads needs no lock
   assert train(tiny_config(made), copy) == 0  # it is done already, and held by none
 
 
@@ -611,7 +611,7 @@ def test_an_address_is_refused_by_each_verb(argv, tmp_path, monkeypatch):
   [
     gpt2_jax.from_pretrained,
     token_store.open_store,
-    orbax_store.read_meta,
+    saved_steps.read_meta,
     orbax_store.Checkpoints,
     lambda path: files.write_whole(path, ''),
     lambda path: files.whole(path).__enter__(),

@@ -8,7 +8,7 @@ import pytest
 
 import gpt2_jax
 from configs import tiny
-from gpt2_jax.checkpoints import orbax_store, pretrained
+from gpt2_jax.checkpoints import pretrained, saved_steps
 from gpt2_jax.checkpoints.workdir import split_step
 from gpt2_jax.cli import main
 from gpt2_jax.cli.evaluate import Evaluate
@@ -172,4 +172,4 @@ def test_every_verb_and_init_from(made, text_folder, tmp_path, capsys):
   config.init_from = source
   begins = run_plan.make_plan(config).load_source()
   np.testing.assert_array_equal(begins['ln_f']['bias'], weight(gpt2_jax.from_pretrained(source)))
-  assert orbax_store.kept_steps(made) == [2, 4, 6]
+  assert saved_steps.kept_steps(made) == [2, 4, 6]

@@ -11,7 +11,7 @@ from support.contexts import evaluated, one_device, shrunk  # noqa: F401# noqa: 
 
 import gpt2_jax
 from configs import finetune, recipes
-from gpt2_jax.checkpoints import orbax_store
+from gpt2_jax.checkpoints import saved_steps
 from gpt2_jax.checkpoints.orbax_store import Checkpoints
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.data.token_store import open_store
@@ -56,7 +56,7 @@ def lines(workdir):
 def check(config, tmp_path):
   """Trains, and compares the run's own held-out loss with evaluate's; returns evaluate's result."""
   assert train.train(config, tmp_path / 'run') == 0
-  step = orbax_store.read_meta(tmp_path / 'run')['step']
+  step = saved_steps.read_meta(tmp_path / 'run')['step']
   own = next(line['eval/loss'] for line in lines(tmp_path / 'run') if line['step'] == step)
   found = evaluated(tmp_path / 'run', config.data.store, tmp_path)
   assert abs(found['metrics']['loss']['value'] - own) < 1e-5, (found, own)

@@ -15,7 +15,7 @@ from support.processes import ROOT, environment, run
 from support.runs import arguments, lines, plain
 
 from benchmarks import kills
-from gpt2_jax.checkpoints import manifest, orbax_store
+from gpt2_jax.checkpoints import manifest, saved_steps
 from gpt2_jax.checkpoints.orbax_store import Checkpoints
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.model.config import GPTConfig
@@ -154,7 +154,7 @@ def test_a_run_passes_over_a_damaged_checkpoint(finished, text_folder, tmp_path)
   workdir = tmp_path / 'run'
   shutil.copytree(finished[0], workdir)
   cut(workdir / 'checkpoints' / '24')
-  assert orbax_store.read_meta(workdir)['step'] == 20  # what samples and conversions read
+  assert saved_steps.read_meta(workdir)['step'] == 20  # what samples and conversions read
   result = run(*arguments(text_folder, workdir))
   assert result.returncode == 0, result.stderr
   assert 'resumed from step 20' in result.stdout
@@ -236,7 +236,7 @@ def test_a_run_of_an_early_commit_goes_on(tmp_path):
   """
   shutil.unpack_archive(ROOT / 'tests' / 'golden' / 'run.tar.xz', tmp_path, filter='data')
   workdir = tmp_path / 'run'
-  before, meta = lines(workdir), orbax_store.read_meta(workdir)
+  before, meta = lines(workdir), saved_steps.read_meta(workdir)
   assert meta['step'] == 4 and [line['step'] for line in before] == list(range(1, 9))
   with mesh_of(1, 1, 1):
     abstract = on_devices(jax.eval_shape(lambda: make_params(GPTConfig(**meta['model']), 0)))

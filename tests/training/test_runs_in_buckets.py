@@ -15,7 +15,7 @@ from support.runs import PLAIN, arguments
 
 import gpt2_jax
 from benchmarks import kills
-from gpt2_jax.checkpoints import orbax_store
+from gpt2_jax.checkpoints import saved_steps
 from gpt2_jax.checkpoints.workdir import find_step
 from gpt2_jax.core import buckets
 from gpt2_jax.core.errors import UserError
@@ -235,7 +235,7 @@ def test_a_run_in_a_bucket_is_that_on_a_disk(cloud, finished, text_folder, tmp_p
 
   # what can be done with it from elsewhere
   place = buckets.place(workdir)
-  assert orbax_store.kept_steps(place) == committed(workdir) and find_step(place, 'latest') == 24
+  assert saved_steps.kept_steps(place) == committed(workdir) and find_step(place, 'latest') == 24
   ours, theirs = gpt2_jax.from_pretrained(workdir), gpt2_jax.from_pretrained(finished[0])
   assert ours.tokenizer.sha256 == theirs.tokenizer.sha256
   for verb in (

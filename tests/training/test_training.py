@@ -15,7 +15,7 @@ from support.configs import optim, tiny_config
 from support.models import tiny_gpt2
 
 from configs import base
-from gpt2_jax.checkpoints import orbax_store
+from gpt2_jax.checkpoints import orbax_store, saved_steps
 from gpt2_jax.checkpoints.orbax_store import difference
 from gpt2_jax.core.chips import peak_flops
 from gpt2_jax.core.errors import UserError
@@ -353,16 +353,16 @@ def test_checkpoints_need_room_and_the_right_shape(tiny, tmp_path, monkeypatch):
     checkpoints.restore(2, other.items())
   without = dataclasses.replace(abstract, ema=None)
   assert without.restored(2, checkpoints.restore(2, without.items())).ema is None
-  meta = orbax_store.read_meta(tmp_path)
+  meta = saved_steps.read_meta(tmp_path)
   assert GPTConfig(**meta['model']) == tiny and meta['step'] == 2
-  params = orbax_store.load_params(tmp_path, meta)
+  params = saved_steps.load_params(tmp_path, meta)
   np.testing.assert_array_equal(params['wte']['weight'], state.ema['wte']['weight'])
   checkpoints.close()
 
 
 def test_a_workdir_without_a_checkpoint_says_so(tmp_path):
   with pytest.raises(UserError, match='holds no checkpoints'):
-    orbax_store.read_meta(tmp_path)
+    saved_steps.read_meta(tmp_path)
   (tmp_path / 'checkpoints' / '5.orbax-checkpoint-tmp').mkdir(parents=True)  # killed while saving
   with pytest.raises(UserError, match='no finished checkpoint yet'):
-    orbax_store.read_meta(tmp_path)
+    saved_steps.read_meta(tmp_path)
