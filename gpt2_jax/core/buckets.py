@@ -105,14 +105,19 @@ def _register() -> None:
 
 
 @contextlib.contextmanager
-def reading(path: object) -> Iterator[None]:
-  """Turns what a bucket's library says into a line for the user."""
+def reading(path: object, done: str = 'read') -> Iterator[None]:
+  """Turns what a bucket's library says into a line for the user.
+
+  Args:
+    path: in a bucket.
+    done: what is done with it, 'read' or 'written'.
+  """
   try:
     yield
   except UserError:
     raise
   except OSError as e:
-    raise Unreachable(f"{path} can't be read: {str(e) or type(e).__name__}.") from e
+    raise Unreachable(f"{path} can't be {done}: {str(e) or type(e).__name__}.") from e
 
 
 # --- What lies there -----------------------------------------------------------------------------
@@ -125,7 +130,8 @@ def listing(path: AnyPath) -> dict[str, dict[str, Any]]:
   A path that is a file has the one name ''; of one that is not there nothing is returned.
   """
   root = os.fspath(path).partition('://')[2].rstrip('/')
-  found = filesystem(path).find(os.fspath(path), detail=True)
+  with reading(path):
+    found = filesystem(path).find(os.fspath(path), detail=True)
   return {
     name[len(root) + 1 :]: about
     for name, about in sorted(found.items())
@@ -162,7 +168,8 @@ def fetch_file(path: AnyPath, to: Path, about: dict[str, Any] | None = None) -> 
     with open(partial, 'wb') as file:
       have = hashlib.md5(usedforsecurity=False)
       for start in range(0, size, BLOCK_BYTES):
-        block = there.cat_file(named, start=start, end=min(start + BLOCK_BYTES, size))
+        with reading(path):  # not what this disk says
+          block = there.cat_file(named, start=start, end=min(start + BLOCK_BYTES, size))
         file.write(block)
         have.update(block)
       if file.tell() != size:
@@ -254,12 +261,12 @@ def upload(folder: Path, to: AnyPath, last: Callable[[str], bool] = lambda name:
     last: whether a file is written after all others, by its name: what says that all is there.
   """
   there = filesystem(to)
-  if folder.is_file():
-    there.put_file(str(folder), os.fspath(to))
-    return
-  names = [str(path.relative_to(folder)) for path in sorted(folder.rglob('*')) if path.is_file()]
-  for group in ([n for n in names if not last(n)], [n for n in names if last(n)]):
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+  with reading(to, 'written'), concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+    if folder.is_file():
+      there.put_file(str(folder), os.fspath(to))
+      return
+    names = [str(path.relative_to(folder)) for path in sorted(folder.rglob('*')) if path.is_file()]
+    for group in ([n for n in names if not last(n)], [n for n in names if last(n)]):
       list(pool.map(lambda name: there.put_file(str(folder / name), f'{to}/{name}'), group))
 
 
