@@ -7,7 +7,7 @@
 import subprocess
 import sys
 
-REPOSITORY = 'https://github.com/OWNER/gpt2_jax'  # where this notebook is from
+REPOSITORY = 'URL'  # in Colab: the address that this notebook was opened from
 if 'google.colab' in sys.modules:
   package = f'gpt2_jax @ git+{REPOSITORY}'
   subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', package], check=True)
