@@ -221,7 +221,9 @@ def test_kills_at_random_moments_lose_nothing(tmp_path, monkeypatch, capsys):
   a start that is killed makes about a dozen.
   """
   monkeypatch.setattr(subprocess, 'Popen', forked.Popen)
-  monkeypatch.setattr(sys, 'argv', ['kills', '--kills=5', '--steps=80', f'--folder={tmp_path / "kills"}'])
+  monkeypatch.setattr(
+    sys, 'argv', ['kills', '--kills=5', '--steps=80', f'--folder={tmp_path / "kills"}']
+  )
   for name in ('XLA_FLAGS', 'PYTHONPATH'):
     monkeypatch.setenv(name, environment()[name])
   status, printed = kills.main(), capsys.readouterr().out
