@@ -45,7 +45,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-[store] = (path for path in Path('data').iterdir() if (path / 'manifest.json').exists())
+[store] = (path.parent for path in Path('data').glob('stdlib-*/manifest.json'))
 figures = {}
 for rate, run in runs.items():
   file = run.workdir / 'held-out.json'

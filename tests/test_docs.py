@@ -147,14 +147,14 @@ def test_every_option_of_generation_has_an_example_that_works():
 
 
 def shortened(command: str) -> str:
-  """A command as it is typed, but of a run of hundreds of steps, its own or its config's, fewer: that
+  """A command as it is typed, but of a run of tens of steps, its own or its config's, fewer: that
   losses fall is found in tests/training, and what follows such a run takes any model.
   """
   if not re.search(r'(launch\.py|gpt2-jax train) .*--config', command) or '--dry_run' in command:
     return command
   if '--config.train.steps=' not in command:  # README.md's first one
     return f'{command} --config.train.steps=60'
-  steps = re.compile(r'(?<=--config\.train\.steps=)\d{3,}')
+  steps = re.compile(r'(?<=--config\.train\.steps=)\d{2,}')
   return steps.sub(lambda found: str(int(found[0]) // 5), command)
 
 

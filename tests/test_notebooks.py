@@ -23,10 +23,16 @@ def test_a_notebook_is_its_script_without_outputs(name):
   assert text == pairs.notebook(script), 'python notebooks/pairs.py makes it anew'
 
 
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """Where all of them run, as they do for who opens one after the other: text is prepared once."""
+  return tmp_path_factory.mktemp('notebooks')
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')  # of Jupyter's own
 @pytest.mark.parametrize('name', NAMES)
-def test_a_notebook_runs_from_top_to_bottom(name, tmp_path, monkeypatch):
+def test_a_notebook_runs_from_top_to_bottom(name, folder, tmp_path, monkeypatch):
   client = pytest.importorskip('nbclient')
   pytest.importorskip('ipykernel')
   import nbformat
@@ -36,7 +42,7 @@ def test_a_notebook_runs_from_top_to_bottom(name, tmp_path, monkeypatch):
   monkeypatch.setenv('IPYTHONDIR', str(tmp_path / 'ipython'))
   notebook = nbformat.read(ROOT / 'notebooks' / f'{name}.ipynb', 4)
   done = client.NotebookClient(
-    notebook, timeout=600, kernel_name='python3', resources={'metadata': {'path': str(tmp_path)}}
+    notebook, timeout=600, kernel_name='python3', resources={'metadata': {'path': str(folder)}}
   ).execute()
   shown = json.dumps(done)
   assert 'image/png' in shown or name == '5_serve'

@@ -211,7 +211,7 @@ print(prepare.ensure_store(s, folder, 1, (int(i), int(n))).sha256)
 """
 
 
-@pytest.mark.parametrize('place', ['disk', 'bucket'])
+@pytest.mark.parametrize('place', ['disk', pytest.param('bucket', marks=pytest.mark.slow)])
 def test_several_processes_make_one_store(text_folder, tmp_path, there, place, monkeypatch):
   """The bytes of one process, with a tokenizer that is trained on the text."""
   monkeypatch.setattr(corpus_parts, 'MIN_PART_BYTES', 20_000)

@@ -68,7 +68,12 @@ def greedy(who: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
   'who,k',
-  [pytest.param('draft', 1, marks=pytest.mark.slow), ('draft', 5), ('itself', 3), ('lookup', 4)],
+  [
+    pytest.param('draft', 1, marks=pytest.mark.slow),
+    pytest.param('draft', 5, marks=pytest.mark.slow),
+    ('itself', 3),
+    ('lookup', 4),
+  ],
 )
 def test_greedy_tokens_are_those_of_one_at_a_time(params, who, k):
   """Also with processors that look at the guesses so far."""

@@ -76,12 +76,12 @@ def tasks(tmp_path_factory) -> Path:
   """A folder with tasks and their data, as a user would write them."""
   folder = tmp_path_factory.mktemp('tasks')
   pages = (Path(DATA or '') / 'wikitext-2' / 'test.txt').read_text().split('\n \n')
-  texts = lines('lambada_test.jsonl', 30)
-  short = [{'text': row['text'][: 150 + 40 * i]} for i, row in enumerate(texts[:12])]
+  texts = lines('lambada_test.jsonl', 12)
+  short = [{'text': row['text'][: 150 + 80 * i]} for i, row in enumerate(texts[:6])]
   for name, yaml, rows in (
     ('lambada', LAMBADA, texts),
-    ('hellaswag', HELLASWAG, lines('hellaswag_val_1000.jsonl', 15)),
-    ('wikitext', WIKITEXT, [{'page': page} for page in pages[:12] if page.strip()]),
+    ('hellaswag', HELLASWAG, lines('hellaswag_val_1000.jsonl', 8)),
+    ('wikitext', WIKITEXT, [{'page': page} for page in pages[:5] if page.strip()]),
     ('free', FREE, [{'text': text} for text in ('A man', '<|endoftext|>a', texts[0]['text'])]),
     ('write', WRITE, short + short[:1]),
   ):

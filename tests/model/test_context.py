@@ -154,6 +154,7 @@ def test_a_context_that_is_there_is_kept(begun, asked, rows, have):
   assert ('context ' in made.describe()) == (asked is not None and have < asked)
 
 
+@pytest.mark.slow
 def test_a_run_of_an_early_version_goes_on_as_it_is(texts, tmp_path, monkeypatch, capsys):
   """Its model has positions beyond its rows; the losses are those of a run never stopped."""
 

@@ -71,7 +71,7 @@ def in_float64(q_BTNH, k_BTNH, v_BTNH, documents=None):
   'T,mesh,by_layer,document_start',
   [
     (200, None, True, None),
-    (200, (2, 1, 2, 1), False, 5),
+    pytest.param(200, (2, 1, 2, 1), False, 5, marks=pytest.mark.slow),
     pytest.param(1500, None, False, 5, marks=pytest.mark.slow),
   ],
 )

@@ -29,6 +29,11 @@ def as_a_gpu(monkeypatch):
   return patch
 
 
+def rare(value):
+  """A parameter for the slow tests."""
+  return pytest.param(value, marks=pytest.mark.slow)
+
+
 def loss_and_gradients(config, sizes):
   """Of 8 rows of 32 tokens."""
   with mesh_of(*sizes):
@@ -38,7 +43,7 @@ def loss_and_gradients(config, sizes):
     return jax.device_get(loss(params)), loss.lower(params).as_text()
 
 
-@pytest.mark.parametrize('sizes', [(1,), (2,), (1, 2), (1, 2, 2)])
+@pytest.mark.parametrize('sizes', [(1,), rare((2,)), rare((1, 2)), (1, 2, 2)])
 def test_a_gpus_products_and_loss(sizes, as_a_gpu):
   (want, wanted), plain = loss_and_gradients(CONFIG, sizes)
   as_a_gpu()
@@ -51,7 +56,7 @@ def test_a_gpus_products_and_loss(sizes, as_a_gpu):
   assert 'optimization_barrier' in text and 'optimization_barrier' not in plain
 
 
-@pytest.mark.parametrize('remat', ['none', 'dots', 'full'])
+@pytest.mark.parametrize('remat', [rare('none'), 'dots', rare('full')])
 def test_layers_written_out_are_a_loops(remat):
   config = dataclasses.replace(CONFIG, remat=remat)
   (want, wanted), loop = loss_and_gradients(config, (2,))

@@ -133,6 +133,7 @@ with jax.set_mesh(mesh):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_batches_and_agree_on_a_checkpoint(tmp_path):
   """Each row of a global batch is read by one of them; a damaged checkpoint is none for both."""
   results = finish(start(2, ['-c', WORKER, str(tmp_path)], devices=2), timeout=120)

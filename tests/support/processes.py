@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(ROOT / '.jax_cache'))
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.03'
 os.environ['JAX_PLATFORMS'] = 'cpu'
-# less optimised code: half the time to compile, which is most of the time these tests take
-QUICK = '--xla_backend_optimization_level=0'
+# less optimised code, in one piece: half the time to compile, which is most of the time tests take
+QUICK = '--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1'
 USUAL = {}  # jax.jit's compiler_options, for bits that two programs share as users compile them
 if version('jaxlib').startswith('0.10.'):  # later ones know no other emitters
   QUICK += ' --xla_cpu_use_fusion_emitters=false'

@@ -231,6 +231,7 @@ def test_kills_at_random_moments_lose_nothing(tmp_path, monkeypatch, capsys):
   assert '5 kills' in printed and 'nothing was lost' in printed
 
 
+@pytest.mark.slow
 def test_a_run_of_an_early_commit_goes_on(tmp_path):
   """golden/run.tar.xz was made at f7cf32c: a run of 8 steps with dropout, a moving average and spikes
   that are skipped. Its checkpoint is that of step 4; its record has all 8 steps.

@@ -32,6 +32,7 @@ def config_of(texts, rows, steps, **optim):
   return config
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_batches(texts, tmp_path, monkeypatch, capsys):
   """Tokens, the order of the data and the learning rate, over four starts."""
   optim = dict(warmup_tokens=4 * T, decay_tokens=20 * T)
