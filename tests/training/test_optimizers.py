@@ -15,9 +15,9 @@ from support.models import tiny_gpt2
 
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.model.config import LoRA
-from gpt2_jax.model.gpt2 import init_params, make_params
+from gpt2_jax.model.gpt2 import make_params
 from gpt2_jax.model.parameters import map_rows
-from gpt2_jax.parallel.sharding import in_mesh, spec_of
+from gpt2_jax.parallel.sharding import in_mesh, on_devices, spec_of
 from gpt2_jax.training import optimizer
 from gpt2_jax.training.optimizer import make_optimizer
 from gpt2_jax.training.optimizers.muon import APART
@@ -147,15 +147,23 @@ THEIRS = {
 }
 
 
-def in_float64(params):
-  return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
+def lies(config):
+  """Shapes and layouts of the parameters on the mesh that is set; nothing is compiled."""
+  return on_devices(jax.eval_shape(lambda: make_params(config, 0)))
+
+
+def drawn(config, dtype=jnp.float32):
+  """Parameters by NumPy: nothing is compiled, as it is for those of a model."""
+  rng = np.random.default_rng(1)
+  shapes = jax.eval_shape(lambda: make_params(config, 0))
+  return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), dtype), shapes)
 
 
 @pytest.fixture
 def sixty_four():
   with jax.enable_x64(True):
     config = tiny_gpt2(**SIZES)
-    yield config, in_float64(init_params(config, 0))
+    yield config, drawn(config, jnp.float64)
 
 
 def flat(tree) -> dict:
@@ -330,11 +338,10 @@ def some_steps(kind: str, sizes=None) -> dict:
   """
 
   def run():
-    params, grads = drawn, gradients(drawn)
+    params, grads = whole, gradients(whole)
     if in_mesh():
-      lies = jax.jit(make_params, static_argnums=(0, 1))(config, 0)
-      like = lambda x, p: jax.device_put(x, p.sharding)
-      params, *grads = [jax.tree.map(like, tree, lies) for tree in (params, *grads)]
+      like, there = lambda x, p: jax.device_put(x, p.sharding), lies(config)
+      params, *grads = [jax.tree.map(like, tree, there) for tree in (params, *grads)]
     last = steps_of(made(kind), params, grads)[-1]
     for a, b in zip(jax.tree.leaves(last), jax.tree.leaves(params), strict=True):
       assert not in_mesh() or spec_of(a) == spec_of(b)  # it lies as it lay
@@ -342,12 +349,12 @@ def some_steps(kind: str, sizes=None) -> dict:
 
   config = tiny_gpt2(**WIDE)
   with jax.enable_x64(True):
-    drawn = in_float64(init_params(config, 0))
+    whole = drawn(config, jnp.float64)
     with contextlib.nullcontext() if sizes is None else mesh_of(*sizes):
       return run()
 
 
-QUICK = [('muon', (1, 4, 2)), ('normuon', (2, 2, 2))]  # data, fsdp, tensor, seq
+QUICK = [('normuon', (2, 2, 2))]  # data, fsdp, tensor, seq
 MESHES = [(1, 8, 1), (8, 1, 1), (1, 2, 4), (2, 2, 1, 2), (1, 1, 8), (1, 4, 2), (2, 2, 2)]
 
 
@@ -366,7 +373,7 @@ def test_on_every_mesh_a_step_is_the_same(kind, sizes):
     assert_close(have[name], want[name], 1e-9)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
   st.integers(1, 5),
   st.sampled_from([4, 8, 12]),
@@ -377,7 +384,7 @@ def test_every_matrix_is_seen_whole_and_once(layers, width, sizes, apart):
   """Whatever the shapes and the mesh: each is divided by its own norm, which needs all of it."""
   config = tiny_gpt2(**SIZES | dict(n_layer=layers, n_embd=4 * width, n_inner=8 * width))
   with mesh_of(*sizes):
-    params = jax.jit(make_params, static_argnums=(0, 1))(config, 0)
+    params = jax.tree.map(lambda x, p: jax.device_put(x, p.sharding), drawn(config), lies(config))
     rows = flat(map_rows(lambda row, _: row, params))
     names = [name for name in rows if rows[name].hidden]
     stacks = [Stack(rows[name], APART[apart]) for name in names]
@@ -393,9 +400,8 @@ def test_every_matrix_is_seen_whole_and_once(layers, width, sizes, apart):
 def collectives(kind: str, sizes) -> dict[str, int]:
   """The collectives of an update as it is compiled, without clipping."""
   with mesh_of(*sizes):
-    params = jax.jit(make_params, static_argnums=(0, 1))(tiny_gpt2(**WIDE), 0)
-    tx = made(kind, clip_norm=0.0)
-    state = jax.jit(tx.init)(params)
+    params, tx = lies(tiny_gpt2(**WIDE)), made(kind, clip_norm=0.0)
+    state = on_devices(jax.eval_shape(tx.init, params))
     text = jax.jit(tx.update).lower(params, state, params).compile().as_text()
   names = ('all-to-all', 'all-gather', 'all-reduce', 'reduce-scatter', 'collective-permute')
   counts = {name: text.count(f' {name}(') + text.count(f' {name}-start(') for name in names}
@@ -430,7 +436,7 @@ MATRICES = {
 def test_muon_is_for_matrices_within_blocks(tie):
   """No bias, layer norm, embedding or head: by the table, by what is said, and by what is kept."""
   config = tiny_gpt2(**SIZES, tie_word_embeddings=tie)
-  params = flat(init_params(config, 0))
+  params = flat(drawn(config))
   assert {
     row.name for row in config.parameters() if optimizer.rule('muon', row) == 'muon'
   } == MATRICES
@@ -439,7 +445,7 @@ def test_muon_is_for_matrices_within_blocks(tie):
     said[0].split(': ')[0] == 'muon, decay 0.1' and set(said[0].split(': ')[1].split()) == MATRICES
   )
   assert sorted(' '.join(line.split(': ')[1] for line in said).split()) == sorted(params)
-  state = made('muon').init(init_params(config, 0))
+  state = jax.eval_shape(made('muon').init, drawn(config))
   sizes = lambda tree: sum(x.size for x in jax.tree.leaves(tree) if x.ndim)
   want = sum((1 if name in MATRICES else 2) * x.size for name, x in params.items())
   assert sizes(state) == want
@@ -463,10 +469,10 @@ def test_under_mup_steps_have_one_spectral_norm_at_every_width(scale):
   for ratio in (1, 4):
     width = 16 * ratio
     config = tiny_gpt2(**SIZES | dict(n_embd=width, n_head=4 * ratio, n_inner=4 * width))
-    params = init_params(config, 0)
+    params = drawn(config)
     o = optim(name='muon', muon_scale=scale, muon_steps=12, clip_norm=0.0, weight_decay=0.0)
     tx = make_optimizer(o, optax.constant_schedule(1.0), ratio)
-    updates, _ = tx.update(gradients(params)[0], tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(gradients(params)[0], tx.init(params), params)
     rows = flat(map_rows(lambda row, _: row, params))
     norms.append(
       {
