@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tyro
 from support import forked
-from support.processes import QUICK, ROOT, environment
+from support.processes import BETTER, ROOT, environment
 
 from gpt2_jax.cli import inputs, main
 from gpt2_jax.cli.plan import split_overrides
@@ -164,7 +164,7 @@ def type_in(command: str, tree: Path, usual: bool) -> None:
   usual: compiled as users' is; else with less, which takes less time.
   """
   env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'} | {'PYTHONPATH': str(tree)}
-  env |= {} if usual else {'XLA_FLAGS': QUICK.replace('level=0', 'level=1')}
+  env |= {} if usual else {'XLA_FLAGS': BETTER}
   program = next((name for name in PROGRAMS if command.startswith(name + ' ')), None)
   if program and not set('$|<>&;') & set(command):
     words = [sys.executable, *PROGRAMS[program], *shlex.split(command.removeprefix(program))]

@@ -4,7 +4,7 @@ import importlib.util
 import json
 
 import pytest
-from support.processes import ROOT, environment
+from support.processes import BETTER, ROOT, environment
 
 spec = importlib.util.spec_from_file_location('pairs', ROOT / 'notebooks' / 'pairs.py')
 pairs = importlib.util.module_from_spec(spec)
@@ -37,7 +37,7 @@ def test_a_notebook_runs_from_top_to_bottom(name, folder, tmp_path, monkeypatch)
   pytest.importorskip('ipykernel')
   import nbformat
 
-  for key, value in environment().items():
+  for key, value in environment(XLA_FLAGS=BETTER).items():
     monkeypatch.setenv(key, value)
   monkeypatch.setenv('IPYTHONDIR', str(tmp_path / 'ipython'))
   notebook = nbformat.read(ROOT / 'notebooks' / f'{name}.ipynb', 4)

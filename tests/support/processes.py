@@ -16,6 +16,7 @@ USUAL = {}  # jax.jit's compiler_options, for bits that two programs share as us
 if version('jaxlib').startswith('0.10.'):  # later ones know no other emitters
   QUICK += ' --xla_cpu_use_fusion_emitters=false'
   USUAL = {'xla_cpu_use_fusion_emitters': True}
+BETTER = QUICK.replace('level=0', 'level=1')  # takes longer to compile, and half as long a step
 os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count=8 {QUICK}'
 ONLINE = os.environ.get('HF_HUB_OFFLINE', '0')  # as the user has it
 os.environ['HF_HUB_OFFLINE'] = '1'
