@@ -99,7 +99,7 @@ async def ask(port: int, body: dict) -> tuple[str, float, int]:
   reader, writer = await asyncio.open_connection('127.0.0.1', port)
   began, first, lines = time.perf_counter(), 0.0, []
   writer.write(
-    b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n'
+    b'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n'
     b'Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s' % (len(content), content)
   )
   status = int((await reader.readline()).split()[1])

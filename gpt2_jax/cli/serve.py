@@ -13,6 +13,7 @@ from gpt2_jax.core.errors import UserError, brief
 
 KEY = 'GPT2_JAX_API_KEY'
 ORIGIN = re.compile(r'\*|[a-z][a-z\d+.-]*://[^/\s?#@]+')
+HOST = re.compile(r'\*|[A-Za-z\d._-]+|[A-Fa-f\d:.]+')
 
 
 @dataclasses.dataclass
@@ -28,6 +29,9 @@ class Serve:
   """Port; 0: any that is free."""
   api_key: Annotated[str | None, tyro.conf.arg(metavar='KEY')] = None
   """That requests must bring; default: $GPT2_JAX_API_KEY, which other users here don't see."""
+  allow_host: tuple[str, ...] = ()
+  """Names by which it may be asked, as gpt.example.org (a proxy's, say); *: any; default: localhost
+  and the address that it listens at."""
   allow_origin: tuple[str, ...] = ()
   """Sites whose pages may read answers (CORS), as https://example.org; *: all; default: none."""
   tokenizer: str | None = None
@@ -57,6 +61,12 @@ class Serve:
   def check(self) -> None:
     """Raises a UserError that names the flag whose value can't be honoured."""
     flags.check(self)
+    for host in self.allow_host:
+      if not HOST.fullmatch(host):
+        raise UserError(
+          f'--allow-host {brief(host)} is no name: a host without scheme and port, as '
+          'gpt.example.org or 192.168.1.5; or * for any.'
+        )
     for origin in self.allow_origin:
       if not ORIGIN.fullmatch(origin):
         raise UserError(
@@ -105,12 +115,13 @@ class Serve:
       limits=limits,
       api_key=key,
       roots=dict(zip(names, self.checkpoint)),
+      hosts=self.allow_host,
       origins=self.allow_origin,
     )
     for name, engine in made.state.serving.engines.items():
       print(f'{name}: {engine.model.config.n_positions} positions, {self.slots} slots', flush=True)
       engine.warm()
-    server.make_server(made, sockets=sockets, connections=connections).run()
+    server.make_server(made, host=self.host, sockets=sockets, connections=connections).run()
 
 
 def model_names(checkpoints: tuple[str, ...]) -> list[str]:

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 
 from gpt2_jax.model.pretrained_model import Pretrained
 from gpt2_jax.serving import endpoints
+from gpt2_jax.serving.hosts import Hosts
 from gpt2_jax.serving.middleware import Guard
 from gpt2_jax.serving.schemas import ApiError, Json, Limits, refusal
 from gpt2_jax.serving.state import Serving
@@ -24,6 +25,7 @@ def make_app(
   limits: Limits | None = None,
   api_key: str | None = None,
   roots: Mapping[str, str] | None = None,
+  hosts: Sequence[str] = (),
   origins: Sequence[str] = (),
 ) -> FastAPI:
   """Returns the application that serves some models by name.
@@ -35,6 +37,8 @@ def make_app(
     limits: of requests.
     api_key: that requests must bring, but for the pages and `/healthz`.
     roots: where models came from, as a command line would name them; default: their names.
+    hosts: names by which requests may ask for the server, beside those of the loopback and of the
+      address that `make_server` binds; '*': any.
     origins: of other sites, whose pages may read answers (CORS); '*': of all.
 
   Raises:
@@ -42,6 +46,7 @@ def make_app(
   """
   limits = limits or Limits()
   serving = Serving(models, limits, slots=slots, queue=queue, roots=roots or {})
+  serving.hosts = Hosts(hosts, origins)
 
   @contextlib.asynccontextmanager
   async def lifespan(_):
@@ -62,7 +67,9 @@ def make_app(
     },
   )
   app.state.serving = serving
-  app.add_middleware(Guard, limits=limits, metrics=serving.metrics, api_key=api_key)
+  app.add_middleware(
+    Guard, limits=limits, metrics=serving.metrics, hosts=serving.hosts, api_key=api_key
+  )
   if origins:  # around the guard, so that its refusals can be read too
     app.add_middleware(
       CORSMiddleware,

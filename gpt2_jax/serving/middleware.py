@@ -9,6 +9,7 @@ from typing import Any
 
 from starlette.requests import ClientDisconnect
 
+from gpt2_jax.serving.hosts import Hosts
 from gpt2_jax.serving.metrics import Metrics
 from gpt2_jax.serving.schemas import ApiError, Limits
 
@@ -20,6 +21,7 @@ HEADERS = [
   (b'x-content-type-options', b'nosniff'),
   (b'referrer-policy', b'no-referrer'),
 ]
+HEADER_BYTES = 16 << 10  # of a request's line and headers
 OPEN = ('/', '/attention', '/favicon.ico', '/healthz', '/openapi.json')  # without a key; and /static/
 
 log = logging.getLogger('gpt2_jax.serving')
@@ -30,13 +32,15 @@ class Gone(Exception):
 
 
 class Guard:
-  """An ASGI middleware: keys, sizes and times of requests, headers of answers, errors, counts.
+  """An ASGI middleware: hosts, keys, sizes and times of requests, headers of answers, errors, counts.
 
   HEAD is answered as GET, but for the body; a path with a slash at its end as the one without.
   """
 
-  def __init__(self, app: Any, *, limits: Limits, metrics: Metrics, api_key: str | None):
-    self.app, self.limits, self.metrics = app, limits, metrics
+  def __init__(
+    self, app: Any, *, limits: Limits, metrics: Metrics, hosts: Hosts, api_key: str | None
+  ):
+    self.app, self.limits, self.metrics, self.hosts = app, limits, metrics, hosts
     self.key = None if api_key is None else api_key.encode()
 
   async def __call__(self, scope, receive, send) -> None:
@@ -48,7 +52,14 @@ class Guard:
     exchange = Exchange(self.limits, receive, send, head=head)
     began = time.monotonic()
     try:
+      if _header_bytes(scope) > HEADER_BYTES:  # they came at once: uvicorn counts what is incomplete
+        raise ApiError(
+          431,
+          f'The headers are larger than this server takes, {HEADER_BYTES} bytes.',
+          headers={'Connection': 'close'},
+        )
       headers = dict(scope['headers'])
+      self.hosts.check(headers)
       self._admit(scope['path'], headers)
       await self.app(scope, exchange.receive, exchange.send)
     except ApiError as e:
@@ -84,6 +95,12 @@ class Guard:
 def _plain(path: str) -> str:
   """A path without the slash at its end; of files it means a folder."""
   return path if path.startswith('/static/') else path.rstrip('/') or '/'
+
+
+def _header_bytes(scope) -> int:
+  """How long a request's line and headers are, but for what is the same in all."""
+  line = len(scope['raw_path']) + len(scope['query_string'])
+  return line + sum(len(name) + len(value) + 4 for name, value in scope['headers'])  # ': ' and CRLF
 
 
 def too_large(limits: Limits) -> ApiError:

@@ -14,9 +14,9 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gpt2_jax.core.errors import UserError, brief
+from gpt2_jax.serving.middleware import HEADER_BYTES
 from gpt2_jax.serving.schemas import ApiError, dumps
 
-HEADER_BYTES = 16 << 10  # of a request's line and headers
 HEADER_SECONDS = 10.0  # for them to arrive
 KEEP_SECONDS = 30  # of a connection between two requests
 OTHER_FILES = 100  # that a server may have open beside its connections: half are told that it is full
@@ -34,13 +34,27 @@ async def crowded(scope, receive, send) -> None:
   ).response()(scope, receive, send)
 
 
+class Quiet:
+  """A transport to which nothing is written once it is closed: asyncio logs each such write."""
+
+  def __init__(self, transport: Any):
+    self._transport = transport
+
+  def write(self, data: bytes) -> None:
+    if not self._transport.is_closing():
+      self._transport.write(data)
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._transport, name)
+
+
 class Protocol(H11Protocol):
   """Closes connections whose headers do not arrive, and those that take nothing of an answer, which
   uvicorn would keep for ever. What uvicorn itself refuses has the form of other errors.
   """
 
   def connection_made(self, transport: Any) -> None:
-    super().connection_made(transport)
+    super().connection_made(Quiet(transport))  # type: ignore[arg-type]
     most = self.config.app.state.serving.connections  # type: ignore[union-attr]
     if len(self.connections) > most:
       self.app = crowded
@@ -234,14 +248,17 @@ def make_server(
 
   Args:
     app: of `make_app`.
-    host, port: where it listens; port 0: any that is free.
+    host, port: where it listens; port 0: any that is free. By that name it may be asked, too.
     connections: so many at a time; beyond that, the answer is 503.
     log_level: uvicorn's.
-    sockets: of `bind`, in the place of host and port.
+    sockets: of `bind`, which has been asked for host and port.
 
   Raises:
     UserError: host and port can't be listened at.
   """
+  bound = sockets or bind(host, port)
+  for address in (host, *(each.getsockname()[0] for each in bound)):
+    app.state.serving.hosts.bound(address)
   app.state.serving.connections = connections
   # asyncio accepts all that wait before any is looked at
   backlog = min(BACKLOG, max(1, _files() - connections - OTHER_FILES * 3 // 4))
@@ -261,5 +278,5 @@ def make_server(
       h11_max_incomplete_event_size=HEADER_BYTES,
       timeout_graceful_shutdown=10,
     ),
-    sockets or bind(host, port),
+    bound,
   )

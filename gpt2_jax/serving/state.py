@@ -9,6 +9,7 @@ from starlette.concurrency import run_in_threadpool
 from gpt2_jax.core.errors import UserError, brief
 from gpt2_jax.model.pretrained_model import Pretrained
 from gpt2_jax.serving.engine import Engine
+from gpt2_jax.serving.hosts import Hosts
 from gpt2_jax.serving.metrics import Metrics
 from gpt2_jax.serving.schemas import ApiError, Json, Limits, busy, stopping
 
@@ -18,6 +19,7 @@ class Serving:
 
   Attributes:
     roots: model -> where it came from, as a command line would name it.
+    hosts: by whose names it may be asked, as `make_app` and `make_server` set them.
     draining: whether the server is being stopped.
     connections: the most at a time, as `make_server` sets it.
   """
@@ -36,7 +38,7 @@ class Serving:
       name: Engine(name, model, self.metrics, slots=slots, queue=queue)
       for name, model in models.items()
     }
-    self.draining, self.connections = False, 1000
+    self.hosts, self.draining, self.connections = Hosts(), False, 1000
     self._one_at_a_time = asyncio.Semaphore(1)  # forward passes beside the engines
     self.passes, self._most_passes = 0, queue  # how many of these wait or run
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 import tyro
-from support.serving import audit, until
+from support.serving import ARGUMENTS, CHROMIUM, audit, until
 
 import gpt2_jax
 from gpt2_jax.cli import inputs, main
@@ -376,6 +376,29 @@ def test_trouble_is_one_line_and_nothing_is_lost(open_page):
   page.wait_for_selector('#error:has-text("again in 1 s")')
   choices(page)
   assert len(tries) == 2 and page.is_hidden('#error') and text(page) == 'abc'
+
+
+def test_a_site_whose_name_is_made_to_lead_here_gets_nothing(browser, byte_server):
+  """DNS rebinding, in a browser that believes it: 403 for the page, and for what its scripts ask for
+  under our own name.
+  """
+  address, _ = byte_server
+  port = address.rpartition(':')[2]
+  engine = browser.browser_type
+  lie = '--host-resolver-rules=MAP evil.example 127.0.0.1'
+  with contextlib.closing(engine.launch(executable_path=CHROMIUM, args=[*ARGUMENTS, lie])) as fooled:
+    page = fooled.new_page()
+    answer = page.goto(f'http://evil.example:{port}/')
+    assert answer.status == 403 and '--allow-host' in answer.text()
+    ask = """async (url) => { try {
+      const headers = {'Content-Type': 'application/json'};
+      const answer = await fetch(url, {method: 'POST', headers, body: '{"prompt": "a"}'});
+      return answer.status;
+    } catch (error) { return 'kept out'; } }"""
+    assert page.evaluate(ask, f'http://evil.example:{port}/v1/completions') == 403
+    assert page.evaluate(ask, f'{address}/v1/completions') == 'kept out'  # CORS
+    page.goto(address)
+    assert page.evaluate(ask, f'{address}/v1/completions') == 200
 
 
 def test_a_key_is_asked_for_once(open_page):

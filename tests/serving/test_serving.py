@@ -1,6 +1,7 @@
 """A server answers as `generate` does, whatever else it is asked, and whoever asks."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import re
@@ -26,7 +27,8 @@ from gpt2_jax.decoding.from_options import make_processors  # noqa: E402
 from gpt2_jax.decoding.generate import prepare  # noqa: E402
 from gpt2_jax.decoding.options import Options  # noqa: E402
 from gpt2_jax.serving import programs, slot_state  # noqa: E402
-from gpt2_jax.serving.schemas import Limits  # noqa: E402
+from gpt2_jax.serving.hosts import Hosts  # noqa: E402
+from gpt2_jax.serving.schemas import ApiError, Limits  # noqa: E402
 
 TEXT = 'A prompt that is read in two chunks, as it has more bytes than one of them holds. ' * 2
 LONG = TEXT[:132]
@@ -527,7 +529,7 @@ def test_a_connection_goes_on_after_errors(server):
   post_ = lambda path, content, kind=b'application/json': (
     b'POST '
     + path
-    + b' HTTP/1.1\r\nHost: x\r\nContent-Type: '
+    + b' HTTP/1.1\r\nHost: localhost\r\nContent-Type: '
     + kind
     + b'\r\nContent-Length: %d\r\n\r\n' % len(content)
     + content
@@ -538,9 +540,9 @@ def test_a_connection_goes_on_after_errors(server):
     post_(b'/v1/completions', b'{' * 999),
     post_(b'/v1/completions', body, b'text/plain'),
     post_(b'/healthz', body * 99),
-    b'HEAD /healthz HTTP/1.1\r\nHost: x\r\n\r\n',
+    b'HEAD /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n',
     post_(b'/v1/completions', body),
-    b'GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n',
+    b'GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n',
   ]
   found = send(server, b''.join(requests))
   assert re.findall(rb'HTTP/1.1 (\d+)', found) == [
@@ -658,7 +660,7 @@ def test_static_files_are_those_of_the_package_only(server):
     '',
   ):
     line = f'GET /static/{path} HTTP/1.1\r\n'
-    found = send(server, f'{line}Host: x\r\nConnection: close\r\n\r\n'.encode())
+    found = send(server, f'{line}Host: localhost\r\nConnection: close\r\n\r\n'.encode())
     assert found.split(b' ')[1] in (b'400', b'404', b'405'), (path, found[:100])
     assert secret not in found and b'root:' not in found
 
@@ -701,7 +703,7 @@ def test_who_leaves_gives_up_the_slot(server):
   for streams in (True, False):
     body = json.dumps(dict(prompt='a', max_tokens=159, stream=streams, n=4)).encode()
     head = (
-      f'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n'
+      f'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n'
       f'Content-Length: {len(body)}\r\n\r\n'
     ).encode()
     connections = [socket.create_connection(('127.0.0.1', server.port)) for _ in range(4)]
@@ -746,10 +748,70 @@ def test_pages_of_other_sites_may_read_answers_if_they_are_named():
         answer = httpx.post(
           running.url + '/v1/completions', content=content, headers=headers | {'Origin': asks}
         )
-        assert answer.status_code == status
+        assert answer.status_code == (status if asks == origin else 403)
         assert (answer.headers.get('access-control-allow-origin') == origin) == (asks == origin)
     answer = httpx.options(running.url + '/v1/completions', headers=preflight | {'Origin': 'null'})
     assert answer.status_code == 400 and 'access-control-allow-origin' not in answer.headers
+
+
+def test_a_name_that_is_not_the_server_s_is_refused(server):
+  """A page whose name is made to lead here (DNS rebinding) gets nothing, with or without an Origin;
+  our own pages and programs do.
+  """
+  body = dict(prompt='a', max_tokens=1)
+  ask = lambda **headers: httpx.post(server.url + '/v1/completions', json=body, headers=headers)
+  evil, ours = f'evil.example:{server.port}', f'localhost:{server.port}'
+  for headers in (dict(Host=evil), dict(Host=evil, Origin=f'http://{evil}')):
+    answer = ask(**headers)
+    assert_error(answer, 403)
+    assert '--allow-host' in answer.text and 'evil.example' in answer.text
+    for path in ('/', '/metrics', '/healthz', '/static/style.css'):
+      assert httpx.get(server.url + path, headers=headers).status_code == 403
+  for origin in (f'http://{evil}', 'http://localhost:1', 'null', f'http://{ours}.evil.example'):
+    answer = ask(Host=ours, Origin=origin)
+    assert_error(answer, 403)
+    assert '--allow-origin' in answer.text
+  for headers in ({}, dict(Host='127.0.0.1'), dict(Host=ours, Origin=f'http://{ours}')):
+    assert ask(**headers).status_code == 200
+  assert b' 200 ' in send(server, b'GET /healthz HTTP/1.0\r\n\r\n')[:20]
+
+
+@pytest.mark.parametrize(
+  'address,allowed,name,admitted',
+  [
+    ('127.0.0.1', (), 'LocalHost.:80', True),
+    ('127.0.0.1', (), '[::1]:80', True),
+    ('127.0.0.1', (), '192.168.1.5', False),
+    ('127.0.0.1', (), '127.0.0.1.evil.example', False),
+    ('192.168.1.5', (), '192.168.1.5:80', True),
+    ('192.168.1.5', (), '192.168.1.6:80', False),
+    ('box.lan', (), 'box.lan', True),
+    ('0.0.0.0', (), '192.168.1.6', True),  # an address leads where it says
+    ('::', (), '[fe80::1]:80', True),
+    ('0.0.0.0', (), 'evil.example', False),
+    ('0.0.0.0', ('GPT.example.org',), 'gpt.example.org', True),
+    ('0.0.0.0', ('*',), 'any.example', True),
+    ('127.0.0.1', (), '[', False),
+  ],
+)
+def test_names_of_a_server(address, allowed, name, admitted):
+  hosts = Hosts(allowed)
+  hosts.bound(address)
+  with contextlib.nullcontext() if admitted else pytest.raises(ApiError, match='--allow-host'):
+    hosts.check({b'host': name.encode()})
+
+
+@pytest.mark.parametrize('packets', [1, 3])
+def test_too_many_headers_are_refused_however_they_come(server, packets):
+  """In one packet, too, which the parser takes however long it is."""
+  for size, status in ((15_000, b'200'), (17_000, b'431')):
+    whole = b'GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX-A: %s\r\n\r\n'
+    whole %= b'a' * size
+    with socket.create_connection(('127.0.0.1', server.port), timeout=60) as connection:
+      for i in range(packets):
+        connection.sendall(whole[i * len(whole) // packets : (i + 1) * len(whole) // packets])
+        time.sleep(0.05)
+      assert connection.recv(100).split()[1] == status
 
 
 def test_more_connections_than_there_may_be():
@@ -832,6 +894,8 @@ FLAGS = [
   ("--host '' can't be listened at", dict(host='')),
   ("--host 'no such host' can't", dict(host='no such host')),
   ("--host '198.51.100.7' can't", dict(host='198.51.100.7')),
+  ('--allow-host', dict(allow_host=('https://example.org',))),
+  ('--allow-host', dict(allow_host=('example.org:80',))),
   ('--allow-origin', dict(allow_origin=('example.org',))),
   ('--allow-origin', dict(allow_origin=('https://example.org/page',))),
 ]
