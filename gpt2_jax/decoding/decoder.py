@@ -15,6 +15,7 @@ from gpt2_jax.core.errors import UserError, brief
 from gpt2_jax.decoding import automaton
 from gpt2_jax.decoding import row_state as h
 from gpt2_jax.decoding.device_loop import Rules
+from gpt2_jax.decoding.edited import placed
 from gpt2_jax.decoding.from_options import make_processors, make_search
 from gpt2_jax.decoding.host_loop import Job, Row, run
 from gpt2_jax.decoding.options import Options
@@ -84,6 +85,7 @@ class TextRequest:
   logits_processor: Sequence[Processor] = ()  # the user's own
   prefix_allowed_tokens_fn: PrefixFunction | None = None
   assistant: tuple[GPTConfig, Params] | None = None  # a model that guesses ahead
+  edits: Any = ()  # an `Edit`, or a tree of them
 
   @classmethod
   def of(cls, config: GPTConfig, params: Params, prompts: text_batches.Texts, **asked: Any):
@@ -174,6 +176,8 @@ class Decoder:
     )
     rows = request.rows(results, endings.guide)
     config, params = for_decoding(request.config, request.params)
+    longest = max(len(row.ids) for row in rows) + options.max_new_tokens
+    edits = placed(request.edits, config, reach=longest - 1)  # the last one is not read
     job = Job(
       config=config,
       params=params,
@@ -185,6 +189,7 @@ class Decoder:
       slide=options.context == 'slide',
       deadline=None if options.max_time is None else began + options.max_time,
       width=width,
+      edits=edits,
     )
     return cls(request, job, rows)
 

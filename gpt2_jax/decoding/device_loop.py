@@ -18,11 +18,13 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from gpt2_jax.decoding.edited import editing
 from gpt2_jax.decoding.processors import Processor
 from gpt2_jax.decoding.pytree import register
 from gpt2_jax.decoding.row_state import Endings, History
 from gpt2_jax.model.attention import causal_mask
 from gpt2_jax.model.config import GPTConfig
+from gpt2_jax.model.edits import Placed
 from gpt2_jax.model.gpt2 import GPT2, Output, Params, bind
 from gpt2_jax.model.kv_cache import Cache, empty_cache
 from gpt2_jax.model.layers import pick
@@ -47,6 +49,7 @@ class Request:
   samples_B: jax.Array  # which sample of its prompt a row is
   key: jax.Array | None  # of the request; None: greedy
   rules: Rules
+  edits: tuple[Placed, ...] = ()  # of the model's activations, over all its positions
 
   @property
   def C(self) -> int:
@@ -133,8 +136,12 @@ def prefill(model: GPT2, request: Request, N: int):
   """
   A, prompt_slots = request.prompts_AP.shape
   S = prompt_slots + N
+  positions_AP = expand(jnp.arange(prompt_slots)[None], A) if request.edits else None
   filled = model.transformer(
-    request.prompts_AP, cache=empty_cache(model.config, A, S), mask_BTS=causal_mask(prompt_slots, S)
+    request.prompts_AP,
+    cache=empty_cache(model.config, A, S),
+    mask_BTS=causal_mask(prompt_slots, S),
+    listen=editing(request.edits, positions_AP),
   )
   return filled, pick(filled.x_BTD, request.windows_A - 1)[:, None]
 
@@ -160,9 +167,11 @@ def read(
   own_BTS = (own_BTS == among) if alone else (own_BTS >= 0) & (own_BTS <= among)
   positions_BT = windows_B1 + t_B1 + (0 if alone else jnp.arange(T))
   # beyond the context nothing is asked for, but a NaN there would spoil the row: 0 · NaN is NaN
+  positions_BT = jnp.minimum(positions_BT, model.config.n_positions - 1)
   return model.transformer(
     tokens_BT,
-    positions_BT=jnp.minimum(positions_BT, model.config.n_positions - 1),
+    positions_BT=positions_BT,
+    listen=editing(request.edits, positions_BT),
     mask_BTS=old_BS[:, None] | own_BTS,
     cache=cache,
     slot=prompt_slots + t,

@@ -90,6 +90,7 @@ def generate(
   assistant_model: Model | None = None,
   logits_processor: Sequence[Processor] = (),
   prefix_allowed_tokens_fn: PrefixFunction | None = None,
+  edits: Any = (),
   **options: Any,
 ) -> list[Generated]:
   """Continues a text, texts, or lists of ids.
@@ -103,6 +104,8 @@ def generate(
     assistant_model: a smaller model with the same vocabulary, to guess ahead (speculative decoding).
     logits_processor: processors of your own, `Processor` says what they are.
     prefix_allowed_tokens_fn: (index of the prompt, ids so far) -> ids that may come next.
+    edits: a `model.edits.Edit`, or a tree of them: what is changed inside of the model while it reads
+      and writes. Positions are counted from the start of each text.
     **options: the fields of `Options`, as docs/decoding.md explains them: `max_new_tokens` (128),
       `do_sample` (True; False takes the likeliest token), `temperature`, `top_k`, `top_p`,
       `num_return_sequences`, `num_beams`, `stop_strings`, …; `seed`: the same prompt and seed
@@ -122,6 +125,7 @@ def generate(
     tokenizer=tokenizer,
     logits_processor=logits_processor,
     prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+    edits=edits,
     **options,
   )
   with sharding.mesh_of(decoder.job.params):
@@ -136,6 +140,7 @@ def stream(
   assistant_model: Model | None = None,
   logits_processor: Sequence[Processor] = (),
   prefix_allowed_tokens_fn: PrefixFunction | None = None,
+  edits: Any = (),
   **options: Any,
 ) -> Generator[str, None, Generated]:
   """Continues one text, and yields it piece by piece as it is written.
@@ -159,6 +164,7 @@ def stream(
     tokenizer=tokenizer,
     logits_processor=logits_processor,
     prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+    edits=edits,
     **options,
   )
   request = decoder.request

@@ -19,6 +19,7 @@ from gpt2_jax.decoding.device_loop import Request, Rules, Search, advance, start
 from gpt2_jax.decoding.row_state import History
 from gpt2_jax.model import text_batches
 from gpt2_jax.model.config import GPTConfig
+from gpt2_jax.model.edits import Placed
 from gpt2_jax.model.gpt2 import Params
 
 STEPS = 8  # between two looks at the clock, where there is a time budget
@@ -63,6 +64,7 @@ class Job:
   slide: bool = False  # go on beyond the context
   deadline: float | None = None  # by time.monotonic
   width: int | None = None  # rows that the search needs for each prompt; None: one a result
+  edits: tuple[Placed, ...] = ()  # of the model's activations
 
 
 def group(rows: Sequence[Row], *, whole: bool) -> list[list[Row]]:
@@ -126,6 +128,7 @@ def request_of(
     ints(row.sample for row in rows),
     job.key,
     job.rules,
+    job.edits,
   )
   return request, N
 

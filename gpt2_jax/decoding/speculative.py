@@ -92,6 +92,11 @@ class Lookup:
     return by_rows(each, self.longest, history), None, None
 
 
+def _of_another(request: Request) -> Request:
+  """A request of another model: edits are of the one that judges."""
+  return dataclasses.replace(request, edits=())
+
+
 @register
 class Draft:
   """Guesses as a smaller model does that has the same vocabulary, with the same processors."""
@@ -100,10 +105,12 @@ class Draft:
   params: Params  # best in the form 'decode'
 
   def start(self, request: Request, N: int) -> Cache:
+    request = _of_another(request)
     filled, _ = prefill(bind(self.config, self.params), request, N)
     return expand_cache(filled.cache, request.C)
 
   def guess(self, request: Request, history: History, t_B: jax.Array, memory: Cache, k: int):
+    request = _of_another(request)
     model, keys_B = bind(self.config, self.params), row_keys(request.key, request.samples_B)
 
     def each(rules: Rules, rows):

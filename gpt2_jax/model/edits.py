@@ -23,7 +23,7 @@ from gpt2_jax.model.config import GPTConfig
 from gpt2_jax.model.gpt2 import Params, bind
 from gpt2_jax.model.pretrained_model import Model, params_of
 from gpt2_jax.model.sites import SILENT, SITES, Listener, Site, site
-from gpt2_jax.parallel.sharding import RULES, mesh_of, reshard, spec_of, whole_rows
+from gpt2_jax.parallel.sharding import RULES, layout, mesh_of, reshard, spec_of, whole_rows
 
 # letter of an axis -> what it is called in an edit
 AXES = {'L': 'layer', 'B': 'row', 'T': 'position', 'N': 'head', 'S': 'key'}
@@ -74,7 +74,10 @@ class Edit:
 )
 @dataclasses.dataclass(frozen=True)
 class Placed:
-  """An edit of arrays of known sizes: `masks`, letter of an axis -> true where it changes."""
+  """An edit of arrays of known sizes: `masks`, letter of an axis -> true where it changes.
+
+  The mask of T may be one for each row, [B, T].
+  """
 
   site: str
   how: Any
@@ -96,9 +99,19 @@ class Placed:
     here = jnp.asarray(True) if layer is None else jnp.asarray(self.masks['L'])[layer]
     for axis, letter in enumerate(SITES[self.site].letters):
       if letter in self.masks:
+        mask = jnp.asarray(self.masks[letter])
         along = [-1 if i == axis else 1 for i in range(x.ndim)]
-        here = here & jnp.asarray(self.masks[letter]).reshape(along)
+        along[0] = mask.shape[0] if mask.ndim == 2 else along[0]
+        here = here & mask.reshape(along)
     return here
+
+  def at_positions(self, positions_BT: jax.Array) -> 'Placed':
+    """The same edit of tokens at these positions, which is placed over all that the model has."""
+    if 'T' not in self.masks:
+      return self
+    spec = spec_of(positions_BT)
+    mask_BT = jnp.asarray(self.masks['T']).at[positions_BT].get(out_sharding=layout(spec))
+    return dataclasses.replace(self, masks=self.masks | {'T': mask_BT})
 
 
 def sizes_of(config: GPTConfig, B: int, T: int) -> dict[str, int]:
@@ -129,8 +142,18 @@ def _mask(where: Where, size: int, said: str) -> Any:
   return mask
 
 
-def place(edit: Edit, config: GPTConfig, sizes: dict[str, int]) -> Placed:
-  """The edit over axes of these sizes.
+def edit_list(edits: Any) -> list[Edit]:
+  """The edits of a tree of them. Raises a `UserError` where it holds anything else."""
+  leaves = jax.tree.leaves(edits, is_leaf=lambda x: isinstance(x, Edit))
+  if wrong := [leaf for leaf in leaves if not isinstance(leaf, Edit)]:
+    raise UserError(f'edits hold {brief(wrong[0])}, which is no Edit.')
+  return leaves
+
+
+def place(
+  edit: Edit, config: GPTConfig, sizes: dict[str, int], value_sizes: dict[str, int] | None = None
+) -> Placed:
+  """The edit over axes of these sizes; `value_sizes`: those of its value, if they are others.
 
   Raises:
     UserError: the site doesn't exist, or has no such axis, index or layer; the edit touches nothing;
@@ -149,12 +172,12 @@ def place(edit: Edit, config: GPTConfig, sizes: dict[str, int]) -> Placed:
   if not callable(edit.how) and wants == (edit.value is None):
     said = 'wants a' if wants else 'has no'
     raise UserError(f'an edit {edit.how!r} of {at.name} {said} value.')
-  shape = jnp.shape(edit.value) if edit.value is not None else ()
+  shape, most = jnp.shape(edit.value) if edit.value is not None else (), value_sizes or sizes
   for given, letter in zip(shape[::-1], letters[::-1]):
-    if given not in (1, sizes.get(letter, 1)):
+    if given not in (1, most.get(letter, 1)):
       raise UserError(
         f'the value of {at.name} has shape {shape}; its axes are {letters}, of sizes '
-        f'{tuple(sizes.get(a, 1) for a in letters)}.'
+        f'{tuple(most.get(a, 1) for a in letters)}.'
       )
   if len(shape) > len(letters):
     raise UserError(f'the value of {at.name} has {len(shape)} axes, more than {letters}.')
@@ -236,10 +259,7 @@ def run(
   for name in record:
     check_site(site(name), config)
   sizes = sizes_of(config, *tokens_BT.shape)
-  leaves = jax.tree.leaves(edits, is_leaf=lambda x: isinstance(x, Edit))
-  if wrong := [leaf for leaf in leaves if not isinstance(leaf, Edit)]:
-    raise UserError(f'edits hold {brief(wrong[0])}, which is no Edit.')
-  placed = tuple(place(edit, config, sizes) for edit in leaves)
+  placed = tuple(place(edit, config, sizes) for edit in edit_list(edits))
   leaves = jax.tree.leaves((params, tokens_BT, placed))
   traced = any(isinstance(leaf, Tracer) for leaf in leaves)
   params = params if traced else whole_rows(params)
