@@ -11,6 +11,7 @@ from gpt2_jax.core.bounds import SEED_MOST, Corpus, Float, Int, Optional, Place,
 
 PATH = Optional(Place())
 COUNT = Int(1, 2**20)
+STEER = bounds.Tuple(Place())
 
 # name of a verb -> its table
 FLAGS: dict[str, Table] = {
@@ -25,13 +26,19 @@ FLAGS: dict[str, Table] = {
     part=Optional(Text(20)),
   ),
   'Sample': dict(
-    checkpoint=Place(), tokenizer=PATH, prompt_file=PATH, batch_size=COUNT, assistant=PATH
+    checkpoint=Place(),
+    tokenizer=PATH,
+    prompt_file=PATH,
+    batch_size=COUNT,
+    assistant=PATH,
+    steer=STEER,
   ),
   'Serve': dict(
     checkpoint=bounds.OneOrMore(Place()),
     host=Text(255),
     port=Int(0, 2**16 - 1),
     tokenizer=PATH,
+    steer=STEER,
     slots=COUNT,
     queue=COUNT,
     max_prompt_tokens=Optional(Int(1)),
@@ -52,6 +59,15 @@ FLAGS: dict[str, Table] = {
   ),
   'Bias': dict(
     checkpoint=Place(), data=PATH, samples=COUNT, seed=Int(0, SEED_MOST), tokenizer=PATH, json=PATH
+  ),
+  'Steer': dict(
+    checkpoint=Place(),
+    toward=Place(),
+    away=Place(),
+    layer=Int(-(2**20), 2**20),
+    output=Place(),
+    site=Text(100),
+    tokenizer=PATH,
   ),
   'Plan': dict(
     config=Place(),

@@ -13,6 +13,7 @@ from gpt2_jax.core.errors import UserError
 from gpt2_jax.decoding.generate import Generated, stream
 from gpt2_jax.decoding.options import Options
 from gpt2_jax.model import text_batches
+from gpt2_jax.model.edits import Edit
 from gpt2_jax.model.pretrained_model import Pretrained
 
 
@@ -63,8 +64,14 @@ def ctrl_c() -> Iterator[list[int]]:
 class Session:
   """A model, the settings, and the text so far. Its methods do_NAME are the commands /NAME."""
 
-  def __init__(self, model: Pretrained, options: Options, assistant: Pretrained | None = None):
-    self.model, self.assistant = model, assistant
+  def __init__(
+    self,
+    model: Pretrained,
+    options: Options,
+    assistant: Pretrained | None = None,
+    edits: Sequence[Edit] = (),
+  ):
+    self.model, self.assistant, self.edits = model, assistant, edits
     self.begun: str | None = None  # the last prompt
     self.text = ''  # that, and what was written
     self.ids: list[int] | None = None  # of the text, if none of it was cut off
@@ -114,7 +121,9 @@ class Session:
     self.options = options
 
   def pieces(self, prompt: str | Sequence[int], options: Options) -> Generator[str, None, Generated]:
-    return stream(self.model, prompt, assistant_model=self.assistant, **inputs.given(options))
+    return stream(
+      self.model, prompt, assistant_model=self.assistant, edits=self.edits, **inputs.given(options)
+    )
 
   def begin(self, prompt: str) -> None:
     self.begun = self.text = prompt

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -23,6 +23,7 @@ from gpt2_jax.cli.evaluate import Evaluate
 from gpt2_jax.cli.plan import Plan, split_overrides
 from gpt2_jax.cli.prepare import Prepare
 from gpt2_jax.cli.serve import Serve
+from gpt2_jax.cli.steer import Steer
 from gpt2_jax.core import errors, seeds
 from gpt2_jax.core.errors import UserError, brief
 from gpt2_jax.decoding.options import Options
@@ -62,6 +63,8 @@ class Sample:
   """Checkpoint of a smaller model with the same vocabulary, to guess ahead."""
   int8: bool = False
   """Keep the weights in 8 bits."""
+  steer: Annotated[tuple[str, ...], tyro.conf.arg(metavar='FILE[:SCALE] …')] = ()
+  """Vectors of gpt2-jax steer, which are added inside of the model."""
   opening: inputs.OpeningFlags = inputs.OpeningFlags()
   options: Annotated[Options, tyro.conf.arg(name='generation')] = Options()
 
@@ -89,8 +92,10 @@ class Sample:
 
     import gpt2_jax
     from gpt2_jax.checkpoints import pretrained
+    from gpt2_jax.interpretation.steering import steering
     from gpt2_jax.model import decode_layout
 
+    edits = [edit for spec in self.steer for edit in steering(spec)]
     model = pretrained.open_model(self.checkpoint, self.tokenizer, self.opening)
     if self.int8:
       model = decode_layout.quantize(model)
@@ -104,23 +109,24 @@ class Sample:
     if self.interactive:
       from gpt2_jax.cli.interactive import Session
 
-      return Session(model, self.options, assistant).run()
+      return Session(model, self.options, assistant, edits).run()
     if not prompts:
       prompts = ['' if sys.stdin.isatty() else inputs.piped().removesuffix('\n')]
-    (self.write if self.stream else self.show)(model, assistant, prompts)
+    known = dict(assistant_model=assistant, edits=edits, **inputs.given(self.options))
+    (self.write if self.stream else self.show)(model, prompts, known)
 
-  def write(self, model, assistant, prompts: list[str | list[int]]) -> None:
+  def write(self, model, prompts: list[str | list[int]], options: dict[str, Any]) -> None:
     """Prints texts while they are written."""
     from gpt2_jax.decoding.generate import stream
 
     for i, prompt in enumerate(prompts):
-      pieces = stream(model, prompt, assistant_model=assistant, **inputs.given(self.options))
+      pieces = stream(model, prompt, **options)
       print(RULE if i else '', text_of(model, prompt), sep='', end='', flush=True)
       for piece in pieces:
         print(piece, end='', flush=True)
       print(flush=True)
 
-  def show(self, model, assistant, prompts: list[str | list[int]]) -> None:
+  def show(self, model, prompts: list[str | list[int]], options: dict[str, Any]) -> None:
     """Prints texts that are done."""
     from gpt2_jax.decoding.generate import generate
     from gpt2_jax.model import text_batches
@@ -128,7 +134,8 @@ class Sample:
     ids = text_batches.encode(
       prompts, model.tokenizer, model.config, leave=1, allow_special=self.options.allow_special
     )
-    asked = {name: getattr(self, name) for name in ('checkpoint', 'tokenizer', 'assistant', 'int8')}
+    named = ('checkpoint', 'tokenizer', 'assistant', 'int8', 'steer')
+    asked = {name: getattr(self, name) for name in named}
     asked |= {
       'base': self.opening.base,
       'ignore_extra': self.opening.ignore_extra,
@@ -136,12 +143,7 @@ class Sample:
     }
     rule = ''
     for first in range(0, len(ids), self.batch_size):
-      for result in generate(
-        model,
-        ids[first : first + self.batch_size],
-        assistant_model=assistant,
-        **inputs.given(self.options),
-      ):
+      for result in generate(model, ids[first : first + self.batch_size], **options):
         i = first + result.prompt
         if self.json:
           fields = dataclasses.asdict(dataclasses.replace(result, pieces=None)) | {
@@ -202,6 +204,7 @@ Verb = (
   | Annotated[Convert, tyro.conf.subcommand('convert')]
   | Annotated[Evaluate, tyro.conf.subcommand('evaluate')]
   | Annotated[Bias, tyro.conf.subcommand('bias')]
+  | Annotated[Steer, tyro.conf.subcommand('steer')]
   | Annotated[Plan, tyro.conf.subcommand('plan')]
   | Annotated[Reproduce, tyro.conf.subcommand('reproduce')]
 )

@@ -40,6 +40,8 @@ class Serve:
   """Of parameters and activations; default: float32, of a run that of the run."""
   int8: bool = False
   """Keep the weights in 8 bits."""
+  steer: Annotated[tuple[str, ...], tyro.conf.arg(metavar='FILE[:SCALE] …')] = ()
+  """Vectors of gpt2-jax steer, which are added inside of the models while they write."""
   slots: int = 8
   """Texts that a model writes at a time; each has a cache for the model's whole context."""
   queue: int = 64
@@ -93,10 +95,12 @@ class Serve:
   def _serve(self, names: list[str], key: str | None, connections: int, sockets: list) -> None:
     """Loads the models and answers, until a signal ends it."""
     from gpt2_jax.checkpoints import pretrained
+    from gpt2_jax.interpretation.steering import steering
     from gpt2_jax.model import decode_layout
     from gpt2_jax.serving import app, server
     from gpt2_jax.serving.schemas import Limits
 
+    edits = [edit for spec in self.steer for edit in steering(spec)]
     models = {}
     for name, checkpoint in zip(names, self.checkpoint):
       model = pretrained.open_model(checkpoint, self.tokenizer, self.opening, dtype=self.dtype)
@@ -117,6 +121,7 @@ class Serve:
       roots=dict(zip(names, self.checkpoint)),
       hosts=self.allow_host,
       origins=self.allow_origin,
+      edits=edits,
     )
     for name, engine in made.state.serving.engines.items():
       print(f'{name}: {engine.model.config.n_positions} positions, {self.slots} slots', flush=True)

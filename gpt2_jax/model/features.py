@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +15,6 @@ from gpt2_jax.model.gpt2 import Params, bind
 from gpt2_jax.model.pretrained_model import Model, Pretrained, params_of
 from gpt2_jax.parallel.sharding import mesh_of, whole_rows
 from gpt2_jax.tokenizer.bpe import Tokenizer
-
-ROWS = 8  # texts at a time
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -73,15 +70,6 @@ def _probabilities(config: GPTConfig, params: Params, tokens_BT, lengths_B):
   return jax.nn.softmax(bind(config, params)(tokens_BT, lengths_B=lengths_B), axis=-1)
 
 
-def _batches(rows: list[list[int]], most: int) -> Iterator[tuple[list[list[int]], tuple]]:
-  """Rows, ROWS at a time, and each such batch on the devices: (tokens_BT, lengths_B)."""
-  size = -(-min(ROWS, len(rows)) // text_batches.split()) * text_batches.split()
-  for first in range(0, len(rows), size):
-    batch = rows[first : first + size]
-    filled = batch + [batch[0]] * (size - len(batch))
-    yield batch, tuple(map(text_batches.place, text_batches.pad(filled, most)))
-
-
 def features(
   model: Model,
   texts: text_batches.Texts,
@@ -114,7 +102,7 @@ def features(
   record = ('resid_pre',) * hidden_states + ('pattern',) * attentions
   found = []
   with mesh_of(params):
-    for batch, (tokens_BT, _) in _batches(rows, model.config.n_positions):
+    for batch, (tokens_BT, _) in text_batches.batches(rows, model.config.n_positions):
       x_BTD, states_LBTD, weights_LBNTS = text_batches.fetch(
         _features(model.config, params, tokens_BT, record)
       )
@@ -159,7 +147,7 @@ def classify(
   )
   found = []
   with mesh_of(params):
-    for batch, arrays in _batches(rows, config.n_positions):
+    for batch, arrays in text_batches.batches(rows, config.n_positions):
       probabilities = text_batches.fetch(_probabilities(config, params, *arrays))
       for ids, p in zip(batch, probabilities):
         if config.head == 'token_classification':

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import operator
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from gpt2_jax.model.config import GPTConfig
 from gpt2_jax.parallel import sharding
 from gpt2_jax.tokenizer.bpe import Tokenizer
 
+ROWS = 8  # texts at a time
 Texts = (
   str
   | Sequence[int]
@@ -147,6 +148,15 @@ def pad(rows: Sequence[Sequence[int]], most: int) -> tuple[np.ndarray, np.ndarra
   for row, ids in zip(padded_BP, rows):
     row[: len(ids)] = ids
   return padded_BP, lengths_B
+
+
+def batches(rows: list[list[int]], most: int) -> Iterator[tuple[list[list[int]], tuple]]:
+  """Rows, ROWS at a time, and each such batch on the devices: (tokens_BT, lengths_B)."""
+  size = -(-min(ROWS, len(rows)) // split()) * split()
+  for first in range(0, len(rows), size):
+    batch = rows[first : first + size]
+    filled = batch + [batch[0]] * (size - len(batch))
+    yield batch, tuple(map(place, pad(filled, most)))
 
 
 def split() -> int:

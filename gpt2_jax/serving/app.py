@@ -9,6 +9,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
+from gpt2_jax.model.edits import Edit
 from gpt2_jax.model.pretrained_model import Pretrained
 from gpt2_jax.serving import endpoints
 from gpt2_jax.serving.hosts import Hosts
@@ -27,6 +28,7 @@ def make_app(
   roots: Mapping[str, str] | None = None,
   hosts: Sequence[str] = (),
   origins: Sequence[str] = (),
+  edits: Sequence[Edit] = (),
 ) -> FastAPI:
   """Returns the application that serves some models by name.
 
@@ -40,12 +42,13 @@ def make_app(
     hosts: names by which requests may ask for the server, beside those of the loopback and of the
       address that `make_server` binds; '*': any.
     origins: of other sites, whose pages may read answers (CORS); '*': of all.
+    edits: of activations of all models, while they write: see `generate`.
 
   Raises:
     UserError: a model that can't be served.
   """
   limits = limits or Limits()
-  serving = Serving(models, limits, slots=slots, queue=queue, roots=roots or {})
+  serving = Serving(models, limits, slots=slots, queue=queue, roots=roots or {}, edits=edits)
   serving.hosts = Hosts(hosts, origins)
 
   @contextlib.asynccontextmanager

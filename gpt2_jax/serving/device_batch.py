@@ -10,8 +10,10 @@ import numpy as np
 
 from gpt2_jax.core import seeds
 from gpt2_jax.core.errors import UserError
+from gpt2_jax.decoding.edited import placed
 from gpt2_jax.decoding.generate import own_ends, prepare
 from gpt2_jax.decoding.text_stream import Pieces
+from gpt2_jax.model.edits import Edit
 from gpt2_jax.model.pretrained_model import Pretrained
 from gpt2_jax.parallel import sharding
 from gpt2_jax.serving import programs
@@ -44,14 +46,15 @@ class DeviceBatch:
     ended_B: slots whose row has ended here, while the device still writes it.
   """
 
-  def __init__(self, name: str, model: Pretrained, slots: int):
+  def __init__(self, name: str, model: Pretrained, slots: int, edits: Sequence[Edit] = ()):
     """Raises: UserError: the model has another head, lies on several devices, or on one without the
-    memory for the slots.
+    memory for the slots; or an edit can't be made.
     """
     self._form, self.params = prepare(model)
     devices = sharding.devices_of(self.params)
     if len(devices) > 1:
       raise UserError(f"{name} lies on several devices: a server's model lies on one.")
+    self._edits = placed(edits, self._form, reach=self._form.n_positions)
     check_memory(self._form, slots, *devices)
     ends = own_ends(model)
     self._eos = jnp.asarray([model.tokenizer.eot] if ends is None else ends, jnp.int32)
@@ -107,7 +110,7 @@ class DeviceBatch:
     ids_2T = np.zeros((2, T), np.int32)
     ids_2T[0, :n], ids_2T[1, :n] = (prompt.ids[start + i : start + i + n] for i in (0, 1))
     prompt.cache, scores = programs.prefill(
-      self._form, self.params, self._cache(row), start, *ids_2T, prompt.scored
+      self._form, self.params, self._cache(row), start, *ids_2T, prompt.scored, self._edits
     )
     prompt.read += n
     return n, T, scores
@@ -124,7 +127,7 @@ class DeviceBatch:
     for row in filter(None, rows):
       row.steps += 1
     began = time.perf_counter()
-    self._slots, result = programs.step(self._form, self.params, self._eos, self.slots)
+    self._slots, result = programs.step(self._form, self.params, self._eos, self.slots, self._edits)
     return PendingStep(rows, result, began)
 
   def warm(self, pieces: Pieces) -> None:
@@ -134,10 +137,10 @@ class DeviceBatch:
     for T in self.chunks:
       ids_2T = np.zeros((2, T), np.int32)
       row.prompt.cache, _ = programs.prefill(
-        self._form, self.params, self._cache(row), 0, *ids_2T, False
+        self._form, self.params, self._cache(row), 0, *ids_2T, False, self._edits
       )
     slots = self._admitted(slots, row)
-    slots, _ = programs.step(self._form, self.params, self._eos, slots)
+    slots, _ = programs.step(self._form, self.params, self._eos, slots, self._edits)
     jax.block_until_ready(programs.stop(slots, self.ended_B))
 
   def _cache(self, row: Row):

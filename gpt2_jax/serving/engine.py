@@ -8,6 +8,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from gpt2_jax.core.errors import UserError
 from gpt2_jax.decoding import row_state as h
 from gpt2_jax.decoding.host_loop import REFUSED
 from gpt2_jax.decoding.text_stream import Pieces
+from gpt2_jax.model.edits import Edit
 from gpt2_jax.model.pretrained_model import Pretrained
 from gpt2_jax.parallel import sharding
 from gpt2_jax.serving import requests
@@ -37,9 +39,16 @@ class Engine:
   """
 
   def __init__(
-    self, name: str, model: Pretrained, metrics: Metrics, *, slots: int = 8, queue: int = 64
+    self,
+    name: str,
+    model: Pretrained,
+    metrics: Metrics,
+    *,
+    slots: int = 8,
+    queue: int = 64,
+    edits: Sequence[Edit] = (),
   ):
-    """`slots` texts are written at a time, `queue` more may wait.
+    """`slots` texts are written at a time, `queue` more may wait; `edits` are as of `generate`.
 
     Raises:
       UserError: the model has no tokenizer, or can't be served (see `DeviceBatch`).
@@ -48,7 +57,7 @@ class Engine:
       raise UserError(f'{name} has no tokenizer.')
     self.name, self.model, self.metrics = name, model, metrics.of(name)
     self._finished = metrics.finished
-    self.batch = DeviceBatch(name, model, slots)
+    self.batch = DeviceBatch(name, model, slots, edits)
     self.queue = Queue(slots=slots, capacity=queue, length=self.metrics.queued)
     self.metrics.slots.set(slots)
     self._prompt_scores: list[tuple[Prompt, int, Scores]] = []  # the device computes them

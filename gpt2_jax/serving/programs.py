@@ -20,16 +20,19 @@ import jax.numpy as jnp
 
 from gpt2_jax.decoding import row_state as h
 from gpt2_jax.decoding.device_loop import choose, next_logits
+from gpt2_jax.decoding.edited import editing
 from gpt2_jax.decoding.pytree import register
 from gpt2_jax.decoding.row_state import Endings, History
 from gpt2_jax.decoding.samplers import Given
 from gpt2_jax.model.attention import causal_mask
 from gpt2_jax.model.config import GPTConfig
+from gpt2_jax.model.edits import Placed
 from gpt2_jax.model.gpt2 import Params, bind
 from gpt2_jax.model.layers import pick
 from gpt2_jax.serving.cache_blocks import BlocksMask, SlotCache
 from gpt2_jax.serving.slot_state import COMMON, RULES, Choice, Slots, cache_length
 
+Edits = tuple[Placed, ...]
 K = 5  # alternatives of a token whose log-probabilities are told, as many as OpenAI's
 
 
@@ -71,7 +74,7 @@ def cond_or_zeros(asked, f: Callable[..., Scores], *args) -> Scores:
 
 @functools.partial(jax.jit, static_argnames=('config',), donate_argnames=('cache',))
 def prefill(
-  config: GPTConfig, params: Params, cache, start, tokens_T, next_T, asked
+  config: GPTConfig, params: Params, cache, start, tokens_T, next_T, asked, edits: Edits = ()
 ) -> tuple[Any, Scores]:
   """Reads T ids of a prompt.
 
@@ -83,6 +86,7 @@ def prefill(
       seen.
     next_T: the ids that come after each of these.
     asked: whether the log-probabilities of `next_T` are asked for; no logits are computed if not.
+    edits: of the model's activations, over all its positions.
 
   Returns:
     The cache, and the log-probabilities or zeros.
@@ -92,7 +96,13 @@ def prefill(
 
   # padding may lie beyond the context, where there is no position
   positions_1T = jnp.minimum(start + jnp.arange(T), config.n_positions - 1)[None]
-  out = model.transformer(tokens_T[None], positions_BT=positions_1T, slot=start, cache=cache)
+  out = model.transformer(
+    tokens_T[None],
+    positions_BT=positions_1T,
+    slot=start,
+    cache=cache,
+    listen=editing(edits, positions_1T),
+  )
 
   def score(x_1TD):
     return _scores(next_logits(model, x_1TD)[0], next_T)
@@ -188,13 +198,16 @@ def process(choice: Choice, logits_BV: jax.Array, history: History, eos_E: jax.A
 
 
 @functools.partial(jax.jit, static_argnames=('config',), donate_argnames=('slots',))
-def step(config: GPTConfig, params: Params, eos_E: jax.Array, slots: Slots) -> tuple[Slots, Step]:
+def step(
+  config: GPTConfig, params: Params, eos_E: jax.Array, slots: Slots, edits: Edits = ()
+) -> tuple[Slots, Step]:
   """Makes one more id in every slot that runs.
 
   Args:
     config, params: the model, in the form 'decode'.
     eos_E: ids that end a text.
     slots: are given up.
+    edits: of the model's activations, over all its positions.
   """
   model, history, choice = bind(config, params), slots.history, slots.choice
   running_B = history.running_B
@@ -207,6 +220,7 @@ def step(config: GPTConfig, params: Params, eos_E: jax.Array, slots: Slots) -> t
     mask_BTS=BlocksMask(causal_mask(1, cache_length(config), at_B)),
     slot=jnp.where(running_B, at_B, cache_length(config)),  # an idle slot writes nowhere
     cache=slots.cache.using(used),
+    listen=editing(edits, at_B[:, None]),
   )
   logits_BV = next_logits(model, out.x_BTD)[:, 0]
   scores_BV = process(choice, logits_BV, history, eos_E)

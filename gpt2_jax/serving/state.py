@@ -1,12 +1,13 @@
 """What the requests to one application share."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
 from gpt2_jax.core.errors import UserError, brief
+from gpt2_jax.model.edits import Edit
 from gpt2_jax.model.pretrained_model import Pretrained
 from gpt2_jax.serving.engine import Engine
 from gpt2_jax.serving.hosts import Hosts
@@ -32,10 +33,11 @@ class Serving:
     slots: int,
     queue: int,
     roots: Mapping[str, str],
+    edits: Sequence[Edit] = (),
   ):
     self.limits, self.roots, self.metrics = limits, roots, Metrics()
     self.engines = {
-      name: Engine(name, model, self.metrics, slots=slots, queue=queue)
+      name: Engine(name, model, self.metrics, slots=slots, queue=queue, edits=edits)
       for name, model in models.items()
     }
     self.hosts, self.draining, self.connections = Hosts(), False, 1000

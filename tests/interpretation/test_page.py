@@ -15,6 +15,7 @@ def test_the_example_runs():
   assert names['by_position'].shape == (3, 7) and names['by_head'].shape == (3, 4)
   assert names['one_by_one'].shape == (3, 4, 7) and names['without'].shape == (3, 4)
   assert names['shares'].heads_LNB.shape == (3, 4, 4)
+  assert names['vector'].value.shape == (32,) and len(names['steered'][0].tokens) == 5
   assert [len(text.tokens) for text in names['written']] == [5, 5]
 
 
