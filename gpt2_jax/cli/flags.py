@@ -69,6 +69,16 @@ FLAGS: dict[str, Table] = {
     site=Text(100),
     tokenizer=PATH,
   ),
+  'Patch': dict(
+    checkpoint=Place(),
+    clean=Text(),
+    corrupted=Text(),
+    answers=bounds.Tuple(Text(), 2),
+    over=Text(100),
+    png=PATH,
+    json=PATH,
+    tokenizer=PATH,
+  ),
   'Plan': dict(
     config=Place(),
     topology=Text(100),

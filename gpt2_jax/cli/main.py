@@ -20,6 +20,7 @@ from gpt2_jax.cli.bias import Bias
 from gpt2_jax.cli.config import Config
 from gpt2_jax.cli.convert import Convert
 from gpt2_jax.cli.evaluate import Evaluate
+from gpt2_jax.cli.patch import Patch
 from gpt2_jax.cli.plan import Plan, split_overrides
 from gpt2_jax.cli.prepare import Prepare
 from gpt2_jax.cli.serve import Serve
@@ -205,6 +206,7 @@ Verb = (
   | Annotated[Evaluate, tyro.conf.subcommand('evaluate')]
   | Annotated[Bias, tyro.conf.subcommand('bias')]
   | Annotated[Steer, tyro.conf.subcommand('steer')]
+  | Annotated[Patch, tyro.conf.subcommand('patch')]
   | Annotated[Plan, tyro.conf.subcommand('plan')]
   | Annotated[Reproduce, tyro.conf.subcommand('reproduce')]
 )

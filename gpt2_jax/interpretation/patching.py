@@ -50,7 +50,8 @@ def patch(
   Args:
     model: a language model, in the form 'train', on one device.
     clean, corrupted: ids, [B, T] both.
-    metric: a function of the logits [B, V] at `read`, to a number, or an array. To be traced.
+    metric: a function of the logits [B, V] at `read`, to a number, or an array. To be traced; of a
+      `jax.tree_util.Partial` other arguments compile nothing.
     over: a site of the blocks: 'resid_pre', 'z', 'q', 'pattern', 'mlp_post', …
     by: the axes of the sweep beside the layer: of 'position', 'head', 'neuron'. Along others a patch
       is of all. Default: 'head' where the site has heads, else 'position'.
@@ -134,10 +135,12 @@ def sweep(
   own['resid_post'] = own['resid_post'][-1]
   every = [(layer, *pack) for layer in range(config.n_layer) for pack in packs(places, B, T, at_once)]
   results: Any = [[None] * len(places) for _ in range(config.n_layer)]
-  how, values = (config, metric, over, read is None), jnp.asarray(values)
+  how, values = (config, over, read is None), jnp.asarray(values)
+  Partial = jax.tree_util.Partial
+  metric = metric if isinstance(metric, Partial) else Partial(metric)
   with track('patches', len(every) * len(every[0][1])) as advance:
     for layer, numbers, pack in every:
-      metrics = np.asarray(_chunk(how, params, layer, own, values, pack, reads_BR))
+      metrics = np.asarray(_chunk(how, params, layer, own, values, pack, reads_BR, metric))
       for number, result in zip(numbers, metrics):
         results[layer][number] = result
       advance(len(numbers))
@@ -165,9 +168,9 @@ def _bytes(sizes: dict[str, int], reads: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _chunk(how, params: Params, start, own, values, pack: Pack, reads_BR):
+def _chunk(how, params: Params, start, own, values, pack: Pack, reads_BR, metric: Metric):
   """The metric of each patch of a pack, all in the layer `start`."""
-  config, metric, over, whole = how
+  config, over, whole = how
   model, (K, B, _) = bind(config, params), pack.slot_KBT.shape
   pack = jax.tree.map(jnp.asarray, pack)
   block, layers = nnx.split(model.h)
