@@ -86,7 +86,7 @@ def get_config() -> ConfigDict:
   # AdamW as in GPT-3's paper (arXiv:2005.14165, appendix B), nanoGPT and llm.c.
   config.optim = ConfigDict(
     dict(
-      name='adamw',  # adafactor, lion, muon, schedule_free: docs/training.md
+      name='adamw',  # adafactor, lion, muon, schedule_free, soap: docs/training.md
       peak_lr=6e-4,
       schedule='cosine',  # cosine, linear, wsd, constant
       warmup_steps=700,
@@ -110,6 +110,8 @@ def get_config() -> ConfigDict:
       muon_lr_factor=1.0,  # of the learning rate, for Muon's matrices
       muon_apart='qkv',  # q, k and v are matrices of their own; or heads: by head too; or none
       muon_normalize_rows=False,  # NorMuon: rows of a step as large as each other
+      soap_every=10,  # steps from one refreshment of its bases to the next
+      soap_wide=False,  # turn the longer side of matrices, too: docs/training.md says what it costs
       clip_norm=1.0,  # global norm of the gradient; 0: no clipping
       skip_zscore=0.0,  # steps whose log gradient norm is so many standard deviations above its usual
       # value, or not finite, are not taken; 6 is rare without a cause; 0: off

@@ -20,6 +20,7 @@ from gpt2_jax.training.optimizers.adafactor import adafactor
 from gpt2_jax.training.optimizers.muon import muon
 from gpt2_jax.training.optimizers.parts import decay, scale_matrices
 from gpt2_jax.training.optimizers.schedule_free import schedule_free
+from gpt2_jax.training.optimizers.soap import soap
 from gpt2_jax.training.skip_spikes import skip_spikes
 
 
@@ -149,6 +150,7 @@ OPTIMIZERS = {
   'schedule_free': Optimizer(
     schedule_free, averages=True, needs=(('schedule', 'constant'), ('ema_decay', 0.0))
   ),
+  'soap': Optimizer(soap, rest='adamw', refuses=('lora', 'mup')),
 }
 
 

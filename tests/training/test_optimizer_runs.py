@@ -25,6 +25,7 @@ from gpt2_jax.training.step import init_state, make_train_step
 T = 64
 KINDS = {name: {} for name in OPTIMIZERS} | {
   'schedule_free': {'schedule': 'constant'},
+  'soap': {'soap_every': 2},
   'normuon': {'name': 'muon', 'muon_normalize_rows': True, 'cautious_decay': True},
 }
 ALL = [pytest.param(kind, marks=[] if kind == 'normuon' else pytest.mark.slow) for kind in KINDS]

@@ -288,6 +288,59 @@ def test_normuon_is_its_authors_formula(sixty_four):
       assert_close(matrices(stack, flat(have)[name]), W, 1e-6)
 
 
+def soap_by_hand(W, o, decay, wide):
+  """Algorithms 3 and 4 of arXiv:2409.11321 of one matrix, as its authors' code has them: the moment
+  in the bases, turned when they turn, no step from the first gradient. Adam's bias corrections.
+  """
+  sides = [i for i in (0, 1) if wide or W.shape[i] == min(W.shape)]
+  grams = {i: np.zeros((W.shape[i], W.shape[i])) for i in sides}
+  turn = lambda x, Q: Q.get(0, np.eye(len(W))).T @ x @ Q.get(1, np.eye(W.shape[1]))
+  back = lambda Q: {i: q.T for i, q in Q.items()}
+  m, v, Q, t = np.zeros_like(W), np.zeros_like(W), None, 0
+  while True:
+    g, rate = yield
+    step = 0.0
+    if Q is not None:
+      t += 1
+      m = o.b1 * m + (1 - o.b1) * turn(g, Q)
+      v = o.b2 * v + (1 - o.b2) * turn(g, Q) ** 2
+      step = turn(m / (1 - o.b1**t) / (np.sqrt(v / (1 - o.b2**t)) + o.eps), back(Q))
+      m = turn(m, back(Q))
+    W = W - rate * (step + decay * W)
+    for i in sides:
+      grams[i] = o.b2 * grams[i] + (1 - o.b2) * (g @ g.T if i == 0 else g.T @ g)
+    if Q is None:
+      Q = {i: np.linalg.eigh(gram)[1][:, ::-1] for i, gram in grams.items()}
+    elif t % o.soap_every == 0:
+      for i in sides:
+        order = np.argsort(-np.diag(Q[i].T @ grams[i] @ Q[i]))
+        v = np.take(v, order, i)
+        Q[i] = np.linalg.qr(grams[i] @ Q[i][:, order])[0]
+    m = turn(m, Q)
+    yield W
+
+
+@pytest.mark.parametrize('wide,inner', [(False, 40), (True, 16)])
+def test_soap_is_its_authors_formula(sixty_four, wide, inner):
+  """Each matrix on its own, in float64. Where both sides turn, they are of one length: else the first
+  gradient leaves a part of the longer one's basis to rounding.
+  """
+  params = drawn(tiny_gpt2(**SIZES | dict(n_inner=inner)), jnp.float64)
+  o = optim(name='soap', soap_every=2, soap_wide=wide, clip_norm=0.0, weight_decay=0.3)
+  grads = gradients(params)
+  ours = steps_of(make_optimizer(o, optax.constant_schedule(RATE)), params, grads)
+  rows = flat(map_rows(lambda row, _: row, params))
+  for name in flat(params):
+    if not rows[name].hidden:
+      continue
+    take = lambda tree, name=name: matrices(Stack(rows[name], 'C'), flat(tree)[name])
+    for k, W in enumerate(take(params)):
+      theirs = started(soap_by_hand)(W, o, 0.3, wide)
+      for grad, have in zip(grads, ours):
+        theirs.send((take(grad)[k], RATE))
+        assert_close(take(have)[k], next(theirs), 1e-6)
+
+
 @pytest.mark.parametrize('name', ITERATIONS)
 def test_singular_values_come_near_one(name):
   """And singular vectors stay: the iteration is an odd polynomial of the matrix."""
@@ -323,6 +376,7 @@ KNOBS = {
   'muon heads': {'muon_apart': 'heads', 'muon_scale': 'original'},
   'muon none': {'muon_apart': 'none', 'muon_nesterov': False},
   'normuon': {'muon_normalize_rows': True, 'cautious_decay': True, 'muon_lr_factor': 2.0},
+  'soap': {'soap_every': 2},
 }
 NAMES = {'muon heads': 'muon', 'muon none': 'muon', 'normuon': 'muon'}
 
@@ -354,7 +408,7 @@ def some_steps(kind: str, sizes=None) -> dict:
       return run()
 
 
-QUICK = [('normuon', (2, 2, 2))]  # data, fsdp, tensor, seq
+QUICK = [('normuon', (2, 2, 2)), ('soap', (2, 2, 2))]  # data, fsdp, tensor, seq
 MESHES = [(1, 8, 1), (8, 1, 1), (1, 2, 4), (2, 2, 1, 2), (1, 1, 8), (1, 4, 2), (2, 2, 2)]
 
 
@@ -458,6 +512,14 @@ def test_what_has_no_rule_is_refused():
   with pytest.raises(UserError, match='optim.name = muon has no rule for lora.r'):
     optimizer.check(optim(name='muon'), adapted)
   optimizer.check(optim(name='adamw'), adapted)
+  with pytest.raises(UserError, match='optim.name = soap has no rule for lora.r'):
+    optimizer.check(optim(name='soap'), adapted)
+  scaled = tiny_gpt2(**SIZES, parametrization='mup', mup_base_width=8)
+  with pytest.raises(UserError, match='optim.name = soap has no rule for .* = mup'):
+    optimizer.check(optim(name='soap'), scaled)
+  with mesh_of(1, 8, 1), pytest.raises(UserError, match='soap_wide = True: a side of 36 is no mult'):
+    odd = lies(tiny_gpt2(**SIZES | dict(n_inner=36)))
+    jax.eval_shape(made('soap', soap_wide=True).init, odd)
   with pytest.raises(UserError, match='muon_apart = heads has no rule for .* = mup'):
     make_optimizer(optim(name='muon', muon_apart='heads'), optax.constant_schedule(1.0), 2.0)
 

@@ -184,13 +184,27 @@ def _spread(f, leaves: list[jax.Array], stacks: list[Stack], split) -> Sequence[
 
 def _whole(f, x_Kmn: jax.Array, split) -> jax.Array:
   """`f` of a stack whose matrices the axes `split` of the mesh split, each device's share of them."""
-  if not in_mesh():
-    return f(x_Kmn)
-  size, K = jax.sharding.get_abstract_mesh().shape, x_Kmn.shape[0]
+  return returned(f(gathered(x_Kmn, split)), x_Kmn.shape[0], split)
+
+
+def _travels(split) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
+  """The mesh's axes that split matrices, with the dimension that each one splits, and those over
+  which there are copies.
+  """
+  size = jax.sharding.get_abstract_mesh().shape
   exchanged = [(a, 1 + i) for i, axes in enumerate(split[1:]) for a in axes if size[a] > 1]
-  copied = tuple(a for a in AXES if size[a] > 1 and a not in sum(split, ()))
+  return exchanged, tuple(a for a in AXES if size[a] > 1 and a not in sum(split, ()))
+
+
+def gathered(x_Kmn: jax.Array, split) -> jax.Array:
+  """A device's share of the matrices of a stack, whole, from its part of all: within a `shard_map`.
+  Zeros fill up the last shares. `split`: axes of the mesh that split stack, rows and columns.
+  """
+  if not in_mesh():
+    return x_Kmn
+  size, (exchanged, copied) = jax.sharding.get_abstract_mesh().shape, _travels(split)
   parts, copies = math.prod(size[a] for a, _ in exchanged), math.prod(size[a] for a in copied)
-  x = jnp.pad(x_Kmn, ((0, -K % (parts * copies)), (0, 0), (0, 0)))
+  x = jnp.pad(x_Kmn, ((0, -x_Kmn.shape[0] % (parts * copies)), (0, 0), (0, 0)))
   # as one array: XLA takes an all-to-all apart, and refuses parts of several layouts (jax 0.10.2)
   x = jax.lax.optimization_barrier(x) if exchanged else x
   for axis, dim in exchanged:
@@ -198,7 +212,14 @@ def _whole(f, x_Kmn: jax.Array, split) -> jax.Array:
   if copied:
     own = x.shape[0] // copies
     x = jax.lax.dynamic_slice_in_dim(x, own * jax.lax.axis_index(copied), own)
-  x = f(x)
+  return x
+
+
+def returned(x_kmn: jax.Array, K: int, split) -> jax.Array:
+  """What `gathered` undoes: a device's part of all K matrices."""
+  if not in_mesh():
+    return x_kmn
+  x, (exchanged, copied) = x_kmn, _travels(split)
   if copied:
     x = jax.lax.all_gather(x, copied, tiled=True)
   x = jax.lax.optimization_barrier(x) if exchanged else x
