@@ -174,6 +174,7 @@ def get_config() -> ConfigDict:
     dict(
       to='tensorboard',  # trackers: tensorboard, wandb, mlflow, with commas between; '' for none
       straggler_every=100,  # steps from one comparison of several hosts to the next; 0: never
+      layers_every=0,  # steps from one look at each layer, as long as a step, to the next; 0: none
       sample_prompt='\n',  # of the sample at the end
       sample_tokens=128,
       sample_temperature=0.8,

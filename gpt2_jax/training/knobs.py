@@ -124,6 +124,7 @@ SECTIONS: dict[str, Table] = dict(
   log=dict(
     to=Several(TRACKERS),
     straggler_every=Int(0, STEPS),
+    layers_every=Int(0, STEPS),
     sample_prompt=Text(LARGE),
     sample_tokens=Int(1),
     sample_temperature=Float(1e-30, 1e30),

@@ -130,6 +130,8 @@ class Run:
     with self.clock('compile'), compile_cache.from_cache() as kept:
       self.train_step = self.plan.compile_train_step(self.data.eot)
       self.eval_step = self.plan.eval_step(self.data.eot)
+      if self.plan.config.log.layers_every:
+        self.measure = self.plan.compile_measure(self.data.eot)
     cached = ', from the cache' if kept and all(kept) else ''
     say(f'compiled in {time.monotonic() - since:.1f} s{cached}')
 
@@ -154,6 +156,11 @@ class Run:
   def params_in_use(self) -> Any:
     """Returns the parameters, or their moving average if the run has one."""
     return self.state.params if self.state.ema is None else self.state.ema
+
+  def measured(self, batch: Any) -> dict[str, Any]:
+    """What is measured of the next step's layers, where that is due."""
+    every = self.plan.config.log.layers_every
+    return self.measure(self.state, batch) if every and (self.step + 1) % every == 0 else {}
 
   def evaluate(self, step: int) -> dict[str, float]:
     """Evaluates the held-out split. Returns keys for the step's line, none if a signal came."""

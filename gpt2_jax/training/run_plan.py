@@ -32,6 +32,7 @@ from gpt2_jax.training import (
   optimizer,
   out_of_memory,
 )
+from gpt2_jax.training.layer_values import make_measure
 from gpt2_jax.training.optimizer import make_optimizer, make_schedule
 from gpt2_jax.training.run_model import make_model
 from gpt2_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
@@ -121,23 +122,27 @@ class Plan:
 
   def compile_train_step(self, eot: int = 0, compiler_options: dict | None = None):
     """Compiles the step, `(state, batch) -> state, metrics`. `eot`: the id that begins documents."""
-    c = self.config
     step = make_train_step(
-      self.model,
-      self.tx,
-      self.schedule,
-      seed=c.train.seed,
-      ema_decay=c.optim.ema_decay,
-      document_start=self.document_start(eot),
-      factors=tuple((name, c.optim[name]) for name in LOSS_TERMS if c.optim[name]),
+      self.model, self.tx, self.schedule, ema_decay=self.config.optim.ema_decay, **self._of_loss(eot)
     )
-    options: Any = compile_cache.options(c.train.compiler_options) | (compiler_options or {})
+    return self._compiled(jax.jit(step, donate_argnums=0), compiler_options)
+
+  def compile_measure(self, eot: int = 0):
+    """Compiles what `log.layers_every` measures, `(state, batch) -> metrics`."""
+    return self._compiled(jax.jit(make_measure(self.model, self.tx, **self._of_loss(eot))), None)
+
+  def _of_loss(self, eot: int) -> dict[str, Any]:
+    c = self.config
+    factors = tuple((name, c.optim[name]) for name in LOSS_TERMS if c.optim[name])
+    start = self.document_start(eot)
+    return dict(seed=c.train.seed, document_start=start, factors=factors)
+
+  def _compiled(self, jitted: Any, compiler_options: dict | None):
+    """A function of a state and a batch, compiled."""
+    options: Any = compile_cache.options(self.config.train.compiler_options)
+    options |= compiler_options or {}
     with out_of_memory_advice(self), compile_cache.known_options(options):
-      return (
-        jax.jit(step, donate_argnums=0)
-        .lower(self.abstract_state(), self.abstract_batch())
-        .compile(options)
-      )
+      return jitted.lower(self.abstract_state(), self.abstract_batch()).compile(options)
 
   def eval_step(self, eot: int = 0):
     """Returns the step of an evaluation; it is compiled when it is first called."""

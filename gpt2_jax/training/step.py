@@ -155,6 +155,12 @@ def row_keys(seed: int, step: jax.Array, first: jax.Array | int, rows: int) -> j
   return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers_B)
 
 
+def drops(config: GPTConfig) -> bool:
+  """Whether a model is trained with dropout."""
+  adapters = config.lora is not None and config.lora.dropout
+  return any((config.embd_pdrop, config.attn_pdrop, config.resid_pdrop, adapters))
+
+
 def summed(loss_fn: Callable, part: Params, batch, terms: list[str]):
   """The sums of `loss_fn(part, a, micro-batch a)` over the batch, of its terms and its gradients."""
   loss_and_grads = jax.value_and_grad(loss_fn, has_aux=True)
@@ -187,9 +193,6 @@ def make_train_step(
   A batch is tokens [A, M, T + 1], or a dict of `data.labelled`. The loss is the mean over all
   targets, and so are the gradients, however the batch is split; `factors` are those of `nll`.
   """
-  drops = any(
-    (config.embd_pdrop, config.attn_pdrop, config.resid_pdrop, config.lora and config.lora.dropout)
-  )
 
   def step(state: TrainState, batch):
     A, M = jax.tree.leaves(batch)[0].shape[:2]
@@ -197,7 +200,7 @@ def make_train_step(
     part = trained(config, state.params)
 
     def loss_fn(part, a, micro):
-      keys_M = row_keys(seed, state.step, a * M, M) if drops else None
+      keys_M = row_keys(seed, state.step, a * M, M) if drops(config) else None
       model = bind(config, replaced(state.params, part))
       loss = losses(model, micro, keys_M, document_start, 1 / targets, factors)
       return loss.total, loss.terms

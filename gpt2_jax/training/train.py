@@ -19,7 +19,7 @@ from gpt2_jax.training.run_data import check_prompt, make_batches, open_data
 from gpt2_jax.training.run_plan import make_plan, out_of_memory_advice
 from gpt2_jax.training.stopping import StopSignal
 from gpt2_jax.training.trackers import feeds
-from gpt2_jax.training.watch import goodput, metrics_file, run_record, run_summary
+from gpt2_jax.training.watch import goodput, layer_picture, metrics_file, run_record, run_summary
 from gpt2_jax.training.watch.profiling import Profile
 from gpt2_jax.training.watch.step_record import Recorder
 
@@ -108,7 +108,9 @@ def run_steps(run: Run, profile: Profile, content: verify.Background) -> None:
       run.folder.check()
       profile.before(run.step + 1, values)
       with clock('device'), jax.profiler.StepTraceAnnotation('train', step_num=run.step + 1):
+        measured = run.measured(batch)  # first: the step takes the state
         run.state, values = run.train_step(run.state, batch)
+        values |= measured
       run.step += 1
       if pending:  # one step late, so that the device never waits for the host
         run.record(*pending)
@@ -149,6 +151,8 @@ def finish(run: Run) -> int:
       picture = run_summary.plot_losses(
         run.workdir, f'{title}, at the end' if run.plan.offset else title, totals
       )
+      if layers := layer_picture.draw(run.workdir):
+        say(f'layers     {run.folder.place / layers.name}')
       say(run_summary.summary(run.workdir, prompt, text, totals, run.folder.place))
       summary = run_summary.figures(run.workdir, totals)
       summary |= {} if text is None else {'sample': prompt + text}

@@ -11,6 +11,7 @@ is not finite:
     train/skipped         1 where the step was a spike and not taken, else 0; only with
                           optim.skip_zscore, as is train/grad_norm_zscore: how far the norm's
                           logarithm lay above its running mean, in standard deviations
+    layers/…              with log.layers_every, every so many steps: see layer_values
     eval/loss             at steps where the held-out split was evaluated
     perf/step_seconds     from one step's end to the next, without evaluation and saving
     perf/data_wait_seconds  of them, waiting for the batch

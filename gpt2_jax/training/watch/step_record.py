@@ -9,7 +9,7 @@ import jax
 from gpt2_jax.core.chips import peak_flops
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.model.sizes import flops_per_token
-from gpt2_jax.training import skip_spikes
+from gpt2_jax.training import layer_values, skip_spikes
 from gpt2_jax.training.run_plan import Plan
 from gpt2_jax.training.watch import metrics_file
 from gpt2_jax.training.watch.goodput import Clock
@@ -43,7 +43,7 @@ class Recorder:
       UserError: its loss is not finite, or too many steps in a row were spikes.
     """
     with self.clock('device'):
-      values = {key: float(value) for key, value in jax.device_get(values).items()}
+      values = layer_values.flat(jax.device_get(values))
     self._check(step, values)
     now, last = self.clock.now(), self._last
     self._last = now
