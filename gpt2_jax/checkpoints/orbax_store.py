@@ -38,7 +38,8 @@ def _of_step(step: int) -> str:
   return f'checkpoint of step {step:,}'
 
 
-def _shapes(tree: Any) -> dict[str, str]:
+def shapes(tree: Any) -> dict[str, str]:
+  """Returns dtype and shape of each array of a tree, by its path: 'float32[2, 3]'."""
   return {
     jax.tree_util.keystr(path, simple=True, separator='.'): f'{leaf.dtype}{[*leaf.shape]}'
     for path, leaf in jax.tree.leaves_with_path(tree)
@@ -211,7 +212,7 @@ class Checkpoints:
       meta: JSON that is kept with them; its `best` is a step whose checkpoint is kept.
       losses: held-out losses so far, by step.
     """
-    meta = meta | {'version': VERSION, 'step': step, 'tree': _shapes(items)}
+    meta = meta | {'version': VERSION, 'step': step, 'tree': shapes(items)}
     self._best.step, self._best.losses = meta.get('best'), losses or {}
     self.wait()
     self._saving = step
@@ -239,7 +240,7 @@ class Checkpoints:
     Raises:
       UserError: the checkpoint is of another shape.
     """
-    have, want = self.meta(step)['tree'], _shapes(items)
+    have, want = self.meta(step)['tree'], shapes(items)
     have = {key: value for key, value in have.items() if key.split('.')[0] in items}
     if have != want:
       raise UserError(

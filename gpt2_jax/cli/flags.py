@@ -95,6 +95,7 @@ FLAGS: dict[str, Table] = {
   'Train': {},
   'Config': dict(name=Text(1000)),
   'Reproduce': dict(workdir=Place(), output=PATH),
+  'Doctor': dict(run_or_config=PATH, plan=PATH),
 }
 
 

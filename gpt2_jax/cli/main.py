@@ -19,6 +19,7 @@ from gpt2_jax.cli import flags, inputs
 from gpt2_jax.cli.bias import Bias
 from gpt2_jax.cli.config import Config
 from gpt2_jax.cli.convert import Convert
+from gpt2_jax.cli.doctor import Doctor
 from gpt2_jax.cli.evaluate import Evaluate
 from gpt2_jax.cli.patch import Patch
 from gpt2_jax.cli.plan import Plan, split_overrides
@@ -209,6 +210,7 @@ Verb = (
   | Annotated[Patch, tyro.conf.subcommand('patch')]
   | Annotated[Plan, tyro.conf.subcommand('plan')]
   | Annotated[Reproduce, tyro.conf.subcommand('reproduce')]
+  | Annotated[Doctor, tyro.conf.subcommand('doctor')]
 )
 
 
@@ -246,11 +248,11 @@ def main(argv: list[str] | None = None) -> None:
 
     train.use_huge_pages()
     sys.exit(train.main(['gpt2-jax train', *argv[1:]], began))
-  if argv[:1] == ['plan']:
+  if argv[:1] in (['plan'], ['doctor']):
     argv, overrides = split_overrides(argv)
   try:
     verb = parse(argv)
-    if isinstance(verb, Plan):
+    if isinstance(verb, Plan | Doctor):
       verb.overrides = overrides
     flags.check(verb)
     verb.run()

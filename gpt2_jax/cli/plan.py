@@ -117,8 +117,13 @@ def split_overrides(argv: list[str]) -> tuple[list[str], tuple[str, ...]]:
   return rest, tuple(overrides)
 
 
-def load_config(path: str, overrides: tuple[str, ...] = ()) -> tuple[Any, str]:
+def load_config(path: str, overrides: tuple[str, ...] = (), usual: str = RECIPE) -> tuple[Any, str]:
   """Returns a config file's config with overrides, and a name for it.
+
+  Args:
+    path: of the config, or its name, with a recipe or none.
+    overrides: `--config.SECTION.KEY=VALUE`.
+    usual: the recipe where none is named and the config has this one; '': the config's own.
 
   Raises:
     UserError: the file can't be loaded, or an override names no knob.
@@ -131,7 +136,7 @@ def load_config(path: str, overrides: tuple[str, ...] = ()) -> tuple[Any, str]:
   folder = Path(file).absolute().parent
   if folder != configs.FOLDER and str(folder.parent) not in sys.path:
     sys.path.insert(0, str(folder.parent))  # configs import each other, as from launch.py
-  tries = [path] if recipe else [f'{path}:{RECIPE}', path]
+  tries = [path] if recipe or not usual else [f'{path}:{usual}', path]
   for i, name in enumerate(tries):
     try:
       shown = name.replace(f'{configs.FOLDER}/', 'configs/')

@@ -109,6 +109,18 @@ def _recorded(workdir: Path) -> tuple[dict, list[dict], list[dict]]:
   return config, starts, lines
 
 
+def as_config(read: dict) -> Config:
+  """Returns the config of a run by its `config.json`, with the knobs that there were not yet."""
+  known: Any = base.get_config()
+  read = {'deterministic': False, 'init_base': None, 'init_ignore_extra': False} | read
+  read['optim'] = known.optim.to_dict() | {'name': 'adamw'} | read['optim']
+  read['train'] = {'tokens': None, 'epochs': None} | read['train']
+  read['data'] = {'special': False} | read['data']
+  log = {key: value for key, value in read['log'].items() if key != 'tensorboard'}
+  read['log'] = {'to': 'tensorboard'} | log
+  return ConfigDict(read)  # pyright: ignore[reportReturnType]
+
+
 def _environment(start: dict) -> dict[str, Any]:
   """Returns what the figures of a start may depend on, without its data."""
   return {
@@ -190,16 +202,8 @@ def reproduce(workdir: str | os.PathLike, output: str | os.PathLike | None = Non
   for name in ('mesh', 'micro_batches', 'rows', 'row_tokens', 'git_commit', 'versions'):
     if any(other.get(name) != start.get(name) for other in starts):
       say(f"its {len(starts)} starts differ in {name}: only the last one's is repeated")
-  # there were no such knobs once
-  known: Any = base.get_config().optim
-  config['optim'] = known.to_dict() | {'name': 'adamw'} | config['optim']
-  config['train'] = {'tokens': None, 'epochs': None} | config['train']
-  config['data'] = {'special': False} | config['data']
-  config['log'] = {key: value for key, value in config['log'].items() if key != 'tensorboard'}
-  config['log']['to'] = ''  # what repeats a run is nothing to follow
-  again: Config = ConfigDict(
-    {'deterministic': False, 'init_base': None, 'init_ignore_extra': False} | config
-  )
+  again = as_config(config)
+  again.log.to = ''  # what repeats a run is nothing to follow
   knobs.check(again)
   positions = held_positions(lies)
   _restrict(again, lines[-1]['step'], start, positions)

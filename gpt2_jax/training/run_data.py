@@ -12,6 +12,7 @@ from gpt2_jax.data import labelled_texts, prepare, token_store
 from gpt2_jax.data.shards import bad_token
 from gpt2_jax.data.token_batches import TokenBatches
 from gpt2_jax.data.training_data import Batches, TrainingData
+from gpt2_jax.model.config import Config
 from gpt2_jax.parallel import multihost
 from gpt2_jax.parallel.multihost import say
 from gpt2_jax.tokenizer import bpe
@@ -35,17 +36,27 @@ def open_data(plan: Plan) -> TrainingData:
       whose = 'data.tokenizer' if data.tokenizer is not None else str(plan.config.init_from)
       opened.check_tokenizer(bpe.load(plan.tokenizer), whose, '--config.data.tokenizer')
     return opened
+  settings, folder = store_of(data, plan.tokenizer)
+  return prepare.ensure_store(settings, folder, process=_share(folder))
+
+
+def store_of(data: Config, tokenizer: str) -> tuple[prepare.Settings, AnyPath]:
+  """Returns how the token store of a config is made, and its folder, which may not be there yet.
+
+  Args:
+    data: that section of the config; its corpus is none of `bin:`.
+    tokenizer: its spec.
+  """
   settings = prepare.Settings(
     data.corpus,
-    plan.tokenizer,
+    tokenizer,
     data.val_fraction,
     data.split_seed,
     data.split,
     data.text_field,
     data.special,
   )
-  folder = place(data.store or place(data.directory) / prepare.store_name(settings))
-  return prepare.ensure_store(settings, folder, process=_share(folder))
+  return settings, place(data.store or place(data.directory) / prepare.store_name(settings))
 
 
 def _share(folder: AnyPath) -> tuple[int, int]:
