@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
@@ -159,16 +160,20 @@ def draw(order: dict[str, list[str]]) -> str:
     row = [room for room in row if (PACKAGE / room).is_dir()]
     width = (WIDTH - GAP * (len(row) + 1)) / len(row)
     columns = max(1, int(width // 150))
-    tall = max(-(-len(files(room)) // columns) for room in row) * LINE + TOP
+    said = {room: textwrap.wrap(purpose(room), int((width - 20) / 5.6)) for room in row}
+    top = TOP + (max(map(len, said.values())) - 1) * LINE
+    tall = max(-(-len(files(room)) // columns) for room in row) * LINE + top
     for i, room in enumerate(row):
       x = GAP + i * (width + GAP)
       parts.append(f'<rect x="{x:.0f}" y="{y}" width="{width:.0f}" height="{tall}" rx="8"/>')
       parts.append(f'<text class="name" x="{x + 12:.0f}" y="{y + 20}">{room}</text>')
-      parts.append(f'<text class="what" x="{x + 12:.0f}" y="{y + 35}">{escape(purpose(room))}</text>')
+      for k, line in enumerate(said[room]):
+        at = f'x="{x + 12:.0f}" y="{y + 35 + k * LINE}"'
+        parts.append(f'<text class="what" {at}>{escape(line)}</text>')
       names = files(room)
       deep = -(-len(names) // columns)
       for j, name in enumerate(names):
-        at_x, at_y = x + 12 + j // deep * (width - 12) / columns, y + TOP - 6 + j % deep * LINE
+        at_x, at_y = x + 12 + j // deep * (width - 12) / columns, y + top - 6 + j % deep * LINE
         dots = 0
         for way, numbers in places.items():
           if number := numbers.get(f'{room}/{name.replace(".", "/")}.py'):

@@ -51,7 +51,7 @@ def test_recipes_are_well_formed(page):
         )
         assert done.returncode == 0, (arguments, done.stderr)
       else:
-        words = split_overrides(words)[0] if words[0] == 'plan' else words
+        words = split_overrides(words)[0] if words[0] in ('plan', 'doctor') else words
         tyro.cli(main.Verb, args=words, registry=inputs.registry, config=(tyro.conf.OmitArgPrefixes,))
 
 

@@ -12,7 +12,8 @@ is not finite:
                           optim.skip_zscore, as is train/grad_norm_zscore: how far the norm's
                           logarithm lay above its running mean, in standard deviations
     layers/…              with log.layers_every, every so many steps: see layer_values
-    eval/loss             at steps where the held-out split was evaluated
+    eval/loss             at steps where the held-out split was evaluated; of a classifier also
+                          eval/accuracy, the share of texts whose label is the likeliest one
     perf/step_seconds     from one step's end to the next, without evaluation and saving
     perf/data_wait_seconds  of them, waiting for the batch
     perf/host_seconds_max, perf/host_seconds_median  over the hosts: what each spends on its own, a
