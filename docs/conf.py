@@ -84,7 +84,7 @@ def linked(app: Any, docname: str, source: list[str]) -> None:
 
 
 def reachable(app: Any, name: str, template: str, context: dict[str, Any], doctree: Any) -> None:
-  """Lets a keyboard scroll what is wider than the page, and says how deep the headings at the side are."""
+  """Lets a keyboard scroll what is wider than the page, and says how deep headings beside it are."""
   if 'body' in context:
     body = context['body'].replace('<pre>', '<pre tabindex="0">')
     context['body'] = body.replace(

@@ -3,6 +3,7 @@ and small files that hold anything.
 """
 
 import contextlib
+import importlib.metadata
 import fcntl
 import json
 import os
@@ -654,8 +655,9 @@ def test_launch_tells_what_it_takes():
 
 def test_versions(capsys):
   main(['--version'])
-  assert capsys.readouterr().out.startswith(f'gpt2_jax 0.1.0, jax {jax.__version__}, Python ')
-  assert gpt2_jax.__version__ == '0.1.0'
+  own = importlib.metadata.version('gpt2_jax')  # tests/test_site.py: of setup.cfg, and no other
+  assert capsys.readouterr().out.startswith(f'gpt2_jax {own}, jax {jax.__version__}, Python ')
+  assert gpt2_jax.__version__ == own
 
 
 @pytest.mark.parametrize(
