@@ -3,8 +3,8 @@ and small files that hold anything.
 """
 
 import contextlib
-import importlib.metadata
 import fcntl
+import importlib.metadata
 import json
 import os
 import re
