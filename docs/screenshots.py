@@ -57,6 +57,17 @@ def attention(page, scheme: str) -> None:
   page.screenshot(path=IMAGES / f'attention-{scheme}.png', full_page=True)
 
 
+def patching(page, scheme: str) -> None:
+  """A head that is taken away."""
+  page.goto('/patching')
+  page.wait_for_selector('.nexts li', timeout=120_000)  # it is compiled
+  page.locator('.of-heads td').nth(1).click()
+  page.wait_for_selector('h3:has-text("and without")')
+  page.locator('.of-positions td').nth(2).hover()
+  page.evaluate('scrollTo(0, 0)')
+  page.screenshot(path=IMAGES / f'patching-{scheme}.png', full_page=True)
+
+
 def main(workdir: str) -> None:
   models = {'tiny': gpt2_jax.from_pretrained(workdir)}
   with serve(models) as running, sync_playwright() as playwright:
@@ -67,6 +78,7 @@ def main(workdir: str) -> None:
       )
       playground(context.new_page(), scheme)
       attention(context.new_page(), scheme)
+      patching(context.new_page(), scheme)
     browser.close()
 
 

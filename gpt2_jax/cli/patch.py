@@ -46,13 +46,14 @@ class Patch:
     for name, path in (('--png', self.png), ('--json', self.json)):
       if path is not None and not path.parent.is_dir():
         raise UserError(f'{name} {path}: there is no folder {path.parent}.')
-    texts = [inputs.typed(text, f'the text {text[:40]!r}') for text in (self.clean, self.corrupted)]
+    typed = lambda text: inputs.typed(text, f'the text {text[:40]!r}')
+    clean, corrupted = typed(self.clean), typed(self.corrupted)
     from gpt2_jax.checkpoints import pretrained
     from gpt2_jax.core.files import write_whole
     from gpt2_jax.interpretation.prompt_pairs import patch_texts
 
     model = pretrained.open_model(self.checkpoint, self.tokenizer, self.opening)
-    found = patch_texts(model, *texts, self.answers, over=self.over, by=self.by or None)
+    found = patch_texts(model, clean, corrupted, self.answers, over=self.over, by=self.by or None)
     self._show(found)
     if self.json is not None:
       fields = dataclasses.asdict(found) | {

@@ -127,6 +127,8 @@ def sweep(
   by = (('head',) if 'head' in has else ('position',)) if by is None else tuple(by)
   if wrong := [name for name in by if name not in has]:
     raise UserError(f'{over} has no axis {brief(wrong[0])} to sweep over: it has {", ".join(has)}.')
+  if len(set(by)) < len(by):
+    raise UserError(f'by = {brief(by)} names an axis twice.')
   reads_BR = _reads(read, B, T)
   places = np.array(list(itertools.product(*(range(has[p]) if p in by else (ALL,) for p in PLACES))))
   at_once = max(1, memory // _bytes(sizes, reads_BR.size))

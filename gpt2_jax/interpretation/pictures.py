@@ -54,7 +54,8 @@ def heat_map(
   wide, high = (0.32 * min(n, 40) + 1.2 for n in panels.shape[:0:-1])
   figure = Figure((max(columns * wide + 1, 4), max(rows * (high + 0.6), 2.5)), layout='constrained')
   FigureCanvasAgg(figure)
-  most, drawn = np.abs(values[np.isfinite(values)]).max(initial=0) or 1.0, None
+  most = np.abs(values[np.isfinite(values)]).max(initial=0) or 1.0
+  drawn: Any = None
   grid = figure.subplots(rows, columns, squeeze=False).ravel()
   for panel, (ax, table) in enumerate(zip(grid, panels)):
     drawn = ax.imshow(table, cmap='RdBu_r', vmin=-most, vmax=most, aspect='auto')

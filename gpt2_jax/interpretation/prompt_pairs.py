@@ -91,13 +91,17 @@ def answer_ids(model: Pretrained, answers: Sequence[str]) -> list[int]:
   return found
 
 
-def pair_ids(model: Pretrained, clean: str, corrupted: str) -> np.ndarray:
+def pair_ids(
+  model: Pretrained, clean: str, corrupted: str, *, allow_special: bool = False
+) -> np.ndarray:
   """The ids of two texts, [2, T].
 
   Raises:
     UserError: they are of different length, the same, or too long.
   """
-  rows = text_batches.encode([clean, corrupted], model.tokenizer, model.config)
+  rows = text_batches.encode(
+    [clean, corrupted], model.tokenizer, model.config, allow_special=allow_special
+  )
   if len(rows[0]) != len(rows[1]):
     tokens = (' '.join(shown(model.tokenizer.decode([i])) for i in row) for row in rows)
     raise UserError(
@@ -119,6 +123,7 @@ def patch_texts(
   *,
   over: str = 'resid_pre',
   by: Sequence[str] | None = None,
+  allow_special: bool = False,
 ) -> PatchMap:
   """Patches each activation of the clean text into the corrupted one.
 
@@ -127,6 +132,7 @@ def patch_texts(
     clean, corrupted: texts of as many tokens.
     answers: what the clean text and what the corrupted one is followed by; a token each.
     over, by: as of `patch`.
+    allow_special: whether special tokens count in a text.
 
   Raises:
     UserError: a text or an answer can't be used, or there is no such site or axis.
@@ -135,15 +141,26 @@ def patch_texts(
   if model.tokenizer is None:
     raise UserError('texts need a tokenizer, and this model has none.')
   right, wrong = answer_ids(model, answers)
-  ids_2T = pair_ids(model, clean, corrupted)
+  ids_2T = pair_ids(model, clean, corrupted, allow_special=allow_special)
   logits_2TV, _ = run(model, ids_2T)
   whole = np.asarray(difference(right, wrong, logits_2TV[:, -1]), np.float64)
-  if whole[0] == whole[1]:
-    raise UserError('the answers differ as much after both texts: there is nothing to restore.')
+  if whole[0] == whole[1] or not np.isfinite(whole).all():
+    raise UserError(
+      f"the answers' logits differ by {whole[0]:g} and {whole[1]:g} after the two texts: there is "
+      'nothing to restore.'
+    )
   metric = jax.tree_util.Partial(difference, np.int32(right), np.int32(wrong))
   if by is None:
     by = ('head',) if 'head' in (AXES.get(a) for a in site(over).letters) else ('position',)
   table = patch(model, ids_2T[:1], ids_2T[1:], metric, over=over, by=by)[..., 0]
   tokens = [[model.tokenizer.decode([i]) for i in row] for row in ids_2T.tolist()]
-  said = (answers[0], answers[1])
-  return PatchMap(over, tuple(by), *tokens, said, *whole.tolist(), table.astype(np.float64))
+  return PatchMap(
+    over=over,
+    by=tuple(by),
+    clean=tokens[0],
+    corrupted=tokens[1],
+    answers=(answers[0], answers[1]),
+    clean_difference=float(whole[0]),
+    corrupted_difference=float(whole[1]),
+    differences=table.astype(np.float64),
+  )

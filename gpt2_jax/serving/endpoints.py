@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,17 @@ from gpt2_jax.serving.attention_data import attention_data
 from gpt2_jax.serving.completions import Answer, encode
 from gpt2_jax.serving.engine import Engine
 from gpt2_jax.serving.features_endpoint import features_data
+from gpt2_jax.serving.patch_data import ablate_data, patch_data
 from gpt2_jax.serving.routes import Route
-from gpt2_jax.serving.schemas import ApiError, AttentionRequest, Completion, FeaturesRequest, dumps
+from gpt2_jax.serving.schemas import (
+  AblateRequest,
+  ApiError,
+  AttentionRequest,
+  Completion,
+  FeaturesRequest,
+  PatchRequest,
+  dumps,
+)
 from gpt2_jax.serving.state import Serving
 
 SHORT = 4096  # bytes of a body
@@ -39,6 +49,11 @@ async def playground(request: Request):
 @pages.get('/attention', include_in_schema=False)
 async def attention_page(request: Request):
   return await STATIC.get_response('attention.html', request.scope)
+
+
+@pages.get('/patching', include_in_schema=False)
+async def patching_page(request: Request):
+  return await STATIC.get_response('patching.html', request.scope)
 
 
 @pages.get('/favicon.ico', include_in_schema=False)
@@ -137,6 +152,23 @@ async def attention(asked: AttentionRequest, request: Request):
       engine.model, asked.input, lens=asked.lens, max_tokens=most, allow_special=special
     )
 
+  return await unless_gone(request, serving.in_thread(work))
+
+
+@insides.post('/v1/patch')
+async def patch(asked: PatchRequest, request: Request):
+  """What each activation of one text restores in another."""
+  serving = serving_of(request)
+  model = serving.engine(asked.model).model
+  work = functools.partial(patch_data, model, asked, serving.limits)
+  return await unless_gone(request, serving.in_thread(work))
+
+
+@insides.post('/v1/ablate')
+async def ablate(asked: AblateRequest, request: Request):
+  """What comes next, and what would without some heads."""
+  serving = serving_of(request)
+  work = functools.partial(ablate_data, serving.engine(asked.model).model, asked)
   return await unless_gone(request, serving.in_thread(work))
 
 

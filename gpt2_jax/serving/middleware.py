@@ -22,7 +22,8 @@ HEADERS = [
   (b'referrer-policy', b'no-referrer'),
 ]
 HEADER_BYTES = 16 << 10  # of a request's line and headers
-OPEN = ('/', '/attention', '/favicon.ico', '/healthz', '/openapi.json')  # without a key; and /static/
+PAGES = ('/', '/attention', '/patching', '/favicon.ico')
+OPEN = (*PAGES, '/healthz', '/openapi.json')  # without a key; and /static/
 
 log = logging.getLogger('gpt2_jax.serving')
 

@@ -27,6 +27,7 @@ class Limits:
     features_tokens: of one request's texts, whose features are asked for.
     features_values: numbers in the answer to it.
     attention_tokens: of the text whose attention is asked for.
+    patched_tokens: of all patches of a request: as many texts as there are patches.
     seconds: for a whole request.
     read_seconds: for a request's body to arrive.
     send_seconds: for a reader to take what it is sent.
@@ -39,6 +40,7 @@ class Limits:
   features_tokens: int = 8192
   features_values: int = 1 << 22
   attention_tokens: int = 256
+  patched_tokens: int = 1 << 16
   seconds: float = 600
   read_seconds: float = 20
   send_seconds: float = 30
@@ -219,6 +221,26 @@ class AttentionRequest(Body):
 
   input: str
   lens: int | None = Field(None, ge=0, le=20, description='Default: 5, or as many ids as there are.')
+
+
+class PatchRequest(Body):
+  """What each activation of one text restores in another."""
+
+  clean: str
+  corrupted: str
+  answers: Annotated[list[str], Field(min_length=2, max_length=2, description='A token each.')]
+  over: str = Field('resid_pre', description='Site of the activations: docs/interpretability.md.')
+  by: list[Literal['position', 'head']] | None = Field(None, description='Axes beside the layer.')
+
+
+class AblateRequest(Body):
+  """What comes next without some heads."""
+
+  input: str | Annotated[list[str], Field(min_length=1, max_length=8)]
+  heads: list[Annotated[list[int], Field(min_length=2, max_length=2)]] = Field(
+    [], description='[layer, head] of each.', max_length=4096
+  )
+  top: int = Field(8, ge=1, le=20, description='How many next tokens are told.')
 
 
 def refusal(errors: list[dict[str, Any]]) -> ApiError:

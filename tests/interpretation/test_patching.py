@@ -111,6 +111,7 @@ def test_what_does_not_exist_is_an_error(model):
     'outside of the blocks': dict(over='embed'),
     'it has position, neuron': dict(by=('head',)),
     'read = 7': dict(read=7),
+    'names an axis twice': dict(by=('position', 'position')),
   }.items():
     with pytest.raises(UserError, match=says):
       patch(model, CLEAN, CORRUPTED, metric, **options)

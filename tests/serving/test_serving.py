@@ -377,6 +377,7 @@ def test_head_is_get_without_its_body(server):
   for path in (
     '/',
     '/attention',
+    '/patching',
     '/favicon.ico',
     '/healthz',
     '/v1/models',

@@ -49,6 +49,14 @@ export async function attention(model, text, lens, signal) {
   return (await ask('/v1/attention', { model, input: text, lens }, signal)).json();
 }
 
+// What patches between two texts restore, and what comes after texts without some heads.
+export async function patch(body, signal) {
+  return (await ask('/v1/patch', body, signal)).json();
+}
+export async function ablate(model, texts, heads, signal) {
+  return (await ask('/v1/ablate', { model, input: texts, heads }, signal)).json();
+}
+
 // The objects of a stream of server-sent events, as they come.
 async function* events(response, signal) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
