@@ -7,7 +7,7 @@ needs the extras `serve` and `serve-test`, Chromium, and a run of configs/tiny.p
 
 import sys
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from playwright.sync_api import sync_playwright
 
@@ -21,6 +21,12 @@ import gpt2_jax  # noqa: E402
 IMAGES = ROOT / 'docs' / 'images'
 START = 'class Reader:\n    def __init__(self, path):\n        self.path = path\n\n    def read(self'
 READ = 'import os\nimport sys\n\n\ndef main(argv):\n    return os.path.join(argv[0], argv[1])\n'
+PAIR = {
+  'text': 'def f(self, x):\n    self',
+  'corrupted': 'def f(name, x):\n    name',
+  'right': '.',
+  'wrong': ' =',
+}
 DONE = 'document.querySelectorAll("#choices li").length === 3 && !document.querySelector(".coming")'
 
 
@@ -59,11 +65,11 @@ def attention(page, scheme: str) -> None:
 
 def patching(page, scheme: str) -> None:
   """A head that is taken away."""
-  page.goto('/patching')
+  page.goto(f'/patching#{urlencode(PAIR)}')
   page.wait_for_selector('.nexts li', timeout=120_000)  # it is compiled
-  page.locator('.of-heads td').nth(1).click()
+  page.locator('.of-heads td').nth(0).click()
   page.wait_for_selector('h3:has-text("and without")')
-  page.locator('.of-positions td').nth(2).hover()
+  page.locator('.of-positions td').nth(3).hover()
   page.evaluate('scrollTo(0, 0)')
   page.screenshot(path=IMAGES / f'patching-{scheme}.png', full_page=True)
 
