@@ -12,7 +12,7 @@ Keys, each with an axis of layers where a parameter has one; of matrices and emb
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict
 
 from gpt2_jax.model.config import GPTConfig
 from gpt2_jax.model.cross_entropy import Factors
-from gpt2_jax.model.gpt2 import Params, bind
+from gpt2_jax.model.gpt2 import bind
 from gpt2_jax.model.parameters import row_of
 from gpt2_jax.model.sites import SILENT, Listener
 from gpt2_jax.parallel.sharding import RULES, reshard
@@ -47,10 +47,10 @@ class _Largest:
     return value
 
 
-def norms(params: Params) -> dict[str, jax.Array]:
+def norms(params: Any) -> dict[str, jax.Array]:
   """The norms of matrices and embeddings, [L] or of one, by a short name: 'attn.c_attn'."""
-  out = {}
-  for path, x in flatten_dict(params).items():
+  out, leaves = {}, cast(dict[Any, jax.Array], flatten_dict(params))
+  for path, x in leaves.items():
     row = row_of(path)
     if row.decays:
       axes = tuple(range(int(row.stacked), x.ndim))

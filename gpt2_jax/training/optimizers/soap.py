@@ -178,6 +178,7 @@ def scale_by_soap(optim: Config) -> optax.GradientTransformation:
   def update(updates, state: SoapState, params=None):
     del params
     leaves, structure = jax.tree.flatten(updates)
+    count: Any = optax.safe_increment(state.count)
     moments = {}
     for name, members in _stacks(updates).items():
       numbers, stacks = zip(*members)
@@ -185,7 +186,7 @@ def scale_by_soap(optim: Config) -> optax.GradientTransformation:
       made, moments[name] = update_stack(state.count, grads, list(stacks), state.moments[name])
       for i, x in zip(numbers, made, strict=True):
         leaves[i] = x
-    return structure.unflatten(leaves), SoapState(optax.safe_increment(state.count), moments)
+    return structure.unflatten(leaves), SoapState(count, moments)
 
   return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
 
