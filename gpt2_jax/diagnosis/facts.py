@@ -24,6 +24,7 @@ from gpt2_jax.tokenizer import bpe
 from gpt2_jax.training import run_plan
 from gpt2_jax.training.reproduce import as_config
 from gpt2_jax.training.run_data import store_of
+from gpt2_jax.training.run_model import spec_of
 from gpt2_jax.training.watch import metrics_file, run_record
 
 
@@ -141,7 +142,10 @@ def of_run(workdir: AnyPath) -> Facts:
   start = starts[-1]
   model, state = _saved(workdir, config)
   tokenizer = str(at / 'tokenizer')
-  store, why = _store(config, config.data.tokenizer or 'gpt2')
+  spec = config.data.tokenizer or 'gpt2'
+  if config.data.tokenizer is None and config.init_from is not None:
+    spec = spec_of(config, bpe.load(tokenizer))
+  store, why = _store(config, spec)
   if store is not None and store.sha256 != start['data']['sha256']:
     store, why = None, f'{store.path} is not the data that this run had'
   kind = start['devices'].partition(' x ')[2]

@@ -30,7 +30,7 @@ def documents(split: Split, eot: int) -> tuple[np.ndarray, np.ndarray]:
       for a, b in zip(edges[:-1], edges[1:]):
         a += int(a < b and tokens[a] == eot)
         if b - a >= SHORT:
-          digest = hashlib.blake2b(tokens[a:b], digest_size=8).digest()
+          digest = hashlib.blake2b(tokens[a:b].tobytes(), digest_size=8).digest()
           hashes.append(int.from_bytes(digest, 'little'))
           sizes.append(int(b - a))
       advance(shard.tokens)

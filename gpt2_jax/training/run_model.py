@@ -37,10 +37,9 @@ def _tokenizer(config: Config, source: Source | None) -> str:
     return config.data.tokenizer or 'gpt2'
   if source.tokenizer is None:
     raise UserError(f'{source.where} has no tokenizer that can be used: set config.data.tokenizer.')
-  with contextlib.suppress(UserError):  # GPT-2's own may not be at hand
-    if source.tokenizer.sha256 == bpe.load('gpt2').sha256:
-      return 'gpt2'  # so that its stores are found
-  folder = Path(config.data.directory) / 'tokenizers' / source.tokenizer.sha256[:16]
+  if (spec := spec_of(config, source.tokenizer)) == 'gpt2':
+    return spec
+  folder = Path(spec)
   try:
     with whole(folder) as path:
       source.tokenizer.save(path)
@@ -48,6 +47,14 @@ def _tokenizer(config: Config, source: Source | None) -> str:
     if not folder.exists():  # else it is there already, by an earlier run or another process
       raise
   return str(folder)
+
+
+def spec_of(config: Config, own: bpe.Tokenizer) -> str:
+  """Returns the spec of a loaded model's own tokenizer: 'gpt2', or a folder of the run's data."""
+  with contextlib.suppress(UserError):  # GPT-2's own may not be at hand
+    if own.sha256 == bpe.load('gpt2').sha256:
+      return 'gpt2'  # so that its stores are found
+  return str(Path(config.data.directory) / 'tokenizers' / own.sha256[:16])
 
 
 def _model(
