@@ -309,6 +309,7 @@ def test_a_shipped_config_is_healthy_as_it_runs(tmp_path):
     'launch.py', '--config=configs/tiny.py:shakespeare', f'--workdir={tmp_path / "run"}',
     f'--config.data.corpus=text:{corpus}', f'--config.data.directory={tmp_path}', '--config.log.to=',
     '--config.train.steps=120', '--config.optim.decay_steps=2000', '--config.evaluate.every=60',
+    '--config.data.val_fraction=0.01', '--config.log.sample_tokens=1',
   )  # fmt: skip
   assert ran.returncode == 0, ran.stderr
   known = facts.of_run(tmp_path / 'run')
