@@ -57,7 +57,8 @@ def table_rate(params: float) -> float:
 def learning_rate(facts: Facts) -> Iterator[str]:
   """The peak learning rate is near the one of the table for its size."""
   optim = facts.config.optim
-  if optim.name == 'adafactor' or facts.model.parametrization == 'mup':
+  own = optim.name == 'adafactor' or (optim.name == 'muon' and optim.muon_scale == 'original')
+  if own or facts.model.parametrization == 'mup':
     return  # rates of their own kind
   if not facts.begins:
     most = 5e-3 if facts.model.lora is not None else 2e-4

@@ -115,6 +115,23 @@ def test_a_fault_of_a_config_is_found(check, knobs, texts, healthy):
   assert len(found) == 1 and f'[docs/doctor.md#{check.replace(" ", "-")}]' in found[0]
 
 
+@pytest.mark.parametrize(
+  'knobs,most',
+  [
+    (dict(optim__name='muon'), 1e-2),
+    (dict(optim__name='lion'), 2e-3),
+    (dict(optim__name='muon', optim__muon_scale='original'), None),
+    (dict(optim__name='adafactor'), None),
+  ],
+)
+def test_other_optimizers_have_other_rates(knobs, most, texts, healthy):
+  found = lambda rate: (
+    'learning rate' in checks(looked_at(small(texts, **knobs, optim__peak_lr=rate)))
+  )
+  assert found(0.1) == (most is not None)
+  assert most is None or not found(most)
+
+
 @pytest.mark.parametrize('name', ['tiny:stdlib', 'small:fineweb', 'xl:fineweb'])
 def test_an_eighth_of_the_batch_and_ten_times_the_rate_are_found(name, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
