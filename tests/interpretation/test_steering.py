@@ -89,6 +89,7 @@ def test_activations_do_not_depend_on_the_mesh(model):
   assert_close(activations(spread, TOWARD, layer=1, tokens='all', tokenizer=model.tokenizer), want)
 
 
+@pytest.mark.slow
 def test_from_texts_to_a_steered_sample(model, folder, capsys):
   checkpoint, file = str(folder / 'model'), folder / 'v:1.safetensors'
   texts = ['--toward', str(folder / 'toward.txt'), '--away', str(folder / 'away.txt')]

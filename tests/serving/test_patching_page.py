@@ -37,6 +37,7 @@ def found(model):
 # ---- numbers ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_heads_that_are_taken_away_write_nothing(model):
   texts, heads = ['abc', 'a long one'], [(0, 1), (1, 0)]
   have = next_logprobs(model, texts, without_heads(model, heads))
