@@ -106,6 +106,17 @@ def test_combinators():
   assert sweeps.varied(seeded) == ['b'] and sweeps.varied([{}, {'c': 0.0}]) == ['c']
 
 
+def test_tokens_to_a_loss_are_where_the_curve_first_comes_to_it():
+  """Between evaluations straight; a loss that is left again was reached, one below all was not."""
+  lines = [
+    {'train/tokens': n, 'eval/loss': x} for n, x in ((10, 4.0), (20, 3.0), (30, 3.2), (40, 2.0))
+  ]
+  held = types.SimpleNamespace(lines=[{'train/tokens': 5}, *lines])
+  tokens_to = run.load('optimizers').tokens_to
+  assert [tokens_to(loss, held) for loss in (3.5, 3.0, 2.6, 2.0)] == [15, 20, 35, 40]
+  assert math.isnan(tokens_to(1.9, held))
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_every_point_of_a_sweep_is_a_run(name, monkeypatch):
   """Its overrides are knobs, of the right type, that make a plan."""

@@ -53,7 +53,6 @@ def plain():
   'A,mesh',
   [
     (1, (1, 1, 1)),
-    pytest.param(2, (1, 2, 1), marks=pytest.mark.slow),
     pytest.param(1, (2, 2, 2), marks=pytest.mark.slow),
     pytest.param(2, (2, 1, 1, 2), marks=pytest.mark.slow),
   ],
