@@ -154,6 +154,16 @@ def test_scaling(tmp_path):
 
 
 @pytest.mark.slow
+def test_steps(tmp_path):
+  """A served step beside `generate`, in the dtypes that were once ten times apart."""
+  flags = '--sizes tiny --dtypes bfloat16 int8 --slots 2 --steps 2 --repeats 1'
+  half, small = rows_of(tmp_path, 'steps', *flags.split())
+  assert (half['dtype'], small['dtype']) == ('bfloat16', 'int8')
+  for row in (half, small):
+    assert row['slots'] == 2 and positive(row, 'served_clock_s', 'served_processor_s')
+
+
+@pytest.mark.slow
 def test_serving(tmp_path):
   pytest.importorskip('uvicorn')
   one, many, *theirs = rows_of(

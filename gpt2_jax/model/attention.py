@@ -55,7 +55,8 @@ def attention(
   """softmax(scale · q kᵀ) v, with the softmax in float32.
 
   Args:
-    q_BTNH, k_BSNH, v_BSNH: queries, keys and values.
+    q_BTNH, k_BSNH, v_BSNH: queries, keys and values; the latter as a cache keeps them, perhaps in a
+      wider dtype (`kv_cache.cache_dtype`), in which the products are then made.
     mask_BTS: true where a query sees a key; an axis of size 1 is broadcast. A query that sees
       nothing gets the mean of all values, as in Hugging Face's GPT-2.
     scale: factor of the scores.
@@ -65,16 +66,17 @@ def attention(
     at: asked at the sites `attn_scores`, after the mask, and `pattern`, before dropout.
 
   Returns:
-    The attended values [B, T, N, H] in the dtype of `v_BSNH`.
+    The attended values [B, T, N, H] in the dtype of `q_BTNH`.
   """
   # heads first, as a cache holds them: keys and values of one are then read where they lie
-  q_BNTH, k_BNSH, v_BNSH = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSNH, v_BSNH))
+  dtype = q_BTNH.dtype
+  q_BNTH, k_BNSH, v_BNSH = (x.swapaxes(1, 2) for x in (q_BTNH.astype(k_BSNH.dtype), k_BSNH, v_BSNH))
   scores_BNTS = scale * kept(scores(q_BNTH, k_BNSH, upcast, precision))
   weights_BNTS = weights(scores_BNTS, mask_BTS, v_BNSH.dtype, drop, at)
   # a split in one part: else XLA makes this product inside of the softmax's loop on CPUs
   (whole_BNTS,) = jnp.split(weights_BNTS, 1, axis=-1)
   out_BNTH = product('BNTS,BNSH->BNTH', whole_BNTS, v_BNSH, precision, v_BNSH.dtype)
-  return out_BNTH.swapaxes(1, 2)
+  return out_BNTH.astype(dtype).swapaxes(1, 2)
 
 
 def scores(q_BNTH: jax.Array, k_BNSH: jax.Array, upcast: bool, precision: str | None) -> jax.Array:

@@ -60,6 +60,18 @@ def for_decoding(config: GPTConfig, params: Params) -> tuple[GPTConfig, Params]:
   return dataclasses.replace(config, form='decode'), _to_form(config, params, 'decode')
 
 
+def with_wide_steps(config: GPTConfig, params: Params) -> Params:
+  """Parameters of the form 'int8' with their steps as numbers of the model's dtype, for programs that
+  make one token each on a CPU; others as they are.
+
+  A CPU makes its steps wide before it multiplies: a loop over tokens does it once, such a program
+  each time. The steps are exact in every dtype, so nothing else changes.
+  """
+  if config.form != 'int8':
+    return params
+  return jax.tree.map(lambda x: x.astype(config.dtype) if x.dtype == jnp.int8 else x, params)
+
+
 def quantize(model: M) -> M:
   """The model with weights in int8, a float32 scale for each output channel and token.
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt2_jax.model.config import GPTConfig
-from gpt2_jax.parallel.sharding import RULES, P, in_mesh, layout
+from gpt2_jax.parallel.sharding import RULES, P, in_mesh, layout, platform
 
 
 @jax.tree_util.register_dataclass
@@ -35,7 +35,7 @@ class StackedCache:
     """
 
     def put(old_LBNSH, new_BTNH):
-      new_BNTH = new_BTNH.swapaxes(1, 2)
+      new_BNTH = new_BTNH.swapaxes(1, 2).astype(old_LBNSH.dtype)
       if jnp.ndim(slot) == 0:
         new = jax.lax.dynamic_update_slice(old_LBNSH, new_BNTH[None], (layer, 0, 0, slot, 0))
         return new, jax.lax.dynamic_index_in_dim(new, layer, keepdims=False)
@@ -94,12 +94,24 @@ class LayerCaches:
 Cache = StackedCache | LayerCaches
 
 
-def empty_cache(config: GPTConfig, B: int, S: int) -> Cache:
-  """A cache of a model, for B rows of S positions."""
+def cache_dtype(config: GPTConfig) -> Any:
+  """The dtype of a model's caches: its own, but float32 on a CPU for one that is narrower.
+
+  A CPU has no loops over bfloat16: to write one position XLA would make a float32 copy of the whole
+  cache and round it again, every token. Nor is such a cache read any faster: what is read is made
+  wide, too. The values in it are those of the narrow dtype.
+  """
+  dtype = jnp.dtype(config.dtype)
+  return jnp.dtype('float32') if platform() == 'cpu' and dtype.itemsize < 4 else dtype
+
+
+def empty_cache(config: GPTConfig, B: int, S: int, dtype: Any = None) -> Cache:
+  """A cache of a model, for B rows of S positions; `dtype`: if not `cache_dtype`."""
+  dtype = dtype or cache_dtype(config)
 
   def zeros(*layers: int) -> jax.Array:
     shape, spec = (*layers, B, config.n_head, S, config.H), RULES.cache_lbnsh[1 - len(layers) :]
-    return jnp.zeros(shape, config.dtype, out_sharding=layout(P(*spec)))
+    return jnp.zeros(shape, dtype, out_sharding=layout(P(*spec)))
 
   if config.form == 'train':
     return StackedCache(zeros(config.n_layer), zeros(config.n_layer))
@@ -109,6 +121,7 @@ def empty_cache(config: GPTConfig, B: int, S: int) -> Cache:
 
 def write(rows_BNSH: jax.Array, new_BNTH: jax.Array, slot: jax.Array | int) -> jax.Array:
   """Rows of a cache with T new positions from `slot` on, one for all or [B]."""
+  new_BNTH = new_BNTH.astype(rows_BNSH.dtype)
   if rows_BNSH.shape[0] == 1 and not in_mesh():
     at = (0, jnp.reshape(slot, ()), 0)
     return jax.lax.dynamic_update_slice(rows_BNSH[0], new_BNTH[0], at)[None]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from gpt2_jax.model import attention
 from gpt2_jax.model.config import GPTConfig
-from gpt2_jax.model.kv_cache import LayerCaches, with_rows, without_one_row, write
+from gpt2_jax.model.kv_cache import LayerCaches, cache_dtype, with_rows, without_one_row, write
 from gpt2_jax.model.sites import SILENT, Listener
 
 Arrays = tuple[jax.Array, ...]
@@ -61,7 +61,8 @@ class BlocksMask(attention.Mask):
     at: Listener = SILENT,
   ) -> jax.Array:
     """As `attention.attention`; what blocks of values give is added up in float32."""
-    q_BNTH, k, v = q_BTNH.swapaxes(1, 2), k_BSNH, v_BSNH
+    k, v = k_BSNH, v_BSNH
+    q_BNTH = q_BTNH.astype(k.parts[0].dtype).swapaxes(1, 2)
     dtype, X = v.parts[0].dtype, len(v.parts)
     wide = dtype if X == 1 else jnp.float32
 
@@ -74,7 +75,7 @@ class BlocksMask(attention.Mask):
     scores_BNTS = scale * jnp.concatenate(k.each(score), -1)
     weights_BNTS = attention.weights(scores_BNTS, self.mask_BTS, dtype, drop, at)
     outs_BNTH = v.each(attend, jnp.split(weights_BNTS, X, axis=-1))
-    out_BNTH = functools.reduce(operator.add, outs_BNTH).astype(dtype)
+    out_BNTH = functools.reduce(operator.add, outs_BNTH).astype(q_BTNH.dtype)
     return out_BNTH.swapaxes(1, 2)
 
 
@@ -102,7 +103,9 @@ def _write(blocks: Arrays, at_B: jax.Array, new_B1NH: jax.Array) -> Arrays:
   def put(block_BNSH: jax.Array, place_B: jax.Array) -> jax.Array:
     B, _, S, _ = block_BNSH.shape
     place_B = jnp.where(place_B < 0, S, place_B)  # S and beyond: nowhere
-    return block_BNSH.at[jnp.arange(B), :, place_B].set(new_B1NH[:, 0], mode='drop')
+    return block_BNSH.at[jnp.arange(B), :, place_B].set(
+      new_B1NH[:, 0].astype(block_BNSH.dtype), mode='drop'
+    )
 
   return tuple(put(block, at_B - x * block.shape[2]) for x, block in enumerate(blocks))
 
@@ -119,7 +122,7 @@ class SlotCache:
     """For B rows of S positions, in X blocks."""
 
     def zeros() -> Arrays:
-      parts = jnp.split(jnp.zeros((B, config.n_head, S, config.H), config.dtype), X, axis=2)
+      parts = jnp.split(jnp.zeros((B, config.n_head, S, config.H), cache_dtype(config)), X, axis=2)
       return tuple(map(without_one_row, parts))
 
     return cls(tuple((zeros(), zeros()) for _ in range(config.n_layer)))

@@ -13,6 +13,7 @@ from gpt2_jax.core.errors import UserError
 from gpt2_jax.decoding.edited import placed
 from gpt2_jax.decoding.generate import own_ends, prepare
 from gpt2_jax.decoding.text_stream import Pieces
+from gpt2_jax.model.decode_layout import with_wide_steps
 from gpt2_jax.model.edits import Edit
 from gpt2_jax.model.pretrained_model import Pretrained
 from gpt2_jax.parallel import sharding
@@ -56,6 +57,8 @@ class DeviceBatch:
       raise UserError(f"{name} lies on several devices: a server's model lies on one.")
     self._edits = placed(edits, self._form, reach=self._form.n_positions)
     check_memory(self._form, slots, *devices)
+    if sharding.platform() == 'cpu':
+      self.params = with_wide_steps(self._form, self.params)
     ends = own_ends(model)
     self._eos = jnp.asarray([model.tokenizer.eot] if ends is None else ends, jnp.int32)
     self.chunks = chunk_sizes(self._form)

@@ -16,7 +16,7 @@ from gpt2_jax.decoding.row_state import History
 from gpt2_jax.decoding.samplers import SAMPLERS
 from gpt2_jax.model import text_batches
 from gpt2_jax.model.config import GPTConfig
-from gpt2_jax.model.kv_cache import Cache, empty_cache
+from gpt2_jax.model.kv_cache import Cache, cache_dtype, empty_cache
 from gpt2_jax.parallel.sharding import platform
 from gpt2_jax.serving.cache_blocks import SlotCache
 from gpt2_jax.training.memory_estimate import memory_limit
@@ -115,7 +115,7 @@ def _blocks(config: GPTConfig, B: int) -> int:
   """
   S, X = cache_length(config), 1
   if platform() == 'cpu' and B > 1:
-    bytes_a_layer = B * config.n_head * S * config.H * jnp.dtype(config.dtype).itemsize
+    bytes_a_layer = B * config.n_head * S * config.H * cache_dtype(config).itemsize
     while 2 * X <= min(BLOCKS, bytes_a_layer // BLOCK_BYTES) and S % (2 * X) == 0:
       X *= 2
   return X
@@ -127,9 +127,8 @@ def check_memory(config: GPTConfig, B: int, device: Any) -> None:
   Raises:
     UserError: it can't; names how many slots are wise.
   """
-  each = 2 * config.n_layer * config.n_embd * cache_length(config) * jnp.dtype(
-    config.dtype
-  ).itemsize + 4 * (config.vocab_size + config.n_positions)
+  values = 2 * config.n_layer * config.n_embd * cache_length(config)
+  each = values * cache_dtype(config).itemsize + 4 * (config.vocab_size + config.n_positions)
   try:
     limit = memory_limit(device)
   except UserError:  # a chip of which it is not known

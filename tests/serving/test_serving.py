@@ -27,6 +27,7 @@ from gpt2_jax.decoding.from_options import make_processors  # noqa: E402
 from gpt2_jax.decoding.generate import prepare  # noqa: E402
 from gpt2_jax.decoding.options import Options  # noqa: E402
 from gpt2_jax.serving import programs, slot_state  # noqa: E402
+from gpt2_jax.serving.device_batch import DeviceBatch  # noqa: E402
 from gpt2_jax.serving.hosts import Hosts  # noqa: E402
 from gpt2_jax.serving.schemas import ApiError, Limits  # noqa: E402
 
@@ -177,6 +178,31 @@ def test_no_program_copies_a_cache(monkeypatch, B):
     copied = set(re.findall(r' = f32\[([\d,]*)\]\S* copy\(', text)) & shapes
     assert 'dynamic-update-slice' in text or 'scatter' in text
     assert not copied
+
+
+def test_a_step_in_bfloat16_passes_over_no_cache(monkeypatch):
+  """To write one position of a narrow cache, XLA for CPUs would make all of it wide, and round it."""
+  monkeypatch.setattr(slot_state, 'BLOCK_BYTES', 1)
+  config = dataclasses.replace(CONFIG, dtype='bfloat16', n_layer=1)
+  model = gpt2_jax.bind(config, gpt2_jax.init_params(config, 0))
+  form, params = prepare(gpt2_jax.Pretrained(model, tiny_model().tokenizer))
+  state = slot_state.empty(form, B=3)
+  shapes = {','.join(map(str, x.shape)) for x in jax.tree.leaves(state.cache)}
+  text = programs.step.lower(form, params, np.asarray([256]), state).compile().as_text()
+  made = re.findall(r' = \w+\[([\d,]*)\]\S* (\S*convert|copy)\(', text)
+  assert made and shapes and not [op for shape, op in made if shape in shapes]
+
+
+def test_int8_is_made_wide_once_on_a_cpu():
+  """A server's programs make one token each: the weights' steps are wide before, the same numbers."""
+  config = dataclasses.replace(CONFIG, n_layer=1)
+  small = gpt2_jax.quantize(gpt2_jax.bind(config, gpt2_jax.init_params(config, 0)))
+  model = gpt2_jax.Pretrained(small, tiny_model().tokenizer)
+  batch = DeviceBatch('tiny', model, 1)
+  dtypes = lambda params: {str(x.dtype) for x in jax.tree.leaves(params)}
+  assert dtypes(prepare(model)[1]) == {'int8', 'float32'} and dtypes(batch.params) == {'float32'}
+  logits = jax.jit(lambda params: gpt2_jax.bind(small.config, params)(jnp.arange(9)[None]))
+  np.testing.assert_array_equal(logits(batch.params), logits(prepare(model)[1]))
 
 
 def test_a_prompt_is_read_once(server):

@@ -152,7 +152,7 @@ def _programs(
 
   def prefill(params, tokens_BT, lengths_B):
     model = bind(config, unflatten_dict(params, sep='.'))
-    cache = empty_cache(config, tokens_BT.shape[0], S)
+    cache = empty_cache(config, tokens_BT.shape[0], S, config.dtype)  # for every platform
     x_BTD, cache, *_ = model.transformer(tokens_BT, cache=cache)
     logits_B1V = model.logits(pick(x_BTD, lengths_B - 1)[:, None])
     return logits_B1V[:, 0, :V], cache.k_LBNSH, cache.v_LBNSH
