@@ -1,10 +1,10 @@
 """Checkpoints of a run, by Orbax: written in the background, whole or not at all.
 
 A checkpoint has items: `params`, `opt_state`, `ema` (where the run has one) and `meta`: a dict with
-the step, the model's config, the data's sha256 and the tree of shapes, which is compared before
-anything is restored. Its manifest is written before Orbax renames the folder to its final name, so
-that what is committed has one; a checkpoint is checked against it before it is used. Only this module
-and `orbax_manager` know Orbax.
+the step, the model's config, the data's sha256, the tree of shapes, which is compared before anything
+is restored, and the arrays' checksums, made on the devices and compared after that. Its manifest is
+written before Orbax renames the folder to its final name, so that what is committed has one; a
+checkpoint is checked against it before it is used. Only this module and `orbax_manager` know Orbax.
 """
 
 import errno
@@ -28,6 +28,7 @@ from gpt2_jax.core.buckets import AnyPath
 from gpt2_jax.core.errors import UserError, saving
 from gpt2_jax.core.files import read_json
 from gpt2_jax.model.gpt2 import Params
+from gpt2_jax.parallel.checksums import checksums
 from gpt2_jax.parallel.sharding import without_mesh
 
 FOLDER = 'checkpoints'
@@ -213,6 +214,7 @@ class Checkpoints:
       losses: held-out losses so far, by step.
     """
     meta = meta | {'version': VERSION, 'step': step, 'tree': shapes(items)}
+    meta['checksums'] = checksums(items).of_arrays()
     self._best.step, self._best.losses = meta.get('best'), losses or {}
     self.wait()
     self._saving = step
@@ -238,9 +240,10 @@ class Checkpoints:
     """Returns items of a step, laid out as the abstract arrays in `items` say.
 
     Raises:
-      UserError: the checkpoint is of another shape.
+      UserError: the checkpoint is of another shape, or isn't what the devices had.
     """
-    have, want = self.meta(step)['tree'], shapes(items)
+    meta = self.meta(step)
+    have, want = meta['tree'], shapes(items)
     have = {key: value for key, value in have.items() if key.split('.')[0] in items}
     if have != want:
       raise UserError(
@@ -254,7 +257,19 @@ class Checkpoints:
         **{name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
       ),
     )
-    return {name: restored[name] for name in items}
+    found = {name: restored[name] for name in items}
+    sums = meta.get('checksums', {})
+    lost = [
+      name for name, sum_ in checksums(found).of_arrays().items() if sums.get(name, sum_) != sum_
+    ]
+    if lost:
+      raise UserError(
+        f'the {_of_step(step)} in {self.path} is not what the devices had when it was saved, of '
+        f'{len(lost)} arrays: {", ".join(lost[:6])}. Bits were lost on the way to its files, or from '
+        f'them: if it says so again, remove the folder {step} there, and the run goes on from the '
+        'checkpoint before.'
+      )
+    return found
 
   def wait(self) -> None:
     """Returns when everything begun is on disk."""

@@ -131,6 +131,8 @@ def get_config() -> ConfigDict:
       global_batch_tokens=2**19,  # tokens an update: part of the recipe, whatever the hardware
       micro_batch_rows=placeholder(int),  # rows a device at a time; default: what fits its memory
       compiler_options='',  # XLA's, for the step: 'xla_gpu_enable_triton_gemm=false …'; docs/gpu.md
+      verify_every=0,  # steps: each of its multiples is made twice, to compare; 0: none is
+      verify_replicas_every=0,  # steps: after its multiples the state's replicas are compared
     )
   )
 

@@ -108,6 +108,8 @@ SECTIONS: dict[str, Table] = dict(
     global_batch_tokens=Int(1),
     micro_batch_rows=Optional(Int(1)),
     compiler_options=Text(),
+    verify_every=Int(0, STEPS),
+    verify_replicas_every=Int(0, STEPS),
   ),
   checkpoint=dict(
     every=Int(1, STEPS), keep=Int(1, STEPS), keep_every=Int(0, STEPS), keep_best=Int(0, STEPS)

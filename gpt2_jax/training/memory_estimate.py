@@ -141,7 +141,12 @@ def fitted(config: Config, model: GPTConfig, mesh: Mesh, T: int, G: int) -> tupl
   possible, limit = _micro_batches(config, mesh, T, G), memory_limit(sharding.own_device(mesh))
   policies = REMAT_POLICIES if config.model.remat == 'auto' else [config.model.remat]
   ways = [(dataclasses.replace(model, remat=remat), A) for remat in policies for A in possible]
-  need = lambda way: estimate_bytes(way[0], mesh, T, G // way[1], config.optim)
+
+  def need(way: tuple[GPTConfig, int]) -> float:
+    how = dict(mesh=mesh, T=T, rows=G // way[1], optim=config.optim)
+    again = estimate_parts(way[0], **how)['state'] if config.train.verify_every else 0
+    return estimate_bytes(way[0], **how) + again  # a copy of the state, of a step that is made twice
+
   fits = [way for way in ways if need(way) <= limit] or ways[-1:]
   rows = G // mesh.shape['data'] // mesh.shape['fsdp']  # of a device
   return min(fits, key=lambda way: slowness(way[0], mesh, T, rows // way[1]))

@@ -24,7 +24,7 @@ from gpt2_jax.training.step import TrainState
 from gpt2_jax.training.stopping import Patience, StopSignal
 from gpt2_jax.training.trackers.feeds import Trackers
 from gpt2_jax.training.trackers.protocol import Start
-from gpt2_jax.training.watch import goodput, metrics_file
+from gpt2_jax.training.watch import corruption, goodput, metrics_file
 from gpt2_jax.training.watch import run_record as record_lib
 from gpt2_jax.training.watch.step_record import Recorder, note
 
@@ -128,12 +128,31 @@ class Run:
     """Compiles the training step, and prepares the evaluation's."""
     since = time.monotonic()
     with self.clock('compile'), compile_cache.from_cache() as kept:
-      self.train_step = self.plan.compile_train_step(self.data.eot)
+      self.train_step = self._verified(self.plan.compile_train_step(self.data.eot))
       self.eval_step = self.plan.eval_step(self.data.eot)
       if self.plan.config.log.layers_every:
         self.measure = self.plan.compile_measure(self.data.eot)
     cached = ', from the cache' if kept and all(kept) else ''
     say(f'compiled in {time.monotonic() - since:.1f} s{cached}')
+
+  def _verified(self, step: Callable) -> Callable:
+    """The step, some of which are made twice if the config says so."""
+    train = self.plan.config.train
+    if not (train.verify_every or train.verify_replicas_every):
+      return step
+    return corruption.VerifiedStep(
+      step,
+      start=self.start,
+      every=train.verify_every,
+      replicas_every=train.verify_replicas_every,
+      workdir=self.workdir,
+      last_good=self.last_good,
+    )
+
+  def last_good(self) -> int | None:
+    """Returns the step of the newest checkpoint, once it is whole."""
+    self.checkpoints.wait()
+    return self.checkpoints.latest_step()
 
   def first_state(self) -> TrainState:
     """Returns the state before the first step."""
