@@ -1,9 +1,11 @@
-"""Makes tests/golden/transformer_lens.npz: what TransformerLens finds at each hook of a random GPT-2.
+"""Makes tests/golden/transformer_lens*.npz: what TransformerLens finds at each hook of a random GPT-2.
 
     pip install transformer-lens==4.3.0 && python tests/golden/make_transformer_lens.py
 
 `params/…` are the weights in our layout, `tokens` the ids, `logits` theirs, the rest arrays by
-TransformerLens' names. Weights as they are: no folding of layer norms, no centring, no BOS.
+TransformerLens' names. Weights as they are: no folding of layer norms, no centring, no BOS. In
+`transformer_lens_processed.npz` the same (without the weights) after folding of layer norms, centring of
+writing weights and of the unembedding, without folding of the values' biases.
 """
 
 import re
@@ -68,6 +70,12 @@ def main() -> None:
   found = {name: x.numpy() for name, x in cache.items() if HOOKS.search(name)}
   path = Path(__file__).parent / 'transformer_lens.npz'
   np.savez_compressed(path, tokens=tokens, logits=logits.numpy(), **params, **found)
+  lens.enable_compatibility_mode(disable_warnings=True, fold_value_biases=False)
+  lens.set_use_attn_result(True)
+  logits, cache = lens.run_with_cache(torch.tensor(tokens))
+  found = {name: x.numpy() for name, x in cache.items() if HOOKS.search(name)}
+  path = path.with_stem('transformer_lens_processed')
+  np.savez_compressed(path, logits=logits.numpy(), **found)
 
 
 if __name__ == '__main__':
