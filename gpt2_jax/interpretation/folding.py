@@ -1,9 +1,9 @@
 """The same model written otherwise: layer norms folded, writing weights and the unembedding centred.
 
 Functions from parameters to parameters that change no log-probability. What is left is what the parts
-of a model read and write: heads that are compared by their weights (`circuits.py`) want all three,
-and TransformerLens makes them by default (`fold_ln`, `center_writing_weights`, `center_unembed` in its
-`weight_processing.py`; its `compatibility_mode.md` says why each changes nothing).
+of a model read and write: heads that are compared by their weights (`head_scores.py`) want all
+three, and TransformerLens makes them by default (`fold_ln`, `center_writing_weights`,
+`center_unembed` in its `weight_processing.py`; `compatibility_mode.md` there says why).
 
     config, params = processed(model.config, params_of(model))
 
@@ -91,13 +91,18 @@ def processed(config: GPTConfig, params: Params) -> Processed:
   return config, params
 
 
-def _untied(config: GPTConfig, params: Params) -> Processed:
-  """A copy of the nested dicts, in which the unembedding is its own."""
+def check_weights(config: GPTConfig) -> None:
+  """Raises a `UserError` for a model whose weights are not plain matrices."""
   if config.form != 'train' or config.head != 'lm' or config.lora is not None:
     raise UserError(
-      "weights are folded and centred of a language model in the form 'train', without adapters: see "
+      "weights are read of a language model in the form 'train', without adapters: see "
       'gpt2_jax.merge_adapters.'
     )
+
+
+def _untied(config: GPTConfig, params: Params) -> Processed:
+  """A copy of the nested dicts, in which the unembedding is its own."""
+  check_weights(config)
   params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
   if config.tie_word_embeddings:
     config = dataclasses.replace(config, tie_word_embeddings=False)

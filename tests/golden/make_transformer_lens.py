@@ -1,11 +1,11 @@
-"""Makes tests/golden/transformer_lens*.npz: what TransformerLens finds at each hook of a random GPT-2.
+"""Makes tests/golden/transformer_lens*.npz: what TransformerLens finds at hooks of a random GPT-2.
 
     pip install transformer-lens==4.3.0 && python tests/golden/make_transformer_lens.py
 
 `params/…` are the weights in our layout, `tokens` the ids, `logits` theirs, the rest arrays by
 TransformerLens' names. Weights as they are: no folding of layer norms, no centring, no BOS. In
-`transformer_lens_processed.npz` the same (without the weights) after folding of layer norms, centring of
-writing weights and of the unembedding, without folding of the values' biases.
+`transformer_lens_processed.npz` the same, without the weights, after folding of layer norms,
+centring of writing weights and of the unembedding, without folding of the values' biases.
 """
 
 import re
