@@ -14,6 +14,8 @@ import argparse
 import functools
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -25,7 +27,7 @@ from gpt2_jax.serving.requests import Prompt, Row
 from gpt2_jax.serving.slot_state import choice_of
 from gpt2_jax.tokenizer import bpe
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
   'tiny': dict(n_layer=6, n_embd=384, n_head=6, n_positions=256, vocab_size=257),
   '124M': dict(n_layer=12, n_embd=768, n_head=12, n_positions=1024, vocab_size=50257),
 }
@@ -42,7 +44,7 @@ def random_model(size: str, dtype: str) -> gpt2_jax.Pretrained:
   return gpt2_jax.Pretrained(model, bpe.load('byte'))
 
 
-def timed(f) -> tuple[float, float]:
+def timed(f: Callable[[], Any]) -> tuple[float, float]:
   """Seconds of the clock and of the processor that a call takes."""
   began, used = time.perf_counter(), time.process_time()
   f()
@@ -54,7 +56,8 @@ class Generated:
 
   def __init__(self, model: gpt2_jax.Pretrained, rows: int, steps: int):
     self.model, self.rows, self.steps = model.model, rows, steps
-    self._write(1), self._write(1 + steps)
+    for tokens in (1, 1 + steps):  # they compile
+      self._write(tokens)
 
   def _write(self, tokens: int) -> None:
     gpt2_jax.generate(

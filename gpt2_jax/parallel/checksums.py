@@ -34,7 +34,7 @@ class Checksums:
   """
 
   names: list[str]
-  devices: list[jax.Device]
+  devices: list[Any]
   sums: np.ndarray
   parts: list[list[Any]]
 
@@ -47,7 +47,7 @@ class Checksums:
       found[name] = ''.join(f'{int(half):08x}' for half in total)
     return found
 
-  def differing(self, other: 'Checksums') -> list[tuple[str, list[jax.Device]]]:
+  def differing(self, other: 'Checksums') -> list[tuple[str, list[Any]]]:
     """Returns which arrays differ from those of another tree, and on which devices."""
     differs = (self.sums != other.sums).any(-1)
     return [
@@ -56,7 +56,7 @@ class Checksums:
       if row.any()
     ]
 
-  def torn(self) -> list[tuple[str, list[jax.Device]]]:
+  def torn(self) -> list[tuple[str, list[Any]]]:
     """Returns which arrays have replicas that differ, and the devices that are not as most are; all
     of those where there is no majority.
     """

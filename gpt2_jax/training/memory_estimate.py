@@ -143,9 +143,9 @@ def fitted(config: Config, model: GPTConfig, mesh: Mesh, T: int, G: int) -> tupl
   ways = [(dataclasses.replace(model, remat=remat), A) for remat in policies for A in possible]
 
   def need(way: tuple[GPTConfig, int]) -> float:
-    how = dict(mesh=mesh, T=T, rows=G // way[1], optim=config.optim)
-    again = estimate_parts(way[0], **how)['state'] if config.train.verify_every else 0
-    return estimate_bytes(way[0], **how) + again  # a copy of the state, of a step that is made twice
+    parts = estimate_parts(way[0], mesh, T, G // way[1], config.optim)
+    # and a copy of the state, of a step that is made twice
+    return sum(parts.values()) + (parts['state'] if config.train.verify_every else 0)
 
   fits = [way for way in ways if need(way) <= limit] or ways[-1:]
   rows = G // mesh.shape['data'] // mesh.shape['fsdp']  # of a device

@@ -19,7 +19,7 @@ from gpt2_jax.core.errors import UserError
 from gpt2_jax.parallel.checksums import checksums
 
 FOLDER = 'corruption'
-Found = Sequence[tuple[str, Sequence[jax.Device]]]
+Found = Sequence[tuple[str, Sequence[Any]]]
 
 
 class VerifiedStep:
@@ -88,7 +88,7 @@ def _named(state: Any, metrics: dict) -> dict:
   return {**state.items(), 'step': state.step, 'metrics': metrics}
 
 
-def _devices(devices: Sequence[jax.Device]) -> str:
+def _devices(devices: Sequence[Any]) -> str:
   names = [
     f'{device.device_kind} {device.id} of process {device.process_index}' for device in devices
   ]
