@@ -111,34 +111,32 @@ def circuits(config: GPTConfig, params: Params) -> tuple[jax.Array, jax.Array]:
 def composition(config: GPTConfig, params: Params) -> Composition:
   """All composition scores, of weights that are best folded and centred.
 
-  Products of D by D matrices are never made: norms of A B C D of rank H are those of H by H ones.
+  A matrix with orthonormal columns changes no norm: of those of rank H only triangles are left, so
+  that a pair of heads is a product of H by D and D by H.
 
   Raises:
     UserError: as of `circuits`.
   """
   check_weights(config)
   w_LDCNH, o_LNHD = (params['h']['attn'][n]['weight'] for n in ('c_attn', 'c_proj'))
-  q, k, v = (w_LDCNH[:, :, c] for c in range(3))
   einsum = functools.partial(jnp.einsum, precision='highest')
-  gram = lambda x_LDNH: einsum('LDNG,LDNH->LNGH', x_LDNH, x_LDNH)
-  out_gram = einsum('LNGD,LNHD->LNGH', o_LNHD, o_LNHD)
-  norm = lambda a, b: jnp.sqrt(einsum('LNGH,LNHG->LN', a, b))
-  of_ov = norm(gram(v), out_gram)  # |V O|² = tr(VᵀV · OOᵀ)
+  q, k, v = w_LDCNH.transpose(2, 0, 3, 1, 4)  # [L, N, D, H]
+  triangle = lambda x_LNDH: jnp.linalg.qr(x_LNDH, mode='r')
+  size = lambda x: jnp.sqrt(jnp.square(x).sum((-2, -1)))
+  writes_LNHD = einsum('LNGH,LNHD->LNGD', triangle(v), o_LNHD)
+  L, N, H, D = o_LNHD.shape
 
-  def into(reads_LDNH, other_gram_LNGH):
-    """|V O · R W| over the norms, where R reads from the stream and W has that Gram matrix."""
+  def into(reads_LNDH, other_LNDH):
+    """The scores of |V O · R Wᵀ|, where R reads from the stream, and W is `other_LNDH`."""
+    reads_LNDG = einsum('LNDH,LNGH->LNDG', reads_LNDH, triangle(other_LNDH))
+    norms = size(writes_LNHD)[:, :, None, None] * size(reads_LNDG)
+    reads_DLX = reads_LNDG.transpose(2, 0, 1, 3).reshape(D, L, N * H)
+    sizes = []
+    for layer in range(L):  # a product for each, with the heads of later layers
+      reads_DX = reads_DLX[:, layer + 1 :].reshape(D, (L - layer - 1) * N * H)
+      found_YX = einsum('YD,DX->YX', writes_LNHD[layer].reshape(N * H, D), reads_DX)
+      squares_NMP = jnp.square(found_YX).reshape(N, H, L - layer - 1, N, H).sum((1, 4))
+      sizes.append(jnp.pad(jnp.sqrt(squares_NMP), ((0, 0), (layer + 1, 0), (0, 0))))
+    return jnp.stack(sizes) / norms
 
-    def of_writer(out_HD, gram_HH):
-      between = einsum('HD,LDNG->LNHG', out_HD, reads_LDNH)  # O R
-      return jnp.sqrt(
-        jnp.maximum(einsum('HI,LNIG,LNGK,LNHK->LN', gram_HH, between, other_gram_LNGH, between), 0)
-      )
-
-    flat = (o_LNHD.reshape(-1, *o_LNHD.shape[2:]), gram(v).reshape(-1, *out_gram.shape[2:]))
-    sizes = jax.lax.map(lambda x: of_writer(*x), flat).reshape(*of_ov.shape, *of_ov.shape)
-    norms = norm(gram(reads_LDNH), other_gram_LNGH)
-    layers = jnp.arange(len(o_LNHD))
-    before = (layers[:, None] < layers)[:, None, :, None]
-    return jnp.where(before, sizes / (of_ov[:, :, None, None] * norms), 0)
-
-  return Composition(into(q, gram(k)), into(k, gram(q)), into(v, out_gram))
+  return Composition(into(q, k), into(k, q), into(v, o_LNHD.swapaxes(2, 3)))
