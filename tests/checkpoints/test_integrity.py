@@ -242,6 +242,17 @@ def test_a_start_of_a_run_with_a_damaged_file(made, name, data):
         run_summary.summary(run, '', 'x', dict.fromkeys(goodput.KINDS, 1.0))
 
 
+@pytest.mark.parametrize('lost', ['step', 'seconds'])
+def test_a_start_that_notes_its_step_or_its_seconds_alone_is_set_aside(copy, lost):
+  found = json.loads((copy / 'env.json').read_text())
+  del found['starts'][-1][lost]
+  (copy / 'env.json').write_text(json.dumps(found))
+  with pytest.raises(UserError, match='env.json'):
+    run_record.starts(copy)
+  run_record.set_aside(copy)
+  assert goodput.seconds_before(metrics_file.read(copy), run_record.starts(copy), 4)['step'] >= 0
+
+
 def test_a_run_goes_on_from_what_is_whole(made, copy, capfd):
   """The newest checkpoint's manifest is brackets, no small file is whole: nothing keeps it."""
   (copy / 'checkpoints' / '6' / manifest.FILE).write_text('[' * 1000)

@@ -101,7 +101,9 @@ def starts(workdir: Path) -> list[dict]:
 
 def _is_start(value: Any) -> bool:
   shape = {'step': whole_number, 'seconds': {str: (int, float)}}
-  return isinstance(value, dict) and misfit({'step': 0, 'seconds': {}} | value, shape) is None
+  if not isinstance(value, dict) or ('step' in value) != ('seconds' in value):
+    return False
+  return misfit({'step': 0, 'seconds': {}} | value, shape) is None  # the first version noted neither
 
 
 def set_aside(workdir: Path) -> list[str]:
