@@ -252,7 +252,9 @@ SERVED = {
   'p8-v2': (8, 2, 2),
   'p2-v1': (2, 1, 1),
 }
-NAMES = [name if name in ('p1', 'p64') else rare(name) for name in SERVED]
+NAMES = [
+  pytest.param(name, marks=() if name in ('p1', 'p64') else pytest.mark.slow) for name in SERVED
+]
 
 
 @pytest.fixture(scope='module')

@@ -281,7 +281,7 @@ def test_kills_at_random_moments_lose_nothing_in_a_bucket(cloud, tmp_path, monke
   argv = [
     'kills',
     '--kills=3',
-    '--steps=50',
+    '--steps=120',
     f'--folder={tmp_path / "kills"}',
     f'--workdir={cloud.url}/kills/run',
   ]
