@@ -110,15 +110,19 @@ def _recorded(workdir: Path) -> tuple[dict, list[dict], list[dict]]:
 
 
 def as_config(read: dict) -> Config:
-  """Returns the config of a run by its `config.json`, with the knobs that there were not yet."""
-  known: Any = base.get_config()
-  read = {'deterministic': False, 'init_base': None, 'init_ignore_extra': False} | read
-  read['optim'] = known.optim.to_dict() | {'name': 'adamw'} | read['optim']
-  read['train'] = {'tokens': None, 'epochs': None} | read['train']
-  read['data'] = {'special': False} | read['data']
-  log = {key: value for key, value in read['log'].items() if key != 'tensorboard'}
-  read['log'] = {'to': 'tensorboard'} | log
-  return ConfigDict(read)  # pyright: ignore[reportReturnType]
+  """Returns the config of a run by its `config.json`. Knobs that there were not yet have their
+  defaults, which do what was done without them.
+  """
+
+  def filled(usual: Any, own: Any) -> Any:
+    if not (isinstance(usual, dict) and isinstance(own, dict)):
+      return own
+    return usual | {key: filled(usual.get(key), value) for key, value in own.items()}
+
+  config = filled(base.get_config().to_dict(), read)
+  if isinstance(config['log'], dict):
+    config['log'].pop('tensorboard', None)  # log.to now
+  return ConfigDict(config)  # pyright: ignore[reportReturnType]
 
 
 def _environment(start: dict) -> dict[str, Any]:

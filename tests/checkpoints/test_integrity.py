@@ -191,7 +191,7 @@ RUN = [
 def test_readers_of_a_run_with_a_damaged_file(made, name, data):
   """read_meta, from_pretrained (sample, evaluate, convert, serve), reproduce: never a traceback."""
   from gpt2_jax.checkpoints import model_card, workdir
-  from gpt2_jax.training import reproduce
+  from gpt2_jax.training import knobs, reproduce
 
   with tempfile.TemporaryDirectory() as scratch:
     run = Path(scratch) / 'run'
@@ -204,7 +204,7 @@ def test_readers_of_a_run_with_a_damaged_file(made, name, data):
       source.tensor('wte.weight')
       model_card.model_card(source)
     with or_refused():
-      reproduce._recorded(run)
+      knobs.check(reproduce.as_config(reproduce._recorded(run)[0]))
     with or_refused():
       run_record.finished(run)
 

@@ -6,12 +6,14 @@ import shutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.processes import run
+from support.processes import ROOT, run
 from support.runs import arguments
 
+from gpt2_jax.configs import base
 from gpt2_jax.core import determinism
 from gpt2_jax.core.errors import UserError
-from gpt2_jax.training.reproduce import Difference, differences, report
+from gpt2_jax.training import knobs
+from gpt2_jax.training.reproduce import Difference, as_config, differences, report
 from gpt2_jax.training.watch import metrics_file, run_record
 
 LINE = {'step': 1, 'train/loss': 2.0, 'eval/loss': 3.0, 'perf/step_seconds': 0.5, 'time/step': 1.0}
@@ -79,6 +81,19 @@ def test_a_report_names_the_first_step_and_by_how_much(capsys):
   assert 'step 3: train/loss: 2.0 there, 4.0 here (relative 5.0e-01)' in shown
   assert str(Difference(3, 'eval/loss', 3.0, None)) == 'eval/loss: 3.0 there, absent here'
   assert report(there, here[:1]) == 1
+
+
+def test_the_config_of_an_early_run_has_all_knobs(tmp_path):
+  """Its own values, and the defaults of what there was not at f7cf32c."""
+  shutil.unpack_archive(ROOT / 'tests' / 'golden' / 'run.tar.xz', tmp_path, filter='data')
+  read = json.loads((tmp_path / 'run' / 'config.json').read_text())
+  made = as_config(read).to_dict()
+  knobs.check(as_config(read))
+  usual = base.get_config().to_dict()
+  for section, values in usual.items():
+    for key, value in values.items() if isinstance(values, dict) else ():
+      assert made[section].keys() == values.keys()
+      assert made[section][key] == read[section].get(key, value), (section, key)
 
 
 def test_measured_keys_stand_apart_and_come_back(tmp_path):
