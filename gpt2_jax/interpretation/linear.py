@@ -18,8 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax.core.errors import UserError, brief
-from gpt2_jax.interpretation.patching import PLACES, Metric, check_over, patch
-from gpt2_jax.model.config import GPTConfig
+from gpt2_jax.interpretation.patching import (
+  PLACES,
+  Metric,
+  as_pair,
+  axes_of,
+  check_over,
+  patch,
+  reads_of,
+  traced,
+)
 from gpt2_jax.model.edits import AXES, Edit, check_site, run
 from gpt2_jax.model.gpt2 import Params, bind
 from gpt2_jax.model.pretrained_model import Model, params_of
@@ -66,7 +74,9 @@ def estimate(
     UserError: as of `patch`; or the metric is not one number.
   """
   pair = pair_of(model, clean, corrupted, metric, read, steps)
-  how = (model.config, over, _axes(model.config, over, by), steps)
+  check_over(over)
+  check_site(site(over), model.config)
+  how = (model.config, over, axes_of(over, by), steps)
   return np.asarray(_estimate(how, params_of(model), *pair))
 
 
@@ -107,31 +117,15 @@ def integrated_gradients(
 
 def pair_of(model: Model, clean, corrupted, metric, read, steps) -> tuple[Any, ...]:
   """What is traced of an estimate: both runs' ids, the positions that are read, and the metric."""
-  clean, corrupted = np.asarray(clean), np.asarray(corrupted)
-  if clean.shape != corrupted.shape or clean.ndim != 2:
-    raise UserError(f'clean is {clean.shape} and corrupted {corrupted.shape}: both are to be [B, T].')
-  (B, T), reads = clean.shape, np.asarray(read)
-  if reads.shape not in ((), (B,)) or (reads < -T).any() or (reads >= T).any():
-    raise UserError(f'read = {brief(read)} is no position, or one for each row, among 0 … {T - 1}.')
+  clean, corrupted = as_pair(clean, corrupted)
+  if read is None:
+    raise UserError('read = None: an estimate is of one position of each row.')
+  reads_B = reads_of(read, *clean.shape)[:, 0]
   if not isinstance(steps, int) or steps < 0:
     raise UserError(f'steps = {brief(steps)} is no count.')
   if any(len(x.sharding.device_set) > 1 for x in jax.tree.leaves(params_of(model))[:1]):
     raise UserError('an estimate wants a model on one device; see `edits.run`.')
-  Partial = jax.tree_util.Partial
-  metric = metric if isinstance(metric, Partial) else Partial(metric)
-  reads_B = np.broadcast_to(reads % T, B).astype(np.int32)
-  return jnp.asarray(clean), jnp.asarray(corrupted), jnp.asarray(reads_B), metric
-
-
-def _axes(config: GPTConfig, over: str, by) -> tuple[str, ...]:
-  """The axes of the sweep, checked as `patching.sweep` does it."""
-  check_over(over)
-  check_site(site(over), config)
-  has = [AXES[a] for a in site(over).letters if AXES.get(a) in PLACES]
-  by = (('head',) if 'head' in has else ('position',)) if by is None else tuple(by)
-  if wrong := [name for name in by if name not in has]:
-    raise UserError(f'{over} has no axis {brief(wrong[0])} to sweep over: it has {", ".join(has)}.')
-  return by
+  return jnp.asarray(clean), jnp.asarray(corrupted), jnp.asarray(reads_B), traced(metric)
 
 
 def read_metric(metric: Metric, logits_BTV: jax.Array, reads_B: jax.Array) -> jax.Array:

@@ -65,9 +65,7 @@ def patch(
   Raises:
     UserError: there is no such site or axis, or the runs have different shapes.
   """
-  clean, corrupted = np.asarray(clean), np.asarray(corrupted)
-  if clean.shape != corrupted.shape or clean.ndim != 2:
-    raise UserError(f'clean is {clean.shape} and corrupted {corrupted.shape}: both are to be [B, T].')
+  clean, corrupted = as_pair(clean, corrupted)
   check_over(over)
   _, found = run(model, clean, record=(over,))
   return sweep(model, corrupted, found[over], metric, over=over, by=by, read=read, memory=memory)
@@ -100,6 +98,35 @@ def ablate(
   return sweep(model, tokens, ways[how](np.asarray(found[over])), metric, over=over, **options)
 
 
+def as_pair(clean: Any, corrupted: Any) -> tuple[np.ndarray, np.ndarray]:
+  """Two runs' ids, [B, T] both, or a `UserError`."""
+  clean, corrupted = np.asarray(clean), np.asarray(corrupted)
+  if clean.shape != corrupted.shape or clean.ndim != 2:
+    raise UserError(f'clean is {clean.shape} and corrupted {corrupted.shape}: both are to be [B, T].')
+  return clean, corrupted
+
+
+def traced(metric: Metric) -> jax.tree_util.Partial:
+  """A metric as an argument of a program; other arguments of a `Partial` compile nothing."""
+  return metric if isinstance(metric, jax.tree_util.Partial) else jax.tree_util.Partial(metric)
+
+
+def axes_of(over: str, by: Sequence[str] | None) -> tuple[str, ...]:
+  """The axes of a sweep over a site beside the layer: those asked for, or its usual one.
+
+  Raises:
+    UserError: the site has no such axis, or one is named twice.
+  """
+  has = [AXES[a] for a in site(over).letters if AXES.get(a) in PLACES]
+  if by is None:
+    return ('head',) if 'head' in has else ('position',)
+  if wrong := [name for name in by if name not in has]:
+    raise UserError(f'{over} has no axis {brief(wrong[0])} to sweep over: it has {", ".join(has)}.')
+  if len(set(by)) < len(by):
+    raise UserError(f'by = {brief(by)} names an axis twice.')
+  return tuple(by)
+
+
 def check_over(over: str) -> None:
   """Raises a `UserError` if a site is none that can be swept over."""
   if not site(over).layered:
@@ -124,12 +151,8 @@ def sweep(
     raise UserError("a sweep wants a model in the form 'train', on one device; see `edits.run`.")
   sizes, letters = sizes_of(config, B, T), site(over).letters
   has = {AXES[a]: sizes[a] for a in letters if a in AXES and AXES[a] in PLACES}
-  by = (('head',) if 'head' in has else ('position',)) if by is None else tuple(by)
-  if wrong := [name for name in by if name not in has]:
-    raise UserError(f'{over} has no axis {brief(wrong[0])} to sweep over: it has {", ".join(has)}.')
-  if len(set(by)) < len(by):
-    raise UserError(f'by = {brief(by)} names an axis twice.')
-  reads_BR = _reads(read, B, T)
+  by = axes_of(over, by)
+  reads_BR = reads_of(read, B, T)
   places = np.array(list(itertools.product(*(range(has[p]) if p in by else (ALL,) for p in PLACES))))
   at_once = max(1, memory // _bytes(sizes, reads_BR.size))
   record = ('resid_pre', 'k', 'v', 'resid_post')
@@ -138,8 +161,7 @@ def sweep(
   every = [(layer, *pack) for layer in range(config.n_layer) for pack in packs(places, B, T, at_once)]
   results: Any = [[None] * len(places) for _ in range(config.n_layer)]
   how, values = (config, over, read is None), jnp.asarray(values)
-  Partial = jax.tree_util.Partial
-  metric = metric if isinstance(metric, Partial) else Partial(metric)
+  metric = traced(metric)
   with track('patches', len(every) * len(every[0][1])) as advance:
     for layer, numbers, pack in every:
       metrics = np.asarray(_chunk(how, params, layer, own, values, pack, reads_BR, metric))
@@ -153,9 +175,11 @@ def sweep(
   return table.transpose(0, *order, *range(len(by) + 1, table.ndim))
 
 
-def _reads(read: Any, B: int, T: int) -> np.ndarray:
+def reads_of(read: Any, B: int, T: int) -> np.ndarray:
   """The positions that the metric reads, [B, R]."""
   reads = np.arange(T) if read is None else np.reshape(read, (-1, 1))
+  if read is not None and len(reads) not in (1, B):
+    raise UserError(f'read = {brief(read)} is not one position, or one for each of {B} rows.')
   reads = np.broadcast_to(reads, (B, reads.shape[-1]))
   if (reads < -T).any() or (reads >= T).any():
     raise UserError(f'read = {brief(read)} is not among 0 … {T - 1}.')

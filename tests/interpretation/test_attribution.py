@@ -2,11 +2,10 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 from support.arrays import assert_close
-from support.models import tiny_gpt2
+from support.models import noisy_params, tiny_gpt2
 
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.interpretation.attribution import logit_shares
@@ -19,8 +18,7 @@ X = np.random.default_rng(0).integers(0, 97, (3, 7))
 @pytest.mark.parametrize('tied', [True, False])
 def test_shares_add_up_to_the_logits(tied):
   config = dataclasses.replace(tiny_gpt2(), tie_word_embeddings=tied)
-  noise = lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)
-  model = bind(config, jax.tree.map(noise, init_params(config, 0)))
+  model = bind(config, noisy_params(config))
   rows, read, right, wrong = np.arange(3), np.array([6, 2, 0]), np.array([1, 2, 96]), 5
   logits, found = run(model, X, record=('result', 'ln_final.scale'))
   logits = np.asarray(logits)[rows, read]

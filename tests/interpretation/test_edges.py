@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 from support.arrays import assert_close
-from support.models import tiny_gpt2
+from support.models import noisy_params, tiny_gpt2
 from support.plain_gpt2 import forward
 
 from gpt2_jax.interpretation.edges import edges
 from gpt2_jax.interpretation.linear import estimate
-from gpt2_jax.model.gpt2 import bind, init_params
+from gpt2_jax.model.gpt2 import bind
 from gpt2_jax.model.pretrained_model import params_of
 
 B, T = 3, 7
@@ -20,8 +20,7 @@ METRIC = jax.tree_util.Partial(lambda logits_BV: (logits_BV[:, 3] - logits_BV[:,
 
 @pytest.fixture(scope='module')
 def model():
-  noise = lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)
-  return bind(CONFIG, jax.tree.map(noise, init_params(CONFIG, 0)))
+  return bind(CONFIG, noisy_params(CONFIG))
 
 
 @pytest.mark.parametrize('steps', [pytest.param(0, marks=pytest.mark.slow), 3])

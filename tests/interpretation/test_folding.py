@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 from support.arrays import assert_close
-from support.models import tiny_gpt2
+from support.models import noisy_params, tiny_gpt2
 
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.interpretation import folding
@@ -22,15 +22,10 @@ X = np.random.default_rng(0).integers(0, 97, (3, 7))
 STEPS = (folding.fold_layer_norms, folding.center_writing_weights, folding.center_unembedding)
 
 
-def noisy(config):
-  noise = lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape)
-  return jax.tree.map(noise, init_params(config, 0))
-
-
 @pytest.mark.parametrize('tied', [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_no_step_changes_a_log_probability(tied):
   config = dataclasses.replace(tiny_gpt2(), tie_word_embeddings=tied)
-  params = noisy(config)
+  params = noisy_params(config, 0.3)
   plain = lambda config, params: run(bind(config, params), X)[0]
   want = jax.nn.log_softmax(plain(config, params))
   kept = jax.tree.map(np.asarray, params)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from support.arrays import assert_close
-from support.models import tiny_gpt2
+from support.models import noisy_params, tiny_gpt2
 
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.interpretation.linear import checked, estimate, integrated_gradients
@@ -22,8 +22,7 @@ METRIC = jax.tree_util.Partial(lambda logits_BV: (logits_BV[:, 3] - logits_BV[:,
 
 @pytest.fixture(scope='module')
 def model():
-  noise = lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)
-  return bind(CONFIG, jax.tree.map(noise, init_params(CONFIG, 0)))
+  return bind(CONFIG, noisy_params(CONFIG))
 
 
 def test_an_estimate_is_the_slope_of_the_patch(model):
@@ -108,6 +107,9 @@ def test_what_is_wrong_is_an_error(model):
     'no axis': dict(over='mlp_out', by=('head',)),
     'outside of the blocks': dict(over='embed'),
     'among 0 … 6': dict(read=7),
+    'one for each of 3 rows': dict(read=[1, 2]),
+    'names an axis twice': dict(by=('head', 'head')),
+    'read = None': dict(read=None),
     'no count': dict(steps=-1),
   }.items():
     with pytest.raises(UserError, match=says):

@@ -2,19 +2,18 @@
 
 import itertools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.arrays import assert_close
-from support.models import tiny_gpt2
+from support.models import noisy_params, tiny_gpt2
 
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.interpretation import patching
 from gpt2_jax.interpretation.packing import packs
 from gpt2_jax.interpretation.patching import ablate, patch
 from gpt2_jax.model.edits import Edit, run
-from gpt2_jax.model.gpt2 import bind, init_params
+from gpt2_jax.model.gpt2 import bind
 from gpt2_jax.model.sites import SITES
 
 B, T = 3, 7
@@ -26,8 +25,7 @@ WHOLE = 2**40  # bytes: all patches of a layer in one chunk
 
 @pytest.fixture(scope='module')
 def model():
-  noise = lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)
-  return bind(CONFIG, jax.tree.map(noise, init_params(CONFIG, 0)))
+  return bind(CONFIG, noisy_params(CONFIG))
 
 
 def metric(logits_BV):

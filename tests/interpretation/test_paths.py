@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 from support.arrays import assert_close
-from support.models import tiny_gpt2
+from support.models import noisy_params, tiny_gpt2
 from support.plain_gpt2 import forward
 
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.interpretation.paths import path_patch
-from gpt2_jax.model.gpt2 import bind, init_params
+from gpt2_jax.model.gpt2 import bind
 
 CONFIG = tiny_gpt2()
 CLEAN, CORRUPTED = np.random.default_rng(0).integers(0, 97, (2, 2, 6))
@@ -18,8 +18,7 @@ METRIC = jax.tree_util.Partial(lambda logits_BV: logits_BV[:, 3] - logits_BV[:, 
 
 @pytest.fixture(scope='module')
 def params():
-  noise = lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)
-  return jax.tree.map(noise, init_params(CONFIG, 0))
+  return noisy_params(CONFIG)
 
 
 def plain_paths(params, receivers, into, hold_mlps):

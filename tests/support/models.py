@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax
+
 import gpt2_jax
 from gpt2_jax.model.config import GPTConfig
 from gpt2_jax.tokenizer import bpe
@@ -14,6 +16,12 @@ def tiny_gpt2(**fields: Any) -> GPTConfig:
   sizes = dict(vocab_size=97, n_positions=32, n_embd=32, n_layer=3, n_head=4, n_inner=80)
   others = dict(vocab_multiple=8, initializer_range=0.3, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)
   return GPTConfig(**(sizes | others | fields))
+
+
+def noisy_params(config: GPTConfig, scale: float = 0.1) -> Any:
+  """Parameters of which every one matters: biases and gains of layer norms, too."""
+  noise = lambda x: x + scale * jax.random.normal(jax.random.key(x.size), x.shape)
+  return jax.tree.map(noise, gpt2_jax.init_params(config, 0))
 
 
 def byte_model(seed: int = 0, **fields: Any) -> gpt2_jax.Pretrained:
