@@ -113,14 +113,5 @@ def muon(optim: Config, schedule: optax.Schedule, width_ratio: float) -> optax.G
       'optim.muon_apart = heads has no rule for model.parametrization = mup: take qkv or none.'
     )
   factor = float(optim.muon_lr_factor)
-  rules: Any = {
-    'muon': scale_by_muon(optim, width_ratio),
-    'adamw': optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
-  }
-  rule = lambda row, _: 'muon' if row.hidden else 'adamw'
-  return optax.chain(
-    optax.partition(rules, lambda params: map_rows(rule, params)),
-    parts.decay(optim, schedule),
-    *([] if factor == 1 else [parts.scale_matrices(factor)]),
-    optax.scale_by_learning_rate(schedule),
-  )
+  more = [] if factor == 1 else [parts.scale_matrices(factor)]
+  return parts.for_matrices(scale_by_muon(optim, width_ratio), optim, schedule, *more)

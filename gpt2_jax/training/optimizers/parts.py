@@ -22,6 +22,25 @@ def scale_matrices(factor: float) -> optax.GradientTransformation:
   return optax.stateless(lambda updates, _: map_rows(scaled, updates))
 
 
+def for_matrices(
+  rule: optax.GradientTransformation,
+  optim: Config,
+  schedule: optax.Schedule,
+  *more: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+  """A rule for the matrices within blocks, AdamW for the rest, `decay` for both; then `more` of all
+  updates, and the learning rate. The state of the two has their names in `optax.partition`.
+  """
+  rules: Any = {optim.name: rule, 'adamw': optax.scale_by_adam(optim.b1, optim.b2, optim.eps)}
+  named = lambda row, _: optim.name if row.hidden else 'adamw'
+  return optax.chain(
+    optax.partition(rules, lambda params: map_rows(named, params)),
+    decay(optim, schedule),
+    *more,
+    optax.scale_by_learning_rate(schedule),
+  )
+
+
 def _constant(optim: Config, schedule: optax.Schedule) -> Any:
   return optim.weight_decay
 

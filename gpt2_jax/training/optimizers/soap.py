@@ -196,13 +196,4 @@ def soap(optim: Config, schedule: optax.Schedule, width_ratio: float) -> optax.G
   is refused (`optimizer.check`).
   """
   del width_ratio
-  rules: Any = {
-    'soap': scale_by_soap(optim),
-    'adamw': optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
-  }
-  rule = lambda row, _: 'soap' if row.hidden else 'adamw'
-  return optax.chain(
-    optax.partition(rules, lambda params: map_rows(rule, params)),
-    parts.decay(optim, schedule),
-    optax.scale_by_learning_rate(schedule),
-  )
+  return parts.for_matrices(scale_by_soap(optim), optim, schedule)
