@@ -1,7 +1,7 @@
 """Linear probes: what can be read off an activation by a linear classifier (Alain & Bengio 2016,
 arXiv:1610.01644), fitted by scikit-learn (the extra `probes`).
 
-    probe = fit_probe(model, texts, labels, layer=6)
+    [probe] = fit_probes(model, texts, labels, layers=[6])
     probe.held_out, probe.chance, probe.predict(model, ['Another text'])
 """
 
@@ -16,7 +16,6 @@ from gpt2_jax.core.errors import UserError
 from gpt2_jax.interpretation.activations import Tokens, activations, check_place
 from gpt2_jax.model import text_batches
 from gpt2_jax.model.pretrained_model import Model, Pretrained
-from gpt2_jax.tokenizer.bpe import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +44,9 @@ class Probe:
   chance: float
   counts: tuple[int, int]
 
-  def predict(
-    self, model: Model, texts: text_batches.Texts, *, tokenizer: Tokenizer | None = None
-  ) -> np.ndarray:
+  def predict(self, model: Model, texts: text_batches.Texts) -> np.ndarray:
     """The label of each text; where each token has one, of all tokens."""
-    rows = activations(
-      model, texts, site=self.site, layer=self.layer, tokens=self.tokens, tokenizer=tokenizer
-    )
+    rows = activations(model, texts, site=self.site, layer=self.layer, tokens=self.tokens)
     scores = _flat(rows) @ _flat(self.direction).T + self.bias
     best = (scores[:, 0] > 0).astype(int) if scores.shape[1] == 1 else scores.argmax(-1)
     return self.classes[best]
@@ -62,68 +57,47 @@ def fit_probes(
   texts: text_batches.Texts,
   labels: Sequence[Any],
   *,
+  layers: Sequence[int] | None = None,
   site: str = 'resid_post',
   tokens: Tokens = 'last',
   held_out: float = 0.25,
   seed: int = 0,
   C: float = 1.0,
-  tokenizer: Tokenizer | None = None,
 ) -> list[Probe]:
-  """A probe of each layer, all of the same split. Arguments as of `fit_probe`."""
-  return _fit(model, texts, labels, None, site, tokens, (held_out, seed, C), tokenizer)
-
-
-def fit_probe(
-  model: Model,
-  texts: text_batches.Texts,
-  labels: Sequence[Any],
-  *,
-  layer: int,
-  site: str = 'resid_post',
-  tokens: Tokens = 'last',
-  held_out: float = 0.25,
-  seed: int = 0,
-  C: float = 1.0,
-  tokenizer: Tokenizer | None = None,
-) -> Probe:
-  """Fits a probe: a logistic regression on activations, each brought to mean 0 and deviation 1.
+  """Fits a probe of each layer: a logistic regression on activations of mean 0 and deviation 1.
 
   Args:
-    model, texts, site, layer, tokenizer: as of `activations`.
+    model: a model that brings its tokenizer along, as `gpt2_jax.from_pretrained` gives it.
+    texts, site: as of `activations`.
     labels: of each text; where `tokens` is 'all', of each token: a list a text.
+    layers: from 0, or negative from the end; None: all.
     tokens: which activations.
     held_out: share of the texts that it is not fitted on; all tokens of a text are on one side, and
-      labels of texts as frequent on both.
+      labels of texts as frequent on both. All layers have the same split.
     seed: of the split.
     C: inverse of the penalty on its squared weights.
 
   Raises:
     UserError: scikit-learn is not there, labels are not as many as they should be, or too few.
   """
-  layer = check_place(model, site, layer)
-  return _fit(model, texts, labels, layer, site, tokens, (held_out, seed, C), tokenizer)[0]
-
-
-def _fit(model, texts, labels, layer, site, tokens, how, tokenizer) -> list[Probe]:
-  """Probes of one layer or, where it is None, of all."""
-  share, seed, C = how
-  Float(0, 1, open_low=True, open_high=True).check('held_out', share)
+  Float(0, 1, open_low=True, open_high=True).check('held_out', held_out)
   POSITIVE.check('C', C)
+  numbers = range(model.config.n_layer) if layers is None else layers
+  numbers = [check_place(model, site, number) for number in numbers]
+  ids = text_batches.encode(texts, Pretrained.of(model).tokenizer, model.config)
   each = tokens == 'all'
-  known = tokenizer or Pretrained.of(model).tokenizer
-  ids = text_batches.encode(texts, known, model.config)
   lengths = [len(row) for row in ids] if each else [1] * len(ids)
   given = [list(label) if each else [label] for label in labels]
   if [len(label) for label in given] != lengths:
     wanted = 'one for each token of each text' if each else f'one for each of {len(ids)} texts'
     raise UserError(f'labels are {len(given)}, and not {wanted}.')
-  left, right = _split(given, share, seed, each)
-  x_all = activations(model, ids, site=site, layer=layer, tokens=tokens)
-  x_all = x_all if layer is None else x_all[None]
+  left, right = _split(given, held_out, seed, each)
+  alone = numbers[0] if len(numbers) == 1 else None  # so that others are not kept
+  found = activations(model, ids, site=site, layer=alone, tokens=tokens)
+  x_all = found if alone is None else {alone: found}
   y, text_of = np.concatenate(given), np.repeat(np.arange(len(ids)), lengths)
   sides = np.isin(text_of, left), np.isin(text_of, right)
-  numbers = range(len(x_all)) if layer is None else [layer]
-  return [_one(x, y, sides, C, (site, number, tokens)) for number, x in zip(numbers, x_all)]
+  return [_one(x_all[number], y, sides, C, (site, number, tokens)) for number in numbers]
 
 
 def _split(given: list[list], share: float, seed: int, each: bool) -> tuple[Any, Any]:

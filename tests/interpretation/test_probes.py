@@ -9,7 +9,7 @@ from support.models import byte_model
 
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.interpretation.activations import activations
-from gpt2_jax.interpretation.probes import fit_probe, fit_probes
+from gpt2_jax.interpretation.probes import fit_probes
 
 sklearn = pytest.importorskip('sklearn', reason='probes need the extra: pip install -e .[probes]')
 
@@ -24,11 +24,11 @@ def model():
 
 def test_the_last_letter_is_read_off_the_embedding_and_noise_is_not(model):
   letters = [text[-1] for text in TEXTS]
-  probe = fit_probe(model, TEXTS, letters, layer=0, site='resid_pre')
+  [probe] = fit_probes(model, TEXTS, letters, layers=[0], site='resid_pre')
   assert probe.fitted == probe.held_out == 1 and probe.chance < 0.5 and probe.counts == (48, 16)
   assert probe.predict(model, TEXTS).tolist() == letters
   noise = RNG.permutation(letters)
-  assert fit_probe(model, TEXTS, noise, layer=0, site='resid_pre').held_out < 0.6
+  assert fit_probes(model, TEXTS, noise, layers=[0], site='resid_pre')[0].held_out < 0.6
 
 
 def test_it_is_the_library_on_single_activations(model):
@@ -48,14 +48,16 @@ def test_it_is_the_library_on_single_activations(model):
   want.fit(rows[left], np.array(labels)[left])
   assert probes[1].held_out == want.score(rows[right], np.array(labels)[right])
   assert probes[1].predict(model, TEXTS).tolist() == want.predict(rows).tolist()
-  alone = fit_probe(model, TEXTS, labels, layer=-1, site='z', tokens='mean', held_out=0.5, seed=3)
+  [alone] = fit_probes(
+    model, TEXTS, labels, layers=[-1], site='z', tokens='mean', held_out=0.5, seed=3
+  )
   np.testing.assert_allclose(alone.direction, probes[1].direction, rtol=1e-4, atol=1e-6)
 
 
 def test_each_token_has_a_label_and_a_text_is_on_one_side(model):
   texts = TEXTS[:24] + ['abc']
   vowels = [[letter in 'ae' for letter in text] for text in texts]
-  probe = fit_probe(model, texts, vowels, layer=0, site='resid_pre', tokens='all')
+  [probe] = fit_probes(model, texts, vowels, layers=[0], site='resid_pre', tokens='all')
   assert probe.held_out > 0.95 and sum(probe.counts) == 24 * 12 + 3
   assert probe.counts[1] in (7 * 12, 6 * 12 + 3)
   assert probe.predict(model, 'ab').tolist() == [True, False]
@@ -77,11 +79,11 @@ def test_the_example_of_the_page(model):
     ([0] * 64, {}, 'one label alone'),
     ([0] * 63 + [1], {}, 'can not be split'),
     ([0, 1] * 32, dict(held_out=1.0), 'held_out = 1.0'),
-    ([0, 1] * 32, dict(layer=5), 'layer = 5'),
+    ([0, 1] * 32, dict(layers=[5]), 'layer = 5'),
     ([0, 1] * 32, dict(C=-1), 'C = -1'),
   ],
 )
 def test_what_cannot_be_fitted_is_said(model, labels, options, says):
   with pytest.raises(UserError, match=says) as error:
-    fit_probe(model, TEXTS, labels, **dict(layer=1) | options)
+    fit_probes(model, TEXTS, labels, **dict(layers=[1]) | options)
   assert '\n' not in str(error.value)
