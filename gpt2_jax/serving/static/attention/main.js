@@ -1,7 +1,8 @@
 // The attention page: asks the server about a text, and shows the answer.
 
-import { attention, models, Refused } from '../playground/api.js';
-import { announce, element, find } from '../playground/dom.js';
+import { attention, Refused } from '../playground/api.js';
+import { announce, find } from '../playground/dom.js';
+import { begin } from '../playground/form.js';
 import * as trouble from '../playground/trouble.js';
 import { download, View } from './view.js';
 
@@ -10,8 +11,6 @@ const LENS = 5;  // predictions of each layer
 
 let view = null;
 let asked = new AbortController();
-
-const fromAddress = () => new URLSearchParams(location.hash.slice(1)).get('text');
 
 async function look() {
   const text = find('text').value;
@@ -39,35 +38,11 @@ async function look() {
   }
 }
 
-function submit() {
-  history.replaceState(null, '', `#text=${encodeURIComponent(find('text').value.toWellFormed())}`);
-  look();
+function read() {
+  find('text').value = new URLSearchParams(location.hash.slice(1)).get('text') ?? EXAMPLE;
 }
 
-find('form').addEventListener('submit', event => {
-  event.preventDefault();
-  submit();
-});
-find('text').addEventListener('keydown', event => {
-  if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) submit();
-});
-find('model').addEventListener('change', look);
+const address = () => `text=${encodeURIComponent(find('text').value.toWellFormed())}`;
+
 find('save').addEventListener('click', () => download('attention.svg', view.svg(), 'image/svg+xml'));
-addEventListener('hashchange', () => {
-  find('text').value = fromAddress() ?? EXAMPLE;
-  look();
-});
-
-async function start() {
-  find('text').value = fromAddress() ?? EXAMPLE;
-  try {
-    const all = await models();
-    find('model').append(...all.map(({ id }) => element('option', { value: id, textContent: id })));
-    find('model-field').hidden = all.length < 2;
-    await look();
-  } catch (e) {
-    if (!(e instanceof Refused)) throw e;
-    trouble.say(e.message, start);
-  }
-}
-start();
+begin(read, address, look);

@@ -1,8 +1,9 @@
 // The patching page: asks the server about two texts, and shows the answers.
 
 import { download } from '../attention/view.js';
-import { ablate, models, patch, Refused } from '../playground/api.js';
-import { announce, element, find } from '../playground/dom.js';
+import { ablate, patch, Refused } from '../playground/api.js';
+import { announce, find } from '../playground/dom.js';
+import { begin } from '../playground/form.js';
 import * as trouble from '../playground/trouble.js';
 import { SITES, View } from './view.js';
 
@@ -59,41 +60,12 @@ function look() {
   }, look);
 }
 
-function submit() {
-  const said = new URLSearchParams(FIELDS.map(id => [id, value(id).toWellFormed()]));
-  history.replaceState(null, '', `#${said}`);
-  look();
-}
+const address = () => new URLSearchParams(FIELDS.map(id => [id, value(id).toWellFormed()]));
 
 function read() {
   const said = new URLSearchParams(location.hash.slice(1));
   for (const id of FIELDS) find(id).value = said.has('text') ? said.get(id) ?? '' : EXAMPLE[id];
 }
 
-find('form').addEventListener('submit', event => {
-  event.preventDefault();
-  submit();
-});
-find('form').addEventListener('keydown', event => {
-  if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) submit();
-});
-find('model').addEventListener('change', look);
 find('save').addEventListener('click', () => download('patching.svg', view.svg(), 'image/svg+xml'));
-addEventListener('hashchange', () => {
-  read();
-  look();
-});
-
-async function start() {
-  read();
-  try {
-    const all = await models();
-    find('model').append(...all.map(({ id }) => element('option', { value: id, textContent: id })));
-    find('model-field').hidden = all.length < 2;
-    look();
-  } catch (e) {
-    if (!(e instanceof Refused)) throw e;
-    trouble.say(e.message, start);
-  }
-}
-start();
+begin(read, address, look);
