@@ -16,12 +16,11 @@ import jax
 import numpy as np
 
 from gpt2_jax.core.errors import UserError, brief
-from gpt2_jax.interpretation.patching import check_over, patch
+from gpt2_jax.interpretation.patching import axes_of, check_over, patch
 from gpt2_jax.interpretation.pictures import heat_map, shown
 from gpt2_jax.model import text_batches
-from gpt2_jax.model.edits import AXES, run
+from gpt2_jax.model.edits import run
 from gpt2_jax.model.pretrained_model import Pretrained
-from gpt2_jax.model.sites import site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,13 +149,12 @@ def patch_texts(
       'nothing to restore.'
     )
   metric = jax.tree_util.Partial(difference, np.int32(right), np.int32(wrong))
-  if by is None:
-    by = ('head',) if 'head' in (AXES.get(a) for a in site(over).letters) else ('position',)
+  by = axes_of(over, by)
   table = patch(model, ids_2T[:1], ids_2T[1:], metric, over=over, by=by)[..., 0]
   tokens = [[model.tokenizer.decode([i]) for i in row] for row in ids_2T.tolist()]
   return PatchMap(
     over=over,
-    by=tuple(by),
+    by=by,
     clean=tokens[0],
     corrupted=tokens[1],
     answers=(answers[0], answers[1]),

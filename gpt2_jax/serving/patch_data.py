@@ -8,11 +8,10 @@ import numpy as np
 
 from gpt2_jax.core.errors import UserError
 from gpt2_jax.interpretation.ablated_heads import next_logprobs, without_heads
-from gpt2_jax.interpretation.patching import check_over
+from gpt2_jax.interpretation.patching import axes_of, check_over
 from gpt2_jax.interpretation.prompt_pairs import answer_ids, pair_ids, patch_texts
 from gpt2_jax.model.edits import AXES, sizes_of
 from gpt2_jax.model.pretrained_model import Pretrained
-from gpt2_jax.model.sites import SITES
 from gpt2_jax.serving.attention_data import token_text
 from gpt2_jax.serving.schemas import AblateRequest, ApiError, Limits, PatchRequest
 
@@ -32,7 +31,7 @@ def patch_data(model: Pretrained, asked: PatchRequest, limits: Limits) -> dict[s
   Raises:
     ApiError: a text or an answer can't be used, or there would be too many patches.
   """
-  special, by = bool(asked.allow_special), asked.by
+  special = bool(asked.allow_special)
   with naming('over'):
     check_over(asked.over)
   with naming('answers'):
@@ -40,10 +39,10 @@ def patch_data(model: Pretrained, asked: PatchRequest, limits: Limits) -> dict[s
   with naming('clean'):
     rows = pair_ids(model, asked.clean, asked.corrupted, allow_special=special).tolist()
   T = len(rows[0])
-  if by is None:
-    by = ['head'] if 'N' in SITES[asked.over].letters else ['position']
+  with naming('by'):
+    by = axes_of(asked.over, asked.by)
   sizes = {AXES[a]: n for a, n in sizes_of(model.config, 1, T).items() if a in 'LTN'}
-  tokens = T * sizes['layer'] * int(np.prod([sizes[name] for name in set(by)]))
+  tokens = T * sizes['layer'] * int(np.prod([sizes[name] for name in by]))
   if tokens > limits.patched_tokens:
     raise ApiError(
       400,
