@@ -3,11 +3,14 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from gpt2_jax.model.sites import SITES
 
 PAGE = (Path(__file__).parents[2] / 'docs' / 'interpretability.md').read_text()
 
 
+@pytest.mark.slow
 def test_the_example_runs():
   (example,) = re.findall(r'^```python\n(.*?)^```', PAGE, re.M | re.S)
   names = {}
